@@ -1,0 +1,79 @@
+"""The ids of Qwen-VL's special tokens: the one fact that data and model share about the vocabulary.
+
+The special tokens follow the byte-pair ranks in a fixed order (``tokenization_qwen.py`` of the published model), so
+every id follows from the number of ranks that are kept. ``qwen_vl_7b`` keeps all 151,643.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_EXTRA = 205
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the special tokens of a vocabulary that keeps ``num_ranks`` byte-pair ranks."""
+
+    num_ranks: int
+
+    @property
+    def by_text(self) -> dict[str, int]:
+        """Every special token's surface form and id, in order."""
+        names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        names += [f"<|extra_{i}|>" for i in range(NUM_EXTRA)]
+        names += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
+        return {name: self.num_ranks + i for i, name in enumerate(names)}
+
+    @property
+    def endoftext(self) -> int:
+        return self.num_ranks
+
+    @property
+    def im_start(self) -> int:
+        return self.num_ranks + 1
+
+    @property
+    def im_end(self) -> int:
+        return self.num_ranks + 2
+
+    @property
+    def ref_start(self) -> int:
+        return self.num_ranks + 3 + NUM_EXTRA
+
+    @property
+    def ref_end(self) -> int:
+        return self.ref_start + 1
+
+    @property
+    def box_start(self) -> int:
+        return self.ref_start + 2
+
+    @property
+    def box_end(self) -> int:
+        return self.ref_start + 3
+
+    @property
+    def quad_start(self) -> int:
+        return self.ref_start + 4
+
+    @property
+    def quad_end(self) -> int:
+        return self.ref_start + 5
+
+    @property
+    def img_start(self) -> int:
+        return self.ref_start + 6
+
+    @property
+    def img_end(self) -> int:
+        return self.ref_start + 7
+
+    @property
+    def img_pad(self) -> int:
+        return self.ref_start + 8
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary: ranks and special tokens."""
+        return self.ref_start + 9

@@ -1,0 +1,41 @@
+"""The errors that a user can cause.
+
+Every message says where (configuration key, file, sample key), what was found, what was expected and what to do.
+``assert`` is for our own invariants only. ``cli`` turns these into one line and exit status 2; anything else is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MegatronVLError(Exception):
+    """Base of all errors that are shown to a user without a traceback."""
+
+
+class ConfigError(MegatronVLError):
+    """The configuration is wrong: unknown key, wrong type, impossible layout."""
+
+
+class DataError(MegatronVLError):
+    """A data file cannot be used: missing, truncated, corrupt, of another format version."""
+
+
+class CheckpointError(MegatronVLError):
+    """A checkpoint is absent, torn, or of another model."""
+
+
+class ConversionError(MegatronVLError):
+    """A Hugging Face folder and the conversion table disagree."""
+
+
+class SkipSample(Exception):
+    """One sample cannot be used; preparation counts it under ``reason`` and goes on.
+
+    ``reason`` is a short, stable identifier that groups samples in the manifest (``unreadable_image``);
+    ``detail`` is for the list of examples.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
