@@ -77,6 +77,8 @@ class ModelConfig:
     """Side of the square to which every image is resized, in pixels (stage 1: 224)."""
     num_ranks: int = 151643
     """Ranks of the byte-pair vocabulary that are kept; the special tokens follow them."""
+    init_method_std: float = 0.02
+    """Standard deviation of fresh weights; projections back into the residual stream get this / sqrt(2 x layers)."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)

@@ -1,0 +1,1 @@
+"""Scores of predictions, and the report of a run."""

@@ -1,0 +1,131 @@
+"""What is replaced inside Megatron-Core on every device.
+
+Three things, each because the original would break a promise of ours:
+
+* the optimizer, where neither Apex nor Transformer Engine brings a fused one: torch's AdamW keeps a ``step`` for each
+  parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for
+  each parameter group, as the fused ones do;
+* the checkpoint writer: it starts processes, and one that is killed leaves the save waiting for ever. Ours writes in
+  the rank's own process, so a dead writer is a dead rank, which the launcher notices;
+* the results queue of that writer, which would start a manager process.
+
+``tests/unit/backends/test_core.py`` fails when a new version of Megatron-Core moves what is replaced.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """AdamW with the state of NVIDIA's fused optimizers: ``exp_avg`` and ``exp_avg_sq``, and a step for each group.
+
+    The step also counts in groups without parameters: a rank may hold nothing of a group, yet it is rank 0's groups
+    that a checkpoint stores.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **kwargs: Any,
+    ) -> None:
+        assert kwargs.get("adam_w_mode", True), "weight decay is decoupled"
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": kwargs.get("weight_decay", 0.0)}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        gradients = [parameter.grad for parameter in parameters]
+        means = [self._moment(parameter, "exp_avg") for parameter in parameters]
+        squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
+        torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, (1.0 - beta2 ** group["step"]) ** 0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1.0 - beta1 ** group["step"]))
+
+    def _moment(self, parameter: Tensor, name: str) -> Tensor:
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros_like(parameter)
+        moment: Tensor = state[name]
+        return moment
+
+
+def install() -> None:
+    """Replace the parts named above; harmless when called again."""
+    _replace_optimizer()
+    _replace_writer()
+
+
+def _replace_optimizer() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    setattr(optimizer, "Adam", GroupStepAdamW)
+    setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    setattr(distrib_optimizer, "Adam", GroupStepAdamW)
+    # The form of a fused optimizer's state: a step in the group, two moments for each parameter.
+    setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    setattr(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+
+
+class _Unjoined:
+    """A queue that nobody waits for."""
+
+    def get(self) -> None:
+        return None
+
+    def task_done(self) -> None:
+        return None
+
+
+def _write_here(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+) -> None:
+    """Write this rank's part of a checkpoint in this process; the signature is Megatron-Core's."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: dict[int, Any] | Exception = {}
+    for number, bucket in enumerate(buckets):
+        done: queue.Queue[Any] = queue.Queue()
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, done, _Unjoined(), True)
+        outcome = done.get()[1]
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        assert isinstance(written, dict)
+        written[number] = outcome
+    results.put(written)
+
+
+def _replace_writer() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results: queue.Queue[Any] = queue.Queue()
+    setattr(filesystem_async, "_get_write_results_queue", lambda: results)
+    setattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_here))

@@ -1,0 +1,158 @@
+"""Lets Megatron-Core run on a machine without CUDA, over gloo.
+
+Megatron-Core names the CUDA device outright: it asks ``torch.cuda`` for the current device, builds scalars with
+``device="cuda"``, calls ``Tensor.cuda`` and compares ``Tensor.type()`` with ``torch.cuda.FloatTensor``. This module
+answers all of these with the CPU, by plain replacement of attributes: no function mode stands in the path of every
+operation, so a patched process computes at full speed.
+
+It is installed on request, only where there is no CUDA, and only for the version of Megatron-Core that it was written
+for; ``tests/unit/backends/test_cpu.py`` counts the places that name CUDA and fails when a new version moves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_vl.errors import ConfigError
+
+MEGATRON_CORE_VERSION = "0.16.1"
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "rand", "randn")
+
+
+class _NullStream:
+    """A CUDA stream or event that has nothing to wait for."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = wait = synchronize = record = record_event = _nothing
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that ``device="cuda"`` means the CPU."""
+
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def is_installed() -> bool:
+    """Whether :func:`install` has run in this process."""
+    return torch.Tensor.cuda is _tensor_cuda
+
+
+def install() -> None:
+    """Patch torch and Megatron-Core for this process; does nothing where CUDA is present or when called again.
+
+    Raises:
+        ConfigError: another version of Megatron-Core is installed.
+    """
+    if torch.cuda.is_available() or is_installed():
+        return
+    _check_version()
+    _patch_tensor_methods()
+    _patch_torch_cuda()
+    _patch_rng_states()
+
+
+def _check_version() -> None:
+    from importlib.metadata import version
+
+    found = version("megatron-core")
+    if found != MEGATRON_CORE_VERSION:
+        raise ConfigError(
+            f"megatron-core {found} is installed, but the CPU platform was written for {MEGATRON_CORE_VERSION}: "
+            f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
+        )
+
+
+def _tensor_cuda(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    return self
+
+
+def _uncompiled(function: Any = None, **_kwargs: Any) -> Any:
+    return function if function is not None else _uncompiled
+
+
+def _patch_tensor_methods() -> None:
+    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        # Megatron-Core's optimizers sort parameters by comparing this string with torch.cuda.FloatTensor.
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        kwargs = {key: "cpu" if _is_cuda(value) else value for key, value in kwargs.items()}
+        return plain_to(self, *args, **kwargs)
+
+    # Megatron-Core decorates small functions with torch.compile; here each would call a C++ compiler.
+    setattr(torch, "compile", _uncompiled)
+    setattr(torch.Tensor, "cuda", _tensor_cuda)
+    setattr(torch.Tensor, "type", tensor_type)
+    setattr(torch.Tensor, "to", tensor_to)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_torch_cuda() -> None:
+    def answering(value: Any) -> Callable[..., Any]:
+        """A function of its own for each name: torch's tracing rules want them distinct."""
+        return lambda *_args, **_kwargs: value
+
+    replacements: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "stream": lambda *_args: contextlib.nullcontext(),
+        "current_stream": lambda *_args: _NullStream(),
+        "default_stream": lambda *_args: _NullStream(),
+        "get_device_capability": lambda *_args: (0, 0),
+    }
+    silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
+    replacements |= {name: answering(None) for name in silent}
+    replacements |= {name: answering(0) for name in ("memory_allocated", "max_memory_allocated", "memory_reserved")}
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, answering(None))
+
+
+def _patch_rng_states() -> None:
+    from megatron.core.tensor_parallel import random as core_random
+
+    def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    setattr(core_random, "_get_cuda_rng_state", get_state)
+    setattr(core_random, "_set_cuda_rng_state", set_state)

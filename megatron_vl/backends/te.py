@@ -1,0 +1,74 @@
+"""Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows, FP8.
+
+Imported only when the backend is asked for, so that nothing else needs the package. The checkpoint keys are those of
+``local.py``: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it back under
+its own name, so that a checkpoint written by one backend loads in the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.errors import ConfigError
+
+try:
+    import transformer_engine.pytorch  # noqa: F401
+except (ImportError, RuntimeError) as error:  # the meta package without its libraries raises RuntimeError
+    raise ConfigError(
+        f"parallel.backend: transformer_engine was asked for, but it cannot be imported ({error}). "
+        "Use NVIDIA's PyTorch image (see Dockerfile), or --backend local."
+    ) from error
+
+_FUSED_NORM_KEYS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+class TransformerEngineBackend:
+    """Layer specs of Transformer Engine's modules."""
+
+    name = "transformer_engine"
+
+    def vision_layer(self) -> ModuleSpec:
+        """A pre-norm block with attention without a mask; the norm's kind comes from the layer's configuration."""
+        return _layer(AttnMaskType.no_mask)
+
+    def language_layer(self) -> ModuleSpec:
+        """A pre-norm block with causal attention within each packed span."""
+        return _layer(AttnMaskType.padding_causal)
+
+    def final_norm(self) -> Any:
+        """The norm before the output layer."""
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+
+    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor, rotary_table: Tensor) -> AttentionInputs:
+        """Packed parameters of a line; arguments as in ``LocalBackend.attention_inputs``."""
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        # The table of the longest span, not of the line: rotary angles then start anew in each span.
+        return AttentionInputs(mask=None, rotary=rotary_table[:longest], packed=packed)
+
+
+def _layer(mask: AttnMaskType) -> ModuleSpec:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+    spec.submodules.self_attention.params = {"attn_mask_type": mask}
+    spec.submodules.sharded_state_dict_keys_map = dict(_FUSED_NORM_KEYS)
+    return spec

@@ -1,0 +1,65 @@
+"""``tools/prepare_data.py RECIPE``: raw data sets -> a data set of packed rows, and a table of what was kept and why not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.errors import MegatronVLError
+from megatron_vl.log import write_line
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    options = _build_parser().parse_args(argv)
+    try:
+        _run(options)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def output_prefix(output: str | None, recipe: Path) -> Path:
+    """The prefix that ``--output`` means: a folder (existing, or ending in a slash) takes the recipe's name."""
+    if output is None:
+        return recipe.with_suffix("")
+    path = Path(output)
+    return path / recipe.stem if output.endswith("/") or path.is_dir() else path
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/prepare_data.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, help="YAML file that lists the sources and how rows are packed")
+    parser.add_argument("--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_ranks of this model preset"
+    )
+    parser.add_argument("--verify", action="store_true", help="do not prepare: check the files of a finished data set")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Imported late, so that --help does not wait for the readers and their libraries.
+    from megatron_vl.data.manifest import verify_files
+    from megatron_vl.data.prepare import prepare, summary_lines
+    from megatron_vl.data.recipe import load_recipe
+
+    prefix = output_prefix(options.output, options.recipe)
+    if options.verify:
+        verify_files(prefix)
+        write_line(f"{prefix}: all files are as the manifest says")
+        return
+    preset = PRESETS.get(options.model_preset)
+    defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
+    recipe = load_recipe(options.recipe, defaults)
+    manifest = prepare(recipe, prefix, workers=options.workers, progress=not options.quiet)
+    for line in summary_lines(manifest):
+        write_line(line)
+    write_line(f"prepared {prefix}")

@@ -1,0 +1,82 @@
+"""``make_synthetic_data``: renders scenes and pages whose texts are true, in published formats.
+
+Example: ``python tools/make_synthetic_data.py data/train --profile tiny --split train --seed 1``. Held-out data come
+from the other side of a hash of the content (``--split heldout``), so they share no scene with the training data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vl.data.synthetic.config import FAMILIES, PROFILES, SyntheticConfig, scaled
+from megatron_vl.data.synthetic.generate import generate
+from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.log import write_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after an error of the user, in one line."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="make_synthetic_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to make; one that holds the same data set already is kept")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="what kind of images")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side of the content hash")
+    parser.add_argument("--seed", type=int, default=1, help="seed of everything")
+    parser.add_argument("--num-scenes", type=int, help="rendered images of all families together")
+    parser.add_argument(
+        "--count",
+        action="append",
+        default=[],
+        metavar="FAMILY=N",
+        help=f"images of one family, may be repeated; families: {', '.join(FAMILIES)} (text counts documents)",
+    )
+    parser.add_argument("--font-dir", action="append", default=[], help="folder of fonts to use before the system's")
+    parser.add_argument("--num-workers", type=int, default=1, help="processes that render")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate what the arguments say and print a summary."""
+    summary = generate(
+        resolve(args), args.out, num_workers=args.num_workers, progress=not args.no_progress and sys.stderr.isatty()
+    )
+    write_line(f"{summary.folder}: {'already complete' if summary.reused else 'written'}")
+    for family, count in summary.counts.items():
+        write_line(f"  {family:<18}{count:>8}")
+    top = list(summary.answers.items())[:5]
+    if top:
+        write_line("  most frequent answers: " + ", ".join(f"{answer} {share:.1%}" for answer, share in top))
+    for note in summary.notes:
+        write_line(f"  note: {note}")
+
+
+def resolve(args: argparse.Namespace) -> SyntheticConfig:
+    """The profile, changed as the arguments say; raises ConfigError."""
+    config = PROFILES[args.profile]
+    counts = config.counts if args.num_scenes is None else scaled(config.counts, args.num_scenes)
+    chosen = dict(counts)
+    for item in args.count:
+        family, _, number = item.partition("=")
+        if family not in FAMILIES or not number.isdigit():
+            raise ConfigError(f"--count {item!r}: expected FAMILY=N with a family of {', '.join(FAMILIES)}")
+        chosen[family] = int(number)
+    return dataclasses.replace(
+        config, split=args.split, seed=args.seed, font_dirs=tuple(args.font_dir), counts=tuple(chosen.items())
+    )

@@ -1,0 +1,141 @@
+"""``tools/train.py RECIPE [flags]``: train a stage, or say what would be trained.
+
+Everything that can be refused is refused before torch is imported, so a wrong flag, a missing data set or a model that
+this machine cannot hold is answered in a second on every rank. Errors of a user are one message and exit status 2;
+anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
+from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.validate import check_data_files, check_device, validate
+from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.launch import Launch, has_cuda_device, read_launch
+from megatron_vl.log import setup_logging, silence_import_warnings, write_line
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    launch = read_launch()
+    try:
+        _run(sys.argv[1:] if argv is None else argv, launch)
+    except MegatronVLError as error:
+        _report(error, launch)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _run(argv: Sequence[str], launch: Launch) -> None:
+    parser = _build_parser()
+    options, words = parse_flags(parser, argv)
+    if len(words) > 1:
+        raise ConfigError(f"command line: expected one recipe, found {', '.join(words)}")
+    config = resolve(Path(words[0]) if words else None, options)
+    if options.world_size is not None and not (options.dry_run or options.check):
+        raise ConfigError("command line: --world-size is for --dry-run and --check; a run takes it from its launcher")
+    if options.dry_run:
+        _dry_run(config, options.world_size or model_parallel_size(config.parallel))
+        return
+    _refuse_early(config, options.world_size or launch.world_size)
+    if not options.check:
+        _start(config)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="tools/train.py",
+        usage="%(prog)s RECIPE [flags]",
+        description="Train Qwen-VL. Flags override the recipe; each is also a key of the recipe, under the section "
+        "whose name heads its group. Sizes shown as defaults are those of qwen_vl_7b.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, layout and parameters, and stop")
+    parser.add_argument("--check", action="store_true", help="check configuration, data and device, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run and --check assume")
+    add_flags(parser)
+    return parser
+
+
+def _refuse_early(config: RunConfig, world_size: int) -> None:
+    """Raise ``ConfigError`` for a run that cannot work here, before torch is imported."""
+    from megatron_vl.planning.layout import resolve_layout
+
+    cuda = has_cuda_device()
+    validate(config, world_size=world_size, cuda=cuda)
+    resolve_layout(config)
+    check_data_files(config)
+    check_device(_num_parameters(config), cuda=cuda)
+
+
+def _num_parameters(config: RunConfig) -> int:
+    from megatron_vl.planning.parameters import count_parameters
+
+    return sum(count_parameters(config.model).values())
+
+
+def _start(config: RunConfig) -> None:
+    setup_logging()
+    silence_import_warnings()
+    import torch
+
+    # A torch without CUDA on a machine with a GPU passes the early check.
+    check_device(_num_parameters(config), cuda=torch.cuda.is_available())
+    from megatron_vl.training.trainer import train
+
+    train(config)
+
+
+def _dry_run(config: RunConfig, world_size: int) -> None:
+    """Print what ``world_size`` ranks would do; the output is itself a recipe, since all but it is comments."""
+    from megatron_vl.planning.layout import resolve_layout
+    from megatron_vl.planning.parameters import parameters_by_rank
+
+    validate(config, world_size=world_size, cuda=True)  # the plan may be for another machine
+    layout = resolve_layout(config)
+    write_line(dump_config(config))
+    parallel = config.parallel
+    data_parallel = data_parallel_size(parallel, world_size)
+    write_line(
+        f"# {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x data {data_parallel}; {_describe_batch(config, data_parallel)}"
+    )
+    write_line(f"# model: {_num_parameters(config):,} parameters; pipeline layout {layout}")
+    write_line("#")
+    write_line("# pipeline rank   tensor rank          trained           frozen   stages")
+    for rank in parameters_by_rank(config, layout):
+        write_line(
+            f"# {rank.pipeline_rank:13}   {rank.tensor_rank:11}   {rank.trained:14,}   {rank.frozen:14,}   {rank.units}"
+        )
+
+
+def _describe_batch(config: RunConfig, data_parallel: int) -> str:
+    training = config.training
+    if training.global_batch_samples is not None:
+        return f"a step = {training.global_batch_samples:,} samples, in rows as the data set's manifest says"
+    return (
+        f"a step = {training.global_batch_size} rows = {num_microbatches(training, data_parallel)} micro-batches x "
+        f"{training.micro_batch_size} rows x data {data_parallel}"
+    )
+
+
+def _report(error: MegatronVLError, launch: Launch) -> None:
+    """Write the error, normally once: rank 0 at once, others only if rank 0 has not ended the run by then.
+
+    A launcher stops all ranks when the first one fails, so others wait: first the node's first rank, then the rest. An
+    error that only they have is written after the wait.
+    """
+    if launch.rank == 0:
+        write_line(f"error: {error}", error=True)
+        return
+    time.sleep(3.0 if launch.local_rank == 0 else 4.0)
+    write_line(f"error on rank {launch.rank}: {error}", error=True)

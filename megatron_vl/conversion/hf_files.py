@@ -1,0 +1,199 @@
+"""Folders in the published Hugging Face layout: reading untrusted ones, writing complete ones.
+
+A folder is read through its index (``pytorch_model.bin.index.json`` or ``model.safetensors.index.json``), or
+from a single file without one. The index comes from elsewhere, so it may only name files that lie directly in
+the folder, and it and the shards must agree on every name.
+
+A folder is written under another name beside its place and renamed when it is complete and on disk: what
+carries the folder's name is always whole, and an export that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vl.conversion.tensor_files import StoredTensor, index_shard
+from megatron_vl.errors import ConversionError
+
+FileFormat = Literal["safetensors", "bin"]
+
+_STEMS: dict[FileFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConversionError: the file is missing, oversized, or no JSON object.
+    """
+    if not file.is_file():
+        raise ConversionError(f"{file}: no such file; expected a folder in the published layout of Qwen-VL")
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise ConversionError(f"{file}: larger than {_MAX_JSON_BYTES} bytes; expected a small JSON file")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def index_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Name and place of every tensor of a folder; reads headers only.
+
+    Raises:
+        ConversionError: no weights, an index that points outside of the folder, or shards and index that
+            disagree.
+    """
+    for file_format, stem in _STEMS.items():
+        suffix = f"{stem}.{file_format}"
+        index_file, single = folder / f"{suffix}.index.json", folder / suffix
+        if index_file.is_file():
+            return _read_shards(folder, index_file)
+        if single.is_file():
+            return index_shard(single)
+    raise ConversionError(
+        f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or one of them + .index.json"
+    )
+
+
+def _read_shards(folder: Path, index_file: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index_file}: no 'weight_map'; expected the file of each tensor")
+    names_of: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+            raise ConversionError(
+                f"{index_file}: {name} is said to be in {file!r}; expected a file of this folder"
+            )
+        names_of.setdefault(file, set()).add(name)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(names_of):
+        shard = index_shard(folder / file)
+        check_names(shard, names_of[file], where=str(folder / file), what="the index says")
+        tensors |= shard
+    return tensors
+
+
+def check_names(found: Mapping[str, object], expected: set[str], *, where: str, what: str) -> None:
+    """Raise ConversionError, naming up to three of them, if tensors are missing or are strangers."""
+    problems = [
+        f"{label} {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for label, names in (("lacks", expected - set(found)), ("has the unexpected", set(found) - expected))
+        if names
+    ]
+    if problems:
+        raise ConversionError(f"{where}: {' and '.join(problems)}, unlike {what}")
+
+
+class FolderWriter:
+    """Writes a folder; a context manager that commits at the end and removes everything after an error."""
+
+    def __init__(
+        self, folder: Path, *, file_format: FileFormat = "safetensors", max_shard_bytes: int = 2 * 10**9
+    ):
+        """``folder`` must not exist, or be empty; a tensor above ``max_shard_bytes`` gets a shard of its
+        own.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")
+        self._folder = folder
+        self._format: FileFormat = file_format
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+        self._temporary = folder
+
+    def __enter__(self) -> Self:
+        parent = self._folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = parent / f".{self._folder.name}.partial-{uuid.uuid4().hex[:8]}"
+        self._temporary.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor into the current shard, or into the next one if it does not fit."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
+            self._flush()
+        tensor = tensor.detach().contiguous()
+        if (
+            tensor.untyped_storage().nbytes() != size
+        ):  # a view: torch.save would write all of what it looks at
+            tensor = tensor.clone()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+
+    def add_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        self.add_bytes(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def add_bytes(self, name: str, content: bytes) -> None:
+        """Write a file."""
+        (self._temporary / name).write_bytes(content)
+
+    def copy(self, file: Path) -> None:
+        """Copy a file under its own name."""
+        shutil.copyfile(file, self._temporary / file.name)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = self._temporary / f"shard-{len(self._shards)}"
+        if self._format == "safetensors":
+            save_file(self._pending, file, metadata={"format": "pt"})
+        else:
+            torch.save(self._pending, file)
+        self._shards.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _commit(self) -> None:
+        self._flush()
+        stem, count = _STEMS[self._format], len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            part = f"-{number + 1:05}-of-{count:05}" if count > 1 else ""
+            file = f"{stem}{part}.{self._format}"
+            (self._temporary / f"shard-{number}").rename(self._temporary / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            self.add_json(f"{stem}.{self._format}.index.json", index)
+        for path in [*self._temporary.iterdir(), self._temporary]:
+            _flush_to_disk(path)
+        self._temporary.rename(self._folder)
+        _flush_to_disk(self._folder.absolute().parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

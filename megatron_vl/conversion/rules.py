@@ -1,0 +1,104 @@
+"""How one of our tensors corresponds to the published ones: the verbs of the conversion table.
+
+Each rule states its rearrangement in both directions, and the shapes that follow from it, so that a table row
+is right or wrong as a whole. Rules only move elements (no arithmetic, no casts): a round trip gives every
+byte back, and a gradient maps like its parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_vl.config.schema import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+class Rule(Protocol):
+    """Correspondence of one of our tensors with one or more published tensors."""
+
+    def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Shapes of the published tensors, given ours without vocabulary padding."""
+
+    def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """Our tensor from the published ones."""
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The published tensors from ours; may be views of it."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same tensor under another name."""
+
+    def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The same shape."""
+        return (shape,)
+
+    def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """The tensor itself."""
+        return tensors[0]
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The tensor itself."""
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class Buffer(Rename):
+    """A stored table that never trains: kept, never recomputed, since its bytes are the published ones."""
+
+
+@dataclass(frozen=True)
+class VocabularyRows(Rename):
+    """Rows of the vocabulary: those that a layout pads with stay behind on the way out."""
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The first ``vocab_size`` rows."""
+        return (tensor[: model.language.vocab_size],)
+
+
+@dataclass(frozen=True)
+class InterleaveQKV:
+    """All heads' q, then all k, then all v; Megatron-Core wants q, k, v of head 0, of head 1, and so on."""
+
+    def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The same shape: rows are permuted."""
+        return (shape,)
+
+    def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """``[3 x heads x d, ...]`` -> ``[heads x 3 x d, ...]``."""
+        return _swap_leading(tensors[0], 3, model.language.num_attention_heads)
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """``[heads x 3 x d, ...]`` -> ``[3 x heads x d, ...]``."""
+        return (_swap_leading(tensor, model.language.num_attention_heads, 3),)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up, published as ``w2`` and ``w1``, are one tensor here: the gate's rows, then those of up."""
+
+    def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Two halves of the rows."""
+        half = (shape[0] // 2, *shape[1:])
+        return (half, half)
+
+    def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """``[f, h]`` and ``[f, h]`` -> ``[2f, h]``."""
+        return torch.cat(list(tensors))
+
+    def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """``[2f, h]`` -> ``[f, h]`` and ``[f, h]``."""
+        gate, up = tensor.chunk(2)
+        return (gate, up)
+
+
+def _swap_leading(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    rest = tensor.shape[1:]
+    return tensor.reshape(outer, inner, -1, *rest).transpose(0, 1).reshape(-1, *rest)

@@ -1,0 +1,125 @@
+"""Reading tensors one by one out of shard files, without trusting the files.
+
+Both kinds of shard, ``safetensors`` and ``torch.save`` archives, hold each tensor's bytes in one uncompressed
+run. So a shard is indexed once (names, shapes, types, offsets; no data), and a tensor is then read with one
+plain read into memory of its own. Memory stays at one tensor, whatever the shard's size; a memory map would
+keep every page that was touched.
+
+Nothing of a file is executed: archives are unpickled by torch's restricted unpickler (``weights_only=True``)
+under a fake mode that records the offsets, and safetensors headers are validated by the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_vl.errors import ConversionError
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk and in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            ConversionError: the file ends before the tensor does.
+        """
+        data = np.fromfile(self.file, dtype=np.uint8, count=self.num_bytes, offset=self.offset)
+        if data.nbytes != self.num_bytes:
+            raise ConversionError(
+                f"{self.file}: truncated; a tensor of {self.num_bytes} bytes has {data.nbytes}"
+            )
+        return torch.from_numpy(data).view(self.dtype).reshape(self.shape)
+
+
+def index_shard(file: Path) -> dict[str, StoredTensor]:
+    """Names and places of the tensors of one shard; the kind follows from the file's name.
+
+    Raises:
+        ConversionError: the file is missing, damaged, or holds something else than float tensors by name.
+    """
+    if not file.is_file():
+        raise ConversionError(f"{file}: no such file; download the folder again, or correct its index")
+    index = _index_safetensors(file) if file.suffix == ".safetensors" else _index_archive(file)
+    for name, stored in index.items():
+        if stored.dtype not in DTYPES.values():
+            raise ConversionError(f"{file}: {name} is {stored.dtype}; expected bfloat16, float16 or float32")
+    return index
+
+
+def _index_safetensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, "pt") as opened:  # validates the header: sizes, overlaps, the file's length
+            names = list(opened.keys())
+    except SafetensorError as error:
+        raise ConversionError(f"{file}: not a sound safetensors file ({error}); download it again") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    index = {}
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in DTYPES:
+            raise ConversionError(f"{file}: {name} is {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        start = 8 + length + entry["data_offsets"][0]
+        index[name] = StoredTensor(file, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return index
+
+
+def _index_archive(file: Path) -> dict[str, StoredTensor]:
+    if not zipfile.is_zipfile(file):
+        raise ConversionError(
+            f"{file}: no archive of torch.save (truncated, or written by torch before 1.6); download it again"
+        )
+    try:
+        with FakeTensorMode():
+            content = torch.load(file, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConversionError(f"{file}: refused ({reason}); expected an archive of plain tensors") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file}: holds a {type(content).__name__}; expected tensors by name")
+    return {_name(name, file): _stored(name, tensor, file) for name, tensor in content.items()}
+
+
+def _name(name: object, file: Path) -> str:
+    if not isinstance(name, str):
+        raise ConversionError(f"{file}: holds the key {name!r}; expected names of tensors")
+    return name
+
+
+def _stored(name: str, tensor: object, file: Path) -> StoredTensor:
+    if not isinstance(tensor, Tensor):
+        raise ConversionError(f"{file}: {name} is a {type(tensor).__name__}; expected a tensor")
+    if not tensor.is_contiguous():
+        raise ConversionError(f"{file}: {name} is stored transposed or strided; save contiguous tensors")
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        raise ConversionError(f"{file}: {name} has no data in the archive; expected a tensor with its bytes")
+    start = int(offset) + int(tensor.storage_offset()) * tensor.element_size()
+    return StoredTensor(file, start, tuple(tensor.shape), tensor.dtype)

@@ -1,0 +1,102 @@
+"""Encoded image -> checked pixels, exactly as the original does it.
+
+The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased) bicubic
+filter whatever the aspect ratio, and normalises with CLIP's constants. EXIF orientation is not applied, since boxes of
+the data sets refer to the stored pixels. Pixels stay uint8 until they are on the device of the model.
+
+Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit on bytes,
+on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is refused, never filled up.
+This module imports no torch, so that decode workers start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megatron_vl.errors import SkipSample
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+BLANK_RGB = tuple(round(255 * mean) for mean in IMAGE_MEAN)
+"""The grey that normalises to (almost) zero: the colour of a blank image."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may be."""
+
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    max_bytes: int = 50_000_000
+    max_pixels: int = 40_000_000
+    max_aspect_ratio: float = 200.0
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode an image to RGB.
+
+    Raises SkipSample: ``image_too_large`` (bytes, pixels or aspect ratio) or ``unreadable_image``.
+    """
+    if len(data) > limits.max_bytes:
+        raise SkipSample("image_too_large", f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+                _check_size(image.size, limits)
+                return _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise SkipSample("image_too_large", str(error)) from error
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
+        # Pillow's format plug-ins raise any of these for damaged files.
+        raise SkipSample("unreadable_image", f"{type(error).__name__}: {error}") from error
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise SkipSample("image_too_large", f"{width} x {height} pixels, the limit is {limits.max_pixels}")
+    if max(size) > limits.max_aspect_ratio * min(size):
+        raise SkipSample("image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit greys to white; keep their upper byte instead.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(data: bytes, image_size: int, limits: ImageLimits = DEFAULT_LIMITS) -> npt.NDArray[np.uint8]:
+    """uint8[3, image_size, image_size] of an encoded image, squashed to the square.
+
+    Raises SkipSample as ``decode_image`` does.
+    """
+    image = decode_image(data, limits).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
+    """uint8[num_images, 3, image_size, image_size] of the blank grey."""
+    colour = np.array(BLANK_RGB, dtype=np.uint8).reshape(1, 3, 1, 1)
+    return np.broadcast_to(colour, (num_images, 3, image_size, image_size)).copy()
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of the input."""
+    values = pixels.float().div_(255)
+    mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
+    std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
+    return values.sub_(mean).div_(std)

@@ -1,0 +1,172 @@
+"""The recipe of a data set: which sources, how they are tokenized, how they are packed.
+
+    sources:
+      - {name: scenes, type: img2dataset, path: raw/scenes}
+      - {name: questions, type: vqa, questions: raw/vqa.json, image_root: raw/images, weight: 2, limit: 50000}
+    seq_length: 2048
+    num_queries: 256          # these two may come from --model-preset
+    num_ranks: 151643
+    pack: {mode: mixed, max_images: 7}
+
+``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first samples; all
+other keys of a source are options of its reader. Unknown keys are errors that name their nearest neighbour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_vl.data.chat_prompts import ChatStyle
+from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.sources.base import Source
+from megatron_vl.data.sources.registry import build_source
+from megatron_vl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How samples share rows."""
+
+    mode: Literal["mixed", "task", "none"] = "mixed"
+    """``mixed``; ``task``: only samples of one task in a row (few-shot rows); ``none``: one sample a row."""
+    max_images: int = MAX_IMAGES_PER_ROW
+    """Images in a row."""
+    min_piece: int = 16
+    """Gaps shorter than this are not filled with text."""
+    seed: int = 0
+    """Seed of the shuffle before packing."""
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One source and how much of it is used."""
+
+    source: Source
+    weight: float = 1.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Everything that the prepared rows depend on."""
+
+    sources: tuple[SourceEntry, ...]
+    num_queries: int
+    num_ranks: int
+    seq_length: int = 2048
+    max_sample_length: int | None = None
+    """Longest sample; by default the row (stage 1 of the paper: 512)."""
+    chat_style: ChatStyle = "paper"
+    vocab_file: str | None = None
+    pack: PackOptions = field(default_factory=PackOptions)
+
+    @property
+    def longest_sample(self) -> int:
+        return self.max_sample_length or self.seq_length
+
+
+def load_recipe(path: Path, defaults: Mapping[str, int] | None = None) -> DataRecipe:
+    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_ranks`` of a model preset where the recipe does not.
+
+    Relative paths count from the recipe's folder. Raises ConfigError naming file and key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
+    values = {**(defaults or {}), **values}
+    _check_keys(values, DataRecipe, str(path))
+    for key in ("sources", "num_queries", "num_ranks"):
+        if key not in values:
+            hint = "" if key == "sources" else " (or give --model-preset)"
+            raise ConfigError(f"{path}: {key} is missing{hint}")
+    recipe = DataRecipe(
+        **{
+            **values,
+            "sources": _sources(values["sources"], path),
+            "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
+        }
+    )
+    _check_values(recipe, str(path))
+    return recipe
+
+
+def _sources(entries: Any, path: Path) -> tuple[SourceEntry, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: sources: expected a list of mappings with 'name' and 'type'")
+    built = tuple(_source(entry, f"{path}: sources[{i}]", path.parent) for i, entry in enumerate(entries))
+    names = [entry.source.name for entry in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique")
+    return built
+
+
+def _source(entry: Any, where: str, root: Path) -> SourceEntry:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
+    weight, limit = entry.get("weight", 1.0), entry.get("limit")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
+        raise ConfigError(f"{where}.weight: found {weight!r}, expected a number above 0 (2 uses every sample twice)")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ConfigError(f"{where}.limit: found {limit!r}, expected a number of samples")
+    options = {key: value for key, value in entry.items() if key not in ("weight", "limit")}
+    return SourceEntry(build_source(options, where=where, root=root), float(weight), limit)
+
+
+def _pack_options(values: Any, where: str) -> PackOptions:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
+    _check_keys(values, PackOptions, where)
+    options = PackOptions(**values)
+    _check_choice(options.mode, ("mixed", "task", "none"), f"{where}.mode")
+    for key in ("max_images", "min_piece", "seed"):
+        _check_integer(getattr(options, key), f"{where}.{key}", least=0 if key == "seed" else 1)
+    if options.max_images > MAX_IMAGES_PER_ROW:
+        raise ConfigError(f"{where}.max_images: found {options.max_images}, the most is {MAX_IMAGES_PER_ROW}")
+    return options
+
+
+def _check_values(recipe: DataRecipe, where: str) -> None:
+    for key in ("num_queries", "num_ranks", "seq_length"):
+        _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
+    _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
+    if recipe.max_sample_length is not None:
+        _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
+    if recipe.longest_sample > recipe.seq_length:
+        raise ConfigError(
+            f"{where}: max_sample_length {recipe.longest_sample} exceeds seq_length {recipe.seq_length}; a sample must fit "
+            "into a row"
+        )
+    if recipe.vocab_file is not None and not isinstance(recipe.vocab_file, str):
+        raise ConfigError(f"{where}: vocab_file: found {recipe.vocab_file!r}, expected a path")
+
+
+def _check_keys(values: Mapping[str, Any], kind: type[Any], where: str) -> None:
+    valid = [item.name for item in dataclasses.fields(kind)]
+    for key in values:
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _check_integer(value: Any, where: str, *, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{where}: found {value!r}, expected an integer of at least {least}")
+
+
+def _check_choice(value: Any, choices: Sequence[str], where: str) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(choices)}")

@@ -1,0 +1,141 @@
+"""What all readers share: shards, skipped records, and strict access to fields.
+
+A record that cannot be used is *data*, not an exception: ``read`` yields ``Skipped`` in its place, with the reason
+that groups it in the manifest. Exceptions are for what makes the whole source useless (a missing folder, a file of
+another format): ``DataError`` names the file, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vl.data.sample import Sample
+from megatron_vl.errors import DataError, SkipSample
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: a file, or some of its records."""
+
+    name: str
+    """Unique within the source and stable over runs: the name under which finished work is remembered."""
+    path: Path
+    first: int = 0
+    """Index of the first record (jsonl: line number counted from 0)."""
+    count: int | None = None
+    """Number of records; none for all that follow."""
+    offset: int = 0
+    """Byte at which the first record begins (jsonl only)."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that gave no sample."""
+
+    key: str
+    reason: str
+    """Short and stable: groups records in the manifest."""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Options that every reader has, and what a reader does."""
+
+    name: str
+    """Name of the source in the recipe; becomes ``Sample.source``."""
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """Units of work in a fixed order. Raises DataError if the source's files are missing."""
+
+    @abstractmethod
+    def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
+        """One item for each record of ``shard``, in the order of the file."""
+
+
+def skipped(key: str, error: SkipSample) -> Skipped:
+    """The record for a ``SkipSample`` that was raised while ``key`` was read."""
+    return Skipped(key, error.reason, error.detail)
+
+
+def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
+    """``record[name]``, checked to be a ``kind``; otherwise SkipSample('missing_field' or 'wrong_field')."""
+    if not isinstance(record, Mapping):
+        raise SkipSample("wrong_field", f"expected an object, found {type(record).__name__}")
+    if name not in record:
+        raise SkipSample("missing_field", f"no {name!r}; found {sorted(record)[:8]}")
+    value = record[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise SkipSample("wrong_field", f"{name!r} is {type(value).__name__}")
+    return value
+
+
+def clean_text(text: str, what: str) -> str:
+    """``text`` without surrounding blanks; SkipSample if it is empty or not valid Unicode (lone surrogates)."""
+    text = text.strip()
+    if not text:
+        raise SkipSample("empty_text", f"{what} is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SkipSample("bad_unicode", f"{what}: {error.reason}") from error
+    return text
+
+
+def require_file(path: Path, what: str) -> Path:
+    """``path``, or DataError if it is no regular file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected {what}")
+    return path
+
+
+def require_folder(path: Path, what: str) -> Path:
+    """``path``, or DataError if it is no folder."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; expected {what}")
+    return path
+
+
+def load_json(path: Path, expected: type[list[Any] | dict[str, Any]]) -> Any:
+    """The JSON document in ``path``, checked to be of the ``expected`` type at the top; raises DataError."""
+    require_file(path, "a JSON file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
+    if not isinstance(value, expected):
+        raise DataError(f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}")
+    return value
+
+
+def json_list(document: Json, name: str, path: Path) -> list[Any]:
+    """The list ``document[name]``; DataError names the file if it is absent."""
+    value = document.get(name)
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list under {name!r}; found the keys {sorted(document)[:8]}")
+    return value
+
+
+def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[Shard]:
+    """Shards of consecutive records of one file."""
+    if records_per_shard < 1:
+        raise DataError(f"records_per_shard is {records_per_shard}, expected at least 1")
+    firsts = range(0, num_records, records_per_shard)
+    return [
+        Shard(f"{path.name}:{first}", path, first, min(records_per_shard, num_records - first)) for first in firsts
+    ]
+
+
+def slice_of(records: list[Any], shard: Shard) -> Iterator[tuple[int, Any]]:
+    """The records of ``shard`` with their indices."""
+    stop = len(records) if shard.count is None else shard.first + shard.count
+    for index in range(shard.first, min(stop, len(records))):
+        yield index, records[index]

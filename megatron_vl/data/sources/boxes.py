@@ -1,0 +1,59 @@
+"""Boxes and quadrilaterals of published records, brought to the project's form: fractions of the image in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_vl.errors import SkipSample
+
+Box = tuple[float, float, float, float]
+
+
+def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float = 1.0) -> Box:
+    """(x1, y1, x2, y2) in units of which the image has ``width`` x ``height``, clipped to the image.
+
+    Raises SkipSample('bad_box') if it is not four finite numbers or nothing of it lies inside the image.
+    """
+    x1, y1, x2, y2 = _numbers(corners, 4, "bad_box")
+    _check_size(width, height)
+    box = (_clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise SkipSample("bad_box", f"{list(corners)} in an image of {width:g} x {height:g} has no area")
+    return box
+
+
+def box_from_xywh(xywh: Sequence[float], width: float, height: float) -> Box:
+    """The same from COCO's (x, y, width, height)."""
+    x, y, w, h = _numbers(xywh, 4, "bad_box")
+    return box_from_corners((x, y, x + w, y + h), width, height)
+
+
+def quad_from_points(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
+    """Eight fractions from four points, clipped to the image; raises SkipSample('bad_quad')."""
+    _check_size(width, height)
+    if not isinstance(points, Sequence) or len(points) != 4:
+        raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
+    quad: list[float] = []
+    for point in points:
+        x, y = _numbers(point, 2, "bad_quad")
+        quad += [_clip(x / width), _clip(y / height)]
+    return tuple(quad)
+
+
+def _numbers(values: Sequence[float], count: int, reason: str) -> list[float]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        raise SkipSample(reason, f"expected {count} numbers, found {values!r:.80}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SkipSample(reason, f"expected {count} finite numbers, found {values!r:.80}")
+    return [float(value) for value in values]
+
+
+def _check_size(width: float, height: float) -> None:
+    if not (width > 0 and height > 0):
+        raise SkipSample("bad_size", f"image size {width} x {height}")
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

@@ -1,0 +1,79 @@
+"""JSON Lines, cut into shards by line numbers and byte offsets so that a shard is found without reading the file.
+
+Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no JSON object, or longer
+than the cap, is a skipped record whose key is the file and the line number (counted from 1, as editors do).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_vl.data.sources.base import Shard, Skipped, require_file
+from megatron_vl.errors import DataError
+
+MAX_LINE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line that holds a JSON object."""
+
+    number: int
+    """Counted from 1."""
+    record: dict[str, Any]
+
+
+def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
+    """Shards of ``lines_per_shard`` lines each (blank ones included in the count); raises DataError."""
+    require_file(path, "a JSON Lines file")
+    if lines_per_shard < 1:
+        raise DataError(f"records_per_shard is {lines_per_shard}, expected at least 1")
+    shards = []
+    first = offset = position = number = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            position += len(line)
+            if number % lines_per_shard == 0:
+                shards.append(Shard(f"{path.name}:{first}", path, first, number - first, offset))
+                first, offset = number, position
+    if number > first:
+        shards.append(Shard(f"{path.name}:{first}", path, first, number - first, offset))
+    return shards
+
+
+def read_lines(shard: Shard) -> Iterator[Line | Skipped]:
+    """The JSON objects of a shard's lines, with ``Skipped`` for lines that hold none."""
+    with shard.path.open("rb") as stream:
+        stream.seek(shard.offset)
+        number = shard.first
+        while shard.count is None or number < shard.first + shard.count:
+            raw = stream.readline(MAX_LINE_BYTES + 1)
+            if not raw:
+                return
+            number += 1
+            key = f"{shard.path.name}:{number}"
+            if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                _skip_rest_of_line(stream)
+                yield Skipped(key, "line_too_long", f"more than {MAX_LINE_BYTES} bytes")
+            elif raw.strip():
+                yield _parse(raw, number, key)
+
+
+def _skip_rest_of_line(stream: BinaryIO) -> None:
+    while rest := stream.readline(MAX_LINE_BYTES):
+        if rest.endswith(b"\n"):
+            return
+
+
+def _parse(raw: bytes, number: int, key: str) -> Line | Skipped:
+    try:
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        return Skipped(key, "bad_json", str(error))
+    if not isinstance(record, dict):
+        return Skipped(key, "bad_json", f"expected an object, found {type(record).__name__}")
+    return Line(number, record)

@@ -1,0 +1,50 @@
+"""Words and sentences for document pages and text: written for this project, in English and Chinese.
+
+``WORDS`` is the closed lexicon of the tiny pages: short, common, each a token or two of Qwen's first ranks.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+_WORDS = """
+time name data file work user type line view code day year list case word page book home life hand game test play text
+help car law food city area sum air box bar map top next part plan post read road room show side size sort step stop
+talk team term tool unit wait week wind wood zone
+"""
+WORDS: tuple[str, ...] = tuple(_WORDS.split())
+
+PEOPLE = "the teacher,a young doctor,the old sailor,our neighbour,the driver,a student,the mayor,my sister"
+ACTS = "opened,closed,painted,found,carried,bought,sold,repaired,measured,described,moved,washed"
+THINGS = "the door,a wooden box,the blue car,three books,the long table,a map,the clock,his boat,an old radio"
+PLACES = "in the city,near the river,at the station,by the window,on the hill,behind the school,in room 12"
+TIMES = "on Monday,in 1987,last week,before noon,at 8:30,after the rain,every year,in the evening"
+
+PEOPLE_ZH = "老师,医生,学生,司机,我的朋友,他们,这位工人,小王"
+TIMES_ZH = "昨天,今天早上,去年,下午三点,星期一,晚上"
+PLACES_ZH = "在城市里,在学校,在河边,在车站,在山上,在图书馆"
+ACTS_ZH = "买了,看见了,打开了,修好了,找到了,介绍了"
+THINGS_ZH = "一本书,一张地图,三个箱子,那扇门,一台旧电脑,很多水果"
+
+
+def sentence(rng: Random, language: Literal["en", "zh"]) -> str:
+    """A sentence of everyday words."""
+    if language == "zh":
+        parts = (PEOPLE_ZH, TIMES_ZH, PLACES_ZH, ACTS_ZH, THINGS_ZH)
+        return "".join(_pick(rng, words) for words in parts) + "。"
+    text = " ".join(_pick(rng, words) for words in (PEOPLE, ACTS, THINGS, PLACES, TIMES))
+    return text[0].upper() + text[1:] + "."
+
+
+def _pick(rng: Random, words: str) -> str:
+    """One of the expressions that commas separate."""
+    return rng.choice(words.split(","))
+
+
+def paragraph(rng: Random, num_characters: int, language: Literal["en", "zh"]) -> str:
+    """Sentences of at least ``num_characters`` together."""
+    text = ""
+    while len(text) < num_characters:
+        text += (" " if text and language == "en" else "") + sentence(rng, language)
+    return text

@@ -1,0 +1,79 @@
+"""Sample -> TokenizedSample: pieces become ids, an image becomes its span of slots.
+
+An image span is ``<img>``, ``num_queries`` times ``<imgpad>``, ``</img>``; only an image piece makes one, so the spans
+of a tokenized sample are always balanced and as many as its images. (The original writes the image's path into the
+slots, byte by byte; the features overwrite them, so pads do.) A sample longer than the limit is skipped by name, never
+cut, except a text document, which packing lays over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.data.chat_prompts import ChatStyle, render_chat
+from megatron_vl.data.prompts import Piece, render
+from megatron_vl.data.sample import Sample, TokenizedSample
+from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.errors import SkipSample
+
+
+@dataclass(frozen=True)
+class EncodedPieces:
+    """Ids of a rendered text and which of them are targets."""
+
+    tokens: npt.NDArray[np.int32]
+    """int32[length]."""
+    supervised: npt.NDArray[np.bool_]
+    """bool[length]."""
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """What tokenizing needs to know of the model and the recipe."""
+
+    num_queries: int
+    max_length: int
+    """Longest sample in tokens; text documents may be longer."""
+    chat_style: ChatStyle = "paper"
+
+
+def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeOptions) -> TokenizedSample:
+    """Render and encode one sample.
+
+    Raises SkipSample: ``too_long``, or what rendering found wrong.
+    """
+    pieces = render_chat(sample, options.chat_style) if sample.task == "chat" else render(sample)
+    encoded = encode_pieces(pieces, tokenizer, num_queries=options.num_queries)
+    if len(encoded.tokens) > options.max_length and sample.task != "text":
+        raise SkipSample("too_long", f"{len(encoded.tokens)} tokens, the limit is {options.max_length}")
+    return TokenizedSample(
+        key=sample.key,
+        source=sample.source,
+        task=sample.task,
+        tokens=encoded.tokens,
+        supervised=encoded.supervised,
+        images=sample.images,
+    )
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_queries: int) -> EncodedPieces:
+    """Ids of rendered pieces, in training and in generation alike."""
+    special = tokenizer.special
+    special_ids = special.by_text
+    image_span = [special.img_start, *[special.img_pad] * num_queries, special.img_end]
+    tokens: list[int] = []
+    supervised: list[bool] = []
+    for piece in pieces:
+        if piece.kind == "image":
+            ids = image_span
+        elif piece.kind == "special":
+            ids = [special_ids[piece.text]]
+        else:
+            ids = tokenizer.encode(piece.text)
+        tokens += ids
+        supervised += [piece.supervised] * len(ids)
+    return EncodedPieces(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=np.bool_))

@@ -1,0 +1,150 @@
+"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_ranks`` merges, special tokens after them.
+
+The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed ``dashscope``
+package, without importing that package, or given by path; its SHA-256 is checked, since a vocabulary that differs by
+one line trains a model that nobody can read. The first 256 ranks are the single bytes, so that any prefix of the file
+of at least that length is a complete vocabulary: a small model keeps 2,048 ranks and still spells every text.
+
+Invariant: text from data never becomes a special token. ``encode`` knows no special token at all;
+``encode_with_specials`` parses only those that its caller allows.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import importlib.util
+import unicodedata
+from collections.abc import Collection, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import tiktoken
+
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.errors import ConfigError, DataError
+
+QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+"""SHA-256 of ``qwen.tiktoken`` with LF line ends (a copy with CRLF circulates; it is accepted)."""
+NUM_BYTES = 256
+_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",  # digits one by one
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class QwenTokenizer:
+    """Text to ids and back; see the module for where the vocabulary comes from."""
+
+    def __init__(self, num_ranks: int, vocab_file: str | Path | None = None) -> None:
+        """Read and check the vocabulary.
+
+        Raises ConfigError for an impossible ``num_ranks`` and DataError if the file is absent or not Qwen's.
+        """
+        ranks = read_ranks(find_vocab_file() if vocab_file is None else Path(vocab_file))
+        if not NUM_BYTES <= num_ranks <= len(ranks):
+            raise ConfigError(
+                f"model.num_ranks = {num_ranks}: expected {NUM_BYTES} (the single bytes) to {len(ranks)} (all ranks)."
+            )
+        self.special = SpecialTokens(num_ranks)
+        self._encoding = tiktoken.Encoding(
+            name=f"qwen_{num_ranks}",
+            pat_str=_PATTERN,
+            mergeable_ranks=dict(list(ranks.items())[:num_ranks]),
+            special_tokens=self.special.by_text,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; the surface form of a special token is spelled out like any other text."""
+        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_with_specials(self, text: str, allowed: Collection[str] | None = None) -> list[int]:
+        """Ids of text in which the special tokens ``allowed`` (surface forms; by default all) are parsed.
+
+        For text of ours and for tests; never for text from data.
+        """
+        specials = self.special.by_text if allowed is None else allowed
+        return self._encoding.encode(
+            unicodedata.normalize("NFC", text), allowed_special=set(specials), disallowed_special=()
+        )
+
+    def decode(self, ids: Iterable[int], *, keep_special: bool | Collection[str] = True) -> str:
+        """Text of ids; special tokens are kept, dropped, or kept if named in ``keep_special``.
+
+        Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are not UTF-8,
+        as when a generation stops within a character, become U+FFFD.
+        """
+        kept = [i for i in ids if i < self.special.num_ranks or self._keeps(i, keep_special)]
+        return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
+
+    def _keeps(self, token_id: int, keep_special: bool | Collection[str]) -> bool:
+        text = self._special_text.get(token_id)
+        if text is None or isinstance(keep_special, bool):
+            return text is not None and bool(keep_special)
+        return text in keep_special
+
+    @cached_property
+    def _special_text(self) -> dict[int, str]:
+        return {token_id: text for text, token_id in self.special.by_text.items()}
+
+
+def find_vocab_file() -> Path:
+    """Path of ``qwen.tiktoken`` inside the installed ``dashscope`` package, which is located and not imported.
+
+    Raises DataError if the package is not installed or does not hold the file.
+    """
+    spec = importlib.util.find_spec("dashscope")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "resources" / "qwen.tiktoken"
+        if path.is_file():
+            return path
+    raise DataError(
+        "Qwen's vocabulary was not found: package 'dashscope' with resources/qwen.tiktoken is not installed. "
+        "Install it (pip install --no-deps dashscope) or give the file as data.vocab_file."
+    )
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The merges of a ``.tiktoken`` file, bytes to rank, in order of rank.
+
+    Raises DataError if the file cannot be read, is not Qwen's, or its ranks have gaps.
+    """
+    try:
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+    except OSError as error:
+        raise DataError(f"vocabulary {path}: cannot be read ({error.strerror}).") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != QWEN_SHA256:
+        raise DataError(
+            f"vocabulary {path}: SHA-256 is {found}, expected {QWEN_SHA256} (qwen.tiktoken of Qwen-VL). "
+            "The file is damaged or of another model; fetch it again."
+        )
+    return parse_ranks(content, str(path))
+
+
+def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
+    """Parse lines 'base64 rank' and check that ranks run 0, 1, 2, ... and begin with all single bytes.
+
+    ``name`` stands in messages. Raises DataError naming the first wrong line.
+    """
+    ranks: dict[bytes, int] = {}
+    for line_index, line in enumerate(content.splitlines()):
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except (ValueError, binascii.Error) as error:
+            raise DataError(f"vocabulary {name}, line {line_index + 1}: expected 'base64 rank'.") from error
+        if rank != line_index or token in ranks:
+            raise DataError(f"vocabulary {name}, line {line_index + 1}: rank {rank}, expected {line_index}, each once.")
+        ranks[token] = rank
+    if set(list(ranks)[:NUM_BYTES]) != {bytes([value]) for value in range(NUM_BYTES)}:
+        raise DataError(f"vocabulary {name}: the first {NUM_BYTES} ranks are not the single bytes.")
+    return ranks

@@ -1,0 +1,110 @@
+"""Held-out examples for the report: the image with its boxes drawn, beside what was true and what was said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from megatron_vl.data.sample import Region
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.records import Prediction
+from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
+from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
+
+TRUTH_COLOUR = "#1a7f37"
+PREDICTION_COLOUR = "#d1242f"
+_MIN_SIDE = 336
+"""Images smaller than this are enlarged before boxes are drawn, so that the lines do not cover them."""
+
+_MARKUP = re.compile(r"<img>.*?</img>|<[^>]*>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One card of the report."""
+
+    question: str
+    truth: str
+    said: str
+    blind_said: str
+    verdict: str
+    good: bool
+    image: str
+    """A data URI, or empty."""
+
+
+def make_examples(
+    predictions: Sequence[Prediction], *, blind: Mapping[str, Prediction], task: str, count: int
+) -> tuple[Example, ...]:
+    """Make cards of the first ``count`` predictions of a task, in the order of the file: they are not chosen.
+
+    ``blind`` maps keys to the blind model's predictions. Raises DataError for an image that cannot be read.
+    """
+    chosen = [prediction for prediction in predictions if prediction.task == task][:count]
+    return tuple(_make_example(prediction, blind.get(prediction.key)) for prediction in chosen)
+
+
+def _make_example(prediction: Prediction, blind: Prediction | None) -> Example:
+    verdict, good = _verdict(prediction)
+    return Example(
+        question=readable(prediction.prompt),
+        truth=_answer(prediction.task, prediction.references[0]),
+        said=_answer(prediction.task, prediction.prediction),
+        blind_said="" if blind is None else _answer(prediction.task, blind.prediction),
+        verdict=verdict,
+        good=good,
+        image=_draw(prediction),
+    )
+
+
+def readable(text: str) -> str:
+    """A text without the model's markup, on one line."""
+    return " ".join(_MARKUP.sub(" ", text).split())
+
+
+def _answer(task: str, text: str) -> str:
+    if task == "ocr":
+        return " ".join(read_words(text))
+    return readable(text)
+
+
+def _verdict(prediction: Prediction) -> tuple[str, bool]:
+    if prediction.task not in SCORERS:
+        return "", True
+    points = SCORERS[prediction.task][1](prediction)
+    good = points.earned == points.possible
+    if prediction.task == "referring":
+        return f"IoU {reference_iou(prediction):.2f}", good
+    if prediction.task == "ocr":
+        return f"{points.earned:.0f} of {points.possible:.0f} words", good
+    return ("right" if good else "wrong"), good
+
+
+def _draw(prediction: Prediction) -> str:
+    """The image of a prediction as a data URI, true shapes in green and predicted ones in red."""
+    if prediction.image is None:
+        return ""
+    try:
+        image = Image.open(prediction.image).convert("RGB")
+    except OSError as error:
+        raise DataError(f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}") from None
+    scale = max(1.0, _MIN_SIDE / max(image.size))
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    if prediction.task in ("referring", "ocr", "grounded_caption"):
+        for text, colour in ((prediction.references[0], TRUTH_COLOUR), (prediction.prediction, PREDICTION_COLOUR)):
+            image = draw_regions(image, _regions(text), colour=colour, width=3, labels=False)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _regions(text: str) -> tuple[Region, ...]:
+    """The regions of a text; a bare pair of points, as a model may write after the prompt's <box>, counts as one."""
+    regions = parse_grounding(text).regions
+    box = first_box(text)
+    return regions or (() if box is None else (Region("", boxes=(box,)),))

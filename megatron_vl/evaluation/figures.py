@@ -1,0 +1,114 @@
+"""Plots as inline SVG: the loss of one stage, with the hand-over to another layout marked.
+
+Figures are made through matplotlib's object interface, without pyplot, so that nothing global is touched; text stays
+text, so that it takes the page's font, and the ids are the same in every run.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_vl.evaluation.records import TrainingRecord
+
+SIGHTED_COLOUR = "#2563eb"
+BLIND_COLOUR = "#9a6700"
+MUTED_COLOUR = "#6b7280"
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megatron_vl",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "xtick.color": MUTED_COLOUR,
+    "ytick.color": MUTED_COLOUR,
+}
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of steps at one layout."""
+
+    layout: str
+    first: int
+    last: int
+
+
+def find_legs(records: Sequence[TrainingRecord]) -> tuple[Leg, ...]:
+    """Cut a stage into stretches of steps at one layout, in order."""
+    legs: list[Leg] = []
+    for record in records:
+        if legs and legs[-1].layout == record.layout:
+            legs[-1] = Leg(record.layout, legs[-1].first, record.iteration)
+        else:
+            legs.append(Leg(record.layout, record.iteration, record.iteration))
+    return tuple(legs)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean whose memory is a fortieth of the series, without the pull of its first value."""
+    keep = 1.0 - 1.0 / max(1.0, len(values) / 40)
+    result, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = keep * total + value
+        weight = keep * weight + 1.0
+        result.append(total / weight)
+    return result
+
+
+def loss_figure(sighted: Sequence[TrainingRecord], blind: Sequence[TrainingRecord] = ()) -> str:
+    """Plot the training loss of a stage, the blind model's beside it; returns one <svg> element."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = figure.subplots()
+        if blind:
+            _plot_loss(axes, blind, BLIND_COLOUR, "blind model")
+        _plot_loss(axes, sighted, SIGHTED_COLOUR, "this model")
+        for before, after in zip(find_legs(sighted), find_legs(sighted)[1:], strict=False):
+            _mark_hand_over(axes, (before.last + after.first) / 2, after.layout)
+        axes.set_xlabel("step", color=MUTED_COLOUR)
+        axes.set_ylabel("training loss", color=MUTED_COLOUR)
+        if blind:
+            axes.legend(loc="upper right", frameon=False)
+        return _to_svg(figure)
+
+
+def _plot_loss(axes: Axes, records: Sequence[TrainingRecord], colour: str, label: str) -> None:
+    steps = [record.iteration for record in records]
+    losses = [record.lm_loss for record in records]
+    axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color=colour, linewidth=1.6, label=label)
+
+
+def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
+    axes.axvline(step, color=MUTED_COLOUR, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{layout} ",
+        xy=(step, 0.04),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        va="bottom",
+        rotation=90,
+        fontsize=8,
+        color=MUTED_COLOUR,
+    )
+
+
+def _to_svg(figure: Figure) -> str:
+    """Serialise a figure as an <svg> element without the XML header and without metadata."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

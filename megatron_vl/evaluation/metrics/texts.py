@@ -1,0 +1,51 @@
+"""Longer texts: captions that must match exactly, words read from a page, and the edit-distance score ANLS."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+ANLS_THRESHOLD = 0.5
+"""Similarities below this count as wrong (DocVQA's protocol)."""
+
+
+def normalise_caption(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def caption_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the caption equals a reference after :func:`normalise_caption`, else 0.0."""
+    caption = normalise_caption(prediction)
+    return float(any(caption == normalise_caption(reference) for reference in references))
+
+
+def word_recall(predicted: Sequence[str], truth: Sequence[str]) -> float:
+    """Share of the true words that were read letter for letter, each predicted word used once; case matters.
+
+    1.0 where there is nothing to read and nothing was read, 0.0 where something was invented.
+    """
+    if not truth:
+        return float(not predicted)
+    found = Counter(predicted) & Counter(truth)
+    return found.total() / len(truth)
+
+
+def anls(prediction: str, references: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one question: the best reference, cut to 0 below 0.5.
+
+    The distance is taken between lower-case texts with single spaces, but it is divided by the length of the raw
+    texts, as the official DocVQA script does.
+    """
+    best = max((_similarity(prediction, reference) for reference in references), default=0.0)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def _similarity(prediction: str, reference: str) -> float:
+    length = max(len(prediction.upper()), len(reference.upper()))
+    if length == 0:
+        return 1.0
+    distance = Levenshtein.distance(" ".join(prediction.lower().split()), " ".join(reference.lower().split()))
+    return 1.0 - distance / length

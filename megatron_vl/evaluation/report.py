@@ -1,0 +1,232 @@
+"""The report of a run: one self-contained ``report.html``, and the same findings as plain text for the terminal.
+
+A report is a pure function of the run directory (:mod:`megatron_vl.evaluation.records`). The page asks for nothing:
+plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script. Every text of the run is
+escaped by the template engine; only our own SVG is inserted as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_vl.evaluation.bars import LOSS_TASKS, Bar, Findings, find_loss, judge
+from megatron_vl.evaluation.examples import Example, make_examples
+from megatron_vl.evaluation.figures import loss_figure
+from megatron_vl.evaluation.records import (
+    HeldOutLoss,
+    Manifest,
+    Model,
+    Prediction,
+    RunInfo,
+    StageInfo,
+    load_checks,
+    load_losses,
+    load_manifest,
+    load_predictions,
+    load_run_info,
+    load_timings,
+    load_training,
+)
+from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
+from megatron_vl.evaluation.tables import (
+    LayoutRow,
+    TimeRow,
+    format_table,
+    layout_rows,
+    show_duration,
+    time_rows,
+)
+
+EXAMPLES_PER_TASK = 6
+EXAMPLE_TASKS = ("referring", "caption", "vqa", "ocr", "chat")
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """A stage with the plot of its training loss."""
+
+    info: StageInfo
+    figure: str
+    """An <svg> element."""
+    num_steps: int
+    layouts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A task's score beside the blind model's."""
+
+    task: str
+    metric: str
+    sighted: str
+    blind: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """A held-out loss beside the blind model's."""
+
+    stage: str
+    task: str
+    sighted: str
+    blind: str
+    better: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page and the terminal show."""
+
+    run: RunInfo
+    bars: tuple[Bar, ...]
+    scores: tuple[ScoreRow, ...]
+    losses: tuple[LossRow, ...]
+    curves: tuple[StageCurve, ...]
+    layouts: tuple[LayoutRow, ...]
+    examples: Mapping[str, tuple[Example, ...]]
+    manifests: tuple[Manifest, ...]
+    times: tuple[TimeRow, ...]
+
+    @property
+    def num_met(self) -> int:
+        """Bars that were met."""
+        return sum(bar.met for bar in self.bars)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps together."""
+        return sum(row.seconds for row in self.times)
+
+
+def read_report(run_dir: Path) -> Report:
+    """Work a report out of a run directory. Raises DataError for a file that is missing or damaged."""
+    run = load_run_info(run_dir)
+    predictions = _read_predictions(run_dir)
+    scores = {model: score_predictions(found) for model, found in predictions.items()}
+    losses = load_losses(run_dir / "eval" / "losses.json")
+    checks = load_checks(run_dir / "eval" / "checks.json")
+    return Report(
+        run=run,
+        bars=judge(run.profile, Findings(scores, losses, checks)),
+        scores=_score_rows(scores),
+        losses=_loss_rows(losses),
+        curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
+        layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
+        examples=_examples(predictions),
+        manifests=tuple(load_manifest(path) for path in sorted((run_dir / "data").glob("*.json"))),
+        times=time_rows(load_timings(run_dir)),
+    )
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page; whoever reads it meanwhile sees the old one or the new one."""
+    draft = path.with_suffix(".html.part")
+    draft.write_text(render_page(report), encoding="utf-8")
+    draft.replace(path)
+
+
+def render_page(report: Report) -> str:
+    """The report as one HTML page."""
+    environment = Environment(
+        loader=PackageLoader("megatron_vl.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = show_duration
+    environment.filters["svg"] = Markup
+    return environment.get_template("report.html.j2").render(report=report, tasks=SCORERS)
+
+
+def render_text(report: Report) -> str:
+    """The bars, scores, layouts and times as plain text tables."""
+    tables = [
+        ("Requirements", ("what", "required", "found", ""), _bar_cells(report.bars)),
+        ("Scores on held-out data", ("task", "measured by", "this model", "blind model", "samples"), _cells(report)),
+        ("Layouts", ("stage", "layout", "steps", "tokens/s", "images/s"), _layout_cells(report.layouts)),
+        ("Time of each step", ("step", "time", ""), _time_cells(report.times)),
+    ]
+    parts = [f"{title}\n{format_table(header, rows)}" for title, header, rows in tables if rows]
+    total = f"{report.num_met} of {len(report.bars)} requirements met; {show_duration(report.seconds)} in all"
+    return "\n\n".join([*parts, total])
+
+
+def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
+    folder = run_dir / "eval"
+    models: tuple[Model, ...] = ("sighted", "blind")
+    return {model: load_predictions(folder / f"predictions_{model}.jsonl") for model in models}
+
+
+def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, ...]:
+    rows = []
+    for task, (metric, _) in SCORERS.items():
+        sighted, blind = scores["sighted"].get(task), scores["blind"].get(task)
+        if sighted is not None:
+            rows.append(ScoreRow(task, metric, _percent(sighted), _percent(blind), sighted.num_samples))
+    return tuple(rows)
+
+
+def _percent(score: Score | None) -> str:
+    return "–" if score is None else f"{100 * score.value:.1f} %"
+
+
+def _loss_rows(losses: Sequence[HeldOutLoss]) -> tuple[LossRow, ...]:
+    rows = []
+    for stage in sorted({loss.stage for loss in losses}):
+        for task in LOSS_TASKS:
+            sighted, blind = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+            if sighted is not None:
+                better = blind is not None and sighted < blind
+                shown = "–" if blind is None else f"{blind:.3f}"
+                rows.append(LossRow(stage.removeprefix("stage"), task, f"{sighted:.3f}", shown, better))
+    return tuple(rows)
+
+
+def _stage_curve(run_dir: Path, stage: StageInfo) -> StageCurve:
+    sighted = load_training(run_dir / stage.folder)
+    blind = load_training(run_dir / stage.blind_folder) if stage.blind_folder else ()
+    layouts = tuple(dict.fromkeys(row.layout for row in layout_rows(stage.name, sighted)))
+    return StageCurve(stage, loss_figure(sighted, blind), sighted[-1].iteration, layouts)
+
+
+def _stage_layouts(run_dir: Path, stage: StageInfo) -> tuple[LayoutRow, ...]:
+    name = stage.name.removeprefix("stage")
+    rows = layout_rows(name, load_training(run_dir / stage.folder))
+    if stage.blind_folder:
+        rows += layout_rows(f"{name}, blind", load_training(run_dir / stage.blind_folder))
+    return rows
+
+
+def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tuple[Example, ...]]:
+    blind = {prediction.key: prediction for prediction in predictions["blind"]}
+    found = {
+        task: make_examples(predictions["sighted"], blind=blind, task=task, count=EXAMPLES_PER_TASK)
+        for task in EXAMPLE_TASKS
+    }
+    return {task: cards for task, cards in found.items() if cards}
+
+
+def _bar_cells(bars: Sequence[Bar]) -> list[tuple[str, ...]]:
+    return [(bar.what, bar.required, bar.found, "met" if bar.met else "MISSED") for bar in bars]
+
+
+def _cells(report: Report) -> list[tuple[str, ...]]:
+    return [(row.task, row.metric, row.sighted, row.blind, str(row.num_samples)) for row in report.scores]
+
+
+def _layout_cells(rows: Sequence[LayoutRow]) -> list[tuple[str, ...]]:
+    return [
+        (row.stage, row.layout, f"{row.first}-{row.last}", f"{row.tokens_per_second:,.0f}", f"{row.images_per_second:,.1f}")
+        for row in rows
+    ]
+
+
+def _time_cells(rows: Sequence[TimeRow]) -> list[tuple[str, ...]]:
+    return [(row.step, show_duration(row.seconds), "" if row.finished else "unfinished") for row in rows]

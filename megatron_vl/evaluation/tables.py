@@ -1,0 +1,85 @@
+"""The rows of the report's tables, worked out of the records; shared by the page and by the terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vl.evaluation.figures import find_legs
+from megatron_vl.evaluation.records import StepTime, TrainingRecord
+
+
+@dataclass(frozen=True)
+class LayoutRow:
+    """Throughput of a stretch of steps at one layout."""
+
+    stage: str
+    layout: str
+    first: int
+    last: int
+    tokens_per_second: float
+    images_per_second: float
+    gflops: float
+
+
+@dataclass(frozen=True)
+class TimeRow:
+    """Wall-clock time of a step over all its attempts."""
+
+    step: str
+    seconds: float
+    attempts: int
+    finished: bool
+
+
+def layout_rows(stage: str, records: Sequence[TrainingRecord]) -> tuple[LayoutRow, ...]:
+    """One row per stretch of steps at one layout; throughputs are medians over the stretch's logged steps."""
+    rows = []
+    for leg in find_legs(records):
+        part = [record for record in records if leg.first <= record.iteration <= leg.last]
+        rows.append(
+            LayoutRow(
+                stage=stage,
+                layout=leg.layout,
+                first=leg.first,
+                last=leg.last,
+                tokens_per_second=statistics.median(record.tokens_per_second for record in part),
+                images_per_second=statistics.median(record.images_per_second for record in part),
+                gflops=1000 * statistics.median(record.tflops for record in part),
+            )
+        )
+    return tuple(rows)
+
+
+def time_rows(timings: Sequence[StepTime]) -> tuple[TimeRow, ...]:
+    """Sum the attempts at each step, in the order in which the steps first appear."""
+    steps = list(dict.fromkeys(timing.step for timing in timings))
+    return tuple(_time_row(step, [timing for timing in timings if timing.step == step]) for step in steps)
+
+
+def _time_row(step: str, attempts: Sequence[StepTime]) -> TimeRow:
+    return TimeRow(step, sum(x.seconds for x in attempts), len(attempts), any(x.finished for x in attempts))
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds as people say them: 8.4 s, 3 min 05 s, 1 h 02 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text table: columns as wide as their cells, numbers (cells that begin with a digit) to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(_align(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, ["─" * width for width in widths], *rows]
+    )
+
+
+def _align(cell: str, width: int) -> str:
+    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)

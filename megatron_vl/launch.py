@@ -1,0 +1,76 @@
+"""Who this process is among its peers, as its launcher says in the environment: torchrun, Slurm's srun, or MPI.
+
+These variables are the launchers' own interface and the only part of the environment that is read. Read here without
+torch, as is the presence of a CUDA device, so that a run that cannot work is answered before anything expensive is
+imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_vl.errors import ConfigError
+
+# Rank, world size and local rank under the names of each launcher, in the order in which they are looked for. Slurm
+# sets SLURM_PROCID and SLURM_NTASKS in a batch script's own shell as well; only srun sets the number of step tasks.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank, world size and local rank of this process, and whether there is a place to meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    missing: tuple[str, ...] = ()
+    """Of MASTER_ADDR and MASTER_PORT, those that are not set although there are peers to meet."""
+
+    @property
+    def init_method(self) -> str:
+        """Where ``torch.distributed`` meets: the launcher's address, or a port of its own for a world of one.
+
+        Raises ConfigError if there are peers, and no MASTER_ADDR or MASTER_PORT to meet them at.
+        """
+        if self.missing:
+            raise ConfigError(
+                f"{self.world_size} ranks were started, but {' and '.join(self.missing)} is not set: export it (the "
+                "first node's name, and a free port there), or start with torchrun"
+            )
+        return "env://" if self.world_size > 1 else f"tcp://127.0.0.1:{_free_port()}"
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Return who this process is from the launcher's variables; a world of one without a launcher."""
+    env = os.environ if environment is None else environment
+    for rank, size, local in _LAUNCHERS:
+        if rank in env and int(env.get(size, "1")) > 1:
+            missing = tuple(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env)
+            return Launch(int(env[rank]), int(env[size]), int(env.get(local, "0")), missing)
+    return Launch(0, 1, 0)
+
+
+def has_cuda_device() -> bool:
+    """Ask the CUDA driver, where there is one, whether it sees a device; takes milliseconds and no memory on it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,54 @@
+"""Everything that is written to the terminal goes through here.
+
+Results meant for a reader or another program are lines on standard output (:func:`write_line`). What a run says about
+itself is Python logging on standard error; rank 0 speaks for all with :func:`log_rank_0`, and a warning that concerns
+one rank carries its number. Nothing is configured at import: a command calls :func:`setup_logging` once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from megatron_vl.launch import read_launch
+
+ROOT = "megatron_vl"
+
+
+def write_line(text: str = "", *, error: bool = False) -> None:
+    """Write ``text`` and a line end to standard output, or to standard error, at once."""
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module (pass ``__name__``)."""
+    return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+
+
+def log_rank_0(message: str, *, level: int = logging.INFO) -> None:
+    """Log ``message`` on rank 0 and nowhere else."""
+    if read_launch().rank == 0:
+        logging.getLogger(ROOT).log(level, message)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send this package's log to standard error, with the rank where there is more than one; safe to call twice."""
+    launch = read_launch()
+    prefix = f"[rank {launch.rank}] " if launch.world_size > 1 and launch.rank > 0 else ""
+    logger = logging.getLogger(ROOT)
+    logger.handlers.clear()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def silence_import_warnings() -> None:
+    """Hide what Megatron-Core warns of at import where Transformer Engine and Apex are absent, as on any CPU.
+
+    ``backend`` in the log says which implementation runs; six warnings a process that say the same hide the rest.
+    """
+    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)

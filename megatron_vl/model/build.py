@@ -1,0 +1,56 @@
+"""The network of a run: this rank's chunks, initialised and frozen as the configuration says."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_vl.backends.select import select_backend
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.configs import core_configs
+from megatron_vl.model.context import BuildContext
+from megatron_vl.model.freeze import freeze
+from megatron_vl.model.initialize import initialize, mark_tensor_parallel
+from megatron_vl.model.qwen_vl import QwenVL
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.layout import PipelineLayout, resolve_layout
+
+
+def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> list[QwenVL]:
+    """Build this rank's model chunks, one for each virtual stage.
+
+    Args:
+        fresh_weights: fill them (the same weights for every layout); otherwise their contents are undefined until a
+            checkpoint is loaded.
+    """
+    layout = resolve_layout(config)
+    context = _context(config, topology)
+    virtual = topology.vp_size > 1
+    chunks = [
+        QwenVL(context, layout.stage(topology.pp_rank, chunk), vp_stage=chunk if virtual else None)
+        for chunk in range(topology.vp_size)
+    ]
+    for chunk in chunks:
+        mark_tensor_parallel(chunk)
+        if fresh_weights:
+            initialize(chunk, config.model, seed=config.training.seed, groups=topology.groups)
+        chunk.to(topology.device)
+    freeze(chunks, config.training, layout=layout, pp_rank=topology.pp_rank)
+    return chunks
+
+
+def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
+    """The whole network in one chunk without memory for its weights: names, shapes and counts only."""
+    layout = PipelineLayout.whole(config.model)
+    with torch.device("meta"):
+        return QwenVL(_context(config, topology), layout.stages[0])
+
+
+def _context(config: RunConfig, topology: Topology) -> BuildContext:
+    backend = select_backend(config.parallel.backend)
+    return BuildContext(
+        model=config.model,
+        core=core_configs(config, fused=backend.name == "transformer_engine"),
+        backend=backend,
+        groups=topology.groups,
+        recompute_layers=config.training.recompute_granularity == "full",
+    )

@@ -1,0 +1,114 @@
+"""From our configuration to Megatron-Core's: one ``TransformerConfig`` for each tower, and one for the schedule.
+
+The layers of a tower are built from a configuration with a pipeline of one: they are numbered here, globally, and
+Megatron-Core would otherwise add the offsets of a uniform cut. Everything about the pipeline is in the schedule's
+configuration alone, which is what the wrapped model carries as ``.config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vl.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class CoreConfigs:
+    """Megatron-Core's configurations of a run."""
+
+    vision: TransformerConfig
+    language: TransformerConfig
+    head: TransformerConfig
+    """The language model's without sequence parallelism: the head reads selected positions of the gathered line."""
+    schedule: TransformerConfig
+
+
+def core_configs(config: RunConfig, *, fused: bool) -> CoreConfigs:
+    """Megatron-Core's configurations of a run; ``fused`` allows kernels that only Transformer Engine brings."""
+    language = _language(config, fused=fused)
+    return CoreConfigs(
+        vision=TransformerConfig(**_vision(config, fused=fused)),
+        language=TransformerConfig(**language),
+        head=TransformerConfig(**language | {"sequence_parallel": False}),
+        schedule=TransformerConfig(**language | _pipeline(config)),
+    )
+
+
+def _common(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+    parallel, training = config.parallel, config.training
+    tensor_parallel = parallel.tensor_model_parallel_size
+    return {
+        "tensor_model_parallel_size": tensor_parallel,
+        "sequence_parallel": parallel.sequence_parallel and tensor_parallel > 1,
+        "bf16": training.bf16,
+        "params_dtype": torch.bfloat16 if training.bf16 else torch.float32,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,  # model/initialize.py does it, the same for every layout
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,  # its GELU is the tanh approximation; Qwen-VL's is exact
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": fused,
+        "apply_rope_fusion": fused,
+        "deterministic_mode": training.deterministic_mode,
+        "recompute_granularity": "selective" if training.recompute_granularity == "selective" else None,
+        "calculate_per_token_loss": True,
+    }
+
+
+def _vision(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+    vision = config.model.vision
+    return _common(config, fused=fused) | {
+        "num_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "ffn_hidden_size": vision.ffn_hidden_size,
+        "num_attention_heads": vision.num_attention_heads,
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": vision.layernorm_epsilon,
+        "activation_func": F.gelu,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+    }
+
+
+def _language(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+    language = config.model.language
+    return _common(config, fused=fused) | {
+        "num_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": language.norm_epsilon,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+    }
+
+
+def _pipeline(config: RunConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    interleaved = virtual is not None and virtual > 1
+    return {
+        # Megatron-Core checks that layers divide by stages; the layout, not this number, places them.
+        "num_layers": stages * (virtual or 1),
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual if interleaved else None,
+        "pipeline_dtype": torch.bfloat16 if config.training.bf16 else torch.float32,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # asked for by variable lengths, although nothing here is an expert
+        "deallocate_pipeline_outputs": True,
+        # With two stages previous and next are the same peer, and batched messages of the interleaved schedule
+        # would be matched in the wrong order.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
+    }

@@ -1,0 +1,120 @@
+"""The language model: the Qwen-7B body (``modeling_qwen.py``).
+
+* RMSNorm before attention and MLP, biases on q, k and v only, SwiGLU with the gate first, RoPE over all dimensions of
+  a head in the half-split form, an output layer that is not tied to the embedding.
+* Rotary angles are computed in fp32 from each token's index within its attention span.
+* The head runs on supervised positions only. That is exact, since no other position enters the loss, and image slots
+  are most of a row.
+* Rows of the vocabulary that only pad it to the tensor-parallel size never win: their logits are minus infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.model.context import BuildContext, build_layers, run_layers
+from megatron_vl.model.sharding import ShardedModule
+from megatron_vl.planning.layout import StageLayout
+from megatron_vl.planning.vocabulary import padded_vocab_size
+
+
+def rotary_angles(length: int, *, head_dim: int, base: float, device: torch.device) -> Tensor:
+    """float32[length, 1, 1, head_dim]: angle of each position and dimension, the second half repeating the first."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * (1.0 / base**exponent)
+    return torch.cat([angle, angle], dim=-1)[:, None, None, :]
+
+
+class LanguageModel(ShardedModule):
+    """The language layers of one stage, with embedding or head where the stage has them."""
+
+    def __init__(self, context: BuildContext, stage: StageLayout) -> None:
+        super().__init__(context.groups)
+        language, config = context.model.language, context.core.language
+        self.vocab_size = language.vocab_size
+        self.head_dim = language.hidden_size // language.num_attention_heads
+        self.rotary_base = language.rotary_base
+        self.backend = context.backend
+        self.sequence_parallel = context.sequence_parallel
+        self.recompute = context.recompute_layers
+        rows = padded_vocab_size(language.vocab_size, context.tensor_parallel_size)
+        if stage.word_embedding:
+            table = tensor_parallel.VocabParallelEmbedding(
+                rows, language.hidden_size, init_method=_not_initialised, config=config, tp_group=context.groups.tp
+            )
+            self.embedding = nn.ModuleDict({"word_embeddings": table})
+        self.layers = build_layers(
+            context, context.backend.language_layer(), config=config, numbers=stage.language_layers
+        )
+        if stage.head:
+            self.final_layernorm = context.backend.final_norm()(
+                config=context.core.head, hidden_size=language.hidden_size, eps=language.norm_epsilon
+            )
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                language.hidden_size,
+                rows,
+                config=context.core.head,
+                init_method=_not_initialised,
+                bias=False,
+                gather_output=False,
+                tp_group=context.groups.tp,
+            )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64[t] -> [t, h]."""
+        embedded: Tensor = self.embedding["word_embeddings"](tokens)
+        return embedded
+
+    def scatter(self, line: Tensor) -> Tensor:
+        """[t, h] -> [t (/ tp under sequence parallelism), 1, h]."""
+        line = line.unsqueeze(1)
+        if self.sequence_parallel:
+            line = tensor_parallel.scatter_to_sequence_parallel_region(line)
+        return line
+
+    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor) -> AttentionInputs:
+        """Masks and angles of a packed line, for all layers of a forward pass."""
+        return self.backend.attention_inputs(cu_seqlens, positions, self.angles(int(positions.max()) + 1, positions.device))
+
+    def angles(self, length: int, device: torch.device) -> Tensor:
+        """Rotary angles of the first ``length`` positions."""
+        return rotary_angles(length, head_dim=self.head_dim, base=self.rotary_base, device=device)
+
+    def forward(self, hidden: Tensor, inputs: AttentionInputs, inference: object = None) -> Tensor:
+        """[s (/ tp), b, h] -> the same, through this stage's layers."""
+        return run_layers(self.layers, hidden, inputs=inputs, recompute=self.recompute, inference=inference)
+
+    def logits(self, hidden: Tensor, *, positions: Tensor) -> Tensor:
+        """Logits at chosen positions of the line.
+
+        Args:
+            hidden: [t (/ tp), 1, h], output of the last layer.
+            positions: int64[m].
+
+        Returns:
+            [m, padded vocabulary / tp], minus infinity at rows that only pad the vocabulary.
+        """
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        chosen = self.final_layernorm(hidden.squeeze(1).index_select(0, positions))
+        logits: Tensor = self.output_layer(chosen)[0]
+        mine = self.groups.tp.rank() * logits.shape[-1]
+        padding = mine + logits.shape[-1] - self.vocab_size
+        if padding > 0:
+            logits[:, max(self.vocab_size - mine, 0) :] = float("-inf")
+        return logits
+
+    def token_losses(self, hidden: Tensor, *, positions: Tensor, targets: Tensor) -> Tensor:
+        """float32[m]: cross-entropy of each target at its position."""
+        losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(
+            self.logits(hidden, positions=positions).float(), targets
+        )
+        return losses
+
+
+def _not_initialised(weight: Tensor) -> Tensor:
+    """Megatron-Core wants an initialiser; model/initialize.py fills all weights afterwards."""
+    return weight

@@ -1,0 +1,129 @@
+"""Qwen-VL: one stage of the line ``[patch embedding, V .. V, R] [word embedding + fusion, L .. L, norm, head]``.
+
+A chunk holds the consecutive units that its :class:`StageLayout` names and nothing else. What it hands to the next
+stage is always three-dimensional, so that Megatron-Core's schedules can send it: patches [p, n, w], features
+[q, n, h], or the line [t, 1, h].
+
+Frozen units at the start of the line (stage 3 freezes the vision tower) run without a graph. A stage behind them owes
+its predecessor no gradient, but the schedule sends one all the same; it is preset to a single zero, so the input's
+memory is free at once and the message is a few bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.model.context import BuildContext
+from megatron_vl.model.fusion import fuse
+from megatron_vl.model.language import LanguageModel
+from megatron_vl.model.resampler import Resampler
+from megatron_vl.model.vision import VisionTower
+from megatron_vl.planning.layout import StageLayout
+
+
+class QwenVL(MegatronModule):
+    """The units of one (virtual) pipeline stage."""
+
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, context: BuildContext, stage: StageLayout, *, vp_stage: int | None = None) -> None:
+        super().__init__(config=context.core.schedule)
+        self.stage = stage
+        self.vp_stage = vp_stage
+        self.pre_process = stage.patch_embed
+        self.post_process = stage.head
+        self.vision = VisionTower(context, stage) if stage.patch_embed or stage.vision_layers else None
+        self.resampler = Resampler(context) if stage.resampler else None
+        has_language = stage.word_embedding or stage.language_layers or stage.head
+        self.language_model = LanguageModel(context, stage) if has_language else None
+        self.frozen_before = False
+        """Nothing before this stage trains, so its input needs no gradient."""
+        self.frozen_vision = False
+        """The vision tower, and all before it, is frozen."""
+        self.frozen_resampler = False
+        """The resampler, and all before it, is frozen."""
+        self._received: Tensor | None = None
+
+    def set_input_tensor(self, received: list[Tensor | None] | Tensor | None) -> None:
+        """Called by the schedule with what the previous stage sent; None on the first stage."""
+        self._received = received[0] if isinstance(received, list) else received
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Run this stage.
+
+        Returns:
+            On the last stage float32[m], the loss of each supervised position; elsewhere the input of the next stage.
+        """
+        hidden, release = self._take_input()
+        hidden = self._see(hidden, batch)
+        if self.language_model is not None:
+            hidden = self._read(self.language_model, hidden, batch)
+        release()
+        return hidden if self.stage.head else _ready_to_send(hidden)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Image features of a chunk that holds the whole vision side: [n, 3, H, W] -> [queries, n, h]."""
+        assert self.vision is not None and self.resampler is not None
+        features: Tensor = self.resampler(self.vision(self.vision.embed(pixels)))
+        return features
+
+    def _see(self, hidden: Tensor | None, batch: MicroBatch) -> Any:
+        if self.vision is not None:
+            with _graph_unless(self.frozen_vision):
+                if self.vision.has_patch_embed:
+                    assert batch.pixels is not None
+                    hidden = self.vision.embed(batch.pixels)
+                hidden = self.vision(hidden)
+        if self.resampler is not None:
+            with _graph_unless(self.frozen_resampler):
+                hidden = self.resampler(hidden)
+        return hidden
+
+    def _read(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        if self.stage.word_embedding:
+            hidden = language.scatter(fuse(language.embed(batch.tokens), hidden, slots=batch.slots))
+        if self.stage.language_layers:
+            hidden = language(hidden, language.attention_inputs(batch.cu_seqlens, batch.positions))
+        if self.stage.head:
+            hidden = language.token_losses(hidden, positions=batch.supervised, targets=batch.targets)
+        return hidden
+
+    def _take_input(self) -> tuple[Tensor | None, Any]:
+        """The received tensor, and what to do with it once it has been used."""
+        received = self._received
+        if received is None or not (self.frozen_before and received.requires_grad and torch.is_grad_enabled()):
+            return received, lambda: None
+
+        def release() -> None:
+            received.data = received.data.new_zeros(1, 1, 1)
+            received.grad = received.data.new_zeros(1, 1, 1)
+
+        return received.detach(), release
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every tensor of this stage under its global name, which no layout changes."""
+        result: dict[str, Any] = {}
+        for name, part in self.named_children():
+            result.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return result
+
+
+def _graph_unless(frozen: bool) -> contextlib.AbstractContextManager[Any]:
+    return torch.no_grad() if frozen else contextlib.nullcontext()
+
+
+def _ready_to_send(hidden: Tensor) -> Tensor:
+    """The schedule frees a sent tensor's memory, which a view would not allow."""
+    output: Tensor = make_viewless_tensor(hidden.contiguous(), requires_grad=hidden.requires_grad, keep_graph=True)
+    return output

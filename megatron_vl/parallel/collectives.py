@@ -1,0 +1,77 @@
+"""The few exchanges between ranks that Megatron-Core does not make for us."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.topology import Topology
+
+
+def broadcast_batches(batches: list[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch]:
+    """Give the micro-batches that the first rank of each tensor-parallel group has read to its other ranks.
+
+    Args:
+        batches: the micro-batches of one step; read on the first rank of the group only, ignored elsewhere.
+    """
+    if topology.tp_size == 1:
+        assert batches is not None
+        return batches
+    source, group = topology.tp_source, topology.tp_group
+    reader = topology.tp_rank == 0
+    outline: list[list[MicroBatch] | None] = [[_outline(batch) for batch in batches or []] if reader else None]
+    dist.broadcast_object_list(outline, src=source, group=group, device=topology.device)
+    received = []
+    for index, shape in enumerate(outline[0] or []):
+        batch = batches[index] if reader and batches is not None else _empty_like(shape, topology.device)
+        for tensor in _tensors(batch).values():
+            dist.broadcast(tensor, src=source, group=group)
+        received.append(batch)
+    return received
+
+
+def _tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _outline(batch: MicroBatch) -> MicroBatch:
+    """The batch with tensors that have a shape and a type but no contents: cheap to send as an object."""
+    return replace(batch, **{name: torch.empty_like(value, device="meta") for name, value in _tensors(batch).items()})
+
+
+def _empty_like(outline: MicroBatch, device: torch.device) -> MicroBatch:
+    return replace(
+        outline, **{name: torch.empty_like(value, device=device) for name, value in _tensors(outline).items()}
+    )
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The batch on the device of this rank."""
+    if device.type == "cpu":
+        return batch
+    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in _tensors(batch).items()})
+
+
+def from_last_stage(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:
+    """Broadcast a tensor of known shape from the last pipeline stage to all stages, in place."""
+    if topology.pp_size > 1:
+        dist.broadcast(values, src=topology.pp_last, group=topology.pp_group)
+    return values
+
+
+def sum_over_data_parallel(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:
+    """Sum a tensor over data-parallel ranks, in place."""
+    if topology.dp_size > 1:
+        dist.all_reduce(values, group=topology.dp_group)
+    return values
+
+
+def max_over_world(value: float, *, device: torch.device) -> float:
+    """The largest value of any rank."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())

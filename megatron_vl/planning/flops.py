@@ -1,0 +1,142 @@
+"""Exact work of the model that is built: the operations of its matrix products, frozen parts included.
+
+One multiply-add counts as 2; norms, softmax, activations, biases and the rotary embedding are not counted, as
+is usual for utilisation. The backward pass is counted as what is required, recomputation never:
+
+* a product ``x @ w`` costs its forward once more for the gradient of ``x`` if anything trained lies upstream
+  of ``x``, and once more for the gradient of ``w`` if ``w`` is trained. So a trained layer costs 3 forwards,
+  a frozen one that only passes gradients through costs 2, a frozen one without anything trained upstream 1,
+  the patch embedding 2;
+* attention has no weights: its backward is twice its forward if a gradient passes through it, and nothing
+  otherwise;
+* the resampler's query projection counts for each image, as in the published code (ours does it once for all);
+* causal attention counts half of the square of each attention span; the head runs on supervised positions
+  only.
+
+Everything depends on the :class:`Work` of the rows at hand, not on averages, so that a reported TFLOP/s is a
+count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vl.config.schema import ModelConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """Which parts of the model are not trained."""
+
+    vision: bool = False
+    resampler: bool = False
+    language_model: bool = False
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> FrozenParts:
+        """The frozen parts of a run."""
+        return cls(training.freeze_vision, training.freeze_resampler, training.freeze_language_model)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed: the sums over any number of rows."""
+
+    num_images: int
+    """Images that reach the vision tower."""
+    num_tokens: int
+    """Positions that reach the language model, padding included if it does."""
+    sum_squared_spans: float
+    """Sum of the squared lengths of the spans inside which tokens attend to each other (rows or segments)."""
+    num_supervised: int
+    """Positions with a label, on which the output layer runs."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.num_images + other.num_images,
+            self.num_tokens + other.num_tokens,
+            self.sum_squared_spans + other.sum_squared_spans,
+            self.num_supervised + other.num_supervised,
+        )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the parts of the model, each with its own backward."""
+
+    patch_embed: float
+    vision_layer: float
+    resampler: float
+    language_layer: float
+    head: float
+
+
+def forward_flops(model: ModelConfig, work: Work) -> Flops:
+    """Forward only; ``vision_layer`` and ``language_layer`` are those of one layer."""
+    return _flops(model, work, FrozenParts(True, True, True))
+
+
+def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
+    """Forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
+    return _flops(model, work, frozen)
+
+
+def step_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
+    """Required floating-point operations of training on ``work``, over all ranks together."""
+    return sum(unit_flops(model, frozen, work))
+
+
+def unit_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> list[float]:
+    """Operations of each unit of the line: every V (patch embedding with the first), R, every L, head."""
+    flops = training_flops(model, frozen, work)
+    vision = [flops.vision_layer] * model.vision.num_layers
+    if vision:
+        vision[0] += flops.patch_embed
+    return [*vision, flops.resampler, *[flops.language_layer] * model.language.num_layers, flops.head]
+
+
+def _flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> Flops:
+    tower_trained = not frozen.vision
+    adapter_trained = tower_trained or not frozen.resampler
+    line_trained = adapter_trained or not frozen.language_model
+    vision, language = model.vision, model.language
+    width, patches = vision.hidden_size, work.num_images * model.num_patches
+    hidden, tokens = language.hidden_size, work.num_tokens
+    vision_weights = 4 * width**2 + 2 * width * vision.ffn_hidden_size
+    language_weights = 4 * hidden**2 + 3 * hidden * language.ffn_hidden_size
+    patch_values = 3 * vision.patch_size**2
+    language_passes = _passes(weight=not frozen.language_model, upstream=line_trained)
+    return Flops(
+        patch_embed=_passes(weight=tower_trained, upstream=False) * 2 * patches * patch_values * width,
+        vision_layer=_passes(weight=tower_trained, upstream=tower_trained) * 2 * patches * vision_weights
+        + _attention_passes(tower_trained) * 4 * patches * model.num_patches * width,
+        resampler=_resampler_flops(model, work, frozen),
+        language_layer=language_passes * 2 * tokens * language_weights
+        + _attention_passes(line_trained) * 2 * work.sum_squared_spans * hidden,
+        head=language_passes * 2 * work.num_supervised * hidden * language.vocab_size,
+    )
+
+
+def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> float:
+    hidden, queries, patches = model.language.hidden_size, model.resampler.num_queries, model.num_patches
+    tower_trained, own_trained = not frozen.vision, not frozen.resampler
+    passes = _passes(weight=own_trained, upstream=tower_trained or own_trained)
+    keys_values = 2 * patches * 2 * hidden**2
+    queries_in = 2 * queries * hidden**2
+    outputs = 2 * queries * 2 * hidden**2  # attention's output projection and the projection after ln_post
+    per_image = (
+        _passes(weight=own_trained, upstream=tower_trained) * 2 * patches * model.vision.hidden_size * hidden
+    )
+    per_image += _passes(weight=own_trained, upstream=own_trained) * queries_in
+    per_image += passes * (keys_values + outputs)
+    per_image += _attention_passes(tower_trained or own_trained) * 4 * queries * patches * hidden
+    return work.num_images * per_image
+
+
+def _passes(*, weight: bool, upstream: bool) -> int:
+    """What a product costs in training, in forwards: itself and the gradients of its weight and its input."""
+    return 1 + weight + upstream
+
+
+def _attention_passes(upstream: bool) -> int:
+    return 3 if upstream else 1

@@ -1,0 +1,263 @@
+"""Which layers live on which pipeline stage.
+
+The model is one line of units, ``V..V R L..L``: vision layers, the resampler, language layers. A layout cuts
+this line into ``pipeline size x virtual size`` consecutive stages, anywhere: inside the vision tower, inside
+the language model, before or after the resampler. What is not a layer follows from the cut, so it is never
+written down: the patch embedding goes with the first V, the word embedding and the fusion of image features
+with the first L, the final norm and the output layer (the *head*) with the last stage, which may hold nothing
+else.
+
+The written form lists the stages between bars, ``V*24|V*24R|L*16|L*16``; a layout that ends with a bar has a
+stage of its own for the head. Virtual stage ``k`` is model chunk ``k // pp`` of pipeline rank ``k % pp``, as
+in Megatron-Core's interleaved schedule. Invariant of every :class:`PipelineLayout`: the stages hold each unit
+once, in order.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_vl.config.schema import ModelConfig, RunConfig
+from megatron_vl.errors import ConfigError
+from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
+from megatron_vl.planning.partition import balanced_partition
+
+_KEY = "parallel.pipeline_layout"
+_TERM = re.compile(r"([VRL])(?:\*(\d{1,5}))?")
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What one (virtual) stage computes; layer numbers are global and count from 0 in each tower."""
+
+    vision_layers: range
+    resampler: bool
+    language_layers: range
+    patch_embed: bool
+    word_embedding: bool
+    head: bool
+
+    @property
+    def units(self) -> str:
+        """The stage in the written form, for example ``V*24R``; empty if it holds the head only."""
+        return (
+            _repeated("V", len(self.vision_layers))
+            + ("R" if self.resampler else "")
+            + _repeated("L", len(self.language_layers))
+        )
+
+    def __str__(self) -> str:
+        """For people: the units with what goes along, for example ``word embedding, L 0-15``."""
+        parts = ["patch embedding"] if self.patch_embed else []
+        parts += _numbered("V", self.vision_layers)
+        parts += ["resampler"] if self.resampler else []
+        parts += ["word embedding"] if self.word_embedding else []
+        parts += _numbered("L", self.language_layers)
+        parts += ["head"] if self.head else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class PipelineLayout:
+    """The stages of the line in order, and how many pipeline ranks share them."""
+
+    stages: tuple[StageLayout, ...]
+    pipeline_size: int
+    virtual_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert len(self.stages) == self.pipeline_size * self.virtual_size
+
+    @classmethod
+    def whole(cls, model: ModelConfig) -> PipelineLayout:
+        """The layout without a cut: one stage holds the model."""
+        return _build([model.vision.num_layers + 1 + model.language.num_layers], model, 1, 1)
+
+    def __str__(self) -> str:
+        return "|".join(stage.units for stage in self.stages)
+
+    def stage_index(self, pipeline_rank: int, chunk: int = 0) -> int:
+        """Number of the virtual stage that is ``chunk`` of ``pipeline_rank``."""
+        assert 0 <= pipeline_rank < self.pipeline_size and 0 <= chunk < self.virtual_size
+        return chunk * self.pipeline_size + pipeline_rank
+
+    def stage(self, pipeline_rank: int, chunk: int = 0) -> StageLayout:
+        """The stage that is model chunk ``chunk`` of ``pipeline_rank``."""
+        return self.stages[self.stage_index(pipeline_rank, chunk)]
+
+    def stages_of_rank(self, pipeline_rank: int) -> tuple[StageLayout, ...]:
+        """The stages of one pipeline rank, one for each model chunk."""
+        return tuple(self.stage(pipeline_rank, chunk) for chunk in range(self.virtual_size))
+
+
+def parse_layout(
+    text: str, *, model: ModelConfig, pipeline_size: int, virtual_size: int = 1
+) -> PipelineLayout:
+    """Read the written form of a layout.
+
+    Raises:
+        ConfigError: the text has another form, or its units or stages are not those of the run; says the
+            arithmetic.
+    """
+    stages = "".join(text.split()).split("|")
+    units = [_expand(stage, text) for stage in stages]
+    _check_order("".join(units), text)
+    _check_counts(units, model, text)
+    _check_stages(units, pipeline_size, virtual_size, text)
+    return _build([len(stage) for stage in units], model, pipeline_size, virtual_size)
+
+
+def resolve_layout(config: RunConfig) -> PipelineLayout:
+    """The layout of a run: the one that is written in the configuration, or for ``auto`` the balanced one.
+
+    Raises:
+        ConfigError: the written layout does not fit the model and the parallel sizes.
+    """
+    parallel = config.parallel
+    sizes = (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1)
+    if parallel.pipeline_layout != "auto":
+        return parse_layout(
+            parallel.pipeline_layout, model=config.model, pipeline_size=sizes[0], virtual_size=sizes[1]
+        )
+    return balanced_layout(
+        config.model,
+        frozen=FrozenParts.of(config.training),
+        work=assumed_work(config),
+        pipeline_size=sizes[0],
+        virtual_size=sizes[1],
+    )
+
+
+def balanced_layout(
+    model: ModelConfig, *, frozen: FrozenParts, work: Work, pipeline_size: int, virtual_size: int = 1
+) -> PipelineLayout:
+    """The layout whose most expensive stage is as cheap as can be: exact, in FLOPs of forward and backward.
+
+    Frozen parts cost what they cost frozen, so the cut differs between the three recipe stages. Only the
+    ratio of images to tokens of ``work`` matters.
+
+    Raises:
+        ConfigError: there are more stages than units.
+    """
+    costs = unit_flops(model, frozen, work)
+    num_stages = pipeline_size * virtual_size
+    if num_stages > len(costs):
+        raise ConfigError(
+            f"{_KEY}: {_arithmetic(pipeline_size, virtual_size)}, "
+            f"but the model has {len(costs)} units to cut: {model.vision.num_layers} V + 1 R "
+            f"+ {model.language.num_layers} L + the head; use fewer pipeline stages"
+        )
+    sizes = balanced_partition(costs, num_stages)
+    sizes[-1] -= 1  # the head is implied by being last
+    return _build(sizes, model, pipeline_size, virtual_size)
+
+
+def assumed_work(config: RunConfig) -> Work:
+    """The row that ``auto`` balances for: images and their markers fill half of it; all text is supervised.
+
+    At 2,048 tokens and 256 queries that is 4 images, what packed rows of the published recipes hold on
+    average.
+    """
+    tokens = config.data.seq_length
+    slots = config.model.resampler.num_queries + 2
+    images = max(1, round(tokens / (2 * slots)))
+    spans = images if config.data.attention_span == "segment" else 1
+    return Work(
+        num_images=images,
+        num_tokens=tokens,
+        sum_squared_spans=tokens * tokens // spans,
+        num_supervised=max(0, tokens - images * slots),
+    )
+
+
+def _build(sizes: list[int], model: ModelConfig, pipeline_size: int, virtual_size: int) -> PipelineLayout:
+    """The layout whose stage i takes the next ``sizes[i]`` units of the line."""
+    num_vision, num_language = model.vision.num_layers, model.language.num_layers
+    stages, start = [], 0
+    for number, size in enumerate(sizes):
+        stop = start + size
+        vision = range(min(start, num_vision), min(stop, num_vision))
+        first = num_vision + 1  # the place of language layer 0 in the line
+        language = range(max(start - first, 0), max(stop - first, 0))
+        stages.append(
+            StageLayout(
+                vision_layers=vision,
+                resampler=start <= num_vision < stop,
+                language_layers=language,
+                patch_embed=start == 0,
+                word_embedding=start <= first < stop,
+                head=number == len(sizes) - 1,
+            )
+        )
+        start = stop
+    assert start == num_vision + 1 + num_language
+    return PipelineLayout(tuple(stages), pipeline_size, virtual_size)
+
+
+def _repeated(unit: str, count: int) -> str:
+    return "" if count == 0 else unit if count == 1 else f"{unit}*{count}"
+
+
+def _numbered(unit: str, layers: range) -> list[str]:
+    if not layers:
+        return []
+    return [f"{unit} {layers[0]}" if len(layers) == 1 else f"{unit} {layers[0]}-{layers[-1]}"]
+
+
+def _expand(stage: str, text: str) -> str:
+    """``V*2R`` -> ``VVR``."""
+    units, position = "", 0
+    while position < len(stage):
+        term = _TERM.match(stage, position)
+        if term is None:
+            raise ConfigError(
+                f"{_KEY}: cannot read {stage[position:]!r} in {text!r}; "
+                "expected V, R or L, each followed by *COUNT if repeated, with | between stages, "
+                "for example 'V*24|V*24R|L*16|L*16'"
+            )
+        units += term[1] * int(term[2] or 1)
+        position = term.end()
+    return units
+
+
+def _check_order(units: str, text: str) -> None:
+    if re.fullmatch("V*R*L*", units) is None:
+        raise ConfigError(
+            f"{_KEY}: the units of {text!r} are out of order; "
+            "the line is all vision layers V, the resampler R, then all language layers L"
+        )
+
+
+def _check_counts(units: list[str], model: ModelConfig, text: str) -> None:
+    expected = {"V": model.vision.num_layers, "R": 1, "L": model.language.num_layers}
+    names = {"V": "vision layers", "R": "resampler", "L": "language layers"}
+    problems = []
+    for unit, count in expected.items():
+        found = [stage.count(unit) for stage in units if unit in stage]
+        if sum(found) != count:
+            terms = f" ({' + '.join(map(str, found))})" if len(found) > 1 else ""
+            problems.append(f"{sum(found)} {unit}{terms} where the model has {count} {names[unit]}")
+    if problems:
+        raise ConfigError(f"{_KEY}: {text!r} has {' and '.join(problems)}; correct the counts, or use 'auto'")
+
+
+def _check_stages(units: list[str], pipeline_size: int, virtual_size: int, text: str) -> None:
+    if len(units) != pipeline_size * virtual_size:
+        raise ConfigError(
+            f"{_KEY}: {text!r} has {len(units)} stages, but {_arithmetic(pipeline_size, virtual_size)}; "
+            "change the number of bars or the parallel sizes"
+        )
+    empty = [number for number, stage in enumerate(units[:-1]) if not stage]
+    if empty:
+        raise ConfigError(
+            f"{_KEY}: stage {empty[0]} of {text!r} (counted from 0) is empty; "
+            "only the last stage may be, since it holds the head"
+        )
+
+
+def _arithmetic(pipeline_size: int, virtual_size: int) -> str:
+    return (
+        f"pipeline_model_parallel_size {pipeline_size} x virtual_pipeline_model_parallel_size {virtual_size} "
+        f"= {pipeline_size * virtual_size} stages"
+    )

@@ -1,0 +1,251 @@
+"""Every tensor of the model by name: its shape, the part it belongs to, and how tensor parallelism splits it.
+
+This is the one list of the model's tensors that needs no torch: parameter counts, the dry run's table, the
+check of a checkpoint and the conversion all read it, and a test compares it with the model that is built.
+
+Names count layers globally and shapes are unsharded. Tensor parallelism splits the transformer layers (except
+their norms and the biases that follow a row-parallel product), the word embedding and the output layer; the
+patch embedding, positions, the resampler and all norms are replicated. ``resampler.pos_embed`` is a stored
+buffer: it is in every checkpoint and never trains, so it is in no count of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from megatron_vl.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
+from megatron_vl.errors import ConfigError
+from megatron_vl.planning.flops import FrozenParts
+from megatron_vl.planning.layout import PipelineLayout, StageLayout
+from megatron_vl.planning.vocabulary import padded_vocab_size
+
+Part = Literal["vision", "resampler", "language_model"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the model, unsharded and without vocabulary padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    split_axis: int | None = None
+    """Axis that tensor parallelism splits; none if every tensor-parallel rank holds the whole tensor."""
+    is_buffer: bool = False
+    """Stored, never trained."""
+    is_vocabulary: bool = False
+    """Its rows are the vocabulary's, which tensor parallelism pads."""
+
+    @property
+    def part(self) -> Part:
+        """The part that is frozen or trained as a whole."""
+        for part in ("vision", "resampler"):
+            if self.name.startswith(part):
+                return part
+        return "language_model"
+
+    @property
+    def module(self) -> str:
+        """The part with its layers separated out, for tables: ``vision.layers``, ``resampler``, ..."""
+        names = self.name.split(".")
+        return names[0] if names[0] == "resampler" else ".".join(names[:2])
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def local_size(self, tensor_size: int) -> int:
+        """Number of elements on one tensor-parallel rank, vocabulary padding included."""
+        if self.split_axis is None:
+            return self.size
+        rows = padded_vocab_size(self.shape[0], tensor_size) if self.is_vocabulary else self.shape[0]
+        return rows * prod(self.shape[1:]) // tensor_size
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """The parameters of one rank of the model: of every data-parallel replica's rank at this place."""
+
+    pipeline_rank: int
+    tensor_rank: int
+    units: str
+    """The rank's stages for people, ``;`` between model chunks."""
+    trained: int
+    frozen: int
+
+
+def model_tensors(model: ModelConfig) -> list[TensorSpec]:
+    """All tensors of the model in the order of the line."""
+    return [
+        *_patch_embed(model.vision),
+        *(spec for layer in range(model.vision.num_layers) for spec in _vision_layer(model.vision, layer)),
+        *_resampler(model),
+        _word_embedding(model.language),
+        *(
+            spec
+            for layer in range(model.language.num_layers)
+            for spec in _language_layer(model.language, layer)
+        ),
+        *_head(model.language),
+    ]
+
+
+def stage_tensors(model: ModelConfig, stage: StageLayout) -> list[TensorSpec]:
+    """The tensors of one stage in the order of the line."""
+    specs = _patch_embed(model.vision) if stage.patch_embed else []
+    for layer in stage.vision_layers:
+        specs += _vision_layer(model.vision, layer)
+    if stage.resampler:
+        specs += _resampler(model)
+    if stage.word_embedding:
+        specs.append(_word_embedding(model.language))
+    for layer in stage.language_layers:
+        specs += _language_layer(model.language, layer)
+    return specs + (_head(model.language) if stage.head else [])
+
+
+def count_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters by module, buffers and vocabulary padding left out."""
+    counts: dict[str, int] = {}
+    for spec in model_tensors(model):
+        if not spec.is_buffer:
+            counts[spec.module] = counts.get(spec.module, 0) + spec.size
+    return counts
+
+
+def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankParameters]:
+    """Trained and frozen parameters of each (pipeline rank, tensor-parallel rank), as they lie in its memory.
+
+    Raises:
+        ConfigError: a width does not divide by the tensor-parallel size.
+    """
+    tensor_size = config.parallel.tensor_model_parallel_size
+    check_tensor_split(config.model, tensor_size)
+    frozen_parts = FrozenParts.of(config.training)
+    ranks = []
+    for pipeline_rank in range(layout.pipeline_size):
+        stages = layout.stages_of_rank(pipeline_rank)
+        specs = [spec for stage in stages for spec in stage_tensors(config.model, stage)]
+        trained, frozen = _trained_and_frozen(specs, frozen_parts, tensor_size)
+        units = "; ".join(map(str, stages))
+        ranks += [RankParameters(pipeline_rank, rank, units, trained, frozen) for rank in range(tensor_size)]
+    return ranks
+
+
+def check_tensor_split(model: ModelConfig, tensor_size: int) -> None:
+    """Raise ConfigError if heads or widths cannot be split evenly over ``tensor_size`` ranks."""
+    splits = {
+        "model.vision.num_attention_heads": model.vision.num_attention_heads,
+        "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
+        "model.language.num_attention_heads": model.language.num_attention_heads,
+        "model.language.ffn_hidden_size": model.language.ffn_hidden_size,
+    }
+    problems = [
+        f"{key} {size} = {tensor_size} x {size / tensor_size:g}"
+        for key, size in splits.items()
+        if size % tensor_size
+    ]
+    if problems:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size {tensor_size} does not divide {'; '.join(problems)}; "
+            "choose a size that divides all of them"
+        )
+
+
+def is_frozen(part: Part, frozen: FrozenParts) -> bool:
+    """Whether a part of the model is frozen."""
+    return bool(getattr(frozen, part))
+
+
+def _trained_and_frozen(
+    specs: Iterable[TensorSpec], frozen: FrozenParts, tensor_size: int
+) -> tuple[int, int]:
+    sizes = {True: 0, False: 0}
+    for spec in specs:
+        if not spec.is_buffer:
+            sizes[is_frozen(spec.part, frozen)] += spec.local_size(tensor_size)
+    return sizes[False], sizes[True]
+
+
+def _norm(name: str, size: int) -> list[TensorSpec]:
+    return [TensorSpec(f"{name}.weight", (size,)), TensorSpec(f"{name}.bias", (size,))]
+
+
+def _column(name: str, size_out: int, size_in: int, *, bias: bool) -> list[TensorSpec]:
+    """A product whose outputs are split over tensor-parallel ranks, its bias with them."""
+    specs = [TensorSpec(f"{name}.weight", (size_out, size_in), split_axis=0)]
+    return specs + ([TensorSpec(f"{name}.bias", (size_out,), split_axis=0)] if bias else [])
+
+
+def _row(name: str, size_out: int, size_in: int, *, bias: bool) -> list[TensorSpec]:
+    """A product whose inputs are split over tensor-parallel ranks; the bias is added once, after the sum."""
+    specs = [TensorSpec(f"{name}.weight", (size_out, size_in), split_axis=1)]
+    return specs + ([TensorSpec(f"{name}.bias", (size_out,))] if bias else [])
+
+
+def _patch_embed(vision: VisionConfig) -> list[TensorSpec]:
+    width, patch = vision.hidden_size, vision.patch_size
+    return [
+        TensorSpec("vision.patch_embed.weight", (width, 3, patch, patch)),
+        TensorSpec("vision.positional_embedding", (vision.position_grid**2, width)),
+        *_norm("vision.ln_pre", width),
+    ]
+
+
+def _vision_layer(vision: VisionConfig, layer: int) -> list[TensorSpec]:
+    prefix, width, ffn = f"vision.layers.{layer}", vision.hidden_size, vision.ffn_hidden_size
+    return [
+        *_norm(f"{prefix}.input_layernorm", width),
+        *_column(f"{prefix}.self_attention.linear_qkv", 3 * width, width, bias=True),
+        *_row(f"{prefix}.self_attention.linear_proj", width, width, bias=True),
+        *_norm(f"{prefix}.pre_mlp_layernorm", width),
+        *_column(f"{prefix}.mlp.linear_fc1", ffn, width, bias=True),
+        *_row(f"{prefix}.mlp.linear_fc2", width, ffn, bias=True),
+    ]
+
+
+def _resampler(model: ModelConfig) -> list[TensorSpec]:
+    hidden, queries = model.language.hidden_size, model.resampler.num_queries
+    return [
+        TensorSpec("resampler.query", (queries, hidden)),
+        TensorSpec("resampler.pos_embed", (queries, hidden), is_buffer=True),
+        TensorSpec("resampler.kv_proj.weight", (hidden, model.vision.hidden_size)),
+        *_norm("resampler.ln_q", hidden),
+        *_norm("resampler.ln_kv", hidden),
+        TensorSpec("resampler.attn.in_proj_weight", (3 * hidden, hidden)),
+        TensorSpec("resampler.attn.in_proj_bias", (3 * hidden,)),
+        TensorSpec("resampler.attn.out_proj.weight", (hidden, hidden)),
+        TensorSpec("resampler.attn.out_proj.bias", (hidden,)),
+        *_norm("resampler.ln_post", hidden),
+        TensorSpec("resampler.proj", (hidden, hidden)),
+    ]
+
+
+def _word_embedding(language: LanguageConfig) -> TensorSpec:
+    return _vocabulary("language_model.embedding.word_embeddings.weight", language)
+
+
+def _language_layer(language: LanguageConfig, layer: int) -> list[TensorSpec]:
+    prefix, hidden, ffn = f"language_model.layers.{layer}", language.hidden_size, language.ffn_hidden_size
+    return [
+        TensorSpec(f"{prefix}.input_layernorm.weight", (hidden,)),
+        *_column(f"{prefix}.self_attention.linear_qkv", 3 * hidden, hidden, bias=True),
+        *_row(f"{prefix}.self_attention.linear_proj", hidden, hidden, bias=False),
+        TensorSpec(f"{prefix}.pre_mlp_layernorm.weight", (hidden,)),
+        *_column(f"{prefix}.mlp.linear_fc1", 2 * ffn, hidden, bias=False),
+        *_row(f"{prefix}.mlp.linear_fc2", hidden, ffn, bias=False),
+    ]
+
+
+def _head(language: LanguageConfig) -> list[TensorSpec]:
+    return [
+        TensorSpec("language_model.final_layernorm.weight", (language.hidden_size,)),
+        _vocabulary("language_model.output_layer.weight", language),
+    ]
+
+
+def _vocabulary(name: str, language: LanguageConfig) -> TensorSpec:
+    return TensorSpec(name, (language.vocab_size, language.hidden_size), split_axis=0, is_vocabulary=True)

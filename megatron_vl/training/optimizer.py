@@ -1,0 +1,119 @@
+"""AdamW through Megatron-Core's optimizers, the learning rate of a step, and who gets which multiple of it.
+
+The schedule is a pure function of the step, so resuming it needs no state. Layer-wise decay follows BEiT: with D
+vision layers, layer i (from 0) learns at lr x decay^(D - i), the patch and position embeddings at lr x decay^(D + 1),
+everything behind the tower at lr. Vectors (norms, biases) have no weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from torch import nn
+
+from megatron_vl.config.schema import OptimizerConfig, RunConfig
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, train_iters: int, peak: float, minimum: float) -> float:
+    """The learning rate of the update that leads from ``step`` to ``step + 1``.
+
+    Linear from 0 over ``lr_warmup_iters`` (the first update has peak / warm-up), then the decay to ``minimum`` at
+    ``lr_decay_iters``.
+    """
+    if step < config.lr_warmup_iters:
+        return peak * (step + 1) / config.lr_warmup_iters
+    last = config.lr_decay_iters or train_iters
+    if config.lr_decay_style == "constant":
+        return peak
+    progress = min(1.0, (step - config.lr_warmup_iters) / max(1, last - config.lr_warmup_iters))
+    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1.0 - progress
+    return minimum + (peak - minimum) * share
+
+
+def layer_multiplier(name: str, *, num_layers: int, decay: float) -> float:
+    """The multiple of the learning rate of a parameter, by its global name."""
+    layer = re.match(r"vision\.layers\.(\d+)\.", name)
+    if layer:
+        return decay ** (num_layers - int(layer[1]))
+    return decay ** (num_layers + 1) if name.startswith("vision.") else 1.0
+
+
+def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron-Core's optimizer over this rank's wrapped chunks."""
+    settings, bf16 = config.optimizer, config.training.bf16
+    core = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(
+        core, list(chunks), config_overrides=_overrides(config), use_gloo_process_groups=torch.cuda.is_available()
+    )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> float:
+    """Set every group's learning rate for the coming update; returns that of groups without a multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(
+            step,
+            config.optimizer,
+            train_iters=config.training.train_iters,
+            peak=group["max_lr"],
+            minimum=group["min_lr"],
+        )
+        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+    settings = config.optimizer
+    return learning_rate(
+        step, settings, train_iters=config.training.train_iters, peak=settings.lr, minimum=settings.min_lr
+    )
+
+
+def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
+    """Megatron-Core's overrides: which parameters leave the default learning rate or weight decay."""
+    settings, depth = config.optimizer, config.model.vision.num_layers
+
+    def is_vector(parameter: nn.Parameter, name: str) -> bool:
+        return parameter.dim() == 1 or name.endswith(".bias")
+
+    overrides = {_key("vector", is_vector): {"wd_mult": 0.0}}
+    if settings.vision_layer_decay != 1.0:
+        for level in range(depth + 1):
+            multiple = settings.vision_layer_decay ** (depth + 1 - level)
+            overrides[_key(f"vision_level_{level}", _on_level(level))] = {
+                "max_lr": settings.lr * multiple,
+                "min_lr": settings.min_lr * multiple,
+            }
+    return overrides
+
+
+def _on_level(level: int) -> Any:
+    """Level 0 is the patch and position embedding, level i + 1 is vision layer i."""
+
+    def matches(_: nn.Parameter, name: str) -> bool:
+        name = name.removeprefix("module.")
+        layer = re.match(r"vision\.layers\.(\d+)\.", name)
+        found = int(layer[1]) + 1 if layer else (0 if name.startswith("vision.") else -1)
+        return found == level
+
+    return matches
+
+
+def _key(name: str, matches: Any) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))

@@ -1,0 +1,67 @@
+"""The model as it is trained: chunks wrapped for data parallelism, with the hooks that the schedules call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.build import build_model
+from megatron_vl.model.qwen_vl import QwenVL
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """This rank's part of the network and its optimizer."""
+
+    chunks: list[QwenVL]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+
+def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> ParallelModel:
+    """Build, wrap, and connect to Megatron-Core's schedules."""
+    chunks = build_model(config, topology, fresh_weights=fresh_weights)
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            _ddp_config(config),
+            chunk,
+            # Buckets of later chunks fill while earlier ones still run; overlapping them gains nothing.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    optimizer = build_optimizer(config, wrapped)
+    _connect(chunks[0].config, config=config, wrapped=wrapped, optimizer=optimizer)
+    return ParallelModel(chunks, wrapped, optimizer)
+
+
+def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
+    parallel = config.parallel
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the step checks the norm, and skips on all ranks
+    )
+
+
+def _connect(
+    schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
+    """Give the schedules what they call: the scale of the loss, and when to reduce gradients."""
+    schedule.grad_scale_func = optimizer.scale_loss
+    schedule.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if config.parallel.overlap_param_gather:
+        sync = [chunk.start_param_sync for chunk in wrapped]
+        schedule.param_sync_func = sync if len(sync) > 1 else sync[0]

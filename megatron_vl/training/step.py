@@ -1,0 +1,96 @@
+"""One step: all micro-batches forward and backward, one division by the global token count, clip, update.
+
+The loss is summed over supervised tokens and divided once, by the number of them in the global batch over all ranks.
+So a token weighs the same whichever micro-batch, row or rank it is in, and the gradients of the vision tower are not
+diluted by rows without images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.collectives import from_last_stage, sum_over_data_parallel, to_device
+from megatron_vl.parallel.schedule import run_schedule
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.training.optimizer import set_learning_rate
+from megatron_vl.training.parallel_model import ParallelModel
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss over many tokens, on every rank."""
+
+    total: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Loss of a supervised token; 0 where there was none."""
+        return self.total / max(1, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did."""
+
+    loss: LossSum
+    learning_rate: float
+    grad_norm: float
+    skipped: bool
+    """The gradient was not finite: no rank changed its weights."""
+
+
+def train_step(
+    model: ParallelModel, batches: list[MicroBatch], *, config: RunConfig, topology: Topology, step: int
+) -> StepResult:
+    """Train on the micro-batches of one step.
+
+    Args:
+        batches: the micro-batches of this data-parallel rank.
+        step: number of the step, from 0; sets the learning rate.
+    """
+    for chunk in model.wrapped:
+        chunk.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    loss = forward_backward(model, batches, topology=topology, forward_only=False)
+    rate = set_learning_rate(model.optimizer, config, step)
+    updated, grad_norm, _ = model.optimizer.step()
+    return StepResult(loss, rate, float(grad_norm or 0.0), skipped=not updated)
+
+
+def forward_backward(
+    model: ParallelModel, batches: list[MicroBatch], *, topology: Topology, forward_only: bool
+) -> LossSum:
+    """Run the schedule over the micro-batches and sum the loss over all ranks."""
+    records = run_schedule(
+        model.wrapped, batches, forward_step=_forward_step(topology.device), forward_only=forward_only
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    if topology.on_last_stage:
+        sums[0] = sum(record["loss"].double() for record in records)
+        sums[1] = sum(record["tokens"] for record in records)
+    from_last_stage(sum_over_data_parallel(sums, topology=topology), topology=topology)
+    total, tokens = sums.tolist()
+    return LossSum(total, round(tokens))
+
+
+def _forward_step(device: torch.device) -> Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]:
+    def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = to_device(next(batches), device)
+        return chunk(batch), lambda losses: _sum_losses(losses, batch)
+
+    return forward_step
+
+
+def _sum_losses(losses: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What Megatron-Core's schedule expects on the last stage: the summed loss, its token count, and a record."""
+    total = losses.sum()
+    tokens = torch.tensor(batch.targets.numel(), dtype=torch.int, device=losses.device)
+    return total, tokens, {"loss": total.detach().clone(), "tokens": tokens}

@@ -1,0 +1,187 @@
+"""The report of a made-up run: complete, self-contained, honest about misses, and clear about damaged files."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.cli.report import main
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.figures import find_legs, smooth
+from megatron_vl.evaluation.records import TrainingRecord, load_predictions, load_training
+from megatron_vl.evaluation.report import read_report, render_page, render_text
+from megatron_vl.evaluation.tables import format_table, show_duration
+from tests.unit.evaluation.fake_run import write_fake_run
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_run(tmp_path_factory.mktemp("run"), num_steps=60, samples_per_task=2)
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    return render_page(read_report(run_dir))
+
+
+class _Tags(HTMLParser):
+    """Collects what a browser would fetch, and checks that tags nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.fetched += [values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_fetches_nothing(page: str) -> None:
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.fetched
+    assert all(target.startswith(("data:image/", "#")) for target in tags.fetched)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_page_tells_the_whole_story(page: str) -> None:
+    for text in (
+        "7 of 7",
+        "not Qwen-7B",
+        "TP 1 x PP 2 x DP 1 x VP 2",
+        "39 of 39 tensors bit-identical",
+        "Held-out examples: referring",
+        "unreadable_image 2",
+        "examples/tiny/stage2.yaml",
+        "8 min 05 s",
+    ):
+        assert text in page
+    assert page.count("<svg") == 4
+    assert page.count("data:image/jpeg") == 8
+
+
+def test_texts_of_the_run_are_escaped(page: str) -> None:
+    assert "an &lt;example&gt; processor" in page
+    assert "<example>" not in page
+
+
+def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
+    run_dir = write_fake_run(tmp_path, num_steps=20, samples_per_task=1)
+    path = run_dir / "eval" / "checks.json"
+    path.write_text(path.read_text().replace("true", "false"))
+    report = read_report(run_dir)
+    missed = [bar.what for bar in report.bars if not bar.met]
+    assert missed == ["Stage 1 leaves the language model as it was", "VQA accuracy after stage 2"]
+    assert "5 of 7" in render_page(report)
+    assert render_text(report).count("MISSED") == 2
+
+
+def test_command_writes_the_page_and_prints_the_tables(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_dir)]) == 0
+    assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    printed = capsys.readouterr().out
+    assert "Requirements" in printed
+    assert "7 of 7 requirements met" in printed
+    assert not list(run_dir.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [
+        ("run.json", "quickstart"),
+        ("sighted/stage2/metrics.jsonl", "tools/train.py"),
+        ("eval/predictions_blind.jsonl", "tools/generate.py"),
+        ("eval/losses.json", "evaluation"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_maker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, maker: str
+) -> None:
+    write_fake_run(tmp_path, num_steps=5, samples_per_task=1)
+    (tmp_path / name).unlink()
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error
+    assert maker in error
+
+
+def test_a_missing_image_names_the_prediction(tmp_path: Path) -> None:
+    write_fake_run(tmp_path, num_steps=5, samples_per_task=1)
+    (tmp_path / "eval" / "images" / "vqa-0.png").unlink()
+    with pytest.raises(DataError, match=r"vqa-0\.png.*vqa-0"):
+        read_report(tmp_path)
+
+
+def _line(**values: object) -> str:
+    defaults = dict.fromkeys(("learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "tflops"), 1.0)
+    return json.dumps({**defaults, "layout": "DP 2", **values}) + "\n"
+
+
+def test_training_records_of_a_resumed_run(tmp_path: Path) -> None:
+    torn = _line(iteration=1, lm_loss=3) + _line(iteration=2, lm_loss=2) + _line(iteration=2, valid_loss=9)
+    (tmp_path / "metrics.jsonl").write_text(torn + _line(iteration=2, lm_loss=1.5) + '{"iteration": 3, "lm_')
+    assert [(r.iteration, r.lm_loss) for r in load_training(tmp_path)] == [(1, 3), (2, 1.5)]
+
+
+def test_a_damaged_or_foreign_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration\n' + _line(iteration=2, lm_loss=2))
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        load_training(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.0}\n')
+    with pytest.raises(DataError, match="line 1.*learning_rate.*found the keys iteration, lm_loss"):
+        load_training(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(_line(iteration=2, valid_loss=2))
+    with pytest.raises(DataError, match="no line has a training loss"):
+        load_training(tmp_path)
+
+
+def test_references_are_one_text_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "image": "x.png"}
+    path.write_text("".join(json.dumps({**line, "reference": truth}) + "\n" for truth in ("a", ["a", "b"])))
+    first, second = load_predictions(path)
+    assert (first.references, second.references) == (("a",), ("a", "b"))
+    assert first.image == tmp_path / "x.png"
+
+
+def _record(iteration: int, layout: str) -> TrainingRecord:
+    return TrainingRecord(iteration, 1.0, 1e-3, 1.0, 1.0, 1.0, 1.0, layout)
+
+
+def test_legs_are_stretches_of_equal_layout() -> None:
+    legs = find_legs([_record(1, "a"), _record(2, "a"), _record(3, "b"), _record(4, "a")])
+    assert [(leg.layout, leg.first, leg.last) for leg in legs] == [("a", 1, 2), ("b", 3, 3), ("a", 4, 4)]
+
+
+def test_smoothing_keeps_a_constant_and_short_series() -> None:
+    assert smooth([2.0] * 500) == pytest.approx([2.0] * 500)
+    assert smooth([3.0, 1.0]) == [3.0, 1.0]
+    assert smooth([]) == []
+
+
+def test_durations_and_tables() -> None:
+    assert [show_duration(s) for s in (0.04, 59.9, 59.96, 3599, 3725)] == [
+        "0.0 s",
+        "59.9 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 02 min",
+    ]
+    assert format_table(("a", "n"), [("xyz", "1")]) == "a    n\n───  ─\nxyz  1"
