@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Render synthetic data in published formats: ``tools/make_synthetic_data.py OUT [flags]``; ``--help`` lists the flags."""
+"""Render synthetic data: ``tools/make_synthetic_data.py OUT [flags]``; ``--help`` lists the flags."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Prepare packed rows from raw data sets: ``python tools/prepare_data.py RECIPE --output PREFIX``; see ``--help``."""
+"""Prepare packed rows from raw data sets: ``python tools/prepare_data.py RECIPE --output PREFIX``; see
+``--help``."""
 
 import sys
 from pathlib import Path

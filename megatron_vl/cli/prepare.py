@@ -1,4 +1,5 @@
-"""``tools/prepare_data.py RECIPE``: raw data sets -> a data set of packed rows, and a table of what was kept and why not."""
+"""``tools/prepare_data.py RECIPE``: raw data sets -> a data set of packed rows, and a table of what was kept
+and why not."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def output_prefix(output: str | None, recipe: Path) -> Path:
-    """The prefix that ``--output`` means: a folder (existing, or ending in a slash) takes the recipe's name."""
+    """The prefix that ``--output`` means: a folder (existing, or ending in a slash) takes the recipe's
+    name."""
     if output is None:
         return recipe.with_suffix("")
     path = Path(output)
@@ -35,12 +37,19 @@ def output_prefix(output: str | None, recipe: Path) -> Path:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/prepare_data.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, help="YAML file that lists the sources and how rows are packed")
-    parser.add_argument("--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)")
+    parser.add_argument(
+        "--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)"
+    )
+    parser.add_argument(
+        "--root", type=Path, help="folder from which relative paths count (default: the recipe's folder)"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
         "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_ranks of this model preset"
     )
-    parser.add_argument("--verify", action="store_true", help="do not prepare: check the files of a finished data set")
+    parser.add_argument(
+        "--verify", action="store_true", help="do not prepare: check the files of a finished data set"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -58,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
-    recipe = load_recipe(options.recipe, defaults)
+    recipe = load_recipe(options.recipe, defaults, root=options.root)
     manifest = prepare(recipe, prefix, workers=options.workers, progress=not options.quiet)
     for line in summary_lines(manifest):
         write_line(line)

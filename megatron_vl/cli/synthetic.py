@@ -1,7 +1,8 @@
 """``make_synthetic_data``: renders scenes and pages whose texts are true, in published formats.
 
-Example: ``python tools/make_synthetic_data.py data/train --profile tiny --split train --seed 1``. Held-out data come
-from the other side of a hash of the content (``--split heldout``), so they share no scene with the training data.
+Example: ``python tools/make_synthetic_data.py data/train --profile tiny --split train --seed 1``. Held-out
+data come from the other side of a hash of the content (``--split heldout``), so they share no scene with the
+training data.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="make_synthetic_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_synthetic_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", type=Path, help="folder to make; one that holds the same data set already is kept")
+    parser.add_argument(
+        "out", type=Path, help="folder to make; one that holds the same data set already is kept"
+    )
     parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="what kind of images")
-    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side of the content hash")
+    parser.add_argument(
+        "--split", choices=("train", "heldout"), default="train", help="which side of the content hash"
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of everything")
     parser.add_argument("--num-scenes", type=int, help="rendered images of all families together")
     parser.add_argument(
@@ -44,9 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FAMILY=N",
-        help=f"images of one family, may be repeated; families: {', '.join(FAMILIES)} (text counts documents)",
+        help=f"images of a family, may be repeated; families: {', '.join(FAMILIES)} (text: documents)",
     )
-    parser.add_argument("--font-dir", action="append", default=[], help="folder of fonts to use before the system's")
+    parser.add_argument(
+        "--font-dir", action="append", default=[], help="folder of fonts to use before the system's"
+    )
     parser.add_argument("--num-workers", type=int, default=1, help="processes that render")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser
@@ -55,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Generate what the arguments say and print a summary."""
     summary = generate(
-        resolve(args), args.out, num_workers=args.num_workers, progress=not args.no_progress and sys.stderr.isatty()
+        resolve(args),
+        args.out,
+        num_workers=args.num_workers,
+        progress=not args.no_progress and sys.stderr.isatty(),
     )
     write_line(f"{summary.folder}: {'already complete' if summary.reused else 'written'}")
     for family, count in summary.counts.items():

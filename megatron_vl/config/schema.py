@@ -216,6 +216,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     load: str | None = None
     """Directory to resume from: weights, optimizer, random state and data position."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint in save, if there is one; otherwise start as the other fields say."""
     pretrained_checkpoint: str | None = None
     """Start a stage from these weights with a fresh optimizer, step and data position."""
     finetune: bool = False

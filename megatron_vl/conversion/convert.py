@@ -11,6 +11,7 @@ another shape or not finite is refused by name, before or instead of writing.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,22 @@ import torch
 from torch import Tensor
 
 from megatron_vl.config.schema import ModelConfig
-from megatron_vl.conversion.hf_config import Release, generation_config, hf_config, model_config
+from megatron_vl.conversion.hf_config import (
+    TOKENIZER_CONFIG,
+    Release,
+    generation_config,
+    hf_config,
+    model_config,
+)
 from megatron_vl.conversion.hf_files import FileFormat, FolderWriter, check_names, index_folder, read_json
 from megatron_vl.conversion.qwen_vl import Correspondence, correspondences, hf_shapes
 from megatron_vl.conversion.tensor_files import DTYPES, StoredTensor
+from megatron_vl.data.tokenizer import read_ranks
 from megatron_vl.errors import ConversionError
 from megatron_vl.planning.parameters import TensorSpec, model_tensors
 
 _REFERENCE_PATTERNS = ("*.py", "*.tiktoken", "tokenizer_config.json", "LICENSE*", "NOTICE*", "*.ttf")
+_DTYPE_FROM = "language_model.final_layernorm.weight"
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class ExportOptions:
     """Whose generation defaults to write."""
     reference: Path | None = None
     """Folder that was imported: its code, tokenizer and licence files are copied, its other settings kept."""
-    tokenizer_files: tuple[Path, ...] = ()
-    """Further files to copy."""
+    vocab_file: Path | None = None
+    """Qwen's ``.tiktoken`` file: the tokenizer's files are written, cut to the model's ranks."""
     max_shard_bytes: int = 2 * 10**9
     """Size above which a new weight file begins."""
 
@@ -121,7 +130,7 @@ def export_folder(
     with FolderWriter(
         folder, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes
     ) as writer:
-        dtype = _add_side_files(writer, state, model, options)
+        _add_side_files(writer, model, options)
         for entry in entries:
             for name, tensor in _published(entry, state[entry.spec.name], model):
                 writer.add_tensor(name, tensor)
@@ -129,6 +138,7 @@ def export_folder(
                 total += size
                 if progress:
                     progress(size)
+        dtype = str(state[_DTYPE_FROM].dtype).removeprefix("torch.")
         writer.add_json("config.json", hf_config(model, dtype, _reference_config(options.reference)))
     return total
 
@@ -144,12 +154,17 @@ def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     _check_finite(tensor, spec.name)
 
 
-def check_model(state: Mapping[str, Tensor], model: ModelConfig) -> None:
+def check_model(
+    state: Mapping[str, Tensor], model: ModelConfig, *, progress: Callable[[int], None] | None = None
+) -> None:
     """Raise ConversionError unless ``state`` has exactly the model's tensors, each sound."""
     specs = model_tensors(model)
     check_names(state, {spec.name for spec in specs}, where="the model", what="its configuration")
     for spec in specs:
-        check_tensor(spec, state[spec.name])
+        tensor = state[spec.name]
+        check_tensor(spec, tensor)
+        if progress:
+            progress(tensor.numel() * tensor.element_size())
 
 
 def _published(entry: Correspondence, tensor: Tensor, model: ModelConfig) -> list[tuple[str, Tensor]]:
@@ -157,19 +172,17 @@ def _published(entry: Correspondence, tensor: Tensor, model: ModelConfig) -> lis
     return list(zip(entry.hf_names, entry.rule.to_hf(tensor, model), strict=True))
 
 
-def _add_side_files(
-    writer: FolderWriter, state: Mapping[str, Tensor], model: ModelConfig, options: ExportOptions
-) -> str:
-    """Everything but weights and config.json; returns the name of the weights' type."""
-    files = list(options.tokenizer_files)
+def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOptions) -> None:
+    """Everything but weights and ``config.json``."""
     if options.reference is not None:
-        files += sorted({file for pattern in _REFERENCE_PATTERNS for file in options.reference.glob(pattern)})
-    for file in files:
-        if not file.is_file():
-            raise ConversionError(f"{file}: no such file; it should be copied into the exported folder")
-        writer.copy(file)
+        for file in sorted({f for pattern in _REFERENCE_PATTERNS for f in options.reference.glob(pattern)}):
+            writer.copy(file)
+    if options.vocab_file is not None:
+        ranks = list(read_ranks(options.vocab_file))[: model.num_ranks]
+        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+        writer.add_bytes("qwen.tiktoken", "".join(lines).encode())
+        writer.add_json("tokenizer_config.json", TOKENIZER_CONFIG)
     writer.add_json("generation_config.json", generation_config(model, options.release))
-    return str(state["language_model.final_layernorm.weight"].dtype).removeprefix("torch.")
 
 
 def _reference_config(reference: Path | None) -> dict[str, object] | None:

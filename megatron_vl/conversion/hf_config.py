@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_vl.config.presets import PRESETS
@@ -19,6 +20,15 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.errors import ConversionError
 
 Release = Literal["base", "chat"]
+
+TOKENIZER_CONFIG: Mapping[str, Any] = MappingProxyType(
+    {
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+        "model_max_length": 8192,
+        "tokenizer_class": "QWenTokenizer",
+    }
+)
+"""Content of ``tokenizer_config.json``."""
 
 _RESAMPLER_HEAD_SIZE = 128
 _QUERIES = 256

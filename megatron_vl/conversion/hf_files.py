@@ -151,7 +151,7 @@ class FolderWriter:
 
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file."""
-        self.add_bytes(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        self.add_bytes(name, (json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n").encode())
 
     def add_bytes(self, name: str, content: bytes) -> None:
         """Write a file."""

@@ -1,15 +1,32 @@
-"""MicroBatch: what one forward pass reads.
+"""MicroBatch: what one forward pass reads, and how rows become one.
 
-The b rows of a micro-batch are laid end to end as one line of b*s tokens, and ``cu_seqlens`` says which stretches of
-it may look at each other (whole rows, or single segments). So attention has one form for every case, the packed one.
-Labels are shifted here and nowhere else.
+The b rows of a micro-batch are laid end to end as one line of b*s tokens, and ``cu_seqlens`` says which
+stretches of it may look at each other (whole rows, or single segments). So attention has one form for every
+case, the packed one. Labels are shifted here and nowhere else: position i is supervised if token i + 1 is a
+target in the same span.
+
+    row                      |<img> slots </img> ... Answer: red eos|You are kind eos|pad pad|
+    positions, whole row      0 1 2 ...                               ...              0   1
+    positions, per segment    0 1 2 ...                              0   1   2    3    0   1
+
+With whole rows the first token of a segment is predicted from the segment before it, as in the original; per
+segment nothing predicts it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.data.image import blank_pixels
+from megatron_vl.data.sample import PackedRow
+from megatron_vl.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,8 @@ class MicroBatch:
     targets: torch.Tensor
     """int64[m]: those targets."""
     slots: torch.Tensor
-    """int64[k * num_queries]: positions that image features fill, image by image; empty for text-only batches."""
+    """int64[k * num_queries]: positions that image features fill, image by image; empty for text-only
+    batches."""
     pixels: torch.Tensor | None
     """uint8[n, 3, H, W], n >= 1: n = k, or one blank image without slots when the batch is text only.
     None on ranks that do not hold the patch embedding."""
@@ -37,3 +55,123 @@ class MicroBatch:
     """Segments that are samples (pieces of text documents included), for throughput."""
     num_tokens: int
     """Tokens that are not padding, for throughput."""
+
+
+@dataclass(frozen=True)
+class CollateOptions:
+    """What collating needs to know of the model and the run."""
+
+    special: SpecialTokens
+    seq_length: int
+    num_queries: int
+    image_size: int
+    attention_span: Literal["row", "segment"] = "row"
+    with_pixels: bool = True
+    """False on ranks that do not hold the patch embedding."""
+    blank_images: bool = False
+    """Show grey instead of every image."""
+
+
+def empty_row() -> PackedRow:
+    """A row of padding alone: fills the last batch of a finite pass, and changes no loss."""
+    return PackedRow(
+        tokens=np.zeros(0, dtype=np.int32),
+        supervised=np.zeros(0, dtype=np.bool_),
+        segment_lengths=np.zeros(0, dtype=np.int32),
+        image_ids=np.zeros(0, dtype=np.int64),
+    )
+
+
+def collate(
+    rows: Sequence[PackedRow],
+    pixels: npt.NDArray[np.uint8] | None,
+    options: CollateOptions,
+    *,
+    names: Sequence[str],
+) -> MicroBatch:
+    """Lay rows end to end.
+
+    ``pixels``: uint8[k, 3, H, W], the images of all rows in their order; None if none is needed (text-only
+    rows, blank images, or ranks without pixels). ``names`` name the rows in messages. Raises DataError for a
+    row that is too long or whose image spans do not match its images.
+    """
+    seq_length, total = options.seq_length, len(rows) * options.seq_length
+    for row, name in zip(rows, names, strict=True):
+        if len(row.tokens) > seq_length:
+            raise DataError(f"{name}: {len(row.tokens)} tokens, but data.seq_length is {seq_length}")
+    tokens = np.full(total, options.special.endoftext, dtype=np.int64)
+    is_target = np.zeros(total + 1, dtype=np.bool_)
+    for index, row in enumerate(rows):
+        begin = index * seq_length
+        tokens[begin : begin + len(row.tokens)] = row.tokens
+        is_target[begin : begin + len(row.tokens)] = row.supervised
+    borders = _span_borders(rows, options)
+    is_target[borders] = False  # nothing predicts the first token of a span
+    supervised = np.flatnonzero(is_target[1:])
+    slots = _find_slots(tokens, rows, options, names=names)
+    num_images = sum(len(row.image_ids) for row in rows)
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(np.arange(total) - np.repeat(borders[:-1], np.diff(borders))),
+        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+        supervised=torch.from_numpy(supervised),
+        targets=torch.from_numpy(tokens[supervised + 1]),
+        slots=torch.from_numpy(slots),
+        pixels=_pixels(pixels, num_images, options),
+        num_images=max(num_images, 1),
+        num_samples=sum(len(row.segment_lengths) for row in rows),
+        num_tokens=sum(len(row.tokens) for row in rows),
+    )
+
+
+def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDArray[np.int64]:
+    """int64[spans + 1]: borders of the stretches that attend to themselves, padding apart."""
+    ends: list[int] = [0]
+    for index, row in enumerate(rows):
+        begin, length = index * options.seq_length, len(row.tokens)
+        if options.attention_span == "segment":
+            ends += (begin + np.cumsum(row.segment_lengths, dtype=np.int64)).tolist()
+        elif length:
+            ends.append(begin + length)
+        if length < options.seq_length:
+            ends.append(begin + options.seq_length)
+    return np.array(ends, dtype=np.int64)
+
+
+def _find_slots(
+    tokens: npt.NDArray[np.int64], rows: Sequence[PackedRow], options: CollateOptions, *, names: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """int64[images * num_queries]: positions between <img> and </img>; DataError if spans and images
+    disagree."""
+    special, queries = options.special, options.num_queries
+    starts = np.flatnonzero(tokens == special.img_start)
+    slots = starts[:, None] + np.arange(1, queries + 1)
+    found = np.bincount(starts // options.seq_length, minlength=len(rows))
+    expected = np.array([len(row.image_ids) for row in rows], dtype=np.int64)
+    last = len(tokens) - 1
+    whole = (tokens[np.minimum(slots, last)] == special.img_pad).all(axis=1)
+    whole &= tokens[np.minimum(starts + queries + 1, last)] == special.img_end
+    num_pads = np.bincount(
+        np.flatnonzero(tokens == special.img_pad) // options.seq_length, minlength=len(rows)
+    )
+    wrong = (found != expected) | (num_pads != expected * queries)
+    wrong[starts[~whole] // options.seq_length] = True
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"{names[row]}: {found[row]} image spans and {num_pads[row]} slots, but {expected[row]} images "
+            f"of {queries} "
+            "slots each; the data set is damaged or was prepared for another model. Prepare it again."
+        )
+    return slots.reshape(-1)
+
+
+def _pixels(
+    pixels: npt.NDArray[np.uint8] | None, num_images: int, options: CollateOptions
+) -> torch.Tensor | None:
+    if not options.with_pixels:
+        return None
+    if options.blank_images or num_images == 0:
+        return torch.from_numpy(blank_pixels(max(num_images, 1), options.image_size))
+    assert pixels is not None and len(pixels) == num_images, "as many images are decoded as the rows have"
+    return torch.from_numpy(pixels)

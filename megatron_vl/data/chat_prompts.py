@@ -1,13 +1,15 @@
 """ChatML: what the model reads in a dialogue, and which part of it is to be learnt.
 
-Each turn is ``<|im_start|>ROLE \\n TEXT <|im_end|> \\n``. Two ways of supervising it are in use, and both are here:
+Each turn is ``<|im_start|>ROLE \\n TEXT <|im_end|> \\n``. Two ways of supervising it are in use, and both are
+here:
 
-- ``paper`` (section 4.7 of the fact file; Appendix B.2): the assistant's answers and the ChatML tokens;
-- ``released``: the published fine-tuning script, which also learns the line end after ``<|im_end|>`` in every turn.
+- ``paper`` (Appendix B.2): the assistant's answers and the ChatML tokens;
+- ``released``: the published fine-tuning script, which also learns the line end after every ``<|im_end|>``.
 
 Roles, the user's and the system's words, and image slots are never supervised. The text of a turn may hold
-``<img>...</img>`` (an image, in the order of the sample's images) and well-formed ``<ref>``, ``<box>`` and ``<quad>``
-markup; anything else that looks like a special token is plain text, so no turn can open a span that it does not close.
+``<img>...</img>`` (an image, in the order of the sample's images) and well-formed ``<ref>``, ``<box>`` and
+``<quad>`` markup; anything else that looks like a special token is plain text, so no turn can open a span
+that it does not close.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from megatron_vl.errors import SkipSample
 
 ChatStyle = Literal["paper", "released"]
 DEFAULT_SYSTEM = "You are a helpful assistant."
-_MARKUP = re.compile(r"<img>[^<>]*</img>|<(ref|box|quad)>((?:(?!</?(?:ref|box|quad|img)>).)*)</\1>", re.DOTALL)
+_MARKUP = re.compile(
+    r"<img>[^<>]*</img>|<(ref|box|quad)>((?:(?!</?(?:ref|box|quad|img)>).)*)</\1>", re.DOTALL
+)
 
 
 def render_chat(sample: Sample, style: ChatStyle = "paper") -> tuple[Piece, ...]:
     """All turns of a dialogue; a system turn is put first if there is none.
 
-    Raises SkipSample: ``no_answer`` without an assistant turn after a user turn, ``image_mismatch`` if the turns do not
-    name as many images as the sample has.
+    Raises SkipSample: ``no_answer`` without an assistant turn after a user turn, ``image_mismatch`` if the
+    turns do not name as many images as the sample has.
     """
     turns = _well_formed(sample.turns)
     if not any(turn.role == "assistant" and turn.text for turn in turns):
@@ -41,8 +45,11 @@ def render_chat(sample: Sample, style: ChatStyle = "paper") -> tuple[Piece, ...]
 
 
 def render_chat_prompt(turns: Sequence[Turn]) -> tuple[Piece, ...]:
-    """The dialogue so far and the opening of the assistant's next turn, for generation; nothing is supervised."""
-    pieces = [replace(piece, supervised=False) for turn in _well_formed(turns) for piece in _turn(turn, "paper")]
+    """The dialogue so far and the opening of the assistant's next turn, for generation; nothing is
+    supervised."""
+    pieces = [
+        replace(piece, supervised=False) for turn in _well_formed(turns) for piece in _turn(turn, "paper")
+    ]
     return (*pieces, *_opening("assistant", learnt=False))
 
 
@@ -62,7 +69,8 @@ def parse_markup(text: str) -> list[Piece]:
 
 
 def _well_formed(turns: Sequence[Turn]) -> list[Turn]:
-    """System turn first; turns of the assistant before the first user turn are dropped, as the original does."""
+    """System turn first; turns of the assistant before the first user turn are dropped, as the original
+    does."""
     system = [turn for turn in turns if turn.role == "system"][:1] or [Turn("system", DEFAULT_SYSTEM)]
     spoken = [turn for turn in turns if turn.role != "system"]
     while spoken and spoken[0].role != "user":

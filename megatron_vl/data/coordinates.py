@@ -1,8 +1,9 @@
 """Boxes and quadrilaterals as the text that Qwen-VL reads and writes: integers in [0, 1000) along each axis.
 
-One rule and its inverse, used by prompts, generation and drawing alike. A coordinate x in [0, 1] falls into cell
-``floor(1000 x)`` (1.0 into the last); a cell stands for its centre. So text -> coordinates -> text is exact, and
-coordinates -> text -> coordinates errs by at most half a cell. The original's rounding was never published.
+One rule and its inverse, used by prompts, generation and drawing alike. A coordinate x in [0, 1] falls into
+cell ``floor(1000 x)`` (1.0 into the last); a cell stands for its centre. So text -> coordinates -> text is
+exact, and coordinates -> text -> coordinates errs by at most half a cell. The original's rounding was never
+published.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Encoded image -> checked pixels, exactly as the original does it.
 
-The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased) bicubic
-filter whatever the aspect ratio, and normalises with CLIP's constants. EXIF orientation is not applied, since boxes of
-the data sets refer to the stored pixels. Pixels stay uint8 until they are on the device of the model.
+The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased)
+bicubic filter whatever the aspect ratio, and normalises with CLIP's constants. EXIF orientation is not
+applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are on the
+device of the model.
 
-Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit on bytes,
-on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is refused, never filled up.
-This module imports no torch, so that decode workers start in a fraction of a second.
+Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit
+on bytes, on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is
+refused, never filled up. This module imports no torch, so that decode workers start in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise SkipSample("image_too_large", f"{width} x {height} pixels, the limit is {limits.max_pixels}")
     if max(size) > limits.max_aspect_ratio * min(size):
-        raise SkipSample("image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}")
+        raise SkipSample(
+            "image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -95,7 +99,8 @@ def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of the input."""
+    """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of
+    the input."""
     values = pixels.float().div_(255)
     mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
     std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)

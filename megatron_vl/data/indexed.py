@@ -1,14 +1,15 @@
 """Megatron-Core's IndexedDataset format, ``<prefix>.bin`` and ``<prefix>.idx``, in numpy alone.
 
-``.bin`` holds sequences of one type end to end. ``.idx`` holds, little-endian: ``MMIDIDX\\0\\0``, version (u64, 1), type
-code (u8), number of sequences (u64), number of documents + 1 (u64), lengths (i32 each), byte offsets (i64 each),
-document borders (i64 each; here every sequence is a document) and optionally one mode byte per sequence, which the
-format leaves to its user.
+``.bin`` holds sequences of one type end to end. ``.idx`` holds, little-endian: ``MMIDIDX\\0\\0``, version
+(u64, 1), type code (u8), number of sequences (u64), number of documents + 1 (u64), lengths (i32 each), byte
+offsets (i64 each), document borders (i64 each; here every sequence is a document) and optionally one mode
+byte per sequence, which the format leaves to its user.
 
-Why not Megatron-Core's own class: importing it costs eight seconds in every data tool and decode worker, and it finds a
-truncated file hours into a run (memory map) or never (without). Here the index is checked against itself and against
-the size of the data when it is opened, and every read is checked for its length. Reads are positioned (``pread``), so
-a reader is shared by threads and survives a fork. The files are Megatron-Core's to read; a test does so.
+Why not Megatron-Core's own class: importing it costs eight seconds in every data tool and decode worker, and
+it finds a truncated file hours into a run (memory map) or never (without). Here the index is checked against
+itself and against the size of the data when it is opened, and every read is checked for its length. Reads are
+positioned (``pread``), so a reader is shared by threads and survives a fork. The files are Megatron-Core's to
+read; a test does so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,16 @@ from megatron_vl.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _VERSION = 1
-_TYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+_TYPE_CODES = {
+    "uint8": 1,
+    "int8": 2,
+    "int16": 3,
+    "int32": 4,
+    "int64": 5,
+    "float64": 6,
+    "float32": 7,
+    "uint16": 8,
+}
 _TYPES = {code: np.dtype(name) for name, code in _TYPE_CODES.items()}
 
 
@@ -56,7 +66,8 @@ class IndexedWriter:
         return len(self._lengths)
 
     def add(self, sequence: npt.NDArray[np.generic] | bytes, *, mode: int = 0) -> int:
-        """Append one sequence and return its index; ``mode`` (0 to 127) is kept if the file was opened with modes."""
+        """Append one sequence and return its index; ``mode`` (0 to 127) is kept if the file was opened with
+        modes."""
         array = np.frombuffer(sequence, dtype=self._dtype) if isinstance(sequence, bytes) else sequence
         assert array.dtype == self._dtype and array.ndim == 1 and 0 <= mode < 128
         data = np.ascontiguousarray(array).data
@@ -101,7 +112,8 @@ class IndexedWriter:
 
 
 class IndexedFile:
-    """Random access to the sequences of ``<prefix>.bin``; everything that an index can tell is checked at once."""
+    """Random access to the sequences of ``<prefix>.bin``; everything that an index can tell is checked at
+    once."""
 
     def __init__(self, prefix: str | Path, *, with_modes: bool = False) -> None:
         """Open both files. Raises DataError naming the file if one is missing, truncated or inconsistent."""
@@ -111,14 +123,18 @@ class IndexedFile:
         sizes = (4 * count, 8 * count, 8 * documents, count if with_modes else 0)
         if content.size != _HEADER.size + sum(sizes):
             raise DataError(
-                f"{self._idx_path}: {content.size} bytes, but its header tells of {count} sequences, which take "
-                f"{_HEADER.size + sum(sizes)}. The file is truncated or of another kind; prepare the data again."
+                f"{self._idx_path}: {content.size} bytes, but its header tells of {count} sequences, which "
+                "take "
+                f"{_HEADER.size + sum(sizes)}. The file is truncated or of another kind; prepare the data "
+                "again."
             )
         borders = np.cumsum((_HEADER.size, *sizes)).tolist()
         self.lengths: npt.NDArray[np.int32] = content[borders[0] : borders[1]].view("<i4")
         """int32[sequences]: items in each sequence."""
         self._pointers: npt.NDArray[np.int64] = content[borders[1] : borders[2]].view("<i8")
-        self.modes: npt.NDArray[np.int8] | None = content[borders[3] : borders[4]].view(np.int8) if with_modes else None
+        self.modes: npt.NDArray[np.int8] | None = (
+            content[borders[3] : borders[4]].view(np.int8) if with_modes else None
+        )
         """int8[sequences], if the file was opened with modes."""
         self._check_pointers()
         self._descriptor = _open_descriptor(self._bin_path)
@@ -144,7 +160,9 @@ class IndexedFile:
         offset = int(self._pointers[index]) + start * self.dtype.itemsize
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
-            raise DataError(f"{self._bin_path}: sequence {index} has {len(data)} of {size} bytes; the file was cut.")
+            raise DataError(
+                f"{self._bin_path}: sequence {index} has {len(data)} of {size} bytes; the file was cut."
+            )
         return data
 
     def close(self) -> None:
@@ -153,7 +171,7 @@ class IndexedFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> IndexedFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -163,11 +181,14 @@ class IndexedFile:
 
     def _header(self, content: npt.NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
         if content.size < _HEADER.size:
-            raise DataError(f"{self._idx_path}: {content.size} bytes are too few for an index; prepare the data again.")
+            raise DataError(
+                f"{self._idx_path}: {content.size} bytes are too few for an index; prepare the data again."
+            )
         magic, version, code, count, documents = _HEADER.unpack(content[: _HEADER.size].tobytes())
         if magic != _MAGIC or version != _VERSION or code not in _TYPES:
             raise DataError(
-                f"{self._idx_path}: not an index of version {_VERSION} (begins with {magic!r}, version {version}, type "
+                f"{self._idx_path}: not an index of version {_VERSION} (begins with {magic!r}, version "
+                f"{version}, type "
                 f"{code}); prepare the data again."
             )
         return _TYPES[code], count, documents
@@ -175,15 +196,21 @@ class IndexedFile:
     def _check_pointers(self) -> None:
         expected = np.zeros(len(self.lengths), dtype=np.int64)
         np.cumsum(self.lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=expected[1:])
-        if (len(self.lengths) and int(self.lengths.min()) < 0) or not np.array_equal(expected, self._pointers):
-            raise DataError(f"{self._idx_path}: offsets and lengths disagree; the file is damaged. Prepare the data again.")
+        if (len(self.lengths) and int(self.lengths.min()) < 0) or not np.array_equal(
+            expected, self._pointers
+        ):
+            raise DataError(
+                f"{self._idx_path}: offsets and lengths disagree; the file is damaged. Prepare the data "
+                "again."
+            )
 
     def _check_data_size(self) -> None:
         found = os.fstat(self._descriptor).st_size
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if found != expected:
             raise DataError(
-                f"{self._bin_path}: {found} bytes, but {self._idx_path.name} tells of {expected}. The file is truncated "
+                f"{self._bin_path}: {found} bytes, but {self._idx_path.name} tells of {expected}. The file "
+                "is truncated "
                 "or belongs to another index; prepare the data again or copy it anew."
             )
 
@@ -200,14 +227,18 @@ def _open_index(path: Path) -> npt.NDArray[np.uint8]:
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, mode="r", dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?"
+        ) from error
 
 
 def _open_descriptor(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?"
+        ) from error
 
 
 def _sync_and_close(file: BinaryIO) -> None:

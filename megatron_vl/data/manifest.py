@@ -1,9 +1,9 @@
 """``<prefix>.json``: what a prepared data set is, how it was made, and what was left out.
 
-The manifest is written last and read first: a prefix without one is not a data set. It pins everything that a run must
-agree with (tokenizer, slots per image, row length), the sizes and hashes of the files, and the figures that recipes
-compute with (samples per row). Nothing in it depends on the machine, the time or the number of workers, so that two
-preparations of the same recipe are equal byte by byte.
+The manifest is written last and read first: a prefix without one is not a data set. It pins everything that a
+run must agree with (tokenizer, slots per image, row length), the sizes and hashes of the files, and the
+figures that recipes compute with (samples per row). Nothing in it depends on the machine, the time or the
+number of workers, so that two preparations of the same recipe are equal byte by byte.
 """
 
 from __future__ import annotations
@@ -118,21 +118,25 @@ def manifest_path(prefix: str | Path) -> Path:
 def read_manifest(prefix: str | Path) -> Manifest:
     """Read and check ``<prefix>.json``.
 
-    Raises DataError if it is missing, not a manifest of this format version, or disagrees with the files beside it.
+    Raises DataError if it is missing, not a manifest of this format version, or disagrees with the files
+    beside it.
     """
     path = manifest_path(prefix)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}). A data set is given by its prefix (the path without .json); "
+            f"{path}: cannot be read ({error.strerror}). A data set is given by its prefix (the path "
+            "without .json); "
             "make one with tools/prepare_data.py."
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); prepare the data again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again.")
+        raise DataError(
+            f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again."
+        )
     try:
         manifest = _build(Manifest, values)
     except (KeyError, TypeError, ValueError) as error:
@@ -153,14 +157,16 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
 
 
 def verify_files(prefix: str | Path) -> None:
-    """Read every file of a data set and compare its SHA-256 with the manifest; raises DataError naming the first wrong one."""
+    """Read every file of a data set and compare its SHA-256 with the manifest; raises DataError naming the
+    first wrong one."""
     for entry in read_manifest(prefix).files:
         path = Path(f"{prefix}{entry.suffix}")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != entry.sha256:
             raise DataError(
-                f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}. The file is damaged; copy it anew."
+                f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}. The file is damaged; copy "
+                "it anew."
             )
 
 
@@ -171,20 +177,24 @@ def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:
         if found != entry.size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise DataError(
-                f"{path} {state}, the manifest says {entry.size} bytes. Copy the data set anew or prepare it again."
+                f"{path} {state}, the manifest says {entry.size} bytes. Copy the data set anew or prepare "
+                "it again."
             )
 
 
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     """A record from JSON values, tuples of records included; unknown keys are derived figures."""
     hints = typing.get_type_hints(kind)
-    return kind(**{item.name: _convert(hints[item.name], values[item.name]) for item in dataclasses.fields(kind)})
+    return kind(
+        **{item.name: _convert(hints[item.name], values[item.name]) for item in dataclasses.fields(kind)}
+    )
 
 
 def _convert(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is tuple:
-        element = typing.get_args(hint)[0]
-        return tuple(_build(element, item) if dataclasses.is_dataclass(element) else item for item in value)
+        element: type[Any] = typing.get_args(hint)[0]
+        nested = dataclasses.is_dataclass(element)
+        return tuple(_build(element, item) if nested else _convert(element, item) for item in value)
     if not isinstance(value, hint):
         raise TypeError(f"found {value!r:.40}, expected {hint.__name__}")
     return value

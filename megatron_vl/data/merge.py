@@ -1,9 +1,10 @@
 """The second half of preparation: parts -> packed rows -> one data set.
 
-Samples are numbered in the order of the parts, repeated by the weight of their source, packed (numbers only), and then
-written row by row. An image is stored when a row first uses it, so the images of neighbouring rows lie together, and
-once, whoever else uses it. All files are written under temporary names; an old manifest goes before the files are
-renamed, the new one comes last. So whatever happens, there is a whole data set under the prefix, or none.
+Samples are numbered in the order of the parts, repeated by the weight of their source, packed (numbers only),
+and then written row by row. An image is stored when a row first uses it, so the images of neighbouring rows
+lie together, and once, whoever else uses it. All files are written under temporary names; an old manifest
+goes before the files are renamed, the new one comes last. So whatever happens, there is a whole data set
+under the prefix, or none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.indexed import IndexedWriter, WrittenFile
+from megatron_vl.data.indexed import IndexedWriter, WrittenFile, paths_of
 from megatron_vl.data.manifest import (
     FORMAT_VERSION,
     NUM_EXAMPLES,
@@ -28,7 +29,7 @@ from megatron_vl.data.manifest import (
     manifest_path,
     write_manifest,
 )
-from megatron_vl.data.packing import IntArray, PackLimits, Packing, one_per_row, pack, pack_by_group
+from megatron_vl.data.packing import IntArray, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.parts import TASKS, Part
 from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.data.rows import SegmentKey, encode_keys, encode_row
@@ -58,7 +59,9 @@ class _Samples:
         return self.task == TASKS.index("text")
 
 
-def merge_parts(recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progress: Progress | None = None) -> Manifest:
+def merge_parts(
+    recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progress: Progress | None = None
+) -> Manifest:
     """Pack the samples of all parts into the data set at ``prefix`` and return its manifest.
 
     ``parts`` are in the order of the units. Raises DataError if no sample is left.
@@ -67,7 +70,8 @@ def merge_parts(recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progres
     if not len(samples.part):
         reasons = sorted({reason for part in parts for reason in part.index.skips})
         raise DataError(
-            f"{prefix}: no sample is left to write; skipped for {', '.join(reasons) or 'no reason: the sources are empty'}"
+            f"{prefix}: no sample is left to write; skipped for "
+            f"{', '.join(reasons) or 'no reason: the sources are empty'}"
         )
     packing = _pack(recipe, samples)
     writer = _RowWriter(prefix, parts, samples)
@@ -77,8 +81,9 @@ def merge_parts(recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progres
             if progress is not None:
                 progress(row + 1, packing.num_rows)
         files = writer.finish()
-    finally:
-        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
     manifest = _manifest(recipe, parts, samples, packing=packing, writer=writer, files=files)
     _commit(prefix, manifest)
     return manifest
@@ -126,6 +131,7 @@ class _RowWriter:
     """Writes rows, their images and their keys under temporary names."""
 
     def __init__(self, prefix: Path, parts: Sequence[Part], samples: _Samples) -> None:
+        self._prefix = prefix
         self._parts = parts
         self._samples = samples
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -143,17 +149,18 @@ class _RowWriter:
 
     def add_row(self, packing: Packing, row: int) -> None:
         """Write one row of the packing."""
-        pieces = range(int(packing.row_splits[row]), int(packing.row_splits[row + 1]))
         tokens: list[npt.NDArray[np.int32]] = []
         image_ids: list[int] = []
         keys: list[SegmentKey] = []
-        for piece in pieces:
+        for piece in range(int(packing.row_splits[row]), int(packing.row_splits[row + 1])):
             sample = int(packing.samples[piece])
             start, stop = int(packing.starts[piece]), int(packing.stops[piece])
             part, index = self._parts[int(self._samples.part[sample])], int(self._samples.index[sample])
             tokens.append(_read_piece(part, index, start=start, stop=stop))
             image_ids += [self._image_id(part, image) for image in part.index.images[index]]
-            keys.append(SegmentKey(part.index.source, part.index.tasks[index], part.index.keys[index], start, stop))
+            keys.append(
+                SegmentKey(part.index.source, part.index.tasks[index], part.index.keys[index], start, stop)
+            )
         joined = np.concatenate(tokens)
         packed = PackedRow(
             tokens=joined ^ (joined >> 31),
@@ -172,10 +179,12 @@ class _RowWriter:
             written.update({suffix + kind: file for kind, file in writer.finish().items()})
         return tuple(FileEntry(suffix, file.size, file.sha256) for suffix, file in written.items())
 
-    def close(self) -> None:
-        """Close the files, finished or not."""
-        for writer in self._writers.values():
+    def discard(self) -> None:
+        """Remove what was written."""
+        for suffix, writer in self._writers.items():
             writer.abort()
+            for path in paths_of(_temporary(self._prefix, suffix)):
+                path.unlink(missing_ok=True)
 
     def _image_id(self, part: Part, image: int) -> int:
         digest = part.index.hashes[image]
@@ -185,8 +194,8 @@ class _RowWriter:
 
 
 def _read_piece(part: Part, index: int, *, start: int, stop: int) -> npt.NDArray[np.int32]:
-    """Stored tokens [start, stop) of a sample; a text document's continuation does not predict its own first token,
-    since what stands before it in the row is another segment."""
+    """Stored tokens [start, stop) of a sample; a text document's continuation does not predict its own first
+    token, since what stands before it in the row is another segment."""
     piece = np.frombuffer(part.tokens.read_bytes(index, start=start, stop=stop), dtype=np.int32).copy()
     if start > 0:
         piece[0] ^= piece[0] >> 31

@@ -4,15 +4,16 @@
     whole samples, best fit decreasing    |a a a a a a a a a b b b b b . .|  |c c c c c c c d d d e e e . . .|
     mortar: T is cut over what is left    |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
 
-An image sample takes at least its slots (258 tokens of 2,048), so best fit alone leaves about 5 % of every row empty,
-whatever the algorithm. Text has no such grain: laid end to end it is a stream that may be cut anywhere, and it fills
-the gaps; what is left of it makes rows of its own. Every other sample lies whole in exactly one row.
+An image sample takes at least its slots (258 tokens of 2,048), so best fit alone leaves about 5 % of every
+row empty, whatever the algorithm. Text has no such grain: laid end to end it is a stream that may be cut
+anywhere, and it fills the gaps; what is left of it makes rows of its own. Every other sample lies whole in
+exactly one row.
 
-Best fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and so are rows with
-equal room. One operation puts as many samples of the longest remaining class as possible into all rows of the tightest
-room that takes them. The number of operations depends on the number of classes; all else is arithmetic on arrays, so
-that ten million samples are packed in seconds. Ties are broken by a seeded shuffle, which also keeps neighbours of the
-source apart. The result is a pure function of its arguments.
+Best fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and so are
+rows with equal room. One operation puts as many samples of the longest remaining class as possible into all
+rows of the tightest room that takes them. The number of operations depends on the number of classes; all else
+is arithmetic on arrays, so that ten million samples are packed in seconds. Ties are broken by a seeded
+shuffle, which also keeps neighbours of the source apart. The result is a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class PackLimits:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as lists of pieces; a piece is tokens [start, stop) of a sample (all of it, unless it is a text document)."""
+    """Rows as lists of pieces; a piece is tokens [start, stop) of a sample (all of it, unless it is a text
+    document)."""
 
     samples: IntArray
     """int64[pieces]: index of the sample."""
@@ -55,7 +57,9 @@ class Packing:
         return len(self.row_splits) - 1
 
 
-def pack(lengths: IntArray, images: IntArray, is_text: npt.NDArray[np.bool_], *, limits: PackLimits, seed: int) -> Packing:
+def pack(
+    lengths: IntArray, images: IntArray, is_text: npt.NDArray[np.bool_], *, limits: PackLimits, seed: int
+) -> Packing:
     """Pack samples of ``lengths`` tokens and ``images`` images; those of ``is_text`` may be cut.
 
     All arrays have one entry per sample. Every sample that is not text must fit into a row by itself.
@@ -85,7 +89,8 @@ def pack_by_group(
     limits: PackLimits,
     seed: int,
 ) -> Packing:
-    """Rows whose samples all belong to one group (few-shot rows of one task); the groups follow one another."""
+    """Rows whose samples all belong to one group (few-shot rows of one task); the groups follow one
+    another."""
     parts = []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
@@ -119,8 +124,8 @@ class _Room:
     def tightest(self, tokens: int, images: int) -> Iterator[tuple[int, int, IntArray]]:
         """Take out, one after the other, the groups that can hold such a sample, least room first.
 
-        The caller puts back what is left of each: rows that a further sample of this class does not fit into, or,
-        when the samples have run out, any.
+        The caller puts back what is left of each: rows that a further sample of this class does not fit into,
+        or, when the samples have run out, any.
         """
         fitting = np.argwhere(self._occupied[tokens:, images:]) + (tokens, images)
         for room_tokens, room_images in fitting.tolist():
@@ -132,7 +137,9 @@ def _best_fit(lengths: IntArray, images: IntArray, limits: PackLimits) -> tuple[
     """int64[samples] row of each sample, and the number of rows."""
     base = int(images.max(initial=0)) + 1
     keys = lengths * base + images
-    small = keys.astype(np.uint16) if keys.max(initial=0) < 2**16 else keys  # numpy sorts 16-bit keys by radix
+    small = (
+        keys.astype(np.uint16) if keys.max(initial=0) < 2**16 else keys
+    )  # numpy sorts 16-bit keys by radix
     order = np.argsort(small, kind="stable")
     ordered = keys[order]
     borders = np.flatnonzero(np.diff(ordered, prepend=-1, append=-1))
@@ -144,7 +151,9 @@ def _best_fit(lengths: IntArray, images: IntArray, limits: PackLimits) -> tuple[
         members = order[begin:end]
         members = _fill_existing(members, (length, num_images), room, row_of)
         if len(members):
-            num_rows = _open_rows(members, (length, num_images), room, row_of, num_rows=num_rows, limits=limits)
+            num_rows = _open_rows(
+                members, (length, num_images), room, row_of, num_rows=num_rows, limits=limits
+            )
     return row_of, num_rows
 
 
@@ -155,7 +164,9 @@ def _fill_existing(members: IntArray, size: tuple[int, int], room: _Room, row_of
         per_row = room_tokens // max(length, 1)
         if num_images:
             per_row = min(per_row, room_images // num_images)
-        members = _put(members, size, (room_tokens, room_images), rows, per_row=per_row, room=room, row_of=row_of)
+        members = _put(
+            members, size, (room_tokens, room_images), rows, per_row=per_row, room=room, row_of=row_of
+        )
         if not len(members):
             break
     return members
@@ -171,7 +182,8 @@ def _put(
     room: _Room,
     row_of: IntArray,
 ) -> IntArray:
-    """Fill ``rows`` of equal ``space`` one after the other with ``per_row`` samples each; returns samples left over."""
+    """Fill ``rows`` of equal ``space`` one after the other with ``per_row`` samples each; returns samples
+    left over."""
     count = min(len(members), per_row * len(rows))
     full, partial = divmod(count, per_row)
     row_of[members[: full * per_row]] = np.repeat(rows[:full], per_row)
@@ -186,7 +198,13 @@ def _put(
 
 
 def _open_rows(
-    members: IntArray, size: tuple[int, int], room: _Room, row_of: IntArray, *, num_rows: int, limits: PackLimits
+    members: IntArray,
+    size: tuple[int, int],
+    room: _Room,
+    row_of: IntArray,
+    *,
+    num_rows: int,
+    limits: PackLimits,
 ) -> int:
     """Put samples of one size into new rows; returns the number of rows then."""
     length, num_images = size
@@ -200,7 +218,9 @@ def _open_rows(
     return num_rows + len(rows)
 
 
-def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits) -> tuple[IntArray, ...]:
+def _lay_text(
+    documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits
+) -> tuple[IntArray, ...]:
     """Lay the documents as one stream over the gaps (largest first), then over new rows.
 
     Returns row, document, start and stop of every piece.
@@ -221,8 +241,11 @@ def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits:
     return rows[of_slot], documents[of_document], begins - offsets, ends - offsets
 
 
-def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, rank: IntArray) -> Packing:
-    """Sort pieces by row, and within a row by the shuffle, so that the longest sample does not always come first."""
+def _by_row(
+    rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, rank: IntArray
+) -> Packing:
+    """Sort pieces by row, and within a row by the shuffle, so that the longest sample does not always come
+    first."""
     # A row holds at most one piece of a document, so (row, rank) is unique and one sort of one key suffices.
     order = np.argsort((rows << 32) | rank[samples])
     num_rows = int(rows.max(initial=-1)) + 1

@@ -1,13 +1,16 @@
-"""The first half of preparation: one unit of work (shards of a source) -> one part (its tokenized samples, on disk).
+"""The first half of preparation: one unit of work (shards of a source) -> one part (its tokenized samples, on
+disk).
 
-A part depends on nothing but the recipe and its shards, so parts may be made in any order, by any number of processes
-on any machine; :mod:`megatron_vl.data.merge` puts them together in the order of the units. A part is
+A part depends on nothing but the recipe and its shards, so parts may be made in any order, by any number of
+processes on any machine; :mod:`megatron_vl.data.merge` puts them together in the order of the units. A part
+is
 
     <part>.tokens.{bin,idx}   one sequence per sample, targets complemented (see rows.py)
     <part>.images.{bin,idx}   each image of the part once
     <part>.json               lengths, tasks, images of each sample; keys; what was skipped. Written last.
 
-Every image is decoded here once, so that training meets no unreadable one; what fails is skipped under its reason.
+Every image is decoded here once, so that training meets no unreadable one; what fails is skipped under its
+reason.
 """
 
 from __future__ import annotations
@@ -84,7 +87,8 @@ class Part:
 
 
 def plan_units(recipe: DataRecipe) -> list[Unit]:
-    """The work of a recipe in its fixed order: a unit per shard, or one for all shards of a source with a limit.
+    """The work of a recipe in its fixed order: a unit per shard, or one for all shards of a source with a
+    limit.
 
     Raises DataError if the files of a source are missing.
     """

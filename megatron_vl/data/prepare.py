@@ -1,11 +1,11 @@
 """The offline job: a recipe -> a data set, over processes.
 
-    plan_units      what there is to do, in a fixed order                       here, once
-    write_part      read, check and tokenize one unit                           in worker processes, in any order
-    merge_parts     number, pack and write, in the order of the units           here, once
+    plan_units      what there is to do, in a fixed order                       here, once write_part
+    read, check and tokenize one unit                           in worker processes, in any order merge_parts
+    number, pack and write, in the order of the units           here, once
 
-The output depends on the recipe and the raw files only: any number of workers gives the same bytes. Other ways of
-distributing the middle step (MPI ranks, resumable shards) need only to fill the same folder of parts.
+The output depends on the recipe and the raw files only: any number of workers gives the same bytes. Other
+ways of distributing the middle step (MPI ranks, resumable shards) need only to fill the same folder of parts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.errors import DataError
 
 
-def prepare(recipe: DataRecipe, prefix: Path, *, workers: int | None = None, progress: bool = True) -> Manifest:
+def prepare(
+    recipe: DataRecipe, prefix: Path, *, workers: int | None = None, progress: bool = True
+) -> Manifest:
     """Prepare the data set of a recipe at ``prefix`` and return its manifest.
 
-    ``workers``: processes (default: one per core, as far as there is work; 1 works in this process). ``progress``:
-    show a bar on standard error where that is a terminal. Raises DataError if files are missing or nothing is left.
+    ``workers``: processes (default: one per core, as far as there is work; 1 works in this process).
+    ``progress``: show a bar on standard error where that is a terminal. Raises DataError if files are missing
+    or nothing is left.
     """
     units = plan_units(recipe)
     folder = prefix.with_name(prefix.name + ".parts")
@@ -66,10 +69,14 @@ def summary_lines(manifest: Manifest) -> list[str]:
         name, task = count.source, count.task
         lines.append(f"{name:<24} {task:<24} {count.samples:>10} {count.tokens:>12} {count.images:>10}")
     for skip in manifest.skips:
-        lines.append(f"{skip.source:<24} {'skipped: ' + skip.reason:<24} {skip.count:>10}   {skip.examples[0]:.60}")
+        lines.append(
+            f"{skip.source:<24} {'skipped: ' + skip.reason:<24} {skip.count:>10}   {skip.examples[0]:.60}"
+        )
     lines.append(
-        f"{manifest.num_rows} rows of at most {manifest.seq_length} tokens, {100 * manifest.fill:.1f} % filled; "
-        f"{manifest.samples_per_row:.2f} samples and {manifest.num_images / manifest.num_rows:.2f} images a row; "
+        f"{manifest.num_rows} rows of at most {manifest.seq_length} tokens, {100 * manifest.fill:.1f} % "
+        "filled; "
+        f"{manifest.samples_per_row:.2f} samples and {manifest.num_images / manifest.num_rows:.2f} images a "
+        "row; "
         f"{manifest.num_stored_images} images stored"
     )
     return lines
@@ -101,7 +108,9 @@ def _result(future: Future[int]) -> int:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed (out of memory?); start again with fewer --workers") from error
+        raise DataError(
+            "a worker process was killed (out of memory?); start again with fewer --workers"
+        ) from error
 
 
 def _part_prefix(folder: Path, unit: Unit) -> Path:

@@ -1,13 +1,14 @@
 """What the model reads for each task, and which part of it is to be learnt.
 
-The strings are those of the paper (Appendix B.1) with the white space of its evaluation scripts: a prompt ends in
-``English:`` or ``Answer:`` without a blank, and the target begins with one. In grounded text the blank before a phrase
-stands inside the tag (``gathering<ref> bees</ref><box>...``), as the released model writes it. Only the target and the
-closing ``<|endoftext|>`` are supervised. The Chinese wording was never published; ours is below.
+The strings are those of the paper (Appendix B.1) with the white space of its evaluation scripts: a prompt
+ends in ``English:`` or ``Answer:`` without a blank, and the target begins with one. In grounded text the
+blank before a phrase stands inside the tag (``gathering<ref> bees</ref><box>...``), as the released model
+writes it. Only the target and the closing ``<|endoftext|>`` are supervised. The Chinese wording was never
+published; ours is below.
 
-A rendered sample is a list of pieces: plain text, one special token, or an image. Text of the data is only ever a text
-piece, which cannot become a special token, so no caption, question or OCR line can open an image span. Pieces are
-tokenized one by one; hence a prompt has the same ids in training and in generation.
+A rendered sample is a list of pieces: plain text, one special token, or an image. Text of the data is only
+ever a text piece, which cannot become a special token, so no caption, question or OCR line can open an image
+span. Pieces are tokenized one by one; hence a prompt has the same ids in training and in generation.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class _Template:
 def render(sample: Sample) -> tuple[Piece, ...]:
     """Prompt, target and end of a sample of one of the seven tasks, target and end supervised.
 
-    Raises SkipSample if the sample lacks what its task needs (``no_image``, ``empty_text``, ``no_region``, ...).
+    Raises SkipSample if the sample lacks what its task needs (``no_image``, ``empty_text``, ``no_region``,
+    ...).
     """
     target = _TEMPLATES[sample.task].target(sample, WORDINGS[sample.language])
     learnt = [replace(piece, supervised=True) for piece in [*target, Piece("special", END)]]
@@ -154,7 +156,9 @@ def _learn_places(sample: Sample, words: Wording) -> list[Piece]:
 
 
 def _learn_region_text(sample: Sample, words: Wording) -> list[Piece]:
-    return _text(words.blank + _required(sample.text or _first_region(sample).text, "description of the region"))
+    return _text(
+        words.blank + _required(sample.text or _first_region(sample).text, "description of the region")
+    )
 
 
 def _learn_lines(sample: Sample, words: Wording) -> list[Piece]:
@@ -187,7 +191,10 @@ def _spans(sample: Sample) -> list[tuple[Region, int, int]]:
     for region in sample.regions:
         start, end = region.span or (0, 0)
         if not 0 <= start < end <= len(sample.text.rstrip()):
-            raise SkipSample("bad_span", f"phrase {region.text!r} has span {region.span} in a caption of {len(sample.text)}")
+            raise SkipSample(
+                "bad_span",
+                f"phrase {region.text!r} has span {region.span} in a caption of {len(sample.text)}",
+            )
         spans.append((region, start, end))
     return spans
 
@@ -197,12 +204,18 @@ _TEMPLATES: dict[str, _Template] = {
     "vqa": _Template(
         lambda sample, words: _text(_required(sample.question, "question") + words.answer), _learn_text
     ),
-    "grounded_caption": _Template(lambda sample, words: _text(words.grounded_caption), _learn_grounded_caption),
+    "grounded_caption": _Template(
+        lambda sample, words: _text(words.grounded_caption), _learn_grounded_caption
+    ),
     "referring": _Template(
         lambda sample, words: _tagged("ref", _required(sample.question, "expression")), _learn_places
     ),
     "region_caption": _Template(
-        lambda sample, words: [*_tagged("ref", words.this), *_places(_first_region(sample)), *_text(words.verb)],
+        lambda sample, words: [
+            *_tagged("ref", words.this),
+            *_places(_first_region(sample)),
+            *_text(words.verb),
+        ],
         _learn_region_text,
     ),
     "ocr": _Template(lambda sample, words: _text(words.ocr), _learn_lines),

@@ -8,8 +8,9 @@
     num_ranks: 151643
     pack: {mode: mixed, max_images: 7}
 
-``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first samples; all
-other keys of a source are options of its reader. Unknown keys are errors that name their nearest neighbour.
+``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first
+samples; all other keys of a source are options of its reader. Unknown keys are errors that name their nearest
+neighbour.
 """
 
 from __future__ import annotations
@@ -72,10 +73,14 @@ class DataRecipe:
         return self.max_sample_length or self.seq_length
 
 
-def load_recipe(path: Path, defaults: Mapping[str, int] | None = None) -> DataRecipe:
-    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_ranks`` of a model preset where the recipe does not.
+def load_recipe(
+    path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
+) -> DataRecipe:
+    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_ranks`` of a model preset where the recipe
+    does not.
 
-    Relative paths count from the recipe's folder. Raises ConfigError naming file and key.
+    Relative paths count from ``root``, by default the recipe's folder. Raises ConfigError naming file and
+    key.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -94,7 +99,7 @@ def load_recipe(path: Path, defaults: Mapping[str, int] | None = None) -> DataRe
     recipe = DataRecipe(
         **{
             **values,
-            "sources": _sources(values["sources"], path),
+            "sources": _sources(values["sources"], path, root or path.parent),
             "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
         }
     )
@@ -102,14 +107,16 @@ def load_recipe(path: Path, defaults: Mapping[str, int] | None = None) -> DataRe
     return recipe
 
 
-def _sources(entries: Any, path: Path) -> tuple[SourceEntry, ...]:
+def _sources(entries: Any, path: Path, root: Path) -> tuple[SourceEntry, ...]:
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: sources: expected a list of mappings with 'name' and 'type'")
-    built = tuple(_source(entry, f"{path}: sources[{i}]", path.parent) for i, entry in enumerate(entries))
+    built = tuple(_source(entry, f"{path}: sources[{i}]", root) for i, entry in enumerate(entries))
     names = [entry.source.name for entry in built]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique")
+            raise ConfigError(
+                f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique"
+            )
     return built
 
 
@@ -118,7 +125,9 @@ def _source(entry: Any, where: str, root: Path) -> SourceEntry:
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
     weight, limit = entry.get("weight", 1.0), entry.get("limit")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-        raise ConfigError(f"{where}.weight: found {weight!r}, expected a number above 0 (2 uses every sample twice)")
+        raise ConfigError(
+            f"{where}.weight: found {weight!r}, expected a number above 0 (2 uses every sample twice)"
+        )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ConfigError(f"{where}.limit: found {limit!r}, expected a number of samples")
     options = {key: value for key, value in entry.items() if key not in ("weight", "limit")}
@@ -146,7 +155,8 @@ def _check_values(recipe: DataRecipe, where: str) -> None:
         _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
     if recipe.longest_sample > recipe.seq_length:
         raise ConfigError(
-            f"{where}: max_sample_length {recipe.longest_sample} exceeds seq_length {recipe.seq_length}; a sample must fit "
+            f"{where}: max_sample_length {recipe.longest_sample} exceeds seq_length {recipe.seq_length}; a "
+            "sample must fit "
             "into a row"
         )
     if recipe.vocab_file is not None and not isinstance(recipe.vocab_file, str):

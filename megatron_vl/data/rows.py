@@ -4,10 +4,11 @@ A row is one int32 sequence of ``<prefix>.tokens``:
 
     number of segments | number of images | length of each segment | id of each image | tokens
 
-A token that is a target is stored as its bitwise complement (so: negative), which keeps ids and supervision together
-without a second file. The mode byte of the sequence holds the number of images, so that rows can be dealt evenly over
-ranks from the index alone. ``<prefix>.images`` holds each encoded image once, as bytes. ``<prefix>.keys`` holds for each
-row a JSON list with one entry per segment, ``[source, task, key, start, stop]``: which tokens of which sample it is.
+A token that is a target is stored as its bitwise complement (so: negative), which keeps ids and supervision
+together without a second file. The mode byte of the sequence holds the number of images, so that rows can be
+dealt evenly over ranks from the index alone. ``<prefix>.images`` holds each encoded image once, as bytes.
+``<prefix>.keys`` holds for each row a JSON list with one entry per segment, ``[source, task, key, start,
+stop]``: which tokens of which sample it is.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
     joined = stored[first_token:]
     if min(num_segments, num_images) < 0 or int(segment_lengths.sum()) != len(joined):
         raise DataError(
-            f"{where}: {num_segments} segments of {int(segment_lengths.sum())} tokens, but the row holds {len(joined)}; "
+            f"{where}: {num_segments} segments of {int(segment_lengths.sum())} tokens, but the row holds "
+            f"{len(joined)}; "
             "the data set is damaged. Prepare it again."
         )
     return PackedRow(
@@ -83,7 +85,8 @@ def encode_keys(keys: Sequence[SegmentKey]) -> bytes:
 class RowStore:
     """A prepared data set, opened for reading: rows, images and keys by index.
 
-    Opening reads the manifest and the indices and raises DataError if anything is missing, truncated or inconsistent.
+    Opening reads the manifest and the indices and raises DataError if anything is missing, truncated or
+    inconsistent.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -103,7 +106,8 @@ class RowStore:
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int32]:
-        """int32[rows]: length of each stored row (tokens and a few header entries): its cost, from the index alone."""
+        """int32[rows]: length of each stored row (tokens and a few header entries): its cost, from the index
+        alone."""
         return self._tokens.lengths
 
     @property
@@ -124,7 +128,10 @@ class RowStore:
     def image(self, index: int) -> bytes:
         """One encoded image. Raises DataError if there is no such image."""
         if not 0 <= index < len(self._images):
-            raise DataError(f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data again.")
+            raise DataError(
+                f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data "
+                "again."
+            )
         return self._images.read_bytes(index)
 
     def close(self) -> None:

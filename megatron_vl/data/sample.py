@@ -12,10 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Task = Literal[
-    "caption", "vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat"
-]
-"""The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region) and chat."""
+Task = Literal["caption", "vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat"]
+"""The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region) and
+chat."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Region:
-    """A phrase and where it is: boxes (x1, y1, x2, y2) or quads (x, y) x 4 clockwise from top-left, in [0, 1]."""
+    """A phrase and where it is: boxes (x1, y1, x2, y2) or quads (x, y) x 4 clockwise from top-left, in [0,
+    1]."""
 
     text: str
     boxes: tuple[tuple[float, float, float, float], ...] = ()
@@ -76,7 +76,8 @@ class TokenizedSample:
     tokens: npt.NDArray[np.int32]
     """int32[length], image slots included (filled with the image pad id)."""
     supervised: npt.NDArray[np.bool_]
-    """bool[length]: this token is a target. Not shifted; the shift happens in ``batch.py`` and nowhere else."""
+    """bool[length]: this token is a target. Not shifted; the shift happens in ``batch.py`` and nowhere
+    else."""
     images: tuple[ImageRef, ...] = ()
     """In the order of their spans."""
 

@@ -1,9 +1,9 @@
 """Sample -> TokenizedSample: pieces become ids, an image becomes its span of slots.
 
-An image span is ``<img>``, ``num_queries`` times ``<imgpad>``, ``</img>``; only an image piece makes one, so the spans
-of a tokenized sample are always balanced and as many as its images. (The original writes the image's path into the
-slots, byte by byte; the features overwrite them, so pads do.) A sample longer than the limit is skipped by name, never
-cut, except a text document, which packing lays over rows.
+An image span is ``<img>``, ``num_queries`` times ``<imgpad>``, ``</img>``; only an image piece makes one, so
+the spans of a tokenized sample are always balanced and as many as its images. (The original writes the
+image's path into the slots, byte by byte; the features overwrite them, so pads do.) A sample longer than the
+limit is skipped by name, never cut, except a text document, which packing lays over rows.
 """
 
 from __future__ import annotations

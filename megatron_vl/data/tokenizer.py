@@ -1,9 +1,11 @@
-"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_ranks`` merges, special tokens after them.
+"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_ranks`` merges, special tokens after
+them.
 
-The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed ``dashscope``
-package, without importing that package, or given by path; its SHA-256 is checked, since a vocabulary that differs by
-one line trains a model that nobody can read. The first 256 ranks are the single bytes, so that any prefix of the file
-of at least that length is a complete vocabulary: a small model keeps 2,048 ranks and still spells every text.
+The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed
+``dashscope`` package, without importing that package, or given by path; its SHA-256 is checked, since a
+vocabulary that differs by one line trains a model that nobody can read. The first 256 ranks are the single
+bytes, so that any prefix of the file of at least that length is a complete vocabulary: a small model keeps
+2,048 ranks and still spells every text.
 
 Invariant: text from data never becomes a special token. ``encode`` knows no special token at all;
 ``encode_with_specials`` parses only those that its caller allows.
@@ -28,16 +30,14 @@ from megatron_vl.errors import ConfigError, DataError
 QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 """SHA-256 of ``qwen.tiktoken`` with LF line ends (a copy with CRLF circulates; it is accepted)."""
 NUM_BYTES = 256
-_PATTERN = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",  # digits one by one
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"  # digits one by one
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
 )
 
 
@@ -52,7 +52,8 @@ class QwenTokenizer:
         ranks = read_ranks(find_vocab_file() if vocab_file is None else Path(vocab_file))
         if not NUM_BYTES <= num_ranks <= len(ranks):
             raise ConfigError(
-                f"model.num_ranks = {num_ranks}: expected {NUM_BYTES} (the single bytes) to {len(ranks)} (all ranks)."
+                f"model.num_ranks = {num_ranks}: expected {NUM_BYTES} (the single bytes) to {len(ranks)} "
+                "(all ranks)."
             )
         self.special = SpecialTokens(num_ranks)
         self._encoding = tiktoken.Encoding(
@@ -79,8 +80,8 @@ class QwenTokenizer:
     def decode(self, ids: Iterable[int], *, keep_special: bool | Collection[str] = True) -> str:
         """Text of ids; special tokens are kept, dropped, or kept if named in ``keep_special``.
 
-        Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are not UTF-8,
-        as when a generation stops within a character, become U+FFFD.
+        Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are
+        not UTF-8, as when a generation stops within a character, become U+FFFD.
         """
         kept = [i for i in ids if i < self.special.num_ranks or self._keeps(i, keep_special)]
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
@@ -97,7 +98,8 @@ class QwenTokenizer:
 
 
 def find_vocab_file() -> Path:
-    """Path of ``qwen.tiktoken`` inside the installed ``dashscope`` package, which is located and not imported.
+    """Path of ``qwen.tiktoken`` inside the installed ``dashscope`` package, which is located and not
+    imported.
 
     Raises DataError if the package is not installed or does not hold the file.
     """
@@ -143,7 +145,9 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise DataError(f"vocabulary {name}, line {line_index + 1}: expected 'base64 rank'.") from error
         if rank != line_index or token in ranks:
-            raise DataError(f"vocabulary {name}, line {line_index + 1}: rank {rank}, expected {line_index}, each once.")
+            raise DataError(
+                f"vocabulary {name}, line {line_index + 1}: rank {rank}, expected {line_index}, each once."
+            )
         ranks[token] = rank
     if set(list(ranks)[:NUM_BYTES]) != {bytes([value]) for value in range(NUM_BYTES)}:
         raise DataError(f"vocabulary {name}: the first {NUM_BYTES} ranks are not the single bytes.")

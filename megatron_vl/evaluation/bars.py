@@ -1,7 +1,7 @@
 """The bars that a run has to clear, and whether it did.
 
-Every bar is worked out from the records alone. A figure that the run did not produce leaves its bar open, which counts
-as missed: nothing is met by silence.
+Every bar is worked out from the records alone. A figure that the run did not produce leaves its bar open,
+which counts as missed: nothing is met by silence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class Findings:
 
 def judge(profile: str, findings: Findings) -> tuple[Bar, ...]:
     """The bars of a profile, in the order of the pipeline."""
-    bars = [_unchanged_bar(findings.checks), _loss_bar("stage1", "caption", findings.losses), _vqa_bar(findings)]
+    bars = [
+        _unchanged_bar(findings.checks),
+        _loss_bar("stage1", "caption", findings.losses),
+        _vqa_bar(findings),
+    ]
     bars += [_loss_bar("stage2", task, findings.losses) for task in LOSS_TASKS]
     bars += [_goal_bar(task, goal, findings.scores) for task, goal in GOALS.get(profile, {}).items()]
     return tuple(bars)

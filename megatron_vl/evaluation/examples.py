@@ -1,9 +1,10 @@
-"""Held-out examples for the report: the image with its boxes drawn, beside what was true and what was said."""
+"""Held-out examples for the report: the image with its boxes drawn, beside what is true and was said."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _verdict(prediction: Prediction) -> tuple[str, bool]:
     points = SCORERS[prediction.task][1](prediction)
     good = points.earned == points.possible
     if prediction.task == "referring":
-        return f"IoU {reference_iou(prediction):.2f}", good
+        return f"IoU {math.floor(100 * reference_iou(prediction)) / 100:.2f}", good
     if prediction.task == "ocr":
         return f"{points.earned:.0f} of {points.possible:.0f} words", good
     return ("right" if good else "wrong"), good
@@ -92,11 +93,16 @@ def _draw(prediction: Prediction) -> str:
     try:
         image = Image.open(prediction.image).convert("RGB")
     except OSError as error:
-        raise DataError(f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}") from None
+        raise DataError(
+            f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}"
+        ) from None
     scale = max(1.0, _MIN_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     if prediction.task in ("referring", "ocr", "grounded_caption"):
-        for text, colour in ((prediction.references[0], TRUTH_COLOUR), (prediction.prediction, PREDICTION_COLOUR)):
+        for text, colour in (
+            (prediction.references[0], TRUTH_COLOUR),
+            (prediction.prediction, PREDICTION_COLOUR),
+        ):
             image = draw_regions(image, _regions(text), colour=colour, width=3, labels=False)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
@@ -104,7 +110,7 @@ def _draw(prediction: Prediction) -> str:
 
 
 def _regions(text: str) -> tuple[Region, ...]:
-    """The regions of a text; a bare pair of points, as a model may write after the prompt's <box>, counts as one."""
+    """The regions of a text; a bare pair of points outside of tags counts as one."""
     regions = parse_grounding(text).regions
     box = first_box(text)
     return regions or (() if box is None else (Region("", boxes=(box,)),))

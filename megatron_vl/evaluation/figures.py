@@ -1,7 +1,7 @@
 """Plots as inline SVG: the loss of one stage, with the hand-over to another layout marked.
 
-Figures are made through matplotlib's object interface, without pyplot, so that nothing global is touched; text stays
-text, so that it takes the page's font, and the ids are the same in every run.
+Figures are made through matplotlib's object interface, without pyplot, so that nothing global is touched;
+text stays text, so that it takes the page's font, and the ids are the same in every run.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ def find_legs(records: Sequence[TrainingRecord]) -> tuple[Leg, ...]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean whose memory is a fortieth of the series, without the pull of its first value."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / 40)
-    result, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = keep * total + value
-        weight = keep * weight + 1.0
-        result.append(total / weight)
+    """Mean over a window around each value, a thirtieth of the series wide and narrower towards the ends.
+
+    The window is centred, so that a falling curve is not pulled up by its past.
+    """
+    reach = len(values) // 60
+    result = []
+    for i in range(len(values)):
+        half = min(reach, i, len(values) - 1 - i)
+        window = values[i - half : i + half + 1]
+        result.append(sum(window) / len(window))
     return result
 
 
@@ -80,7 +83,7 @@ def loss_figure(sighted: Sequence[TrainingRecord], blind: Sequence[TrainingRecor
         axes.set_xlabel("step", color=MUTED_COLOUR)
         axes.set_ylabel("training loss", color=MUTED_COLOUR)
         if blind:
-            axes.legend(loc="upper right", frameon=False)
+            axes.legend(loc="upper center", frameon=False)
         return _to_svg(figure)
 
 
@@ -92,14 +95,15 @@ def _plot_loss(axes: Axes, records: Sequence[TrainingRecord], colour: str, label
 
 
 def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
+    """A dashed line, and the new layout's name above the plot."""
     axes.axvline(step, color=MUTED_COLOUR, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        f"{layout} ",
-        xy=(step, 0.04),
+        f"from here {layout}",
+        xy=(step, 1.0),
         xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
         ha="right",
-        va="bottom",
-        rotation=90,
         fontsize=8,
         color=MUTED_COLOUR,
     )

@@ -3,14 +3,14 @@
     run.json                 what was run, on what machine, in which stages     -> RunInfo
     timings.jsonl            one line per attempt at a step                     -> StepTime
     <stage folder>/metrics.jsonl   one line per logged training step            -> TrainingRecord
-    data/<set>.json          manifests of the packed data sets                  -> Manifest
+    data/<set>.json          packed data sets (:mod:`megatron_vl.data.manifest`)
     eval/predictions_{sighted,blind}.jsonl                                      -> Prediction
     eval/losses.json         held-out losses                                    -> HeldOutLoss
     eval/checks.json         yes-or-no findings                                 -> Check
 
-Everything else (scores, bars, tables) is computed from these, so no two files of a run can disagree. A missing or
-damaged file is a DataError that names it and says which step writes it; unknown keys are ignored, so that newer runs
-stay readable.
+Everything else (scores, bars, tables) is computed from these, so no two files of a run can disagree. A
+missing or damaged file is a DataError that names it and says which step writes it; unknown keys are ignored,
+so that newer runs stay readable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainingRecord:
     grad_norm: float
     tokens_per_second: float
     images_per_second: float
-    tflops: float
+    tflops_per_rank: float
     layout: str
     """Parallel sizes as the trainer writes them; equal strings are equal layouts."""
 
@@ -118,27 +118,13 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Counts of a packed data set."""
-
-    name: str
-    num_rows: int
-    num_samples: int
-    num_images: int
-    num_tokens: int
-    fill: float
-    """Share of token positions that are not padding."""
-    skipped: Mapping[str, int]
-    """Samples left out, by reason."""
-    samples_by_source: Mapping[str, int]
-
-
 def load_run_info(run_dir: Path) -> RunInfo:
     """Read ``run.json``."""
     path = run_dir / "run.json"
     data = _read_json(path, written_by="the first step of the quickstart")
-    stages = tuple(_record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(data.get("stages", ())))
+    stages = tuple(
+        _record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(data.get("stages", ()))
+    )
     return _record(RunInfo, {**data, "stages": stages}, path, "the run")
 
 
@@ -150,7 +136,8 @@ def load_timings(run_dir: Path) -> tuple[StepTime, ...]:
 
 
 def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
-    """Read a stage's ``metrics.jsonl``: training lines in order of steps, the later of two lines about a step.
+    """Read a stage's ``metrics.jsonl``: training lines in order of steps, the later of two lines about a
+    step.
 
     (A run that was killed and resumed logs the steps since its last checkpoint again.)
     """
@@ -192,12 +179,6 @@ def load_checks(path: Path) -> tuple[Check, ...]:
     return tuple(_record(Check, entry, path, f"entry {i}") for i, entry in enumerate(entries))
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Read the manifest of a packed data set (its ``<prefix>.json``)."""
-    data = _read_json(path, written_by="tools/prepare_data.py")
-    return _record(Manifest, {"name": path.stem, **data}, path, "the manifest")
-
-
 def _record(kind: type[T], values: Any, path: Path, where: str) -> T:
     """Make a record of the values that it knows; a missing value is an error that says where."""
     if not isinstance(values, dict):
@@ -220,7 +201,9 @@ def _read_json(path: Path, *, written_by: str) -> Any:
     try:
         return json.loads(_read_text(path, written_by))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error}); it is written by {written_by}, run that again") from None
+        raise DataError(
+            f"{path}: not JSON ({error}); it is written by {written_by}, run that again"
+        ) from None
 
 
 def _read_jsonl(path: Path, *, written_by: str) -> list[dict[str, Any]]:

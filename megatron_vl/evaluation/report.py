@@ -1,8 +1,9 @@
-"""The report of a run: one self-contained ``report.html``, and the same findings as plain text for the terminal.
+"""The report of a run: one self-contained ``report.html``, and the same findings as plain text for the
+terminal.
 
-A report is a pure function of the run directory (:mod:`megatron_vl.evaluation.records`). The page asks for nothing:
-plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script. Every text of the run is
-escaped by the template engine; only our own SVG is inserted as it is.
+A report is a pure function of the run directory (:mod:`megatron_vl.evaluation.records`). The page asks for
+nothing: plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script. Every
+text of the run is escaped by the template engine; only our own SVG is inserted as it is.
 """
 
 from __future__ import annotations
@@ -14,19 +15,18 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_vl.data.manifest import read_manifest
 from megatron_vl.evaluation.bars import LOSS_TASKS, Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
 from megatron_vl.evaluation.records import (
     HeldOutLoss,
-    Manifest,
     Model,
     Prediction,
     RunInfo,
     StageInfo,
     load_checks,
     load_losses,
-    load_manifest,
     load_predictions,
     load_run_info,
     load_timings,
@@ -34,15 +34,17 @@ from megatron_vl.evaluation.records import (
 )
 from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
 from megatron_vl.evaluation.tables import (
+    DataRow,
     LayoutRow,
     TimeRow,
+    data_row,
     format_table,
     layout_rows,
     show_duration,
     time_rows,
 )
 
-EXAMPLES_PER_TASK = 6
+EXAMPLES_PER_TASK = 8
 EXAMPLE_TASKS = ("referring", "caption", "vqa", "ocr", "chat")
 
 
@@ -90,7 +92,7 @@ class Report:
     curves: tuple[StageCurve, ...]
     layouts: tuple[LayoutRow, ...]
     examples: Mapping[str, tuple[Example, ...]]
-    manifests: tuple[Manifest, ...]
+    data: tuple[DataRow, ...]
     times: tuple[TimeRow, ...]
 
     @property
@@ -119,7 +121,9 @@ def read_report(run_dir: Path) -> Report:
         curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
         layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
         examples=_examples(predictions),
-        manifests=tuple(load_manifest(path) for path in sorted((run_dir / "data").glob("*.json"))),
+        data=tuple(
+            data_row(path.stem, read_manifest(path.with_suffix(""))) for path in _manifest_paths(run_dir)
+        ),
         times=time_rows(load_timings(run_dir)),
     )
 
@@ -149,13 +153,21 @@ def render_text(report: Report) -> str:
     """The bars, scores, layouts and times as plain text tables."""
     tables = [
         ("Requirements", ("what", "required", "found", ""), _bar_cells(report.bars)),
-        ("Scores on held-out data", ("task", "measured by", "this model", "blind model", "samples"), _cells(report)),
+        (
+            "Scores on held-out data",
+            ("task", "measured by", "this model", "blind model", "samples"),
+            _cells(report),
+        ),
         ("Layouts", ("stage", "layout", "steps", "tokens/s", "images/s"), _layout_cells(report.layouts)),
         ("Time of each step", ("step", "time", ""), _time_cells(report.times)),
     ]
     parts = [f"{title}\n{format_table(header, rows)}" for title, header, rows in tables if rows]
     total = f"{report.num_met} of {len(report.bars)} requirements met; {show_duration(report.seconds)} in all"
     return "\n\n".join([*parts, total])
+
+
+def _manifest_paths(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "data").glob("*.json"))
 
 
 def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
@@ -174,7 +186,7 @@ def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, 
 
 
 def _percent(score: Score | None) -> str:
-    return "–" if score is None else f"{100 * score.value:.1f} %"
+    return "–" if score is None else f"{100 * score.value:.1f}\u00a0%"
 
 
 def _loss_rows(losses: Sequence[HeldOutLoss]) -> tuple[LossRow, ...]:
@@ -223,7 +235,13 @@ def _cells(report: Report) -> list[tuple[str, ...]]:
 
 def _layout_cells(rows: Sequence[LayoutRow]) -> list[tuple[str, ...]]:
     return [
-        (row.stage, row.layout, f"{row.first}-{row.last}", f"{row.tokens_per_second:,.0f}", f"{row.images_per_second:,.1f}")
+        (
+            row.stage,
+            row.layout,
+            f"{row.first}-{row.last}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.images_per_second:,.1f}",
+        )
         for row in rows
     ]
 

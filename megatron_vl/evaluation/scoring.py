@@ -1,7 +1,8 @@
 """Scores of predictions, task by task.
 
-References and predictions are both texts in the model's markup, so one parser reads both. A task's score is the ratio
-of the points it earned to the points it could earn: one a sample, except OCR, where every true word is one.
+References and predictions are both texts in the model's markup, so one parser reads both. A task's score is
+the ratio of the points it earned to the points it could earn: one a sample, except OCR, where every true word
+is one.
 """
 
 from __future__ import annotations

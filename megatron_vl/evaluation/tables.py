@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vl.data.manifest import Manifest
 from megatron_vl.evaluation.figures import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord
 
@@ -20,7 +22,7 @@ class LayoutRow:
     last: int
     tokens_per_second: float
     images_per_second: float
-    gflops: float
+    gflops_per_rank: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,40 @@ class TimeRow:
     seconds: float
     attempts: int
     finished: bool
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """A packed data set."""
+
+    name: str
+    num_rows: int
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    fill: float
+    """Share of token positions that are not padding."""
+    sources: tuple[tuple[str, int], ...]
+    """Samples by source and task."""
+    skipped: tuple[tuple[str, int], ...]
+    """Samples left out, by reason."""
+
+
+def data_row(name: str, manifest: Manifest) -> DataRow:
+    """The row of a packed data set."""
+    skipped: Counter[str] = Counter()
+    for skip in manifest.skips:
+        skipped[skip.reason] += skip.count
+    return DataRow(
+        name=name,
+        num_rows=manifest.num_rows,
+        num_samples=manifest.num_samples,
+        num_images=manifest.num_images,
+        num_tokens=manifest.num_tokens,
+        fill=manifest.fill,
+        sources=tuple((f"{entry.source} ({entry.task})", entry.samples) for entry in manifest.counts),
+        skipped=tuple(skipped.items()),
+    )
 
 
 def layout_rows(stage: str, records: Sequence[TrainingRecord]) -> tuple[LayoutRow, ...]:
@@ -46,7 +82,7 @@ def layout_rows(stage: str, records: Sequence[TrainingRecord]) -> tuple[LayoutRo
                 last=leg.last,
                 tokens_per_second=statistics.median(record.tokens_per_second for record in part),
                 images_per_second=statistics.median(record.images_per_second for record in part),
-                gflops=1000 * statistics.median(record.tflops for record in part),
+                gflops_per_rank=1000 * statistics.median(record.tflops_per_rank for record in part),
             )
         )
     return tuple(rows)
@@ -73,7 +109,7 @@ def show_duration(seconds: float) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text table: columns as wide as their cells, numbers (cells that begin with a digit) to the right."""
+    """Plain text table: columns as wide as their cells; cells that begin with a digit go to the right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     return "\n".join(
         "  ".join(_align(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,9 +1,9 @@
 """Grounding text: regions out of what the model wrote, and regions drawn onto an image.
 
 Qwen-VL writes ``<ref>phrase</ref>`` followed by one or more ``<box>(x1,y1),(x2,y2)</box>`` or
-``<quad>(x,y),(x,y),(x,y),(x,y)</quad>``, in the cells of :mod:`megatron_vl.data.coordinates`. A model's text is
-untrusted: parsing never fails. Boxes that cannot be read are left out, tags are dropped from the plain text, and
-swapped corners are kept as they are (they overlap nothing, hence count as wrong).
+``<quad>(x,y),(x,y),(x,y),(x,y)</quad>``, in the cells of :mod:`megatron_vl.data.coordinates`. A model's text
+is untrusted: parsing never fails. Boxes that cannot be read are left out, tags are dropped from the plain
+text, and swapped corners are kept as they are (they overlap nothing, hence count as wrong).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class GroundedText:
 def parse_grounding(text: str) -> GroundedText:
     """Split a model's text into plain text and regions with coordinates in [0, 1].
 
-    A box that follows no phrase makes a region with an empty text; a phrase without a readable box gives no region.
+    A box that follows no phrase makes a region with an empty text; a phrase without a readable box gives no
+    region.
     """
     plain, end = "", 0
     phrase: Region | None = None
@@ -66,15 +67,20 @@ def parse_grounding(text: str) -> GroundedText:
 
 
 def first_box(text: str) -> tuple[float, float, float, float] | None:
-    """The first ``(x1,y1),(x2,y2)`` of a text as x1, y1, x2, y2 in [0, 1], inside tags or not; None without one."""
+    """The first ``(x1,y1),(x2,y2)`` of a text, in tags or not, as coordinates in [0, 1]; None without one."""
     found = _PAIR.search(text)
     return None if found is None else _as_box(parse_points(found[0], 2))
 
 
 def draw_regions(
-    image: Image.Image, regions: Sequence[Region], *, colour: str = "#d1242f", width: int = 3, labels: bool = True
+    image: Image.Image,
+    regions: Sequence[Region],
+    *,
+    colour: str = "#d1242f",
+    width: int = 3,
+    labels: bool = True,
 ) -> Image.Image:
-    """Return an RGB copy of ``image`` with every box and quad outlined, phrases written at their top left corners."""
+    """Return an RGB copy of ``image`` with all boxes and quads outlined, phrases at their corners."""
     canvas = image.convert("RGB")
     draw = ImageDraw.Draw(canvas)
     size = max(10, canvas.height // 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -11,25 +12,25 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.topology import Topology
 
 
-def broadcast_batches(batches: list[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch]:
+def broadcast_batches(batches: Sequence[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch] | None:
     """Give the micro-batches that the first rank of each tensor-parallel group has read to its other ranks.
 
     Args:
-        batches: the micro-batches of one step; read on the first rank of the group only, ignored elsewhere.
+        batches: the micro-batches of one step, or None at the end of the data; ignored on the other ranks.
     """
     if topology.tp_size == 1:
-        assert batches is not None
-        return batches
+        return None if batches is None else list(batches)
     source, group = topology.tp_source, topology.tp_group
-    reader = topology.tp_rank == 0
-    outline: list[list[MicroBatch] | None] = [[_outline(batch) for batch in batches or []] if reader else None]
-    dist.broadcast_object_list(outline, src=source, group=group, device=topology.device)
-    received = []
-    for index, shape in enumerate(outline[0] or []):
-        batch = batches[index] if reader and batches is not None else _empty_like(shape, topology.device)
+    outlines = [None if batches is None else [_outline(batch) for batch in batches]]
+    dist.broadcast_object_list(outlines, src=source, group=group, device=topology.device)
+    if outlines[0] is None:
+        return None
+    received = list(batches or [])
+    if topology.tp_rank != 0:
+        received = [_empty_like(outline, topology.device) for outline in outlines[0]]
+    for batch in received:
         for tensor in _tensors(batch).values():
             dist.broadcast(tensor, src=source, group=group)
-        received.append(batch)
     return received
 
 
@@ -40,7 +41,7 @@ def _tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
 
 def _outline(batch: MicroBatch) -> MicroBatch:
     """The batch with tensors that have a shape and a type but no contents: cheap to send as an object."""
-    return replace(batch, **{name: torch.empty_like(value, device="meta") for name, value in _tensors(batch).items()})
+    return replace(batch, **{name: value.to("meta") for name, value in _tensors(batch).items()})
 
 
 def _empty_like(outline: MicroBatch, device: torch.device) -> MicroBatch:

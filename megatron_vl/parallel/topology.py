@@ -7,8 +7,6 @@ and trainer receive the groups from it; nobody else asks who or where it is.
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -19,52 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vl.config.schema import ParallelConfig
-from megatron_vl.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who this process is among its peers, as told by the launcher."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    init_method: str
-
-
-# Rank, world size and local rank under the names of each launcher, in the order in which they are looked for.
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
-
-
-def read_launch(environment: dict[str, str] | None = None) -> Launch:
-    """Find out who this process is from the launcher's variables; a world of one without a launcher.
-
-    Raises:
-        ConfigError: more than one rank, and no MASTER_ADDR or MASTER_PORT to meet at.
-    """
-    env = dict(os.environ) if environment is None else environment
-    for rank, size, local in _LAUNCHERS:
-        if rank in env and int(env.get(size, "1")) > 1:
-            for name in ("MASTER_ADDR", "MASTER_PORT"):
-                if name not in env:
-                    raise ConfigError(
-                        f"{size}={env[size]} ranks were started, but {name} is not set: export it (the first node's "
-                        "name, and a free port there), or start with torchrun"
-                    )
-            return Launch(int(env[rank]), int(env[size]), int(env.get(local, "0")), "env://")
-    return Launch(0, 1, 0, f"tcp://127.0.0.1:{_free_port()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from megatron_vl.launch import Launch, read_launch
 
 
 @dataclass
@@ -77,6 +30,8 @@ class Topology:
 
     config: ParallelConfig
     launch: Launch = field(default_factory=read_launch)
+    init_method: str | None = None
+    """Where the ranks meet, if not where their launcher says."""
     _started: bool = field(default=False, init=False)
 
     def __enter__(self) -> Topology:
@@ -105,7 +60,7 @@ class Topology:
             torch.cuda.set_device(self.launch.local_rank)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=self.launch.init_method,
+            init_method=self.init_method or self.launch.init_method,
             rank=self.launch.rank,
             world_size=self.launch.world_size,
             timeout=timedelta(minutes=self.config.distributed_timeout_minutes),

@@ -9,7 +9,7 @@ is usual for utilisation. The backward pass is counted as what is required, reco
   the patch embedding 2;
 * attention has no weights: its backward is twice its forward if a gradient passes through it, and nothing
   otherwise;
-* the resampler's query projection counts for each image, as in the published code (ours does it once for all);
+* the resampler's query projection counts for each image, as in the published code (ours does it once);
 * causal attention counts half of the square of each attention span; the head runs on supervised positions
   only.
 

@@ -37,10 +37,32 @@ class LossSum:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What was read, over all data-parallel ranks."""
+
+    images: int = 0
+    """Images that fill slots; the blank one of a text-only micro-batch does not count."""
+    samples: int = 0
+    tokens: int = 0
+    """Tokens that are not padding."""
+    squared_spans: float = 0.0
+    """Sum of squared lengths of attention spans."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.images + other.images,
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.squared_spans + other.squared_spans,
+        )
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one update did."""
 
     loss: LossSum
+    counts: Counts
     learning_rate: float
     grad_norm: float
     skipped: bool
@@ -59,26 +81,34 @@ def train_step(
     for chunk in model.wrapped:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    loss = forward_backward(model, batches, topology=topology, forward_only=False)
+    loss, counts = forward_backward(model, batches, topology=topology, forward_only=False)
     rate = set_learning_rate(model.optimizer, config, step)
     updated, grad_norm, _ = model.optimizer.step()
-    return StepResult(loss, rate, float(grad_norm or 0.0), skipped=not updated)
+    return StepResult(loss, counts, rate, float(grad_norm or 0.0), skipped=not updated)
 
 
 def forward_backward(
     model: ParallelModel, batches: list[MicroBatch], *, topology: Topology, forward_only: bool
-) -> LossSum:
-    """Run the schedule over the micro-batches and sum the loss over all ranks."""
+) -> tuple[LossSum, Counts]:
+    """Run the schedule over the micro-batches, and sum the loss and what was read over all ranks."""
     records = run_schedule(
         model.wrapped, batches, forward_step=_forward_step(topology.device), forward_only=forward_only
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)
         sums[1] = sum(record["tokens"] for record in records)
     from_last_stage(sum_over_data_parallel(sums, topology=topology), topology=topology)
-    total, tokens = sums.tolist()
-    return LossSum(total, round(tokens))
+    loss, supervised, images, samples, tokens, squared_spans = sums.tolist()
+    return LossSum(loss, round(supervised)), Counts(round(images), round(samples), round(tokens), squared_spans)
+
+
+def _count(batches: list[MicroBatch]) -> tuple[float, ...]:
+    images = sum(batch.num_images for batch in batches if batch.slots.numel())
+    samples = sum(batch.num_samples for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
+    squared_spans = sum(float(batch.cu_seqlens.diff().double().square().sum()) for batch in batches)
+    return images, samples, tokens, squared_spans
 
 
 def _forward_step(device: torch.device) -> Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]:

@@ -13,11 +13,32 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from megatron_vl.config.schema import ParallelConfig
+from megatron_vl.launch import Launch
+
+if TYPE_CHECKING:
+    from megatron_vl.parallel.topology import Topology
 
 TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rank needs to meet its peers."""
+
+    launch: Launch
+    init_method: str
+
+    def topology(self, config: ParallelConfig) -> Topology:
+        """The ranks of this call laid out as ``config`` says."""
+        from megatron_vl.parallel.topology import Topology
+
+        return Topology(config, self.launch, self.init_method)
 
 
 class RankError(AssertionError):
@@ -34,7 +55,7 @@ class Ranks:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call ``function(launch, *args)`` on every rank; returns the results in the order of ranks.
+        """Call ``function(start, *args)`` on every rank; returns the results in the order of ranks.
 
         A rank that fails leaves its peers in the middle of a collective, so all are replaced for the next call.
 
@@ -95,13 +116,12 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
-    from megatron_vl.parallel.topology import Launch
 
     while True:
         function, store, args = pipe.recv()
-        launch = Launch(rank, world_size, rank, f"file://{store}")
+        start = Start(Launch(rank, world_size, rank), f"file://{store}")
         try:
-            pipe.send((False, function(launch, *args)))
+            pipe.send((False, function(start, *args)))
         except BaseException:  # noqa: BLE001 - torch's CheckpointException is a BaseException; the test must see it
             pipe.send((True, traceback.format_exc()))
 

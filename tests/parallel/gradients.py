@@ -11,9 +11,10 @@ from torch import Tensor
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.rng import seed_all
-from megatron_vl.parallel.topology import Launch, Topology
+from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
 from megatron_vl.training.step import forward_backward
+from tests.helpers.ranks import Start
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class RankGradients:
     pieces: dict[str, Piece]
 
 
-def step_on_rank(launch: Launch, config: RunConfig, batches: list[MicroBatch]) -> RankGradients:
+def step_on_rank(start: Start, config: RunConfig, batches: list[MicroBatch]) -> RankGradients:
     """One training step over ``batches``, dealt in turn to the data-parallel ranks."""
-    with Topology(config.parallel, launch) as topology:
+    with start.topology(config.parallel) as topology:
         seed_all(config.training.seed)
         model = build_parallel_model(config, topology)
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         mine = batches[topology.dp_rank :: topology.dp_size]
-        loss = forward_backward(model, mine, topology=topology, forward_only=False)
+        loss, _ = forward_backward(model, mine, topology=topology, forward_only=False)
         if config.parallel.use_distributed_optimizer:
             _gather_shards(model, topology)
         pieces = _pieces(model, topology.tp_rank)

@@ -1,8 +1,8 @@
 """What all readers share: shards, skipped records, and strict access to fields.
 
-A record that cannot be used is *data*, not an exception: ``read`` yields ``Skipped`` in its place, with the reason
-that groups it in the manifest. Exceptions are for what makes the whole source useless (a missing folder, a file of
-another format): ``DataError`` names the file, what was found and what was expected.
+A record that cannot be used is *data*, not an exception: ``read`` yields ``Skipped`` in its place, with the
+reason that groups it in the manifest. Exceptions are for what makes the whole source useless (a missing
+folder, a file of another format): ``DataError`` names the file, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def clean_text(text: str, what: str) -> str:
-    """``text`` without surrounding blanks; SkipSample if it is empty or not valid Unicode (lone surrogates)."""
+    """``text`` without surrounding blanks; SkipSample if it is empty or has lone surrogates."""
     text = text.strip()
     if not text:
         raise SkipSample("empty_text", f"{what} is empty")
@@ -112,7 +112,9 @@ def load_json(path: Path, expected: type[list[Any] | dict[str, Any]]) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     if not isinstance(value, expected):
-        raise DataError(f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}")
+        raise DataError(
+            f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}"
+        )
     return value
 
 
@@ -130,7 +132,8 @@ def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[S
         raise DataError(f"records_per_shard is {records_per_shard}, expected at least 1")
     firsts = range(0, num_records, records_per_shard)
     return [
-        Shard(f"{path.name}:{first}", path, first, min(records_per_shard, num_records - first)) for first in firsts
+        Shard(f"{path.name}:{first}", path, first, min(records_per_shard, num_records - first))
+        for first in firsts
     ]
 
 

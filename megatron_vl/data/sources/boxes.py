@@ -1,4 +1,4 @@
-"""Boxes and quadrilaterals of published records, brought to the project's form: fractions of the image in [0, 1]."""
+"""Boxes and quadrilaterals of published records as fractions of the image in [0, 1]."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Captions whose phrases have boxes: Kosmos-2's GRIT after img2dataset.
 
-The json of each record holds ``caption`` and two lists, ``noun_chunks`` and ``ref_exps`` (the chunks expanded to whole
-expressions). An entry is ``[start, end, x1, y1, x2, y2, score]``: characters of the caption, end exclusive, and a box
-in fractions of the image. A phrase with several boxes is several entries with the same span, and expressions nest.
-Qwen-VL kept a largest set of phrases without nesting (paper, A.3); ``largest_disjoint`` is that choice.
+The json of each record holds ``caption`` and two lists, ``noun_chunks`` and ``ref_exps`` (the chunks expanded
+to whole expressions). An entry is ``[start, end, x1, y1, x2, y2, score]``: characters of the caption, end
+exclusive, and a box in fractions of the image. A phrase with several boxes is several entries with the same
+span, and expressions nest. Qwen-VL kept a largest set of phrases without nesting (paper, A.3);
+``largest_disjoint`` is that choice.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class GroundedCaption(Source):
         if not spans:
             raise SkipSample("no_regions", f"{self.phrases} is empty")
         regions = tuple(Region(caption[a:b], tuple(boxes[a, b]), span=(a, b)) for a, b in spans)
-        return Sample(key, self.name, "grounded_caption", self.language, (image,), text=caption, regions=regions)
+        return Sample(
+            key, self.name, "grounded_caption", self.language, (image,), text=caption, regions=regions
+        )
 
     def _boxes(self, entries: list[Any], caption: str) -> dict[Span, list[Box]]:
         boxes: dict[Span, list[Box]] = {}
@@ -76,7 +79,7 @@ class GroundedCaption(Source):
 
 
 def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
-    """A largest set of spans that do not overlap, in the order of the text: always take the one that ends first."""
+    """A largest set of spans that do not overlap, in order: always take the one that ends first."""
     chosen: list[Span] = []
     for start, end in sorted(set(spans), key=lambda span: (span[1], -span[0])):
         if not chosen or start >= chosen[-1][1]:

@@ -1,7 +1,7 @@
 """Images that a record names by path. Paths come from data files and are not trusted.
 
-Only regular files whose real path lies under ``image_root`` are opened: no absolute paths, no ``..``, no links that
-lead out, no devices or pipes, nothing above a size cap, and never an address on the network.
+Only regular files whose real path lies under ``image_root`` are opened: no absolute paths, no ``..``, no
+links that lead out, no devices or pipes, nothing above a size cap, and never an address on the network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ MAX_IMAGE_BYTES = 64 * 2**20
 def read_image(root: Path, name: str) -> ImageRef:
     """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason."""
     if "://" in name or name.startswith("data:"):
-        raise SkipSample("image_is_url", f"{name[:80]}: images are read from {root} only, download them first")
+        raise SkipSample(
+            "image_is_url", f"{name[:80]}: images are read from {root} only, download them first"
+        )
     path = _resolve(root, name)
     try:
         info = path.stat()

@@ -1,8 +1,9 @@
 """Image-text pairs in img2dataset's webdataset layout: the container of LAION, DataComp, COYO, CC and SBU.
 
-``NAME/00000.tar`` holds ``KEY.jpg KEY.txt KEY.json`` for every picture that was downloaded; keys have gaps and are not
-sorted, ``txt`` and ``json`` may be missing. The caption is the ``txt``, then the json's ``caption``; or, where
-``caption_field`` names one, that field of the json (LAION-COCO keeps its caption in ``top_caption``).
+``NAME/00000.tar`` holds ``KEY.jpg KEY.txt KEY.json`` for every picture that was downloaded; keys have gaps
+and are not sorted, ``txt`` and ``json`` may be missing. The caption is the ``txt``, then the json's
+``caption``; or, where ``caption_field`` names one, that field of the json (LAION-COCO keeps its caption in
+``top_caption``).
 """
 
 from __future__ import annotations

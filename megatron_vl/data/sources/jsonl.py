@@ -1,7 +1,9 @@
-"""JSON Lines, cut into shards by line numbers and byte offsets so that a shard is found without reading the file.
+"""JSON Lines, cut into shards by line numbers and byte offsets so that a shard is found without reading the
+file.
 
-Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no JSON object, or longer
-than the cap, is a skipped record whose key is the file and the line number (counted from 1, as editors do).
+Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no JSON object,
+or longer than the cap, is a skipped record whose key is the file and the line number (counted from 1, as
+editors do).
 """
 
 from __future__ import annotations

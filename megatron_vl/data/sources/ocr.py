@@ -1,8 +1,9 @@
 """Pages with the text and the quadrilateral of every line: SynthDoG's metadata.jsonl, extended.
 
-SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}`` and drops the positions. The extension adds ``size``
-([width, height] in pixels) and ``lines``, each with ``text`` and ``quad`` (four points in pixels, clockwise from
-top-left), which is what Qwen-VL's OCR task needs; a line of the plain form is skipped as ``no_lines``.
+SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}`` and drops the positions. The extension adds
+``size`` ([width, height] in pixels) and ``lines``, each with ``text`` and ``quad`` (four points in pixels,
+clockwise from top-left), which is what Qwen-VL's OCR task needs; a line of the plain form is skipped as
+``no_lines``.
 """
 
 from __future__ import annotations

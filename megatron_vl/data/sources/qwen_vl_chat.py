@@ -1,8 +1,10 @@
-"""Dialogues in Qwen-VL's own fine-tuning format: a JSON array of ``{"id", "conversations": [{"from", "value"}]}``.
+"""Dialogues in Qwen-VL's own fine-tuning format: a JSON array of ``{"id", "conversations": [{"from",
+"value"}]}``.
 
-Images stand in the text, ``Picture 1: <img>path</img>``, boxes as ``<box>(x1,y1),(x2,y2)</box>``. The text stays as it
-is; the images are read in their order. As in the original script a first turn that is not the user's is dropped, and
-an unknown role is an error (of the record); the answers of a dialogue cut in mid-turn are kept up to the last one.
+Images stand in the text, ``Picture 1: <img>path</img>``, boxes as ``<box>(x1,y1),(x2,y2)</box>``. The text
+stays as it is; the images are read in their order. As in the original script a first turn that is not the
+user's is dropped, and an unknown role is an error (of the record); the answers of a dialogue cut in mid-turn
+are kept up to the last one.
 """
 
 from __future__ import annotations

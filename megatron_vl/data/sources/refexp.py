@@ -1,8 +1,8 @@
 """Referring expressions in MDETR's JSON: RefCOCO, RefCOCO+ and RefCOCOg after its conversion.
 
-A COCO dictionary with one "image" per expression (``caption``, ``file_name``, ``width``, ``height``, ``id``) and the
-box as an annotation (``image_id``, ``bbox`` as x, y, width, height in pixels). The same file serves both directions:
-``referring`` learns the box of an expression, ``region_caption`` the expression of a box.
+A COCO dictionary with one "image" per expression (``caption``, ``file_name``, ``width``, ``height``, ``id``)
+and the box as an annotation (``image_id``, ``bbox`` as x, y, width, height in pixels). The same file serves
+both directions: ``referring`` learns the box of an expression, ``region_caption`` the expression of a box.
 """
 
 from __future__ import annotations
@@ -77,4 +77,6 @@ class RefExp(Source):
             return Sample(
                 key, self.name, "referring", self.language, (image,), question=expression, regions=(region,)
             )
-        return Sample(key, self.name, "region_caption", self.language, (image,), text=expression, regions=(region,))
+        return Sample(
+            key, self.name, "region_caption", self.language, (image,), text=expression, regions=(region,)
+        )

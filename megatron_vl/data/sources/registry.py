@@ -1,7 +1,7 @@
 """The table of source types, and how a recipe's entry becomes a reader.
 
-An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``: ``type`` picks the row, every other key is
-a field of the reader's dataclass. Relative paths count from the folder of the recipe.
+An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``: ``type`` picks the row, every
+other key is a field of the reader's dataclass. Relative paths count from the folder of the recipe.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SOURCES: dict[str, type[Source]] = {
 def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = None) -> Source:
     """The reader of one recipe entry.
 
-    ``where`` names the entry in messages ("data.yaml: sources[2]"); relative paths are joined to ``root`` if given.
-    Raises ConfigError on an unknown type, an unknown or missing key, a value of the wrong type.
+    ``where`` names the entry in messages ("data.yaml: sources[2]"); relative paths are joined to ``root`` if
+    given. Raises ConfigError on an unknown type, an unknown or missing key, a value of the wrong type.
     """
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
@@ -54,7 +54,9 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
         if key == "type":
             continue
         if key not in fields:
-            raise ConfigError(f"{where}: source type {kind} has no option {key!r}{_nearest(str(key), fields)}")
+            raise ConfigError(
+                f"{where}: source type {kind} has no option {key!r}{_nearest(str(key), fields)}"
+            )
         values[key] = _convert(value, hints[key], f"{where}.{key}", root)
     missing = [
         name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values
@@ -79,7 +81,9 @@ def _convert(value: Any, hint: Any, where: str, root: Path | None) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path or type(value) is not hint:
-        raise ConfigError(f"{where}: found {value!r:.60}, expected {'a path' if hint is Path else hint.__name__}")
+        raise ConfigError(
+            f"{where}: found {value!r:.60}, expected {'a path' if hint is Path else hint.__name__}"
+        )
     return value
 
 

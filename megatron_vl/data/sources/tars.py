@@ -1,13 +1,13 @@
 """WebDataset tars, streamed: members that share a key become one record; nothing is ever unpacked to disk.
 
-Archives are not trusted. Only regular files with a plain relative name are looked at; of those, only the suffixes on
-the allow-list are read, and no more bytes than the cap. Everything else about a record (a link, a path with ``..``, a
-name that is no UTF-8, an oversized member) makes the record unusable and is said in ``TarRecord.problem``. Members
-with other suffixes are never opened.
+Archives are not trusted. Only regular files with a plain relative name are looked at; of those, only the
+suffixes on the allow-list are read, and no more bytes than the cap. Everything else about a record (a link, a
+path with ``..``, a name that is no UTF-8, an oversized member) makes the record unusable and is said in
+``TarRecord.problem``. Members with other suffixes are never opened.
 
-A tar that ends before its end-of-archive marker was cut off: the records before the cut are good, and the cut itself
-is one more record with the problem ``truncated_tar``. So is a file that is no tar at all: one bad shard among thousands
-must not end the preparation, but it must be counted and named.
+A tar that ends before its end-of-archive marker was cut off: the records before the cut are good, and the cut
+itself is one more record with the problem ``truncated_tar``. So is a file that is no tar at all: one bad
+shard among thousands must not end the preparation, but it must be counted and named.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _problem(member: tarfile.TarInfo) -> str:
 
 
 def _without_last(record: TarRecord) -> TarRecord:
-    """A record whose members may be incomplete: with its image and a text it stays, otherwise it is marked."""
+    """A record that may be incomplete: with its image and a text it stays, otherwise it is marked."""
     if record.image is not None and len(record.members) > 1:
         return record
     return replace(record, problem="incomplete_record", detail="the archive ends within this record")

@@ -1,4 +1,4 @@
-"""Plain documents in JSON Lines, one object a line with the document under ``text`` (Megatron-LM's own default)."""
+"""Plain documents in JSON Lines, one object a line, the document under ``text`` as in Megatron-LM."""
 
 from __future__ import annotations
 

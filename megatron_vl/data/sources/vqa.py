@@ -1,7 +1,7 @@
 """Visual question answering in VQAv2's format: a questions file, an annotations file, a folder of images.
 
-A record is a question. Its answer is the one with the highest confidence over the annotators (yes 1, maybe 1/2, no
-0), then the most frequent, then the first (paper, A.2); sets without single answers fall back to
+A record is a question. Its answer is the one with the highest confidence over the annotators (yes 1, maybe
+1/2, no 0), then the most frequent, then the first (paper, A.2); sets without single answers fall back to
 ``multiple_choice_answer``.
 """
 
@@ -83,7 +83,7 @@ class VQA(Source):
             return self.image_pattern.format(image_id=image_id)
         except (ValueError, KeyError, IndexError) as error:
             raise DataError(
-                f"source {self.name}: image_pattern {self.image_pattern!r} is no format of image_id ({error!r}); "
+                f"{self.name}: image_pattern {self.image_pattern!r} is no format of image_id: {error!r}; "
                 "expected for example 'COCO_train2014_{image_id:012d}.jpg'"
             ) from error
 

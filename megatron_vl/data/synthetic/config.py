@@ -1,9 +1,10 @@
 """What to generate: frozen dataclasses and the two profiles.
 
-``tiny`` is made to be learnt in minutes by a ViT of 3 x 128 with 14-pixel patches: every object fills whole patches,
-positions are the nine cells of a 3 x 3 grid, so a box takes one of 13 values and its digits few; words are among the
-first ranks of the byte-pair vocabulary. ``full`` is for larger models: 448 pixels, many objects at any patch border,
-ten colours and eight shapes, pages of many lines with fonts, paper, noise, blur and strong perspective.
+``tiny`` is made to be learnt in minutes by a ViT of 3 x 128 with 14-pixel patches: every object fills whole
+patches, positions are the nine cells of a 3 x 3 grid, so a box takes one of 13 values and its digits few;
+words are among the first ranks of the byte-pair vocabulary. ``full`` is for larger models: 448 pixels, many
+objects at any patch border, ten colours and eight shapes, pages of many lines with fonts, paper, noise, blur
+and strong perspective.
 """
 
 from __future__ import annotations
@@ -177,8 +178,9 @@ FULL = SyntheticConfig(
 
 PROFILES: dict[str, SyntheticConfig] = {"tiny": TINY, "full": FULL}
 
+
 def scaled(counts: Sequence[tuple[str, int]], num_images: int) -> tuple[tuple[str, int], ...]:
-    """Counts whose rendered images sum to about ``num_images``, text in proportion, photographs as they are."""
+    """Counts with about ``num_images`` rendered images; text in proportion, photographs as they are."""
     total = sum(number for family, number in counts if family not in ("text", "photos"))
     factor = num_images / max(total, 1)
     return tuple((family, n if family == "photos" else round(n * factor)) for family, n in counts)

@@ -1,8 +1,9 @@
-"""One function for each family of data: it makes one *part*, a run of consecutive items, and returns its records.
+"""One function for each family of data: it makes one *part*, a run of consecutive items, and returns its
+records.
 
-A part has a random stream of its own, named by (split, seed, family, part), so the data do not depend on how many
-processes make them. Images go to disk as they are made; what belongs into one JSON file for the whole family is
-returned as records and written by ``FINISH`` when all parts are there.
+A part has a random stream of its own, named by (split, seed, family, part), so the data do not depend on how
+many processes make them. Images go to disk as they are made; what belongs into one JSON file for the whole
+family is returned as records and written by ``FINISH`` when all parts are there.
 """
 
 from __future__ import annotations
@@ -143,7 +144,12 @@ def make_refexp(part: Part) -> list[Json]:
         (folder / file_name).write_bytes(renderer.encode(scene, rng))
         size = {"width": scene.image_size, "height": scene.image_size}
         for item in scene.objects:
-            record = {"file_name": file_name, "image_id": image_id, "expression": name(item), "corners": item.corners}
+            record = {
+                "file_name": file_name,
+                "image_id": image_id,
+                "expression": name(item),
+                "corners": item.corners,
+            }
             records.append({**record, **size})
     return records
 
@@ -154,7 +160,9 @@ def make_pages(part: Part) -> list[Json]:
     renderer = PageRenderer(
         config.page,
         fonts=find_fonts("en", config.page.num_fonts, config.font_dirs),
-        chinese=find_fonts("zh", config.page.num_fonts, config.font_dirs) if config.page.chinese_share else (),
+        chinese=find_fonts("zh", config.page.num_fonts, config.font_dirs)
+        if config.page.chinese_share
+        else (),
         seed=part.texture_seed,
     )
     rng = part.rng()
@@ -165,7 +173,8 @@ def make_pages(part: Part) -> list[Json]:
         (part.folder / file_name).write_bytes(page.image)
         truth = {"gt_parse": {"text_sequence": " ".join(line.text for line in page.lines)}}
         lines = [
-            {"text": line.text, "quad": [[round(x, 2), round(y, 2)] for x, y in line.quad]} for line in page.lines
+            {"text": line.text, "quad": [[round(x, 2), round(y, 2)] for x, y in line.quad]}
+            for line in page.lines
         ]
         records.append(
             {

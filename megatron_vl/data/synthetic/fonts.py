@@ -1,9 +1,9 @@
 """Fonts for document pages, from what the machine has; nothing is downloaded.
 
-English always works: Pillow bundles a font, matplotlib's wheel (if installed) and the usual font folders have more.
-Chinese needs a font of the system (Debian: fonts-noto-cjk, fonts-wqy-microhei, fonts-wqy-zenhei); without one there are
-no Chinese pages, and the generator says so. A font counts only if it draws the script's letters, each differently
-and not as the box that stands for a missing glyph.
+English always works: Pillow bundles a font, matplotlib's wheel (if installed) and the usual font folders have
+more. Chinese needs a font of the system (Debian: fonts-noto-cjk, fonts-wqy-microhei, fonts-wqy-zenhei);
+without one there are no Chinese pages, and the generator says so. A font counts only if it draws the script's
+letters, each differently and not as the box that stands for a missing glyph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ FONT_FOLDERS = (
 )
 PREFERRED = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 SYMBOLS = re.compile(r"^(cm[a-z]+\d+|STIX(Siz|Non)|LastResort|.*(Symbol|Math|Emoji|Icons))", re.IGNORECASE)
-CHINESE = re.compile(r"CJK|wqy|Fallback|SourceHan|uming|ukai|SimSun|SimHei|PingFang|Songti|Heiti", re.IGNORECASE)
+CHINESE = re.compile(
+    r"CJK|wqy|Fallback|SourceHan|uming|ukai|SimSun|SimHei|PingFang|Songti|Heiti", re.IGNORECASE
+)
 PROBE = {"en": "aegmQR38", "zh": "中文的图是"}
 MISSING = "\uffff"
 
@@ -86,7 +88,9 @@ def _font_files(folders: Sequence[str]) -> Iterator[Path]:
     places += [Path(folder).expanduser() for folder in FONT_FOLDERS]
     for place in places:
         if place.is_dir():
-            yield from sorted(path for path in place.rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
+            yield from sorted(
+                path for path in place.rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc")
+            )
 
 
 def _draws(font: Font, text: str) -> bool:

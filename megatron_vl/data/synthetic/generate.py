@@ -1,7 +1,8 @@
 """Writes a whole synthetic data set: parts in parallel processes, one JSON per family, then ``meta.json``.
 
-Everything is made in ``OUT.partial`` and renamed to ``OUT`` at the end, so a folder that is there is complete. A
-second call with the same configuration finds it and does nothing; with another configuration it refuses.
+Everything is made in ``OUT.partial`` and renamed to ``OUT`` at the end, so a folder that is there is
+complete. A second call with the same configuration finds it and does nothing; with another configuration it
+refuses.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class Summary:
 
 
 def generate(config: SyntheticConfig, out: Path, *, num_workers: int = 1, progress: bool = True) -> Summary:
-    """Write the data set of ``config`` into the new folder ``out``; deterministic in ``config`` and the fonts found.
+    """Write the data set of ``config`` into the new folder ``out``; deterministic in ``config`` and the fonts
+    found.
 
-    Raises ConfigError if ``out`` exists and holds anything but this very data set, or if the configuration is wrong.
+    Raises ConfigError if ``out`` exists and holds anything but this very data set, or if the configuration is
+    wrong.
     """
     check(config)
     if out.exists():
@@ -86,7 +89,9 @@ def check(config: SyntheticConfig) -> None:
         raise ConfigError(f"samples_per_shard is {config.samples_per_shard}, expected at least 1")
     for name, side in config.scene.sizes:
         if not 0 < side <= config.scene.image_size:
-            raise ConfigError(f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}")
+            raise ConfigError(
+                f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}"
+            )
 
 
 def _make_families(
@@ -97,7 +102,11 @@ def _make_families(
     left = Counter(part.family for part in parts)
     found: dict[str, list[Json]] = defaultdict(list)
     made: Counter[str] = Counter()
-    workers = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers > 1 else nullcontext()
+    workers = (
+        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+        if num_workers > 1
+        else nullcontext()
+    )
     with workers as pool:
         results = pool.map(make_part, parts) if pool is not None else map(make_part, parts)
         for part, records in zip(parts, results, strict=True):
@@ -130,15 +139,20 @@ def _parts(config: SyntheticConfig, folder: Path, family: str) -> list[Part]:
 
 
 def _total(config: SyntheticConfig) -> int:
-    return config.num_images + config.count("text") + (len(find_photos(config.split)) if config.count("photos") else 0)
+    return (
+        config.num_images
+        + config.count("text")
+        + (len(find_photos(config.split)) if config.count("photos") else 0)
+    )
 
 
 def _notes(config: SyntheticConfig, counts: dict[str, int]) -> list[str]:
     notes = []
     if config.page.chinese_share and not find_fonts("zh", 1, config.font_dirs):
+        pages = round(config.page.chinese_share * counts.get("ocr", 0))
         notes.append(
-            f"no Chinese pages (about {round(config.page.chinese_share * counts.get('ocr', 0))} are English instead): "
-            "no font found; install the Debian package fonts-noto-cjk or fonts-wqy-microhei, or give --font-dir"
+            f"no Chinese font, about {pages} pages are English instead: install the Debian "
+            "package fonts-noto-cjk or fonts-wqy-microhei, or give --font-dir"
         )
     wanted = sum(photo.split == config.split for photo in PHOTOS) if config.count("photos") else 0
     if counts.get("photos", 0) < wanted:
@@ -151,9 +165,13 @@ def _existing(config: SyntheticConfig, out: Path) -> Summary:
     try:
         meta = json.loads((out / META).read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{out}: exists and is no synthetic data set ({error}); give another folder") from error
+        raise ConfigError(
+            f"{out}: exists and is no synthetic data set ({error}); give another folder"
+        ) from error
     if meta.get("config") != _plain(config) or meta.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{out}: holds a synthetic data set of another configuration; remove it or give another folder")
+        raise ConfigError(
+            f"{out}: holds a synthetic data set of another configuration; remove it or give another folder"
+        )
     return Summary(out, meta["counts"], meta["answers"], tuple(meta["notes"]), reused=True)
 
 

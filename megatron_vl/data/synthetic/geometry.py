@@ -1,7 +1,8 @@
 """The perspective under which a page is seen, for pixels and for quadrilaterals alike.
 
-A homography takes the paper's rectangle to four given corners. Pillow wants its inverse (from the output's pixel to the
-input's), the tracked quadrilaterals want it as it is; both come from one matrix, so text and label cannot drift apart.
+A homography takes the paper's rectangle to four given corners. Pillow wants its inverse (from the output's
+pixel to the input's), the tracked quadrilaterals want it as it is; both come from one matrix, so text and
+label cannot drift apart.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Perspective:
         """The image as it is seen, on a canvas of ``size``; 0 where it is not."""
         inverse = np.linalg.inv(self.matrix)
         coefficients = (inverse / inverse[2, 2]).ravel()[:8]
-        return image.transform(size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR)
+        return image.transform(
+            size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR
+        )
 
 
 def perspective(width: float, height: float, corners: Quad) -> Perspective:
-    """The homography that takes the rectangle of ``width`` x ``height`` at the origin to ``corners`` (clockwise)."""
+    """The homography that takes the rectangle of ``width`` x ``height`` to ``corners`` (clockwise)."""
     sources: Quad = ((0, 0), (width, 0), (width, height), (0, height))
     rows, values = [], []
     for (x, y), (u, v) in zip(sources, corners, strict=True):

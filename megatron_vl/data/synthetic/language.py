@@ -1,8 +1,10 @@
-"""What can be truly said about a scene: captions, phrases with their spans, questions with answers, dialogues, text.
+"""What can be truly said about a scene: captions, phrases with their spans, questions with answers,
+dialogues, text.
 
-Only unambiguous things are asked: a colour question names a shape that occurs once, a position question names colour
-and shape. The text documents hold the same language, most of them with the facts first and the sentence after, so that
-a language model trained on them alone already speaks from what stands before: what later stands there is an image.
+Only unambiguous things are asked: a colour question names a shape that occurs once, a position question names
+colour and shape. The text documents hold the same language, most of them with the facts first and the
+sentence after, so that a language model trained on them alone already speaks from what stands before: what
+later stands there is an image.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def box_text(item: SceneObject, image_size: int) -> str:
 
 
 def describe(scene: Scene) -> Caption:
-    """All objects in reading order: ``a big red circle at the top left and a small blue star at the bottom``."""
+    """All objects in reading order: ``a big red circle at the top and a small blue star at the left``."""
     text = ""
     nouns: list[Phrase] = []
     expressions: list[Phrase] = []
@@ -111,10 +113,16 @@ def ask(scene: Scene, kind: str, rng: Random, config: SceneConfig) -> Question |
         return _ask_exists(scene, rng, config)
     if kind == "color":
         items = _once(scene, lambda item: item.shape)
-        return Question(kind, f"What color is the {(i := rng.choice(items)).shape}?", i.color) if items else None
+        return (
+            Question(kind, f"What color is the {(i := rng.choice(items)).shape}?", i.color) if items else None
+        )
     if kind == "shape":
         items = _once(scene, lambda item: item.color)
-        return Question(kind, f"What shape is the {(i := rng.choice(items)).color} object?", i.shape) if items else None
+        return (
+            Question(kind, f"What shape is the {(i := rng.choice(items)).color} object?", i.shape)
+            if items
+            else None
+        )
     item = rng.choice(scene.objects)
     if kind == "position":
         return Question(kind, f"Where is the {name(item)}?", position(item, scene.image_size))

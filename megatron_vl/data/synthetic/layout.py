@@ -1,7 +1,8 @@
-"""Where text stands on a page before anything is drawn: one word to a box on a coarse grid, or columns of lines.
+"""Where text stands on a page before anything is drawn: one word to a box on a coarse grid, or columns of
+lines.
 
-The plan of a page is complete (texts, boxes, corners, font), so its key, and with it its side of the split, is known
-before a pixel is drawn.
+The plan of a page is complete (texts, boxes, corners, font), so its key, and with it its side of the split,
+is known before a pixel is drawn.
 """
 
 from __future__ import annotations

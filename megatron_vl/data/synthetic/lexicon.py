@@ -9,9 +9,9 @@ from random import Random
 from typing import Literal
 
 _WORDS = """
-time name data file work user type line view code day year list case word page book home life hand game test play text
-help car law food city area sum air box bar map top next part plan post read road room show side size sort step stop
-talk team term tool unit wait week wind wood zone
+time name data file work user type line view code day year list case word page book home life hand game test
+play text help car law food city area sum air box bar map top next part plan post read road room show side
+size sort step stop talk team term tool unit wait week wind wood zone
 """
 WORDS: tuple[str, ...] = tuple(_WORDS.split())
 

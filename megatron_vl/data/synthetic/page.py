@@ -1,7 +1,9 @@
-"""Document pages in the manner of SynthDoG: text on paper, seen in perspective on a ground, with a camera's flaws.
+"""Document pages in the manner of SynthDoG: text on paper, seen in perspective on a ground, with a camera's
+flaws.
 
-Order of things, and why the labels stay true: text is drawn on flat paper; paper and quadrilaterals go through one
-homography; everything after that (shadow, contrast, blur, noise, JPEG) changes values of pixels and moves nothing.
+Order of things, and why the labels stay true: text is drawn on flat paper; paper and quadrilaterals go
+through one homography; everything after that (shadow, contrast, blur, noise, JPEG) changes values of pixels
+and moves nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Page:
 class PageRenderer:
     """Plans and draws pages of one configuration; prepares its paper and its grounds once."""
 
-    def __init__(self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int) -> None:
+    def __init__(
+        self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int
+    ) -> None:
         """``fonts``: at least one for English. ``chinese``: none means no Chinese pages."""
         self._config = config
         self._fonts = {"en": fonts, "zh": chinese}
@@ -62,7 +66,7 @@ class PageRenderer:
         self._desks = [texture(color, side, rng, fine=5.0, coarse=coarse) for color in DESKS]
 
     def draw(self, rng: Random, *, split: Split, heldout_percent: int) -> Page:
-        """A random page that belongs to ``split``; raises ConfigError if the configuration leaves no room for one."""
+        """A random page of ``split``; raises ConfigError if the configuration leaves no room for one."""
         plan = draw_until(
             lambda: self._plan(rng),
             lambda plan: bool(plan.lines) and split_of(plan.key, heldout_percent) == split,
@@ -113,7 +117,9 @@ class PageRenderer:
         brightness = 128 * rng.uniform(-config.contrast, config.contrast)
         levels = (levels - 128) * contrast + 128 + brightness
         if config.max_noise:
-            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(levels.shape[:2], dtype=np.float32)
+            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(
+                levels.shape[:2], dtype=np.float32
+            )
             levels += rng.uniform(0, config.max_noise) * noise[:, :, None]
         return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 

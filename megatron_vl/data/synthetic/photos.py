@@ -1,6 +1,7 @@
 """The photographs inside scikit-image's wheel, with captions written for this project after looking at each.
 
-Only files that lie in the installed package are used; scikit-image itself is not imported and downloads nothing.
+Only files that lie in the installed package are used; scikit-image itself is not imported and downloads
+nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Pixels of a scene. Each shape touches all four sides of its box, and its colour fills the middle of the box.
+"""Pixels of a scene. Each shape touches all four sides of its box, and its colour fills the middle of the
+box.
 
-Shapes are drawn once, at four times their size, and shrunk to a mask; a scene is then a crop of a prepared noisy
-ground and one paste for each object. That keeps a tiny image at a fraction of a millisecond.
+Shapes are drawn once, at four times their size, and shrunk to a mask; a scene is then a crop of a prepared
+noisy ground and one paste for each object. That keeps a tiny image at a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ COLORS: dict[str, Color] = {
     "pink": (250, 150, 190),
     "brown": (115, 70, 35),
 }
-GROUNDS: tuple[Color, ...] = ((150, 150, 150), (165, 155, 145), (145, 158, 168), (150, 165, 150), (172, 160, 172))
+GROUNDS: tuple[Color, ...] = (
+    (150, 150, 150),
+    (165, 155, 145),
+    (145, 158, 168),
+    (150, 165, 150),
+    (172, 160, 172),
+)
 SHADE = 10
 """An object's colour differs from the table's by at most this in each channel."""
 OVERSAMPLING = 4
@@ -84,7 +91,9 @@ class SceneRenderer:
                 raise ConfigError(f"scene.{kind}s: {unknown!r} cannot be drawn; known are {', '.join(table)}")
         self._config = config
         self._masks = {
-            (shape, side): draw_mask(OUTLINES[shape], side) for shape in config.shapes for _, side in config.sizes
+            (shape, side): draw_mask(OUTLINES[shape], side)
+            for shape in config.shapes
+            for _, side in config.sizes
         }
         noise = np.random.default_rng(seed)
         self._grounds = [texture(color, 2 * config.image_size, noise, fine=config.noise) for color in GROUNDS]

@@ -1,8 +1,8 @@
 """What is in a picture: objects with shape, colour, size and a box; and the side of the split it belongs to.
 
 Invariants: boxes lie inside the image and do not overlap; no two objects share both colour and shape (with
-``distinct_attributes``: neither). The key is the scene's content in canonical order, without what is not spoken of
-(ground, noise, shade), so two pictures with the same key have the same true texts.
+``distinct_attributes``: neither). The key is the scene's content in canonical order, without what is not
+spoken of (ground, noise, shade), so two pictures with the same key have the same true texts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def draw_until(draw: Callable[[], T | None], accept: Callable[[T], bool], what: 
 
 
 def sample_scene(rng: Random, config: SceneConfig, *, split: Split, heldout_percent: int) -> Scene:
-    """A random scene that belongs to ``split``; raises ConfigError if the configuration leaves no room for one."""
+    """A random scene of ``split``; raises ConfigError if the configuration leaves no room for one."""
     return draw_until(
         lambda: _draw_scene(rng, config), lambda scene: split_of(scene.key, heldout_percent) == split, "scene"
     )

@@ -1,4 +1,4 @@
-"""The published file formats, written: img2dataset's tars, VQAv2, MDETR's expressions, SynthDoG lines, Qwen-VL chat."""
+"""Writes the published file formats: img2dataset's tars, VQAv2's JSON, MDETR's JSON, JSON Lines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class TarShard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._tar.close()
         if error is None:
             stats = {
@@ -101,7 +103,7 @@ def write_json_lines(path: Path, records: Iterable[Json]) -> None:
 
 
 def write_vqa(folder: Path, records: Sequence[Json], subtype: str) -> None:
-    """``questions.json`` and ``annotations.json`` of records with image_id, question_id, question, answer, kind."""
+    """Both files of records with image_id, question_id, question, answer and kind."""
     header = {
         "info": {"description": "synthetic scenes", "version": "1.0"},
         "license": {"name": "public domain"},
@@ -109,9 +111,13 @@ def write_vqa(folder: Path, records: Sequence[Json], subtype: str) -> None:
         "data_type": "synthetic",
         "data_subtype": subtype,
     }
-    questions = [{name: record[name] for name in ("image_id", "question", "question_id")} for record in records]
+    questions = [
+        {name: record[name] for name in ("image_id", "question", "question_id")} for record in records
+    ]
     write_json(folder / "questions.json", {**header, "questions": questions})
-    write_json(folder / "annotations.json", {**header, "annotations": [_annotation(record) for record in records]})
+    write_json(
+        folder / "annotations.json", {**header, "annotations": [_annotation(record) for record in records]}
+    )
 
 
 def _annotation(record: Json) -> Json:
@@ -124,7 +130,9 @@ def _annotation(record: Json) -> Json:
             for number in range(1, ANNOTATORS + 1)
         ],
         "image_id": record["image_id"],
-        "answer_type": {"yes": "yes/no", "no": "yes/no"}.get(answer, "number" if answer.isdigit() else "other"),
+        "answer_type": {"yes": "yes/no", "no": "yes/no"}.get(
+            answer, "number" if answer.isdigit() else "other"
+        ),
         "question_id": record["question_id"],
     }
 

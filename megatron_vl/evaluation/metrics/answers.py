@@ -1,8 +1,8 @@
 """Short answers: the normalisation of the VQA benchmark, its accuracy over ten annotators, and exact match.
 
-The rules are those of the benchmark's public evaluation (GT-Vision-Lab/VQA), quirks included, because published
-figures depend on them. Two deliberate differences: an annotator is left out of the vote by position, not by comparing
-records (which loses identical annotators), and both sides are always strings.
+The rules are those of the benchmark's public evaluation (GT-Vision-Lab/VQA), quirks included, because
+published figures depend on them. Two deliberate differences: an annotator is left out of the vote by
+position, not by comparing records (which loses identical annotators), and both sides are always strings.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"\.(?!\d)")
 _MAX_PERIODS = 32
@@ -21,13 +21,14 @@ _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 
 _CONTRACTED_WORDS = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
-it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
-somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
-they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
-who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
-there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd
+there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
+somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll
+y'all'd've you'd've 'ow's'at
 """
 
 
@@ -37,15 +38,13 @@ def _misspellings(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i in places]
 
 
-_CONTRACTIONS = {
-    spelling: word
-    for word in _CONTRACTED_WORDS.split()
-    for spelling in _misspellings(word)
-} | {"somebody'd": "somebodyd"}
+_CONTRACTIONS = {spelling: word for word in _CONTRACTED_WORDS.split() for spelling in _misspellings(word)} | {
+    "somebody'd": "somebodyd"
+}
 
 
 def _strip_punctuation(text: str) -> str:
-    """Delete or blank out punctuation; which of the two depends on the whole original text, as in the benchmark."""
+    """Delete or blank out punctuation; which of the two depends on the whole text, as in the benchmark."""
     has_comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
@@ -70,8 +69,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def vqa_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     """The VQA benchmark's soft accuracy: the mean over annotators of min(1, matching others / 3).
 
-    Answers are normalised only where the annotators disagree, as in the benchmark. Raises ValueError for fewer than
-    two annotators, since each is judged by the others.
+    Answers are normalised only where the annotators disagree, as in the benchmark. Raises ValueError for
+    fewer than two annotators, since each is judged by the others.
     """
     if len(annotators) < 2:
         raise ValueError(f"VQA accuracy needs at least two annotators' answers, got {len(annotators)}")

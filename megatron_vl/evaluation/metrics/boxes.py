@@ -16,7 +16,12 @@ def box_area(box: Box) -> float:
 def box_iou(first: Box, second: Box) -> float:
     """Intersection over union of two boxes, in [0, 1]; 0 if both are empty."""
     overlap = box_area(
-        (max(first[0], second[0]), max(first[1], second[1]), min(first[2], second[2]), min(first[3], second[3]))
+        (
+            max(first[0], second[0]),
+            max(first[1], second[1]),
+            min(first[2], second[2]),
+            min(first[3], second[3]),
+        )
     )
     union = box_area(first) + box_area(second) - overlap
     return overlap / union if union > 0.0 else 0.0

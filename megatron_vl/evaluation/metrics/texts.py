@@ -1,4 +1,4 @@
-"""Longer texts: captions that must match exactly, words read from a page, and the edit-distance score ANLS."""
+"""Longer texts: captions that must match exactly, words read from a page, and the edit-distance score."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def word_recall(predicted: Sequence[str], truth: Sequence[str]) -> float:
 def anls(prediction: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one question: the best reference, cut to 0 below 0.5.
 
-    The distance is taken between lower-case texts with single spaces, but it is divided by the length of the raw
-    texts, as the official DocVQA script does.
+    The distance is taken between lower-case texts with single spaces, but it is divided by the length of the
+    raw texts, as the official DocVQA script does.
     """
     best = max((_similarity(prediction, reference) for reference in references), default=0.0)
     return best if best >= ANLS_THRESHOLD else 0.0

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry, write_manifest
+
 LAYOUTS = {
     "stage0": ("TP 1 x PP 1 x DP 2", None),
     "stage1": ("TP 1 x PP 1 x DP 2", "TP 2 x PP 2 x DP 1"),
@@ -32,12 +34,15 @@ def write_fake_run(run_dir: Path, *, num_steps: int = 200, samples_per_task: int
         _write_metrics(run_dir / "sighted" / stage, LAYOUTS[stage], num_steps, floor=0.4)
     for stage in ("stage1", "stage2"):
         _write_metrics(run_dir / "blind" / stage, (LAYOUTS[stage][0], None), num_steps, floor=1.3)
+    (run_dir / "data").mkdir()
     _write_predictions(run_dir / "eval", samples_per_task)
     _write_findings(run_dir / "eval")
     for name in ("stage1", "stage2"):
-        _write_json(run_dir / "data" / f"{name}.json", _manifest())
+        write_manifest(run_dir / "data" / name, _manifest())
     steps = {"install": 171.2, "synthesise data": 31.0, "stage 1": 96.4, "stage 2": 181.9, "report": 4.2}
-    _write_lines(run_dir / "timings.jsonl", [{"step": step, "seconds": seconds} for step, seconds in steps.items()])
+    _write_lines(
+        run_dir / "timings.jsonl", [{"step": step, "seconds": seconds} for step, seconds in steps.items()]
+    )
     return run_dir
 
 
@@ -80,11 +85,11 @@ def _write_metrics(folder: Path, layouts: tuple[str, str | None], num_steps: int
                 "grad_norm": 1.0,
                 "tokens_per_second": 3000.0 if late else 9000.0 + noise.random(),
                 "images_per_second": 70.0 if late else 210.0,
-                "tflops": 0.02,
+                "tflops_per_rank": 0.02,
                 "layout": layouts[1] if late else layouts[0],
             }
         )
-    lines.append({"iteration": num_steps, "valid_loss": floor})
+    lines.append({"iteration": num_steps, "validation_loss": floor})
     _write_lines(folder / "metrics.jsonl", lines)
 
 
@@ -105,7 +110,11 @@ def _question(folder: Path, task: str, index: int) -> dict[str, Any]:
     guess = f"({left + 20 * index},320),({left + 300 + 30 * index},600)"
     quad = f"<quad>({left},400),({left + 200},420),({left + 200},520),({left},500)</quad>"
     prompt, truth, said = {
-        "caption": ("Generate the caption in English:", " A red ball left of a blue cube.", " a red ball left of a blue cube."),
+        "caption": (
+            "Generate the caption in English:",
+            " A red ball left of a blue cube.",
+            " a red ball left of a blue cube.",
+        ),
         "vqa": ("What colour is the ball? Answer:", " red", " red" if index % 3 else " blue"),
         "referring": ("<ref>the red ball</ref>", f"<box>{box}</box>", f"<box>{guess}</box>"),
         "ocr": ("OCR with grounding:", f"<ref> oak elm</ref>{quad}", f"<ref> oak</ref>{quad}"),
@@ -113,7 +122,14 @@ def _question(folder: Path, task: str, index: int) -> dict[str, Any]:
     image = f"images/{task}-{index}.png"
     _draw_scene(folder / image, left)
     key = f"{task}-{index}"
-    return {"key": key, "task": task, "image": image, "prompt": prompt, "reference": truth, "prediction": said}
+    return {
+        "key": key,
+        "task": task,
+        "image": image,
+        "prompt": prompt,
+        "reference": truth,
+        "prediction": said,
+    }
 
 
 def _draw_scene(path: Path, left: int) -> None:
@@ -133,20 +149,34 @@ def _write_findings(folder: Path) -> None:
     ]
     _write_json(folder / "losses.json", losses)
     detail = "39 of 39 tensors bit-identical"
-    _write_json(folder / "checks.json", [{"name": "language_model_unchanged", "passed": True, "detail": detail}])
+    _write_json(
+        folder / "checks.json", [{"name": "language_model_unchanged", "passed": True, "detail": detail}]
+    )
 
 
-def _manifest() -> dict[str, Any]:
-    return {
-        "format_version": 1,
-        "num_rows": 1200,
-        "num_samples": 32000,
-        "num_images": 12000,
-        "num_tokens": 2_400_000,
-        "fill": 0.976,
-        "skipped": {"unreadable_image": 2},
-        "samples_by_source": {"captions": 12000, "questions": 20000},
-    }
+def _manifest() -> Manifest:
+    return Manifest(
+        format_version=1,
+        tokenizer_sha256="0" * 64,
+        num_ranks=2048,
+        num_queries=16,
+        seq_length=512,
+        max_sample_length=512,
+        packing="mixed",
+        num_rows=1200,
+        num_samples=32000,
+        num_segments=32000,
+        num_tokens=600_000,
+        num_images=12000,
+        num_stored_images=12000,
+        images_per_row=(0, 1200),
+        counts=(
+            CountEntry("captions", "caption", 12000, 300_000, 12000),
+            CountEntry("text", "text", 20000, 300_000, 0),
+        ),
+        skips=(SkipEntry("captions", "unreadable_image", 2, ("00000/000000003: truncated",)),),
+        files=(),
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The report of a made-up run: complete, self-contained, honest about misses, and clear about damaged files."""
+"""The report of a made-up run: complete, self-contained, honest about misses, clear about damage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class _Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        self.fetched += [values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values]
+        self.fetched += [
+            values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values
+        ]
         if tag not in ("meta", "img", "link", "br"):
             self.open.append(tag)
 
@@ -93,7 +95,9 @@ def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
     assert render_text(report).count("MISSED") == 2
 
 
-def test_command_writes_the_page_and_prints_the_tables(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_page_and_prints_the_tables(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run_dir)]) == 0
     assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     printed = capsys.readouterr().out
@@ -130,12 +134,16 @@ def test_a_missing_image_names_the_prediction(tmp_path: Path) -> None:
 
 
 def _line(**values: object) -> str:
-    defaults = dict.fromkeys(("learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "tflops"), 1.0)
+    defaults = dict.fromkeys(
+        ("learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "tflops_per_rank"), 1.0
+    )
     return json.dumps({**defaults, "layout": "DP 2", **values}) + "\n"
 
 
 def test_training_records_of_a_resumed_run(tmp_path: Path) -> None:
-    torn = _line(iteration=1, lm_loss=3) + _line(iteration=2, lm_loss=2) + _line(iteration=2, valid_loss=9)
+    torn = (
+        _line(iteration=1, lm_loss=3) + _line(iteration=2, lm_loss=2) + _line(iteration=2, validation_loss=9)
+    )
     (tmp_path / "metrics.jsonl").write_text(torn + _line(iteration=2, lm_loss=1.5) + '{"iteration": 3, "lm_')
     assert [(r.iteration, r.lm_loss) for r in load_training(tmp_path)] == [(1, 3), (2, 1.5)]
 
@@ -147,7 +155,7 @@ def test_a_damaged_or_foreign_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.0}\n')
     with pytest.raises(DataError, match="line 1.*learning_rate.*found the keys iteration, lm_loss"):
         load_training(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(_line(iteration=2, valid_loss=2))
+    (tmp_path / "metrics.jsonl").write_text(_line(iteration=2, validation_loss=2))
     with pytest.raises(DataError, match="no line has a training loss"):
         load_training(tmp_path)
 

@@ -24,12 +24,17 @@ def test_scores_by_task() -> None:
             _prediction("chat", "hello", "hi"),
         ]
     )
-    assert {task: score.value for task, score in scores.items()} == {"vqa": 0.5, "caption": 1.0, "referring": 0.5}
+    assert {task: score.value for task, score in scores.items()} == {
+        "vqa": 0.5,
+        "caption": 1.0,
+        "referring": 0.5,
+    }
     assert scores["vqa"].num_samples == 2
 
 
 def test_ocr_counts_words_over_all_pages_and_ignores_where_they_are() -> None:
-    truth = "<ref>oak elm</ref><quad>(0,0),(9,0),(9,9),(0,9)</quad><ref>ash</ref><quad>(0,0),(9,0),(9,9),(0,9)</quad>"
+    quad = "<quad>(0,0),(9,0),(9,9),(0,9)</quad>"
+    truth = f"<ref>oak elm</ref>{quad}<ref>ash</ref>{quad}"
     scores = score_predictions(
         [
             _prediction("ocr", "<ref>elm</ref><quad>(1,1)", truth),
@@ -44,8 +49,13 @@ def test_reference_iou_is_zero_without_a_box() -> None:
     assert reference_iou(_prediction("referring", "(0,0),(9,9)", "<box>(0,0),(9,9)</box>")) == 1.0
 
 
-def _findings(sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unchanged: bool = True) -> Findings:
-    losses = [HeldOutLoss("stage1", "sighted", "caption", 1.0, 10), HeldOutLoss("stage1", "blind", "caption", 1.5, 10)]
+def _findings(
+    sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unchanged: bool = True
+) -> Findings:
+    losses = [
+        HeldOutLoss("stage1", "sighted", "caption", 1.0, 10),
+        HeldOutLoss("stage1", "blind", "caption", 1.5, 10),
+    ]
     for task in ("caption", "vqa", "referring", "ocr"):
         losses.append(HeldOutLoss("stage2", "sighted", task, sighted_loss, 10))
         losses.append(HeldOutLoss("stage2", "blind", task, 1.0, 10))
@@ -63,7 +73,9 @@ def test_all_bars_met() -> None:
 
 
 def test_each_bar_can_be_missed() -> None:
-    missed = [bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met]
+    missed = [
+        bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met
+    ]
     assert missed == [
         "Stage 1 leaves the language model as it was",
         "VQA accuracy after stage 2",

@@ -1,4 +1,4 @@
-"""Against numbers that were computed independently from the published sizes (2 operations per multiply-add)."""
+"""Against numbers computed independently from the published sizes (2 operations per multiply-add)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import pytest
 
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import ModelConfig, TrainingConfig
-from megatron_vl.planning.flops import FrozenParts, Work, forward_flops, step_flops, training_flops, unit_flops
+from megatron_vl.planning.flops import (
+    FrozenParts,
+    Work,
+    forward_flops,
+    step_flops,
+    training_flops,
+    unit_flops,
+)
 
 QWEN_VL = PRESETS["qwen_vl_7b"]
 TERA = 1e12
@@ -34,7 +41,9 @@ def test_forward_of_an_image(image_size: int, vision: float, resampler: float) -
 def test_forward_of_a_row_of_text() -> None:
     linear = forward_flops(QWEN_VL, Work(0, 2048, 0, 0))
     assert 32 * linear.language_layer / TERA == pytest.approx(26.53, abs=5e-3)
-    assert 32 * forward_flops(QWEN_VL, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(1.10, abs=5e-3)
+    assert 32 * forward_flops(QWEN_VL, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(
+        1.10, abs=5e-3
+    )
     assert forward_flops(QWEN_VL, Work(0, 0, 0, 2048)).head / TERA == pytest.approx(2.55, abs=5e-3)
 
 
@@ -96,4 +105,6 @@ def test_units_follow_the_line() -> None:
 
 def test_frozen_parts_of_a_run() -> None:
     assert FrozenParts.of(TrainingConfig(freeze_language_model=True)) == FrozenParts(language_model=True)
-    assert FrozenParts.of(TrainingConfig(freeze_vision=True, freeze_resampler=True)) == FrozenParts(True, True)
+    assert FrozenParts.of(TrainingConfig(freeze_vision=True, freeze_resampler=True)) == FrozenParts(
+        True, True
+    )

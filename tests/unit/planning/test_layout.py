@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.config.presets import PRESETS
@@ -101,12 +102,9 @@ def test_any_cut_keeps_every_unit_once_and_is_read_as_written(
 ) -> None:
     model, num_stages = sized(num_vision, num_language), pipeline_size * virtual_size
     line = "V" * num_vision + "R" + "L" * num_language
-    inner = data.draw(st.sets(st.integers(1, len(line)), min_size=num_stages - 1, max_size=num_stages - 1)
-                      if num_stages - 1 <= len(line) else st.just(set()))  # fmt: skip
-    if len(inner) != num_stages - 1:
-        return
-    edges = [0, *sorted(inner), len(line)]
-    text = "|".join(line[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    assume(num_stages - 1 <= len(line))
+    cuts = data.draw(st.sets(st.integers(1, len(line)), min_size=num_stages - 1, max_size=num_stages - 1))
+    text = "|".join(line[a:b] for a, b in pairwise([0, *sorted(cuts), len(line)]))
     layout = parse_layout(text, model=model, pipeline_size=pipeline_size, virtual_size=virtual_size)
     stages = layout.stages
     assert [i for stage in stages for i in stage.vision_layers] == list(range(num_vision))
@@ -117,7 +115,9 @@ def test_any_cut_keeps_every_unit_once_and_is_read_as_written(
     assert again == layout
 
 
-@pytest.mark.parametrize("frozen", [FrozenParts(), FrozenParts(vision=True), FrozenParts(language_model=True)])
+@pytest.mark.parametrize(
+    "frozen", [FrozenParts(), FrozenParts(vision=True), FrozenParts(language_model=True)]
+)
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
 def test_computed_layout_wastes_little(frozen: FrozenParts, num_stages: int) -> None:
     work = Work(num_images=4, num_tokens=2048, sum_squared_spans=4 * 512**2, num_supervised=2048)
@@ -153,7 +153,9 @@ def test_more_stages_than_units() -> None:
     config = RunConfig(model=TINY, parallel=ParallelConfig(pipeline_model_parallel_size=8))
     assert str(resolve_layout(config)) == "V|V|V|R|L|L|L|"
     config = replace(config, parallel=ParallelConfig(pipeline_model_parallel_size=9))
-    with pytest.raises(ConfigError, match=r"9 x .* 1 = 9 stages, but the model has 8 units to cut: 3 V \+ 1 R \+ 3 L"):
+    with pytest.raises(
+        ConfigError, match=r"9 x .* 1 = 9 stages, but the model has 8 units to cut: 3 V \+ 1 R \+ 3 L"
+    ):
         resolve_layout(config)
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ def all_partitions(costs: list[float], num_groups: int) -> list[list[float]]:
     result = []
     for cuts in combinations(range(1, len(costs)), num_groups - 1):
         edges = [0, *cuts, len(costs)]
-        result.append([sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False)])
+        result.append([sum(costs[a:b]) for a, b in pairwise(edges)])
     return result
 
 

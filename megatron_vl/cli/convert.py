@@ -1,0 +1,139 @@
+"""``tools/convert_checkpoint.py``: published Qwen-VL folders to checkpoints of ours and back, and checks of
+either.
+
+One process, no GPU. A folder or checkpoint appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vl.errors import ConversionError, MegatronVLError
+from megatron_vl.log import silence_import_warnings, write_line
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    silence_import_warnings()
+    try:
+        _COMMANDS[options.command](options)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/convert_checkpoint.py", description=__doc__, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("import", help="a published folder to a checkpoint that every layout loads")
+    command.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and weights")
+    command.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="directory that receives the checkpoint"
+    )
+
+    command = commands.add_parser("export", help="a checkpoint to a published folder")
+    command.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint, or directory of them (newest)"
+    )
+    command.add_argument("folder", type=Path, metavar="HF_DIR", help="folder to write; must not exist")
+    command.add_argument(
+        "--release", choices=("base", "chat"), default="base", help="whose generation defaults"
+    )
+    command.add_argument(
+        "--format", choices=("safetensors", "bin"), default="safetensors", help="of the weights"
+    )
+    command.add_argument(
+        "--reference", type=Path, metavar="DIR", help="imported folder whose code files to copy"
+    )
+    command.add_argument(
+        "--vocab-file",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the tokenizer's files too, from this qwen.tiktoken (without FILE: dashscope's)",
+    )
+
+    command = commands.add_parser("check", help="is every tensor there, in its shape, and finite?")
+    command.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, or a published folder")
+    return parser
+
+
+def _import(options: argparse.Namespace) -> None:
+    from megatron_vl.checkpoint import store
+    from megatron_vl.conversion.checkpoints import write_checkpoint
+    from megatron_vl.conversion.convert import import_folder
+
+    if steps := store.steps_in(options.checkpoint):
+        raise ConversionError(
+            f"{options.checkpoint}: holds checkpoints of steps {steps[0]} to {steps[-1]}; "
+            "an imported model is step 0 of a new directory"
+        )
+    imported = import_folder(options.folder)
+    with _progress("import", imported.num_bytes) as progress:
+        written = write_checkpoint(imported, options.checkpoint, progress=progress)
+    write_line(f"{written}: {len(imported)} tensors, {imported.num_bytes:,} bytes")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from megatron_vl.conversion.checkpoints import open_checkpoint
+    from megatron_vl.conversion.convert import ExportOptions, export_folder
+    from megatron_vl.data.tokenizer import find_vocab_file
+
+    vocab_file = None
+    if options.vocab_file is not None:
+        vocab_file = Path(options.vocab_file) if options.vocab_file else find_vocab_file()
+    export_options = ExportOptions(
+        file_format=options.format,
+        release=options.release,
+        reference=options.reference,
+        vocab_file=vocab_file,
+    )
+    tensors = open_checkpoint(options.checkpoint)
+    with _progress("export", tensors.num_bytes) as progress:
+        size = export_folder(
+            tensors, tensors.model, options.folder, options=export_options, progress=progress
+        )
+    write_line(f"{options.folder}: {size:,} bytes of weights")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from megatron_vl.conversion.checkpoints import open_checkpoint
+    from megatron_vl.conversion.convert import check_model, import_folder
+    from megatron_vl.planning.parameters import count_parameters
+
+    is_folder = (options.checkpoint / "config.json").is_file()
+    tensors = import_folder(options.checkpoint) if is_folder else open_checkpoint(options.checkpoint)
+    with _progress("check", tensors.num_bytes) as progress:
+        check_model(tensors, tensors.model, progress=progress)
+    counts = count_parameters(tensors.model)
+    for module, count in counts.items():
+        write_line(f"{module:40} {count:>16,}")
+    write_line(f"{'parameters':40} {sum(counts.values()):>16,}")
+    write_line(f"{options.checkpoint}: sound; {len(tensors)} tensors, {tensors.num_bytes:,} bytes")
+
+
+@contextmanager
+def _progress(name: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes on standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=num_bytes, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "import": _import,
+    "export": _export,
+    "check": _check,
+}

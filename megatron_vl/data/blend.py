@@ -1,0 +1,134 @@
+"""Which rows a step trains on: a pure function of (seed, index), with nothing to save but how many rows were
+consumed.
+
+Index i counts the rows of the run, over all steps and ranks. Prefixes given alone form one pool: an epoch is
+a shuffle of all their rows. Prefixes given with weights are pools of their own: indices come in blocks, a
+block holds a fixed number of rows of each pool (in the ratio of the weights) in shuffled order, and each pool
+goes through its own epochs.
+
+A shuffle is a keyed permutation of [0, n), computed for any position by itself (a Feistel network over the
+next power of four, walked until it falls into range), so that row number 10^9 costs as much as the first,
+nothing is stored, and every data-parallel rank gets the same answer at any size and any number of restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+_ROUNDS = 6
+_MIN_BLOCK, _MAX_BLOCK = 1024, 1 << 20
+_ROWS_OF_RAREST = 64
+"""A block is long enough to hold this many rows of the pool with the smallest weight, so that ratios are
+exact to 1 %."""
+
+
+def permute(positions: IntArray, size: int, key: IntArray | int) -> IntArray:
+    """Images of ``positions`` in [0, size) under the permutation that ``key`` (one, or one per position)
+    selects."""
+    assert size > 0
+    half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.broadcast_to(np.asarray(key).astype(np.uint64), positions.shape)
+    values = positions.astype(np.uint64)
+    outside = np.ones(len(values), dtype=np.bool_)
+    while outside.any():
+        values[outside] = _feistel(values[outside], keys[outside], half, mask)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _feistel(
+    values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half: np.uint64, mask: np.uint64
+) -> npt.NDArray[np.uint64]:
+    left, right = values >> half, values & mask
+    for number in range(_ROUNDS):
+        left, right = right, left ^ (_mix(right + _mix(keys + np.uint64(number + 1))) & mask)
+    return (left << half) | right
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash (the finaliser of splitmix64); arithmetic wraps."""
+    values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def derive_key(*parts: IntArray | int) -> IntArray:
+    """One 63-bit key from several numbers or arrays of numbers: seed, purpose, epoch."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = _mix(key ^ _mix(np.atleast_1d(np.asarray(part)).astype(np.uint64)))
+    return (key >> np.uint64(1)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The order of rows over several data sets, which are numbered through: row r of data set d is offset[d]
+    + r."""
+
+    sizes: tuple[int, ...]
+    """Rows of each data set."""
+    weights: tuple[float, ...] | None
+    """Relative weights, or None: all rows once per epoch."""
+    seed: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all data sets."""
+        return sum(self.sizes)
+
+    def rows(self, indices: IntArray) -> IntArray:
+        """Global row of each index of the run."""
+        if self.weights is None:
+            return self._draw(indices, self.num_rows, pool=0)
+        counts = self._block_counts
+        borders = np.cumsum(counts)
+        block_size = int(borders[-1])
+        blocks, within = np.divmod(indices, block_size)
+        within = permute(within, block_size, derive_key(self.seed, 1, blocks))
+        pools = np.searchsorted(borders, within, side="right")
+        offsets = np.cumsum((0, *self.sizes))
+        rows = np.empty(len(indices), dtype=np.int64)
+        for pool in np.unique(pools).tolist():
+            mine = pools == pool
+            draw = blocks[mine] * counts[pool] + within[mine] - (borders[pool] - counts[pool])
+            rows[mine] = offsets[pool] + self._draw(draw, self.sizes[pool], pool=pool)
+        return rows
+
+    def step_rows(self, first: int, count: int) -> IntArray:
+        """Global rows of a step that begins after ``first`` consumed rows and takes ``count``."""
+        return self.rows(np.arange(first, first + count))
+
+    def locate(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """Data set and row within it of global rows."""
+        offsets = np.cumsum((0, *self.sizes))
+        data_sets = np.searchsorted(offsets, rows, side="right") - 1
+        return data_sets, rows - offsets[data_sets]
+
+    def _draw(self, draws: IntArray, size: int, *, pool: int) -> IntArray:
+        """Row within a pool of its n-th draw: epoch after epoch, each in an order of its own."""
+        epochs, positions = np.divmod(draws, size)
+        return permute(positions, size, derive_key(self.seed, 2, pool, epochs))
+
+    @property
+    def _block_counts(self) -> IntArray:
+        """Rows of each pool in a block: the ratio of the weights in whole numbers, by largest remainder."""
+        assert self.weights is not None
+        shares = np.array(self.weights) / sum(self.weights)
+        block = int(np.clip(np.ceil(_ROWS_OF_RAREST / shares.min()), _MIN_BLOCK, _MAX_BLOCK))
+        counts = np.floor(shares * block).astype(np.int64)
+        remainders = shares * block - counts
+        counts[np.argsort(-remainders, kind="stable")[: block - int(counts.sum())]] += 1
+        return counts
+
+
+def mean_over(values: Sequence[float], blend: Blend) -> float:
+    """Mean of a figure per row over the rows of a blend, from its mean in each data set."""
+    weights = blend.sizes if blend.weights is None else blend.weights
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

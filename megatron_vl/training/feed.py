@@ -1,0 +1,76 @@
+"""Micro-batches for every rank, from the loaders of those that read.
+
+The first rank of each tensor-parallel group reads the rows of its data-parallel rank and broadcasts them to the group;
+each pipeline stage reads for itself, and only stages with the patch embedding decode images. So no data travels
+between stages, and no field is missing on some ranks for any other reason than that nothing there would use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loader import RowLoader, StepBatch
+from megatron_vl.parallel.collectives import broadcast_batches
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.flops import FrozenParts, Work, step_flops
+from megatron_vl.planning.layout import resolve_layout
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data of a run on this rank; ``loader`` is None on ranks that receive."""
+
+    loader: RowLoader | None
+    topology: Topology
+
+    def steps(self, consumed_rows: int) -> Iterator[list[MicroBatch]]:
+        """Training steps without end."""
+        return self._share(self.loader.steps(consumed_rows) if self.loader else None)
+
+    def one_pass(self, max_steps: int = 0) -> Iterator[list[MicroBatch]]:
+        """Every row once; ``max_steps`` 0 for all of them."""
+        return self._share(self.loader.one_pass(max_steps) if self.loader else None)
+
+    def close(self) -> None:
+        """End the decode workers."""
+        if self.loader is not None:
+            self.loader.close()
+
+    def _share(self, steps: Iterator[StepBatch] | None) -> Iterator[list[MicroBatch]]:
+        while True:
+            step = next(steps, None) if steps is not None else None
+            batches = broadcast_batches(step.micro_batches if step else None, topology=self.topology)
+            if batches is None:
+                return
+            yield batches
+
+
+def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]) -> Feed:
+    """Open the data sets where this rank reads them.
+
+    Raises:
+        ConfigError, DataError: as ``RowLoader`` does.
+    """
+    if topology.tp_rank != 0:
+        return Feed(None, topology)
+    stages = resolve_layout(config).stages_of_rank(topology.pp_rank)
+    loader = RowLoader(
+        config,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        with_pixels=any(stage.patch_embed for stage in stages),
+        data_path=data_path,
+        image_cost=image_cost(config),
+    )
+    return Feed(loader, topology)
+
+
+def image_cost(config: RunConfig) -> float:
+    """Work of one image in tokens of the language model, by which rows are dealt to ranks."""
+    frozen = FrozenParts.of(config.training)
+    image = step_flops(config.model, frozen, Work(num_images=1, num_tokens=0, sum_squared_spans=0, num_supervised=0))
+    token = step_flops(config.model, frozen, Work(num_images=0, num_tokens=1, sum_squared_spans=0, num_supervised=0))
+    return image / token

@@ -1,0 +1,288 @@
+"""What a run says of itself: Megatron's log line, JSON lines, TensorBoard, Weights & Biases, and a progress bar.
+
+Throughput counts useful work: tokens that are not padding, images that fill slots, and the floating-point operations
+that the step requires given what is frozen (``planning/flops.py``; recomputation is not counted). Rank 0 reports; it
+has every figure after the one reduction of the step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.log import log_rank_0, write_line
+from megatron_vl.planning.flops import FrozenParts, Work, step_flops
+from megatron_vl.training.state import TrainState
+from megatron_vl.training.step import Counts, StepResult
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is reported after a number of steps; rates are means over those steps."""
+
+    iteration: int
+    train_iters: int
+    consumed_rows: int
+    consumed_samples: int
+    consumed_tokens: int
+    lm_loss: float
+    learning_rate: float
+    grad_norm: float
+    elapsed_ms_per_iteration: float
+    global_batch_size: int
+    tokens_per_second: float
+    images_per_second: float
+    samples_per_second: float
+    tflops_per_rank: float
+    memory_gib: float
+    skipped_iterations: int
+    nan_iterations: int
+    layout: str
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last report."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    loss_total: float = 0.0
+    loss_tokens: int = 0
+    skipped: int = 0
+    nan: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def add(self, result: StepResult) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.loss_total += result.loss.total
+        self.loss_tokens += result.loss.num_tokens
+        self.skipped += result.skipped
+        self.nan += result.loss.total != result.loss.total
+        self.counts = self.counts + result.counts
+
+    def summarise(self, state: TrainState, result: StepResult, *, config: RunConfig, layout: Layout) -> StepMetrics:
+        """The metrics of these steps; ``result`` is the last one's."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        counts = self.counts
+        work = Work(counts.images, counts.tokens, counts.squared_spans, self.loss_tokens)
+        flops = step_flops(config.model, FrozenParts.of(config.training), work)
+        return StepMetrics(
+            iteration=state.step,
+            train_iters=config.training.train_iters,
+            consumed_rows=state.consumed_rows,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            lm_loss=self.loss_total / max(1, self.loss_tokens),
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            elapsed_ms_per_iteration=1000.0 * seconds / self.steps,
+            global_batch_size=config.training.global_batch_size,
+            tokens_per_second=counts.tokens / seconds,
+            images_per_second=counts.images / seconds,
+            samples_per_second=counts.samples / seconds,
+            tflops_per_rank=flops / seconds / layout.world_size / 1e12,
+            memory_gib=_peak_memory_gib(),
+            skipped_iterations=self.skipped,
+            nan_iterations=self.nan,
+            layout=layout.text,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread, for reports."""
+
+    text: str
+    world_size: int
+
+
+class Sink(Protocol):
+    """Somewhere that metrics go."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def validation(self, iteration: int, loss: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def log_line(metrics: StepMetrics) -> str:
+    """The metrics in the form of Megatron-LM's log, which scripts search for."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
+    parts = [
+        f" [{now}] iteration {metrics.iteration:8d}/{metrics.train_iters:8d}",
+        f"consumed samples: {metrics.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {metrics.elapsed_ms_per_iteration:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_rank:.4f}",
+        f"learning rate: {metrics.learning_rate:.6E}",
+        f"global batch size: {metrics.global_batch_size:5d}",
+        f"lm loss: {metrics.lm_loss:.6E}",
+        "loss scale: 1.0",
+        f"grad norm: {metrics.grad_norm:.3f}",
+        f"tokens/s: {metrics.tokens_per_second:.0f}",
+        f"images/s: {metrics.images_per_second:.0f}",
+        f"number of skipped iterations: {metrics.skipped_iterations:3d}",
+        f"number of nan iterations: {metrics.nan_iterations:3d}",
+    ]
+    return " | ".join(parts) + " |"
+
+
+class LogLine:
+    """Megatron's log line on standard output."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        write_line(log_line(metrics))
+
+    def validation(self, iteration: int, loss: float) -> None:
+        write_line(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} |")
+
+    def close(self) -> None:
+        pass
+
+
+class JsonLines:
+    """One JSON object a line, appended, so that a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream: TextIO = path.open("a")
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._write({"time": time.time(), **asdict(metrics)})
+
+    def validation(self, iteration: int, loss: float) -> None:
+        self._write({"time": time.time(), "iteration": iteration, "validation_loss": loss})
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+
+class TensorBoard:
+    """Scalars by iteration."""
+
+    _SKIP = ("iteration", "train_iters", "layout")
+
+    def __init__(self, directory: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(directory)
+
+    def step(self, metrics: StepMetrics) -> None:
+        for name, value in asdict(metrics).items():
+            if name not in self._SKIP:
+                self._writer.add_scalar(name.replace("_", "-"), value, metrics.iteration)
+
+    def validation(self, iteration: int, loss: float) -> None:
+        self._writer.add_scalar("validation-loss", loss, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run; offline unless the user has logged in."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import wandb
+
+        logged_in = wandb.api.api_key is not None
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.logging.wandb_exp_name,
+            config=asdict(config),
+            mode="online" if logged_in else "offline",
+        )
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._run.log(asdict(metrics), step=metrics.iteration)
+
+    def validation(self, iteration: int, loss: float) -> None:
+        self._run.log({"validation_loss": loss}, step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class ProgressBar:
+    """A bar that moves with every report; silent where standard error is not a terminal."""
+
+    def __init__(self, *, first: int, last: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=last, initial=first, unit="step", disable=None, dynamic_ncols=True)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._bar.set_postfix(loss=f"{metrics.lm_loss:.3f}", tokens_s=f"{metrics.tokens_per_second:.0f}", refresh=False)
+        self._bar.update(metrics.iteration - self._bar.n)
+
+    def validation(self, iteration: int, loss: float) -> None:
+        pass
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Reporter:
+    """Collects steps and hands their metrics to every sink, on rank 0."""
+
+    def __init__(self, config: RunConfig, *, layout: Layout, state: TrainState, active: bool) -> None:
+        self._config, self._layout = config, layout
+        self._window = Window()
+        self._sinks = _open_sinks(config, state) if active else []
+
+    def step(self, state: TrainState, result: StepResult) -> None:
+        """Count a step, and report when the interval is full or the run ends."""
+        self._window.add(result)
+        due = state.step % self._config.logging.log_interval == 0 or state.step == self._config.training.train_iters
+        if due:
+            metrics = self._window.summarise(state, result, config=self._config, layout=self._layout)
+            for sink in self._sinks:
+                sink.step(metrics)
+            self._window = Window()
+
+    def validation(self, state: TrainState, loss: float) -> None:
+        """Report a validation loss; the time it took does not count as training."""
+        for sink in self._sinks:
+            sink.validation(state.step, loss)
+        self._window = replace(self._window, started=time.perf_counter()) if not self._window.steps else self._window
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _open_sinks(config: RunConfig, state: TrainState) -> list[Sink]:
+    logging, save = config.logging, config.checkpoint.save
+    sinks: list[Sink] = [LogLine()]
+    path = logging.log_file or (str(Path(save) / "metrics.jsonl") if save else None)
+    if path:
+        sinks.append(JsonLines(Path(path)))
+    if logging.tensorboard_dir:
+        sinks.append(TensorBoard(logging.tensorboard_dir))
+    if logging.wandb_project:
+        sinks.append(WeightsAndBiases(config))
+    if logging.progress:
+        sinks.append(ProgressBar(first=state.step, last=config.training.train_iters))
+    log_rank_0(f"metrics go to {path or 'the terminal only'}")
+    return sinks
+
+
+def _peak_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

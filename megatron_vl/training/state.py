@@ -1,0 +1,30 @@
+"""Progress of a run: all that resuming needs beside weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after ``step`` updates."""
+
+    step: int = 0
+    consumed_rows: int = 0
+    """Rows of the training mix that have been read: the data position, at any data-parallel size."""
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    """Tokens that are not padding."""
+    skipped_steps: int = 0
+    """Updates that were skipped on all ranks because the gradient was not finite."""
+
+    def advanced(self, *, rows: int, samples: int, tokens: int, skipped: bool) -> TrainState:
+        """The state after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            consumed_rows=self.consumed_rows + rows,
+            consumed_samples=self.consumed_samples + samples,
+            consumed_tokens=self.consumed_tokens + tokens,
+            skipped_steps=self.skipped_steps + skipped,
+        )

@@ -1,0 +1,212 @@
+"""The story of a run: set up, loop, validate, save.
+
+Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs between them is in their recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vl.backends.platform import prepare_process
+from megatron_vl.checkpoint import contents, store
+from megatron_vl.config.batch import with_rows
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.validate import validate
+from megatron_vl.data.loader import DataSets
+from megatron_vl.errors import CheckpointError
+from megatron_vl.log import log_rank_0
+from megatron_vl.parallel.rng import seed_all
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.layout import resolve_layout
+from megatron_vl.training.feed import Feed, open_feed
+from megatron_vl.training.metrics import Layout, Reporter
+from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
+from megatron_vl.training.state import TrainState
+from megatron_vl.training.step import LossSum, forward_backward, train_step
+from megatron_vl.training.stopping import StopRequest
+
+
+def train(config: RunConfig) -> TrainState:
+    """Train as the configuration says, on every rank; returns where the run stands at its end.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before the first step, wherever they can be found then.
+    """
+    prepare_process()
+    with Topology(config.parallel) as topology:
+        config = _count_batch_in_rows(config)
+        validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
+        run = Run.set_up(config, topology)
+        try:
+            return run.loop()
+        finally:
+            run.close()
+
+
+@dataclass
+class Run:
+    """Everything a run holds on this rank. ``state`` is the only field that changes."""
+
+    config: RunConfig
+    topology: Topology
+    model: ParallelModel
+    feed: Feed
+    validation: Feed | None
+    reporter: Reporter
+    state: TrainState
+
+    @classmethod
+    def set_up(cls, config: RunConfig, topology: Topology) -> Run:
+        """Build the model, load what the configuration names, and open the data."""
+        seed_all(config.training.seed)
+        torch.use_deterministic_algorithms(config.training.deterministic_mode)
+        feed = open_feed(config, topology, data_path=config.data.data_path)
+        validation = None
+        if config.data.valid_data_path:
+            validation = open_feed(config, topology, data_path=config.data.valid_data_path)
+        source = _weights_from(config)
+        model = build_parallel_model(config, topology, fresh_weights=source is None)
+        state = _load(model, source, config, topology) if source else TrainState()
+        layout = Layout(_describe(config, topology), topology.world_size)
+        log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
+        reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
+        return cls(config, topology, model, feed, validation, reporter, state)
+
+    def loop(self) -> TrainState:
+        """Train to the last step, or until something asks to stop; a checkpoint is written either way."""
+        last = self.config.training.train_iters
+        saved = self.state.step
+        with StopRequest(self.config.training, self.topology) as stop:
+            steps = self.feed.steps(self.state.consumed_rows)
+            while self.state.step < last:
+                self.advance(steps)
+                reason = stop.reason(self.state.step)
+                if self._due(self.config.checkpoint.save_interval) or reason or self.state.step == last:
+                    self.save()
+                    saved = self.state.step
+                if reason:
+                    log_rank_0(f"stopping after step {self.state.step}: {reason}")
+                    break
+        assert saved == self.state.step
+        return self.state
+
+    def advance(self, steps: object) -> None:
+        """One step, and the validation that is due after it."""
+        batches = next(steps)  # type: ignore[call-overload]
+        result = train_step(
+            self.model, batches, config=self.config, topology=self.topology, step=self.state.step
+        )
+        self.state = self.state.advanced(
+            rows=self.config.training.global_batch_size,
+            samples=result.counts.samples,
+            tokens=result.counts.tokens,
+            skipped=result.skipped,
+        )
+        self.reporter.step(self.state, result)
+        if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
+            self.reporter.validation(self.state, self.evaluate(self.validation).mean)
+
+    def evaluate(self, feed: Feed) -> LossSum:
+        """The loss over one pass of the validation rows, without changing anything."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batches in feed.one_pass(self.config.training.eval_iters):
+                loss, _ = forward_backward(self.model, batches, topology=self.topology, forward_only=True)
+                total, tokens = total + loss.total, tokens + loss.num_tokens
+        return LossSum(total, tokens)
+
+    def save(self) -> None:
+        """Write a checkpoint, if the configuration names a place for it."""
+        if self.config.checkpoint.save is None:
+            return
+        trained = contents.Trained(self.model.chunks, self.model.optimizer)
+        root = Path(self.config.checkpoint.save)
+        path = contents.save(trained, asdict(self.state), config=self.config, topology=self.topology, root=root)
+        log_rank_0(f"saved {path}")
+
+    def close(self) -> None:
+        """End workers and write out reports."""
+        self.feed.close()
+        if self.validation:
+            self.validation.close()
+        self.reporter.close()
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.state.step % (interval or 1) == 0
+
+    def _at_end(self) -> bool:
+        return self.state.step == self.config.training.train_iters
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's weights come from, and what comes with them."""
+
+    path: Path
+    optimizer: bool
+    rng: bool
+    progress: bool
+
+
+def _weights_from(config: RunConfig) -> Source | None:
+    """Decide what to load; refuse to start over in a directory that already holds checkpoints.
+
+    Raises:
+        CheckpointError: the save directory holds checkpoints that this run would not continue.
+    """
+    checkpoint = config.checkpoint
+    saved = store.steps_in(Path(checkpoint.save)) if checkpoint.save else []
+    if checkpoint.auto_resume and saved:
+        assert checkpoint.save is not None
+        return Source(Path(checkpoint.save), optimizer=True, rng=True, progress=True)
+    if checkpoint.load:
+        resumes = not checkpoint.finetune
+        return Source(
+            Path(checkpoint.load),
+            optimizer=resumes and not checkpoint.no_load_optim,
+            rng=resumes and not checkpoint.no_load_rng,
+            progress=resumes,
+        )
+    if saved:
+        raise CheckpointError(
+            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
+            "would start over: add --auto-resume to go on from there, or choose an empty directory"
+        )
+    if checkpoint.pretrained_checkpoint:
+        return Source(Path(checkpoint.pretrained_checkpoint), optimizer=False, rng=False, progress=False)
+    return None
+
+
+def _load(model: ParallelModel, source: Source, config: RunConfig, topology: Topology) -> TrainState:
+    trained = contents.Trained(model.chunks, model.optimizer if source.optimizer else None)
+    progress = contents.load(trained, source.path, config=config, topology=topology, load_rng=source.rng)
+    if not source.optimizer:
+        # The optimizer keeps fp32 copies of the weights, made when it was built.
+        model.optimizer.reload_model_params()
+    log_rank_0(f"loaded {store.resolve(source.path)}" + ("" if source.progress else " (weights only)"))
+    return TrainState(**progress) if source.progress else TrainState()
+
+
+def _count_batch_in_rows(config: RunConfig) -> RunConfig:
+    """The paper counts samples in a batch; packed rows hold several, how many says the data set's manifest."""
+    if config.training.global_batch_samples is None:
+        return config
+    data_sets = DataSets(config, config.data.data_path)
+    try:
+        counted = with_rows(config, data_sets.samples_per_row)
+    finally:
+        data_sets.close()
+    log_rank_0(
+        f"a step of {config.training.global_batch_samples} samples = {counted.training.global_batch_size} rows of "
+        f"{data_sets.samples_per_row:.2f} samples"
+    )
+    return counted
+
+
+def _describe(config: RunConfig, topology: Topology) -> str:
+    virtual = f" x VP {topology.vp_size}" if topology.vp_size > 1 else ""
+    sequence = " + SP" if config.parallel.sequence_parallel and topology.tp_size > 1 else ""
+    return f"TP {topology.tp_size}{sequence} x PP {topology.pp_size}{virtual} x DP {topology.dp_size}"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them, with the linter and the type checker:
+#
+#   bash tests/run.sh [--all] [arguments of pytest]
+#
+# --all adds the tests marked "long". Arguments choose tests as usual: bash tests/run.sh tests/unit -k packing
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+source examples/setup_venv.sh
+ensure_venv "$root" data,evaluation,logging,mpi,dev
+
+# Ranks and workers share the cores of the machine; one thread each is the fastest and the most reproducible.
+export OMP_NUM_THREADS=1
+
+marks="not long"
+arguments=()
+for argument in "$@"; do
+    if [[ "$argument" == --all ]]; then marks=""; else arguments+=("$argument"); fi
+done
+
+echo "== ruff"
+python -m ruff check .
+echo "== mypy"
+python -m mypy
+echo "== pytest"
+python -m pytest -q -m "$marks" "${arguments[@]}"

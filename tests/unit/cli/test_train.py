@@ -1,0 +1,141 @@
+"""The train command without training: dry run, checks, and how errors reach the user."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.cli import train
+from megatron_vl.cli.train import main
+from megatron_vl.config.load import load_config
+from megatron_vl.config.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    (tmp_path / "rows.json").touch()
+    return str(tmp_path / "rows")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Configurations that would have been trained."""
+    configs: list[RunConfig] = []
+    monkeypatch.setattr(train, "_start", configs.append)
+    return configs
+
+
+def test_dry_run_prints_a_recipe_and_the_parameters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = "--preset tiny --freeze-vision --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+    assert main([*argv, "--dry-run", "--world-size", "8"]) == 0
+    out = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(out, encoding="utf-8")
+    assert load_config(tmp_path / "printed.yaml") == load_config(None, argv)
+    assert "# 8 ranks = tensor 2 x pipeline 2 x data 2; a step = 8 rows = 4 micro-batches x 1 rows x data 2" in out
+    ranks = re.findall(r"^# +(\d+) +(\d+) +([\d,]+) +([\d,]+)   (.*)$", out, flags=re.MULTILINE)
+    assert [(pipeline, tensor) for pipeline, tensor, *_ in ranks] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert all(frozen == "0" for *_, trained, frozen, units in ranks if "V" not in units)
+    assert any(int(frozen.replace(",", "")) > 0 for *_, frozen, _ in ranks)
+
+
+def test_dry_run_plans_the_7b_model_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "examples" / "qwen_vl" / "stage1_pretrain.yaml")
+    assert main([recipe, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "9,655,886,592 parameters" in out
+    assert "30,720 samples" in out
+
+
+def test_recipe_may_stand_anywhere(started: list[RunConfig], data: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: tiny}\ntraining: {seed: 5}\n", encoding="utf-8")
+    for argv in (
+        [str(recipe), "--data-path", data, "--train-iters", "3"],
+        ["--data-path", data, "--train-iters", "3", str(recipe)],
+    ):
+        assert main(argv) == 0
+    assert started[0] == started[1]
+    assert (started[0].training.seed, started[0].training.train_iters) == (5, 3)
+
+
+def test_check_starts_nothing(started: list[RunConfig], data: str) -> None:
+    argv = ["--preset", "tiny", "--data-path", data, "--check"]
+    assert main(argv) == 0
+    assert main([*argv, "--world-size", "3"]) == 2
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("--train-itres 5", "--train-iters"),
+        ("--preset tiny", "bash examples/quickstart.sh"),
+        ("--preset tiny --world-size 2", "--world-size is for --dry-run"),
+        ("a.yaml b.yaml", "one recipe, found a.yaml, b.yaml"),
+        ("nowhere.yaml", "nowhere.yaml"),
+        ("--preset tiny --dry-run --pipeline-model-parallel-size 9", "9 stages"),
+        ("--preset tiny --dry-run --world-size 3 --tensor-model-parallel-size 2", "3 ranks"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(
+    argv: str, part: str, started: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv.split()) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith("error: ") and part in found.err and "Traceback" not in found.err
+    assert not found.out and started == []
+
+
+def test_7b_without_cuda_is_refused(
+    data: str, started: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(ROOT / "examples" / "qwen_vl" / "stage1_pretrain.yaml"), "--data-path", data]
+    monkeypatch.setattr(train, "has_cuda_device", lambda: False)
+    assert main(argv) == 2
+    assert "9,655,886,592 parameters and no CUDA" in (error := capsys.readouterr().err)
+    assert "examples/quickstart.sh" in error and started == []
+    monkeypatch.setattr(train, "has_cuda_device", lambda: True)
+    assert main(argv) == 0 and len(started) == 1
+
+
+def test_other_ranks_wait_for_rank_0_to_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local in (("2", "0"), ("3", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert main(["--preset", "none"]) == 2
+        assert f"error on rank {rank}: model.preset" in capsys.readouterr().err
+    assert 0 < waits[0] < waits[1]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--preset", "tiny", "--dry-run"], ["--preset", "tiny", "--check"]])
+def test_nothing_heavy_is_imported(argv: list[str]) -> None:
+    code = (
+        "import sys; sys.argv[1:] = sys.argv[2:]\n"
+        "from megatron_vl.cli.train import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'PIL', 'tiktoken'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "-", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_grouped_and_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint: Where checkpoints go to and come from. --save" in text
+    assert "--train-iters N Steps of the whole run. (default: 1000)" in text

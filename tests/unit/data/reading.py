@@ -1,0 +1,42 @@
+"""What the tests of the readers share: small files to read, and all that a reader yields."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.base import Skipped, Source
+
+JPEG = b"\xff\xd8 not decoded here"
+
+
+def read_all(source: Source) -> list[Sample | Skipped]:
+    return [item for shard in source.shards() for item in source.read(shard)]
+
+
+def kept(items: list[Sample | Skipped]) -> list[Sample]:
+    return [item for item in items if isinstance(item, Sample)]
+
+
+def reasons(items: list[Sample | Skipped]) -> Counter[str]:
+    return Counter(item.reason for item in items if isinstance(item, Skipped))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path

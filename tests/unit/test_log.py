@@ -1,0 +1,48 @@
+"""Rank 0 speaks for all; results go to standard output and the rest to standard error."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from megatron_vl import log
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", True), ("1", False)])
+def test_log_rank_0(
+    rank: str, expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    log.setup_logging()
+    log.log_rank_0("for all")
+    log.get_logger("megatron_vl.data").warning("of this rank")
+    found = capsys.readouterr()
+    assert ("for all" in found.err) == expected
+    assert found.err.count("of this rank") == 1 and not found.out
+    assert ("[rank 1]" in found.err) == (rank == "1")
+
+
+def test_setup_twice_logs_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    log.setup_logging()
+    log.setup_logging()
+    log.log_rank_0("once")
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_write_line(capsys: pytest.CaptureFixture[str]) -> None:
+    log.write_line("result")
+    log.write_line("problem", error=True)
+    assert capsys.readouterr() == ("result\n", "problem\n")
+
+
+def test_only_the_known_import_warnings_are_silenced() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log.silence_import_warnings()
+        warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
+        warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(item.message) for item in caught] == ["something else"]

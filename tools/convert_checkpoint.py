@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Convert between published Qwen-VL folders and checkpoints: ``--help`` lists the commands."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_vl.cli.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())
