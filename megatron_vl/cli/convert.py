@@ -129,7 +129,11 @@ def _progress(name: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     with tqdm(total=num_bytes, desc=name, unit="B", unit_scale=True, disable=None) as bar:
-        yield bar.update
+
+        def advance(num_bytes: int) -> None:
+            bar.update(num_bytes)
+
+        yield advance
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

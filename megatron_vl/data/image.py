@@ -101,7 +101,7 @@ def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of
     the input."""
-    values = pixels.float().div_(255)
+    values = pixels.float() / 255
     mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
     std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
     return values.sub_(mean).div_(std)

@@ -63,7 +63,6 @@ def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeO
 def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_queries: int) -> EncodedPieces:
     """Ids of rendered pieces, in training and in generation alike."""
     special = tokenizer.special
-    special_ids = special.by_text
     image_span = [special.img_start, *[special.img_pad] * num_queries, special.img_end]
     tokens: list[int] = []
     supervised: list[bool] = []
@@ -71,7 +70,7 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
         if piece.kind == "image":
             ids = image_span
         elif piece.kind == "special":
-            ids = [special_ids[piece.text]]
+            ids = [tokenizer.special_ids[piece.text]]
         else:
             ids = tokenizer.encode(piece.text)
         tokens += ids

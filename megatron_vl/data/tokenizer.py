@@ -56,11 +56,13 @@ class QwenTokenizer:
                 "(all ranks)."
             )
         self.special = SpecialTokens(num_ranks)
+        self.special_ids = self.special.by_text
+        """Surface form of each special token -> its id."""
         self._encoding = tiktoken.Encoding(
             name=f"qwen_{num_ranks}",
             pat_str=_PATTERN,
             mergeable_ranks=dict(list(ranks.items())[:num_ranks]),
-            special_tokens=self.special.by_text,
+            special_tokens=self.special_ids,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -72,7 +74,7 @@ class QwenTokenizer:
 
         For text of ours and for tests; never for text from data.
         """
-        specials = self.special.by_text if allowed is None else allowed
+        specials = self.special_ids if allowed is None else allowed
         return self._encoding.encode(
             unicodedata.normalize("NFC", text), allowed_special=set(specials), disallowed_special=()
         )
@@ -94,7 +96,7 @@ class QwenTokenizer:
 
     @cached_property
     def _special_text(self) -> dict[int, str]:
-        return {token_id: text for text, token_id in self.special.by_text.items()}
+        return {token_id: text for text, token_id in self.special_ids.items()}
 
 
 def find_vocab_file() -> Path:

@@ -76,3 +76,20 @@ def max_over_world(value: float, *, device: torch.device) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
+
+
+def send(tensor: torch.Tensor, stage: int, *, topology: Topology) -> None:
+    """Send a three-dimensional tensor, shape first, to the same rank of another pipeline stage."""
+    peer = dist.get_process_group_ranks(topology.pp_group)[stage]
+    dist.send(torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device), peer, group=topology.pp_group)
+    dist.send(tensor.contiguous(), peer, group=topology.pp_group)
+
+
+def receive(stage: int, *, dtype: torch.dtype, topology: Topology) -> torch.Tensor:
+    """Receive what :func:`send` sends from another pipeline stage."""
+    peer = dist.get_process_group_ranks(topology.pp_group)[stage]
+    shape = torch.empty(3, dtype=torch.int64, device=topology.device)
+    dist.recv(shape, peer, group=topology.pp_group)
+    tensor = torch.empty(shape.tolist(), dtype=dtype, device=topology.device)
+    dist.recv(tensor, peer, group=topology.pp_group)
+    return tensor

@@ -33,9 +33,7 @@ def write_vqa(folder: Path, count: int) -> VQA:
         (folder / "images" / f"{i:012d}.jpg").write_bytes(JPEG)
         questions.append({"image_id": i, "question": f"q {i}?", "question_id": i * 1000})
         answers = [{"answer": f"a {i}", "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
-        annotations.append(
-            {"question_id": i * 1000, "image_id": i, "answers": answers, "multiple_choice_answer": "m"}
-        )
+        annotations.append({"question_id": i * 1000, "image_id": i, "answers": answers, "multiple_choice_answer": "m"})
     write_json(folder / "q.json", {"questions": questions})
     write_json(folder / "a.json", {"annotations": annotations})
     return VQA(
@@ -158,9 +156,7 @@ def test_ocr_reads_lines_and_skips_plain_synthdog(tmp_path: Path) -> None:
         "lines": [{"text": "你好", "quad": quad}, {"text": "b", "quad": quad}],
     }
     bad = {**plain, "size": [100, 40], "lines": [{"text": "a", "quad": quad[:3]}]}
-    lines = [
-        json.dumps(record) for record in (good, plain, bad, {**good, "lines": []}, {**good, "size": [100]})
-    ]
+    lines = [json.dumps(record) for record in (good, plain, bad, {**good, "lines": []}, {**good, "size": [100]})]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     items = read_all(OCR("synthdog", tmp_path))
     (sample,) = kept(items)
@@ -199,9 +195,7 @@ def test_text_tolerates_bom_and_blank_lines_and_names_bad_ones(tmp_path: Path) -
     ]
 
 
-def test_a_line_beyond_the_cap_is_skipped_and_the_next_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_beyond_the_cap_is_skipped_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_vl.data.sources.jsonl.MAX_LINE_BYTES", 50)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 500}) + '\n{"text": "next"}\n')
     items = read_all(Text("text", tmp_path / "a.jsonl"))
@@ -218,12 +212,8 @@ def test_shards_of_lines_cover_the_file_once_in_order(
     lines = ["" if blank else json.dumps({"n": i}) for i, blank in enumerate(blanks)]
     path.write_text("\n".join(lines) + ("\n" if newline else ""))
     found = [item for shard in line_shards(path, size) for item in read_lines(shard)]
-    assert [item.record["n"] for item in found if isinstance(item, Line)] == [
-        i for i, b in enumerate(blanks) if not b
-    ]
-    assert [item.number for item in found if isinstance(item, Line)] == [
-        i + 1 for i, b in enumerate(blanks) if not b
-    ]
+    assert [item.record["n"] for item in found if isinstance(item, Line)] == [i for i, b in enumerate(blanks) if not b]
+    assert [item.number for item in found if isinstance(item, Line)] == [i + 1 for i, b in enumerate(blanks) if not b]
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:

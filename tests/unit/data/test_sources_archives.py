@@ -75,9 +75,7 @@ def test_shards_are_the_tars_in_order(tmp_path: Path) -> None:
 
 def records(count: int) -> list[tuple[str, bytes]]:
     return [
-        (f"{i:09d}.{suffix}", data)
-        for i in range(count)
-        for suffix, data in (("jpg", JPEG * 99), ("txt", b"text"))
+        (f"{i:09d}.{suffix}", data) for i in range(count) for suffix, data in (("jpg", JPEG * 99), ("txt", b"text"))
     ]
 
 
@@ -94,9 +92,7 @@ def test_a_tar_cut_anywhere_is_said_and_keeps_what_came_before(tmp_path: Path, c
     assert min(complete, 5) <= len(kept(items)) <= 5
     if cut < marker:
         assert reasons(items)["truncated_tar"] == 1, "the cut is counted"
-        assert "00000.tar" in next(
-            i.detail for i in items if isinstance(i, Skipped) and i.reason == "truncated_tar"
-        )
+        assert "00000.tar" in next(i.detail for i in items if isinstance(i, Skipped) and i.reason == "truncated_tar")
 
 
 def test_a_whole_tar_is_not_called_truncated(tmp_path: Path) -> None:
@@ -192,9 +188,7 @@ def test_a_bad_region_skips_its_record(tmp_path: Path, entry: list[Any], reason:
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)).map(lambda t: (t[0], t[0] + t[1])), max_size=7)
-)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)).map(lambda t: (t[0], t[0] + t[1])), max_size=7))
 def test_largest_disjoint_is_disjoint_and_as_large_as_any(spans: list[tuple[int, int]]) -> None:
     def best(rest: list[tuple[int, int]], end: int) -> int:
         return max((1 + best(rest[i + 1 :], b) for i, (a, b) in enumerate(rest) if a >= end), default=0)

@@ -1,4 +1,4 @@
-"""The generator's folders: every reader reads them back whole, they are reproducible, and they are never mixed up."""
+"""The generator's folders: every reader reads them back whole; they are reproducible and never mixed up."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_family(folder: Path, family: str) -> list[Sample]:
     source = build_source({"name": family, **SOURCES[family]}, where=family, root=folder)
     items = read_all(source)
-    assert all(isinstance(item, Sample) for item in items), [i for i in items if not isinstance(i, Sample)][
-        :3
-    ]
+    assert all(isinstance(item, Sample) for item in items), [i for i in items if not isinstance(i, Sample)][:3]
     return [item for item in items if isinstance(item, Sample)]
 
 
@@ -136,9 +134,7 @@ def test_heldout_data_of_any_seed_share_no_scene_with_training(tmp_path: Path) -
     assert not train & heldout
 
 
-def test_the_same_configuration_gives_the_same_bytes_with_any_number_of_workers(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_the_same_configuration_gives_the_same_bytes_with_any_number_of_workers(folder: Path, tmp_path: Path) -> None:
     generate(SMALL, tmp_path / "again", num_workers=2, progress=False)
     assert digests(tmp_path / "again") == digests(folder)
     generate(dataclasses.replace(SMALL, seed=2), tmp_path / "other", progress=False)
@@ -158,9 +154,7 @@ def test_a_complete_folder_is_kept_and_any_other_is_refused(folder: Path, tmp_pa
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -201,9 +195,7 @@ def test_wrong_configurations_are_named(tmp_path: Path) -> None:
 
 def test_scaled_counts_keep_proportions() -> None:
     counts = dict(scaled(TINY.counts, 2100))
-    assert sum(n for family, n in counts.items() if family not in ("text", "photos")) == pytest.approx(
-        2100, abs=3
-    )
+    assert sum(n for family, n in counts.items() if family not in ("text", "photos")) == pytest.approx(2100, abs=3)
     assert counts["text"] == round(20000 / 10) and counts["photos"] == 1
 
 

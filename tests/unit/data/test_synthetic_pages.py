@@ -64,7 +64,7 @@ def test_pixels_move_where_the_points_move() -> None:
 
 
 @pytest.mark.parametrize("config", [TINY.page, SMALL_FULL], ids=["tiny", "full"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_ink_lies_inside_the_quads_and_every_quad_has_ink(config: PageConfig, seed: int) -> None:
     page = renderer(clean(config)).draw(Random(seed), split="train", heldout_percent=10)
     image = Image.open(io.BytesIO(page.image))
@@ -78,13 +78,8 @@ def test_ink_lies_inside_the_quads_and_every_quad_has_ink(config: PageConfig, se
         assert 0.02 < share < 0.6, (line.text, share)
         ImageDraw.Draw(inside).polygon(line.quad, fill=1)
         ImageDraw.Draw(inside).line([*line.quad, line.quad[0]], fill=1, width=3)
-    paper = Image.new("1", image.size)
-    ImageDraw.Draw(paper).polygon(
-        [(8, 8), (page.width - 8, 8), (page.width - 8, page.height - 8), (8, page.height - 8)], fill=1
-    )
-    flat = np.asarray(image.convert("L"))
-    bright = flat > 150
-    stray = ink & ~np.asarray(inside) & np.asarray(paper) & _surrounded(bright)
+    bright = np.asarray(image.convert("L")) > 150
+    stray = ink & ~np.asarray(inside) & _surrounded(bright)
     assert stray.sum() == 0
 
 
@@ -99,14 +94,14 @@ def test_tiny_pages_use_the_closed_lexicon_and_both_splits_differ() -> None:
     pages = renderer(TINY.page)
     rng = Random(0)
     plans = {"train": set(), "heldout": set()}
-    for split, count in (("train", 300), ("heldout", 100)):
+    for split, count in (("train", 200), ("heldout", 60)):
         for _ in range(count):
             page = pages.draw(rng, split=split, heldout_percent=10)
             assert 1 <= len(page.lines) <= 2
             assert all(line.text in WORDS for line in page.lines)
             plans[split].add(tuple((line.text, line.quad) for line in page.lines))
     assert not plans["train"] & plans["heldout"]
-    assert len(plans["heldout"]) > 80
+    assert len(plans["heldout"]) > 50
 
 
 def test_flat_words_begin_at_patch_borders() -> None:
@@ -119,9 +114,7 @@ def test_flat_words_begin_at_patch_borders() -> None:
         for point in line.quad
         for value in point
     }
-    assert all(
-        value % 14 == pytest.approx(0, abs=1e-9) or value % 14 == pytest.approx(14) for value in corners
-    )
+    assert all(value % 14 == pytest.approx(0, abs=1e-9) or value % 14 == pytest.approx(14) for value in corners)
 
 
 def test_a_page_does_not_depend_on_what_was_drawn_before() -> None:

@@ -1,4 +1,4 @@
-"""Scenes: what is said about them is true, in words and in pixels, and held-out scenes never occur in training."""
+"""Scenes: what is said of them is true, in words and in pixels; held-out scenes never occur in training."""
 
 from __future__ import annotations
 
@@ -74,14 +74,16 @@ def test_equal_keys_mean_equal_scenes() -> None:
 
 
 @PROFILES
-@settings(derandomize=True, max_examples=15, deadline=None)
-@given(seed=SEEDS)
-def test_pixels_show_each_object_in_its_box_and_nothing_elsewhere(config: SceneConfig, seed: int) -> None:
-    scene = draw(config, seed)
+def test_pixels_show_each_object_in_its_box_and_nothing_elsewhere(config: SceneConfig) -> None:
     renderer = SceneRenderer(config, seed=0)
-    image = Image.open(io.BytesIO(renderer.encode(scene, Random(seed)))).convert("RGB")
-    assert image.size == (config.image_size, config.image_size)
+    for seed in range(12):
+        scene = draw(config, seed)
+        image = Image.open(io.BytesIO(renderer.encode(scene, Random(seed)))).convert("RGB")
+        assert image.size == (config.image_size, config.image_size)
+        check_pixels(scene, image, config)
 
+
+def check_pixels(scene: Scene, image: Image.Image, config: SceneConfig) -> None:
     def distance(x: int, y: int, color: str) -> int:
         pixel = image.getpixel((x, y))
         assert isinstance(pixel, tuple)
@@ -92,14 +94,11 @@ def test_pixels_show_each_object_in_its_box_and_nothing_elsewhere(config: SceneC
         assert distance(*center, item.color) <= SHADE + 14
         assert all(distance(*center, c) > 30 for c in config.colors if c != item.color)
     used = {item.color for item in scene.objects}
-    for x in range(2, config.image_size, 9):
-        for y in range(2, config.image_size, 9):
-            if not any(
-                i.x - 2 <= x < i.x + i.side + 2 and i.y - 2 <= y < i.y + i.side + 2 for i in scene.objects
-            ):
-                assert all(distance(x, y, color) > SHADE + 14 for color in used), (
-                    "ground looks like no object"
-                )
+    step = config.image_size // 12
+    for x in range(2, config.image_size, step):
+        for y in range(2, config.image_size, step):
+            if not any(i.x - 2 <= x < i.x + i.side + 2 and i.y - 2 <= y < i.y + i.side + 2 for i in scene.objects):
+                assert all(distance(x, y, color) > SHADE + 14 for color in used), "ground looks like no object"
 
 
 @pytest.mark.parametrize("shape", sorted(OUTLINES))
@@ -107,9 +106,7 @@ def test_pixels_show_each_object_in_its_box_and_nothing_elsewhere(config: SceneC
 def test_masks_touch_all_sides_and_fill_the_middle(shape: str, side: int) -> None:
     mask = draw_mask(OUTLINES[shape], side)
     assert mask.getbbox() == (0, 0, side, side)
-    middle = mask.crop(
-        (side // 2 - side // 10, side // 2 - side // 10, side // 2 + side // 10, side // 2 + side // 10)
-    )
+    middle = mask.crop((side // 2 - side // 10, side // 2 - side // 10, side // 2 + side // 10, side // 2 + side // 10))
     assert middle.getextrema() == (255, 255)
 
 
@@ -134,7 +131,8 @@ def place_of(item: SceneObject, size: int) -> str:
 
 def test_positions_of_the_tiny_grid_are_the_nine_names() -> None:
     small = [SceneObject(y, x, 28, "small", "red", "star") for y in (0, 28, 56) for x in (0, 28, 56)]
-    names = "top left,top,top right,left,center,right,bottom left,bottom,bottom right".split(",")
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    names = [f"{row} {column}".strip() or "center" for row in rows for column in columns]
     assert [position(item, 84) for item in small] == names
     big = [SceneObject(y, x, 56, "big", "red", "star") for y in (0, 28) for x in (0, 28)]
     assert [position(item, 84) for item in big] == ["top left", "top right", "bottom left", "bottom right"]
@@ -188,14 +186,15 @@ def test_questions_have_one_answer_and_it_is_true(config: SceneConfig, seed: int
 @PROFILES
 def test_no_answer_is_frequent_and_knowing_only_the_question_helps_little(config: SceneConfig) -> None:
     rng = Random(3)
-    questions = [q for s in draw_many(config, 3000, 4, "heldout") for q in ask_several(s, rng, config)]
-    answers = Counter(q.answer for q in questions)
-    assert answers.most_common(1)[0][1] / len(questions) < 0.25
-    by_text: dict[str, Counter[str]] = {}
-    for question in questions:
-        by_text.setdefault(question.text, Counter())[question.answer] += 1
-    blind = sum(counter.most_common(1)[0][1] for counter in by_text.values()) / len(questions)
-    assert blind < 0.4, "the best guess from the question alone"
+    train = [q for s in draw_many(config, 2000, 4) for q in ask_several(s, rng, config)]
+    heldout = [q for s in draw_many(config, 600, 5, "heldout") for q in ask_several(s, rng, config)]
+    answers = Counter(question.answer for question in heldout)
+    assert answers.most_common(1)[0][1] / len(heldout) < 0.25
+    guesses: dict[str, Counter[str]] = {}
+    for question in train:
+        guesses.setdefault(question.text, Counter())[question.answer] += 1
+    right = sum(q.text in guesses and guesses[q.text].most_common(1)[0][0] == q.answer for q in heldout)
+    assert right / len(heldout) < 0.35, "the best guess of a blind model that has seen the training data"
 
 
 @PROFILES

@@ -1,0 +1,236 @@
+"""Greedy generation with a key-value cache, on any tensor x pipeline x data layout.
+
+Prompts of a batch are padded on the left, so that the last position is everybody's next token. One forward pass reads
+the prompts (images included) and fills the cache; then each pass feeds one token. Stages run one after the other, each
+sending its output to the next, so the virtual pipeline works too; data-parallel ranks take prompts in turn.
+
+The layers are those of the local backend, whose attention takes a mask for the padding. Sequence parallelism is off:
+a pass over one token has nothing to split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.checkpoint import contents, store
+from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.model.build import build_model
+from megatron_vl.model.fusion import fuse
+from megatron_vl.model.qwen_vl import QwenVL
+from megatron_vl.parallel.collectives import from_last_stage, receive, send
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.layout import PipelineLayout, resolve_layout
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with image slots, and the images that fill them."""
+
+    tokens: tuple[int, ...]
+    pixels: Tensor | None = None
+    """uint8[k, 3, H, W], one for each image span of ``tokens``."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """When to stop, and what may not be said."""
+
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer; they are not part of it. By default <|endoftext|>."""
+    banned_ids: tuple[int, ...] = ()
+    """Tokens that are never chosen."""
+
+
+@dataclass(frozen=True)
+class _PaddedBatch:
+    tokens: Tensor
+    """int64[b, longest], padded on the left."""
+    hidden: Tensor
+    """bool[b, longest]: padding."""
+    slots: Tensor
+    """int64[images * queries]: positions of image slots on the flattened batch."""
+    pixels: Tensor | None
+
+
+class Engine:
+    """A model ready to answer."""
+
+    def __init__(self, chunks: Sequence[QwenVL], config: RunConfig, topology: Topology) -> None:
+        """``chunks`` must have been built without sequence parallelism, from the local backend."""
+        assert not config.parallel.sequence_parallel and config.parallel.backend == "local"
+        self.chunks = list(chunks)
+        self.topology = topology
+        self.layout: PipelineLayout = resolve_layout(config)
+        self.model = config.model
+        self.special = SpecialTokens(config.model.num_ranks)
+        self._dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+        for chunk in self.chunks:
+            chunk.eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, *, parallel: ParallelConfig, topology: Topology, bf16: bool = False) -> Engine:
+        """Load the weights of a checkpoint at any layout.
+
+        Raises:
+            CheckpointError: there is no usable checkpoint at ``path``.
+        """
+        saved = contents.read_config(store.resolve(path))
+        config = replace(
+            saved,
+            parallel=replace(parallel, sequence_parallel=False, backend="local"),
+            training=TrainingConfig(bf16=bf16),
+        )
+        chunks = build_model(config, topology, fresh_weights=False)
+        contents.load(contents.Trained(chunks, None), path, config=config, topology=topology, load_rng=False)
+        return cls(chunks, config, topology)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
+        """The new tokens of each prompt, in the order of the prompts, on every rank."""
+        mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
+        by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
+        answers: dict[int, list[int]] = {}
+        for start in range(0, len(by_length), options.batch_size):
+            indices = by_length[start : start + options.batch_size]
+            batch = self._answer([prompts[index] for index in indices], options)
+            answers.update(zip(indices, batch, strict=True))
+        gathered: list[dict[int, list[int]]] = [{} for _ in range(self.topology.dp_size)]
+        dist.all_gather_object(gathered, answers, group=self.topology.dp_group)
+        merged = {index: tokens for part in gathered for index, tokens in part.items()}
+        return [merged[index] for index in range(len(prompts))]
+
+    def _answer(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
+        batch = self._pad(prompts)
+        stop_ids = set(options.stop_ids or (self.special.endoftext,))
+        number, length = batch.tokens.shape
+        caches = [StaticInferenceContext(number, length + options.max_new_tokens) for _ in self.chunks]
+        answers: list[list[int]] = [[] for _ in range(number)]
+        finished = [False] * number
+        hidden = batch.hidden
+        newest = self._forward(batch.tokens, hidden, caches, options=options, batch=batch)
+        for produced in range(1, options.max_new_tokens + 1):
+            for index, token in enumerate(newest.tolist()):
+                finished[index] = finished[index] or token in stop_ids
+                if not finished[index]:
+                    answers[index].append(token)
+            if all(finished) or produced == options.max_new_tokens:
+                break
+            hidden = torch.cat([hidden, hidden.new_zeros(number, 1)], dim=1)
+            newest = self._forward(newest[:, None], hidden, caches, options=options, batch=None)
+        return answers
+
+    def _pad(self, prompts: Sequence[Prompt]) -> _PaddedBatch:
+        longest, device = max(len(prompt.tokens) for prompt in prompts), self.topology.device
+        tokens = torch.full((len(prompts), longest), self.special.endoftext, dtype=torch.int64)
+        hidden = torch.ones_like(tokens, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
+            hidden[row, longest - len(prompt.tokens) :] = False
+        slots = torch.nonzero(tokens.flatten() == self.special.img_pad).flatten()
+        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+        return _PaddedBatch(
+            tokens.to(device), hidden.to(device), slots.to(device), torch.cat(pixels).to(device) if pixels else None
+        )
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        hidden_keys: Tensor,
+        caches: list[StaticInferenceContext],
+        *,
+        options: GenerationOptions,
+        batch: _PaddedBatch | None,
+    ) -> Tensor:
+        """One pass of all stages; int64[b], the token that follows, on every rank.
+
+        ``tokens``: int64[b, s], what is new; ``hidden_keys``: bool[b, keys], padding among all keys so far; ``batch``:
+        the prompts, on the first pass.
+        """
+        sees = batch is not None and batch.pixels is not None
+        first = 0 if sees else next(i for i, stage in enumerate(self.layout.stages) if stage.word_embedding)
+        inputs = self._attention_inputs(tokens.shape[1], hidden_keys)
+        state: Tensor | None = None
+        for index in range(first, len(self.layout.stages)):
+            owner = index % self.layout.pipeline_size
+            if owner == self.topology.pp_rank:
+                number = index // self.layout.pipeline_size
+                state = self._run_stage(self.chunks[number], tokens, state, inputs, caches[number], batch)
+            if index + 1 < len(self.layout.stages):
+                state = self._hand_over(state, owner, (index + 1) % self.layout.pipeline_size)
+        for cache in caches:
+            cache.sequence_len_offset += tokens.shape[1]
+            cache.enable_decode_mode()
+        newest = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        if self.topology.on_last_stage:
+            assert state is not None
+            state[:, list(options.banned_ids)] = float("-inf")
+            newest = state.argmax(-1)
+        return from_last_stage(newest, topology=self.topology)
+
+    def _hand_over(self, state: Tensor | None, owner: int, following: int) -> Tensor | None:
+        """Send a stage's output to the stage that follows, if that is elsewhere."""
+        if owner == following:
+            return state
+        if self.topology.pp_rank == owner:
+            assert state is not None
+            send(state, following, topology=self.topology)
+        elif self.topology.pp_rank == following:
+            return receive(owner, dtype=self._dtype, topology=self.topology)
+        return None
+
+    def _run_stage(
+        self,
+        chunk: QwenVL,
+        tokens: Tensor,
+        state: Tensor | None,
+        inputs: AttentionInputs,
+        cache: StaticInferenceContext,
+        batch: _PaddedBatch | None,
+    ) -> Tensor | None:
+        if batch is not None and batch.pixels is not None:
+            state = _see(chunk, state, batch.pixels)
+        language = chunk.language_model
+        if language is None:
+            return state
+        if chunk.stage.word_embedding:
+            line = language.embed(tokens.flatten())
+            if batch is not None and state is not None:
+                line = fuse(line, state, slots=batch.slots)
+            state = line.view(*tokens.shape, -1).transpose(0, 1).contiguous()
+        state = language(state, inputs, inference=cache)
+        if chunk.stage.head:
+            everyone = torch.arange(tokens.shape[0], device=tokens.device)
+            logits = language.logits(state[-1:].transpose(0, 1), positions=everyone)
+            state = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return state
+
+    def _attention_inputs(self, new: int, hidden_keys: Tensor) -> AttentionInputs:
+        """The mask of ``new`` queries over all keys so far, and the angles of all positions."""
+        keys = hidden_keys.shape[1]
+        future = torch.ones(new, keys, dtype=torch.bool, device=hidden_keys.device).triu(keys - new + 1)
+        mask = future | hidden_keys[:, None, None, :]
+        # A padding query would see nothing, and its softmax would not be a number: let it see itself.
+        itself = torch.eye(new, dtype=torch.bool, device=hidden_keys.device)
+        mask[..., keys - new :] &= ~itself
+        language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
+        rotary = None if language is None else language.angles(keys, hidden_keys.device)
+        return AttentionInputs(mask=mask, rotary=rotary, packed=None)
+
+
+def _see(chunk: QwenVL, state: Tensor | None, pixels: Tensor) -> Tensor | None:
+    """The vision side of a stage."""
+    if chunk.vision is not None:
+        state = chunk.vision(chunk.vision.embed(pixels) if chunk.vision.has_patch_embed else state)
+    return state if chunk.resampler is None else chunk.resampler(state)
