@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
-    include_package_data=True,
+    package_data={"megatron_vl": ["**/templates/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.10",

@@ -36,7 +36,7 @@ if [[ -n "${RANK:-}" && -n "${LOCAL_RANK:-}" ]]; then exec "$python" "$script" "
 nodes=1 node=0 tasks_here=1 master=""
 if [[ -n "${SLURM_STEP_NUM_TASKS:-}" ]]; then
     nodes="$SLURM_STEP_NUM_NODES" node="$SLURM_NODEID" tasks_here="$((SLURM_STEP_NUM_TASKS / SLURM_STEP_NUM_NODES))"
-    if ((nodes > 1)); then master="$(first_slurm_host)"; fi
+    if ((nodes > 1)) && [[ -z "${MASTER_ADDR:-}" ]]; then master="$(first_slurm_host)"; fi
     port="$((20000 + ${SLURM_JOB_ID:-0} % 10000))"
 elif [[ -n "${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-}}" ]]; then
     size="${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-}}"

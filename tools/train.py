@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a stage of Qwen-VL: ``torchrun --nproc-per-node 8 tools/train.py RECIPE [flags]``; ``--help`` lists the flags."""
+"""Train a stage of Qwen-VL: ``torchrun --nproc-per-node 8 tools/train.py RECIPE [flags]``, or ``--help``."""
 
 import sys
 from pathlib import Path

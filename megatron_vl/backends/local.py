@@ -7,9 +7,8 @@ process, and ``DotProductAttention`` refuses packed sequences. The linear layers
 Attention masks. A layer gets one tensor that says who may look at whom:
 
 * ``None``: everybody at everybody (vision tower), or the plain causal triangle (language model);
-* ``int64[spans, longest]``: row i lists the positions of span i on the packed line, padded with t (the length of the
-  line); attention is causal within a span. The spans are regrouped into a batch, so the cost is that of the spans,
-  not that of the line;
+* ``int64[...]``: the spans of a packed line as ``backends/spans.py`` writes them; attention is causal within a span, and
+  its cost is that of the spans, not that of the line;
 * ``bool[b, 1, sq, sk]``: True hides a key from a query (generation with a key-value cache).
 """
 
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.spans import SpanGroup, decode_groups, encode_groups, group_spans
 
 
 class LayerNorm(nn.Module):
@@ -83,24 +83,27 @@ class SpanAttention(nn.Module):
             context = self._attend(*heads_first, mask=mask).permute(2, 0, 1, 3)
         return context.reshape(length, batch, -1)
 
-    def _within_spans(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor) -> Tensor:
-        """The line is a batch of one; regroup it into [spans, heads, longest, d], attend, and lay it out again."""
-        num_spans, longest = spans.shape
+    def _within_spans(self, query: Tensor, key: Tensor, value: Tensor, encoded: Tensor) -> Tensor:
+        """The line is a batch of one: batch its spans, attend within them, and lay the results out again."""
+        lines = [tensor.squeeze(1) for tensor in (query, key, value)]
         length = query.shape[0]
-        aligned = num_spans * longest == length  # whole rows: the regrouping is a reshape
-        flat = spans.reshape(-1).clamp(max=length - 1)
-        grouped = []
-        for tensor in (query, key, value):
-            line = tensor.squeeze(1)
-            line = line if aligned else line.index_select(0, flat)
-            grouped.append(line.view(num_spans, longest, *line.shape[1:]).transpose(1, 2))
-        context = self._attend(grouped[0], grouped[1], grouped[2], mask=None)
-        context = context.transpose(1, 2).reshape(num_spans * longest, -1)
-        if aligned:
-            return context
-        # Padding falls on one extra position behind the line, which is cut off.
-        line = context.new_zeros(length + 1, context.shape[-1])
-        return line.index_copy(0, spans.reshape(-1), context)[:length]
+        groups = decode_groups(encoded)
+        if len(groups) == 1 and groups[0].positions.numel() == length:  # whole rows: batching is a reshape
+            return self._attend_group(lines, groups[0])
+        # Padding is written to one extra position behind the line, which is cut off.
+        result = query.new_zeros(length + 1, query.shape[2] * query.shape[3])
+        for group in groups:
+            flat = group.positions.reshape(-1)
+            chosen = flat.clamp(max=length - 1)
+            context = self._attend_group([line.index_select(0, chosen) for line in lines], group)
+            result = result.index_copy(0, flat, context)
+        return result[:length]
+
+    def _attend_group(self, lines: list[Tensor], group: SpanGroup) -> Tensor:
+        """lines: query, key and value as [spans * longest, heads, d]; returns [spans * longest, heads * d]."""
+        shape = (group.num_spans, group.longest)
+        query, key, value = (line.view(*shape, *line.shape[1:]).transpose(1, 2) for line in lines)
+        return self._attend(query, key, value, mask=None).transpose(1, 2).reshape(shape[0] * shape[1], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
         """query, key, value: [b, heads, s, d]."""
@@ -135,11 +138,9 @@ class LocalBackend:
             positions: int64[t], index of each token within its span.
             rotary_table: float[longest, 1, 1, d], angles by position.
         """
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        offsets = torch.arange(int(lengths.max()), device=cu_seqlens.device)
-        spans = cu_seqlens[:-1, None].long() + offsets
-        spans = spans.masked_fill(offsets >= lengths[:, None], positions.shape[0])
-        return AttentionInputs(mask=spans, rotary=rotary_table.index_select(0, positions), packed=None)
+        return AttentionInputs(
+            mask=encode_groups(group_spans(cu_seqlens)), rotary=rotary_table.index_select(0, positions), packed=None
+        )
 
 
 def _layer(norm: type[nn.Module], mask: AttnMaskType) -> ModuleSpec:

@@ -1,4 +1,7 @@
-"""Model sizes. ``tiny`` learns the quickstart's scenes in minutes on two cores; ``qwen_vl_7b`` is the published model."""
+"""Model sizes.
+
+``tiny`` learns the quickstart's scenes in minutes on two cores; ``qwen_vl_7b`` is the published model.
+"""
 
 from __future__ import annotations
 

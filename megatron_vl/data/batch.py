@@ -131,9 +131,8 @@ def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDA
         begin, length = index * options.seq_length, len(row.tokens)
         if options.attention_span == "segment":
             ends += (begin + np.cumsum(row.segment_lengths, dtype=np.int64)).tolist()
-        elif length:
-            ends.append(begin + length)
-        if length < options.seq_length:
+        # Attention is causal, so padding behind a row's tokens may share their span; rows of one length batch best.
+        if length < options.seq_length or options.attention_span == "row":
             ends.append(begin + options.seq_length)
     return np.array(ends, dtype=np.int64)
 

@@ -93,9 +93,7 @@ def _draw(prediction: Prediction) -> str:
     try:
         image = Image.open(prediction.image).convert("RGB")
     except OSError as error:
-        raise DataError(
-            f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}"
-        ) from None
+        raise DataError(f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}") from None
     scale = max(1.0, _MIN_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     if prediction.task in ("referring", "ocr", "grounded_caption"):

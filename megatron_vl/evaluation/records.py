@@ -122,9 +122,7 @@ def load_run_info(run_dir: Path) -> RunInfo:
     """Read ``run.json``."""
     path = run_dir / "run.json"
     data = _read_json(path, written_by="the first step of the quickstart")
-    stages = tuple(
-        _record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(data.get("stages", ()))
-    )
+    stages = tuple(_record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(data.get("stages", ())))
     return _record(RunInfo, {**data, "stages": stages}, path, "the run")
 
 
@@ -201,9 +199,7 @@ def _read_json(path: Path, *, written_by: str) -> Any:
     try:
         return json.loads(_read_text(path, written_by))
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); it is written by {written_by}, run that again"
-        ) from None
+        raise DataError(f"{path}: not JSON ({error}); it is written by {written_by}, run that again") from None
 
 
 def _read_jsonl(path: Path, *, written_by: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_vl.data.manifest import read_manifest
-from megatron_vl.evaluation.bars import LOSS_TASKS, Bar, Findings, find_loss, judge
+from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
 from megatron_vl.evaluation.records import (
@@ -45,7 +45,7 @@ from megatron_vl.evaluation.tables import (
 )
 
 EXAMPLES_PER_TASK = 8
-EXAMPLE_TASKS = ("referring", "caption", "vqa", "ocr", "chat")
+EXAMPLE_TASKS = ("referring", "caption", "vqa", "ocr")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class LossRow:
     task: str
     sighted: str
     blind: str
-    better: bool
+    below: str
+    """yes, no, or a dash where one was not measured."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,7 @@ def read_report(run_dir: Path) -> Report:
         curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
         layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
         examples=_examples(predictions),
-        data=tuple(
-            data_row(path.stem, read_manifest(path.with_suffix(""))) for path in _manifest_paths(run_dir)
-        ),
+        data=tuple(data_row(path.stem, read_manifest(path.with_suffix(""))) for path in _manifest_paths(run_dir)),
         times=time_rows(load_timings(run_dir)),
     )
 
@@ -191,14 +190,15 @@ def _percent(score: Score | None) -> str:
 
 def _loss_rows(losses: Sequence[HeldOutLoss]) -> tuple[LossRow, ...]:
     rows = []
-    for stage in sorted({loss.stage for loss in losses}):
-        for task in LOSS_TASKS:
-            sighted, blind = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
-            if sighted is not None:
-                better = blind is not None and sighted < blind
-                shown = "–" if blind is None else f"{blind:.3f}"
-                rows.append(LossRow(stage.removeprefix("stage"), task, f"{sighted:.3f}", shown, better))
+    for stage, task in dict.fromkeys((loss.stage, loss.task) for loss in losses):
+        sighted, blind = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+        below = "–" if sighted is None or blind is None else "yes" if sighted < blind else "no"
+        rows.append(LossRow(stage.removeprefix("stage"), task, _loss(sighted), _loss(blind), below))
     return tuple(rows)
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _stage_curve(run_dir: Path, stage: StageInfo) -> StageCurve:

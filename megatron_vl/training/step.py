@@ -7,7 +7,7 @@ diluted by rows without images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,19 +81,17 @@ def train_step(
     for chunk in model.wrapped:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    loss, counts = forward_backward(model, batches, topology=topology, forward_only=False)
+    loss, counts = forward_backward(model.wrapped, batches, topology=topology, forward_only=False)
     rate = set_learning_rate(model.optimizer, config, step)
     updated, grad_norm, _ = model.optimizer.step()
     return StepResult(loss, counts, rate, float(grad_norm or 0.0), skipped=not updated)
 
 
 def forward_backward(
-    model: ParallelModel, batches: list[MicroBatch], *, topology: Topology, forward_only: bool
+    chunks: Sequence[nn.Module], batches: list[MicroBatch], *, topology: Topology, forward_only: bool
 ) -> tuple[LossSum, Counts]:
     """Run the schedule over the micro-batches, and sum the loss and what was read over all ranks."""
-    records = run_schedule(
-        model.wrapped, batches, forward_step=_forward_step(topology.device), forward_only=forward_only
-    )
+    records = run_schedule(chunks, batches, forward_step=_forward_step(topology.device), forward_only=forward_only)
     sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)
@@ -101,6 +99,16 @@ def forward_backward(
     from_last_stage(sum_over_data_parallel(sums, topology=topology), topology=topology)
     loss, supervised, images, samples, tokens, squared_spans = sums.tolist()
     return LossSum(loss, round(supervised)), Counts(round(images), round(samples), round(tokens), squared_spans)
+
+
+@torch.no_grad()
+def evaluate(chunks: Sequence[nn.Module], steps: Iterable[list[MicroBatch]], *, topology: Topology) -> LossSum:
+    """The loss over all steps, without changing anything."""
+    total, tokens = 0.0, 0
+    for batches in steps:
+        loss, _ = forward_backward(chunks, batches, topology=topology, forward_only=True)
+        total, tokens = total + loss.total, tokens + loss.num_tokens
+    return LossSum(total, tokens)
 
 
 def _count(batches: list[MicroBatch]) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.batch import with_rows
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
+from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.loader import DataSets
 from megatron_vl.errors import CheckpointError
 from megatron_vl.log import log_rank_0
@@ -25,7 +26,7 @@ from megatron_vl.training.feed import Feed, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
 from megatron_vl.training.state import TrainState
-from megatron_vl.training.step import LossSum, forward_backward, train_step
+from megatron_vl.training.step import evaluate, train_step
 from megatron_vl.training.stopping import StopRequest
 
 
@@ -78,24 +79,20 @@ class Run:
     def loop(self) -> TrainState:
         """Train to the last step, or until something asks to stop; a checkpoint is written either way."""
         last = self.config.training.train_iters
-        saved = self.state.step
         with StopRequest(self.config.training, self.topology) as stop:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
-                self.advance(steps)
+                self.advance(next(steps))
                 reason = stop.reason(self.state.step)
                 if self._due(self.config.checkpoint.save_interval) or reason or self.state.step == last:
                     self.save()
-                    saved = self.state.step
                 if reason:
                     log_rank_0(f"stopping after step {self.state.step}: {reason}")
                     break
-        assert saved == self.state.step
         return self.state
 
-    def advance(self, steps: object) -> None:
+    def advance(self, batches: list[MicroBatch]) -> None:
         """One step, and the validation that is due after it."""
-        batches = next(steps)  # type: ignore[call-overload]
         result = train_step(
             self.model, batches, config=self.config, topology=self.topology, step=self.state.step
         )
@@ -107,16 +104,9 @@ class Run:
         )
         self.reporter.step(self.state, result)
         if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
-            self.reporter.validation(self.state, self.evaluate(self.validation).mean)
-
-    def evaluate(self, feed: Feed) -> LossSum:
-        """The loss over one pass of the validation rows, without changing anything."""
-        total, tokens = 0.0, 0
-        with torch.no_grad():
-            for batches in feed.one_pass(self.config.training.eval_iters):
-                loss, _ = forward_backward(self.model, batches, topology=self.topology, forward_only=True)
-                total, tokens = total + loss.total, tokens + loss.num_tokens
-        return LossSum(total, tokens)
+            steps = self.validation.one_pass(self.config.training.eval_iters)
+            loss = evaluate(self.model.wrapped, steps, topology=self.topology)
+            self.reporter.validation(self.state, loss.mean)
 
     def save(self) -> None:
         """Write a checkpoint, if the configuration names a place for it."""

@@ -44,7 +44,7 @@ def step_on_rank(start: Start, config: RunConfig, batches: list[MicroBatch]) -> 
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         mine = batches[topology.dp_rank :: topology.dp_size]
-        loss, _ = forward_backward(model, mine, topology=topology, forward_only=False)
+        loss, _ = forward_backward(model.wrapped, mine, topology=topology, forward_only=False)
         if config.parallel.use_distributed_optimizer:
             _gather_shards(model, topology)
         pieces = _pieces(model, topology.tp_rank)

@@ -26,7 +26,9 @@ def test_launchers(environment: dict[str, str]) -> None:
     assert launch.init_method == "env://"
 
 
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}]
+)
 def test_world_of_one(environment: dict[str, str]) -> None:
     launch = read_launch(environment)
     assert launch == Launch(0, 1, 0)

@@ -128,7 +128,8 @@ def test_nothing_heavy_is_imported(argv: list[str]) -> None:
         "heavy = {'torch', 'megatron', 'transformers', 'PIL', 'tiktoken'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, "-", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, "-", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

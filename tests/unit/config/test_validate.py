@@ -1,4 +1,4 @@
-"""Each check refuses what it is there for, with the keys and the arithmetic, and accepts the nearest thing that works."""
+"""Each check refuses what it is there for, with keys and arithmetic, and accepts the nearest thing that works."""
 
 from __future__ import annotations
 

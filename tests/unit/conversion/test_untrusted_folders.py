@@ -132,7 +132,7 @@ def test_truncated_files(folder: Path, file_format: FileFormat) -> None:
     else:
         file = folder / "pytorch_model-00002-of-00002.bin"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConversionError, match=f"{file.name}: n.* download it again"):
+    with pytest.raises(ConversionError, match=rf"{file.name}: n.* download it again"):
         import_folder(folder)
 
 

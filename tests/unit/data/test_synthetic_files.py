@@ -141,6 +141,13 @@ def test_the_same_configuration_gives_the_same_bytes_with_any_number_of_workers(
     assert digests(tmp_path / "other")["caption/00000.tar"] != digests(folder)["caption/00000.tar"]
 
 
+def test_parts_of_a_family_hold_different_samples(folder: Path) -> None:
+    shards = [(folder / "caption" / f"0000{i}.tar").read_bytes() for i in range(2)]
+    assert shards[0] != shards[1]
+    images = {sample.images[0].data for sample in read_family(folder, "caption")}
+    assert len(images) == 25, "no picture twice: ground and shade vary even where a scene repeats"
+
+
 def test_a_complete_folder_is_kept_and_any_other_is_refused(folder: Path, tmp_path: Path) -> None:
     before = digests(folder)
     assert generate(SMALL, folder, progress=False).reused

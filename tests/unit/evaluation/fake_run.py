@@ -40,9 +40,7 @@ def write_fake_run(run_dir: Path, *, num_steps: int = 200, samples_per_task: int
     for name in ("stage1", "stage2"):
         write_manifest(run_dir / "data" / name, _manifest())
     steps = {"install": 171.2, "synthesise data": 31.0, "stage 1": 96.4, "stage 2": 181.9, "report": 4.2}
-    _write_lines(
-        run_dir / "timings.jsonl", [{"step": step, "seconds": seconds} for step, seconds in steps.items()]
-    )
+    _write_lines(run_dir / "timings.jsonl", [{"step": step, "seconds": seconds} for step, seconds in steps.items()])
     return run_dir
 
 
@@ -149,9 +147,7 @@ def _write_findings(folder: Path) -> None:
     ]
     _write_json(folder / "losses.json", losses)
     detail = "39 of 39 tensors bit-identical"
-    _write_json(
-        folder / "checks.json", [{"name": "language_model_unchanged", "passed": True, "detail": detail}]
-    )
+    _write_json(folder / "checks.json", [{"name": "language_model_unchanged", "passed": True, "detail": detail}])
 
 
 def _manifest() -> Manifest:

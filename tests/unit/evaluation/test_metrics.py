@@ -66,9 +66,7 @@ def test_vqa_accuracy_golden(prediction: str, score: float) -> None:
     assert vqa_accuracy(prediction, TEXTVQA_ANSWERS) == pytest.approx(score)
 
 
-@pytest.mark.parametrize(
-    ("num_matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
-)
+@pytest.mark.parametrize(("num_matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_closed_form(num_matches: int, score: float) -> None:
     annotators = ["yes"] * num_matches + ["no"] * (10 - num_matches)
     assert vqa_accuracy("yes", annotators) == pytest.approx(score)

@@ -38,9 +38,7 @@ class _Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        self.fetched += [
-            values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values
-        ]
+        self.fetched += [values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values]
         if tag not in ("meta", "img", "link", "br"):
             self.open.append(tag)
 
@@ -95,9 +93,7 @@ def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
     assert render_text(report).count("MISSED") == 2
 
 
-def test_command_writes_the_page_and_prints_the_tables(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_the_page_and_prints_the_tables(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir)]) == 0
     assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     printed = capsys.readouterr().out
@@ -141,9 +137,7 @@ def _line(**values: object) -> str:
 
 
 def test_training_records_of_a_resumed_run(tmp_path: Path) -> None:
-    torn = (
-        _line(iteration=1, lm_loss=3) + _line(iteration=2, lm_loss=2) + _line(iteration=2, validation_loss=9)
-    )
+    torn = _line(iteration=1, lm_loss=3) + _line(iteration=2, lm_loss=2) + _line(iteration=2, validation_loss=9)
     (tmp_path / "metrics.jsonl").write_text(torn + _line(iteration=2, lm_loss=1.5) + '{"iteration": 3, "lm_')
     assert [(r.iteration, r.lm_loss) for r in load_training(tmp_path)] == [(1, 3), (2, 1.5)]
 

@@ -49,9 +49,7 @@ def test_reference_iou_is_zero_without_a_box() -> None:
     assert reference_iou(_prediction("referring", "(0,0),(9,9)", "<box>(0,0),(9,9)</box>")) == 1.0
 
 
-def _findings(
-    sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unchanged: bool = True
-) -> Findings:
+def _findings(sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unchanged: bool = True) -> Findings:
     losses = [
         HeldOutLoss("stage1", "sighted", "caption", 1.0, 10),
         HeldOutLoss("stage1", "blind", "caption", 1.5, 10),
@@ -73,9 +71,7 @@ def test_all_bars_met() -> None:
 
 
 def test_each_bar_can_be_missed() -> None:
-    missed = [
-        bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met
-    ]
+    missed = [bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met]
     assert missed == [
         "Stage 1 leaves the language model as it was",
         "VQA accuracy after stage 2",

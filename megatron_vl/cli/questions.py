@@ -1,0 +1,41 @@
+"""``tools/make_questions.py RECIPE``: raw data -> questions for ``tools/generate.py``, answers kept aside."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.errors import MegatronVLError
+from megatron_vl.log import write_line
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    options = _build_parser().parse_args(argv)
+    from megatron_vl.data.recipe import load_recipe
+    from megatron_vl.evaluation.questions import write_questions
+
+    preset = PRESETS[options.model_preset]
+    defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks}
+    try:
+        recipe = load_recipe(options.recipe, defaults, root=options.root)
+        counts = write_questions(recipe, options.output, limit=options.limit)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return EXIT_USER_ERROR
+    write_line(f"{options.output}: " + ", ".join(f"{count} {task}" for task, count in counts.items()))
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/make_questions.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, help="a recipe of tools/prepare_data.py, whose sources are asked")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the questions, as JSON lines")
+    parser.add_argument("--limit", type=int, default=200, metavar="N", help="questions of each source")
+    parser.add_argument("--root", type=Path, help="folder from which relative paths of the recipe count")
+    parser.add_argument("--model-preset", choices=sorted(PRESETS), default="qwen_vl_7b", help="the model's sizes")
+    return parser

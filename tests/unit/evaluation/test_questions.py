@@ -1,0 +1,87 @@
+"""Questions: the prompts of training as text, the answers kept aside, images beside the file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vl.data.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
+from megatron_vl.data.sources.base import Shard, Skipped, Source
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.questions import ask, write_questions
+from megatron_vl.evaluation.records import Prediction
+from megatron_vl.evaluation.scoring import score_predictions
+
+
+def _jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+IMAGES = (ImageRef("i", _jpeg()),)
+QUAD = (0.1, 0.1, 0.5, 0.1, 0.5, 0.3, 0.1, 0.3)
+SAMPLES = (
+    Sample("c", "s", "caption", images=IMAGES, text="a red ball"),
+    Sample("v", "s", "vqa", images=IMAGES, question="What colour?", text="red"),
+    Sample("r", "s", "referring", images=IMAGES, question="ball", regions=(Region("", ((0.1, 0.2, 0.3, 0.4),)),)),
+    Sample("o", "s", "ocr", images=IMAGES, regions=(Region("oak", quads=(QUAD,)), Region("elm", quads=(QUAD,)))),
+)
+
+
+@dataclass(frozen=True)
+class _Fixed(Source):
+    samples: tuple[Sample | Skipped, ...] = ()
+
+    def shards(self) -> list[Shard]:
+        return [Shard("all", Path("all"))]
+
+    def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
+        yield from self.samples
+
+
+def _recipe(*samples: Sample | Skipped) -> DataRecipe:
+    return DataRecipe((SourceEntry(_Fixed("s", samples)),), num_queries=16, num_ranks=2048)
+
+
+def _write(path: Path, *samples: Sample | Skipped, limit: int = 10) -> list[dict[str, str]]:
+    write_questions(_recipe(*samples), path, limit=limit)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_task_asks_as_in_training(tmp_path: Path) -> None:
+    lines = _write(tmp_path / "q.jsonl", *SAMPLES)
+    assert [line["prompt"] for line in lines] == [
+        "Generate the caption in English:",
+        "What colour? Answer:",
+        "<ref>ball</ref>",
+        "OCR with grounding:",
+    ]
+    assert [line["reference"] for line in lines[:3]] == [" a red ball", " red", "<box>(100,200),(300,400)</box>"]
+    assert (tmp_path / lines[0]["image"]).read_bytes() == IMAGES[0].data
+
+
+def test_the_reference_itself_scores_full_marks(tmp_path: Path) -> None:
+    predictions = [
+        Prediction(line["key"], line["task"], line["prompt"], (line["reference"],), line["reference"])
+        for line in _write(tmp_path / "q.jsonl", *SAMPLES)
+    ]
+    assert {task: score.value for task, score in score_predictions(predictions).items()} == dict.fromkeys(
+        ("caption", "vqa", "referring", "ocr"), 1.0
+    )
+
+
+def test_what_cannot_be_asked_is_left_out_and_the_limit_counts_questions(tmp_path: Path) -> None:
+    text = Sample("t", "s", "text", text="once")
+    lines = _write(tmp_path / "q.jsonl", text, Skipped("x", "no_image"), *SAMPLES, limit=2)
+    assert [line["task"] for line in lines] == ["caption", "vqa"]
+    assert ask(Sample("d", "s", "chat", turns=(Turn("user", "Hi"), Turn("assistant", "Hello")))) is None
+    with pytest.raises(DataError, match="no question"):
+        _write(tmp_path / "q.jsonl", text)
