@@ -19,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools/make_report.py", description="Write a run's report.html and print its tables."
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="for example runs/quickstart")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page; by default RUN_DIR/report.html"
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; by default RUN_DIR/report.html")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     from megatron_vl.evaluation.report import read_report, render_text, write_report
 

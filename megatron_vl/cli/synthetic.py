@@ -37,13 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "out", type=Path, help="folder to make; one that holds the same data set already is kept"
-    )
+    parser.add_argument("out", type=Path, help="folder to make; one that holds the same data set already is kept")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="what kind of images")
-    parser.add_argument(
-        "--split", choices=("train", "heldout"), default="train", help="which side of the content hash"
-    )
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side of the content hash")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything")
     parser.add_argument("--num-scenes", type=int, help="rendered images of all families together")
     parser.add_argument(
@@ -53,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FAMILY=N",
         help=f"images of a family, may be repeated; families: {', '.join(FAMILIES)} (text: documents)",
     )
-    parser.add_argument(
-        "--font-dir", action="append", default=[], help="folder of fonts to use before the system's"
-    )
+    parser.add_argument("--font-dir", action="append", default=[], help="folder of fonts to use before the system's")
     parser.add_argument("--num-workers", type=int, default=1, help="processes that render")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser

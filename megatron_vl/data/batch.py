@@ -6,7 +6,7 @@ case, the packed one. Labels are shifted here and nowhere else: position i is su
 target in the same span.
 
     row                      |<img> slots </img> ... Answer: red eos|You are kind eos|pad pad|
-    positions, whole row      0 1 2 ...                               ...              0   1
+    positions, whole row      0 1 2 ...                                                    ...
     positions, per segment    0 1 2 ...                              0   1   2    3    0   1
 
 With whole rows the first token of a segment is predicted from the segment before it, as in the original; per
@@ -38,7 +38,8 @@ class MicroBatch:
     positions: torch.Tensor
     """int64[t]: index of the token within its attention span; the angle of its rotary embedding."""
     cu_seqlens: torch.Tensor
-    """int32[spans + 1]: borders of the attention spans, 0 first, t last. Padding is a span of its own."""
+    """int32[spans + 1]: borders of the attention spans, 0 first, t last. Padding ends its row's span (whole rows)
+    or is a span of its own (segments)."""
     supervised: torch.Tensor
     """int64[m]: positions in [0, t) whose *next* token is a target."""
     targets: torch.Tensor
@@ -125,7 +126,7 @@ def collate(
 
 
 def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDArray[np.int64]:
-    """int64[spans + 1]: borders of the stretches that attend to themselves, padding apart."""
+    """int64[spans + 1]: borders of the stretches that attend to themselves."""
     ends: list[int] = [0]
     for index, row in enumerate(rows):
         begin, length = index * options.seq_length, len(row.tokens)
@@ -150,9 +151,7 @@ def _find_slots(
     last = len(tokens) - 1
     whole = (tokens[np.minimum(slots, last)] == special.img_pad).all(axis=1)
     whole &= tokens[np.minimum(starts + queries + 1, last)] == special.img_end
-    num_pads = np.bincount(
-        np.flatnonzero(tokens == special.img_pad) // options.seq_length, minlength=len(rows)
-    )
+    num_pads = np.bincount(np.flatnonzero(tokens == special.img_pad) // options.seq_length, minlength=len(rows))
     wrong = (found != expected) | (num_pads != expected * queries)
     wrong[starts[~whole] // options.seq_length] = True
     if wrong.any():
@@ -165,9 +164,7 @@ def _find_slots(
     return slots.reshape(-1)
 
 
-def _pixels(
-    pixels: npt.NDArray[np.uint8] | None, num_images: int, options: CollateOptions
-) -> torch.Tensor | None:
+def _pixels(pixels: npt.NDArray[np.uint8] | None, num_images: int, options: CollateOptions) -> torch.Tensor | None:
     if not options.with_pixels:
         return None
     if options.blank_images or num_images == 0:

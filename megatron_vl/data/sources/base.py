@@ -112,9 +112,7 @@ def load_json(path: Path, expected: type[list[Any] | dict[str, Any]]) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     if not isinstance(value, expected):
-        raise DataError(
-            f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}"
-        )
+        raise DataError(f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}")
     return value
 
 
@@ -131,10 +129,7 @@ def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[S
     if records_per_shard < 1:
         raise DataError(f"records_per_shard is {records_per_shard}, expected at least 1")
     firsts = range(0, num_records, records_per_shard)
-    return [
-        Shard(f"{path.name}:{first}", path, first, min(records_per_shard, num_records - first))
-        for first in firsts
-    ]
+    return [Shard(f"{path.name}:{first}", path, first, min(records_per_shard, num_records - first)) for first in firsts]
 
 
 def slice_of(records: list[Any], shard: Shard) -> Iterator[tuple[int, Any]]:

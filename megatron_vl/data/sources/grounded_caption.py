@@ -57,9 +57,7 @@ class GroundedCaption(Source):
         if not spans:
             raise SkipSample("no_regions", f"{self.phrases} is empty")
         regions = tuple(Region(caption[a:b], tuple(boxes[a, b]), span=(a, b)) for a, b in spans)
-        return Sample(
-            key, self.name, "grounded_caption", self.language, (image,), text=caption, regions=regions
-        )
+        return Sample(key, self.name, "grounded_caption", self.language, (image,), text=caption, regions=regions)
 
     def _boxes(self, entries: list[Any], caption: str) -> dict[Span, list[Box]]:
         boxes: dict[Span, list[Box]] = {}

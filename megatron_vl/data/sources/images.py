@@ -18,9 +18,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 def read_image(root: Path, name: str) -> ImageRef:
     """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason."""
     if "://" in name or name.startswith("data:"):
-        raise SkipSample(
-            "image_is_url", f"{name[:80]}: images are read from {root} only, download them first"
-        )
+        raise SkipSample("image_is_url", f"{name[:80]}: images are read from {root} only, download them first")
     path = _resolve(root, name)
     try:
         info = path.stat()

@@ -74,9 +74,5 @@ class RefExp(Source):
         image = read_image(self.image_root, field(record, "file_name", str))
         region = Region(expression, corners)
         if self.task == "referring":
-            return Sample(
-                key, self.name, "referring", self.language, (image,), question=expression, regions=(region,)
-            )
-        return Sample(
-            key, self.name, "region_caption", self.language, (image,), text=expression, regions=(region,)
-        )
+            return Sample(key, self.name, "referring", self.language, (image,), question=expression, regions=(region,))
+        return Sample(key, self.name, "region_caption", self.language, (image,), text=expression, regions=(region,))

@@ -54,13 +54,9 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
         if key == "type":
             continue
         if key not in fields:
-            raise ConfigError(
-                f"{where}: source type {kind} has no option {key!r}{_nearest(str(key), fields)}"
-            )
+            raise ConfigError(f"{where}: source type {kind} has no option {key!r}{_nearest(str(key), fields)}")
         values[key] = _convert(value, hints[key], f"{where}.{key}", root)
-    missing = [
-        name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values
-    ]
+    missing = [name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values]
     if missing:
         raise ConfigError(f"{where}: source type {kind} needs {', '.join(missing)}")
     return reader(**values)
@@ -81,9 +77,7 @@ def _convert(value: Any, hint: Any, where: str, root: Path | None) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path or type(value) is not hint:
-        raise ConfigError(
-            f"{where}: found {value!r:.60}, expected {'a path' if hint is Path else hint.__name__}"
-        )
+        raise ConfigError(f"{where}: found {value!r:.60}, expected {'a path' if hint is Path else hint.__name__}")
     return value
 
 

@@ -160,9 +160,7 @@ def make_pages(part: Part) -> list[Json]:
     renderer = PageRenderer(
         config.page,
         fonts=find_fonts("en", config.page.num_fonts, config.font_dirs),
-        chinese=find_fonts("zh", config.page.num_fonts, config.font_dirs)
-        if config.page.chinese_share
-        else (),
+        chinese=find_fonts("zh", config.page.num_fonts, config.font_dirs) if config.page.chinese_share else (),
         seed=part.texture_seed,
     )
     rng = part.rng()
@@ -172,10 +170,7 @@ def make_pages(part: Part) -> list[Json]:
         file_name = f"image_{index}.jpg"
         (part.folder / file_name).write_bytes(page.image)
         truth = {"gt_parse": {"text_sequence": " ".join(line.text for line in page.lines)}}
-        lines = [
-            {"text": line.text, "quad": [[round(x, 2), round(y, 2)] for x, y in line.quad]}
-            for line in page.lines
-        ]
+        lines = [{"text": line.text, "quad": [[round(x, 2), round(y, 2)] for x, y in line.quad]} for line in page.lines]
         records.append(
             {
                 "file_name": file_name,

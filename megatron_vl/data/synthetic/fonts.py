@@ -30,9 +30,7 @@ FONT_FOLDERS = (
 )
 PREFERRED = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 SYMBOLS = re.compile(r"^(cm[a-z]+\d+|STIX(Siz|Non)|LastResort|.*(Symbol|Math|Emoji|Icons))", re.IGNORECASE)
-CHINESE = re.compile(
-    r"CJK|wqy|Fallback|SourceHan|uming|ukai|SimSun|SimHei|PingFang|Songti|Heiti", re.IGNORECASE
-)
+CHINESE = re.compile(r"CJK|wqy|Fallback|SourceHan|uming|ukai|SimSun|SimHei|PingFang|Songti|Heiti", re.IGNORECASE)
 PROBE = {"en": "aegmQR38", "zh": "中文的图是"}
 MISSING = "\uffff"
 
@@ -88,9 +86,7 @@ def _font_files(folders: Sequence[str]) -> Iterator[Path]:
     places += [Path(folder).expanduser() for folder in FONT_FOLDERS]
     for place in places:
         if place.is_dir():
-            yield from sorted(
-                path for path in place.rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc")
-            )
+            yield from sorted(path for path in place.rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
 
 
 def _draws(font: Font, text: str) -> bool:

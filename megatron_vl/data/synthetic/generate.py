@@ -89,9 +89,7 @@ def check(config: SyntheticConfig) -> None:
         raise ConfigError(f"samples_per_shard is {config.samples_per_shard}, expected at least 1")
     for name, side in config.scene.sizes:
         if not 0 < side <= config.scene.image_size:
-            raise ConfigError(
-                f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}"
-            )
+            raise ConfigError(f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}")
 
 
 def _make_families(
@@ -102,11 +100,7 @@ def _make_families(
     left = Counter(part.family for part in parts)
     found: dict[str, list[Json]] = defaultdict(list)
     made: Counter[str] = Counter()
-    workers = (
-        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
-        if num_workers > 1
-        else nullcontext()
-    )
+    workers = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers > 1 else nullcontext()
     with workers as pool:
         results = pool.map(make_part, parts) if pool is not None else map(make_part, parts)
         for part, records in zip(parts, results, strict=True):
@@ -139,11 +133,7 @@ def _parts(config: SyntheticConfig, folder: Path, family: str) -> list[Part]:
 
 
 def _total(config: SyntheticConfig) -> int:
-    return (
-        config.num_images
-        + config.count("text")
-        + (len(find_photos(config.split)) if config.count("photos") else 0)
-    )
+    return config.num_images + config.count("text") + (len(find_photos(config.split)) if config.count("photos") else 0)
 
 
 def _notes(config: SyntheticConfig, counts: dict[str, int]) -> list[str]:
@@ -165,9 +155,7 @@ def _existing(config: SyntheticConfig, out: Path) -> Summary:
     try:
         meta = json.loads((out / META).read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{out}: exists and is no synthetic data set ({error}); give another folder"
-        ) from error
+        raise ConfigError(f"{out}: exists and is no synthetic data set ({error}); give another folder") from error
     if meta.get("config") != _plain(config) or meta.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
             f"{out}: holds a synthetic data set of another configuration; remove it or give another folder"

@@ -37,9 +37,7 @@ class Perspective:
         """The image as it is seen, on a canvas of ``size``; 0 where it is not."""
         inverse = np.linalg.inv(self.matrix)
         coefficients = (inverse / inverse[2, 2]).ravel()[:8]
-        return image.transform(
-            size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR
-        )
+        return image.transform(size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR)
 
 
 def perspective(width: float, height: float, corners: Quad) -> Perspective:

@@ -113,16 +113,10 @@ def ask(scene: Scene, kind: str, rng: Random, config: SceneConfig) -> Question |
         return _ask_exists(scene, rng, config)
     if kind == "color":
         items = _once(scene, lambda item: item.shape)
-        return (
-            Question(kind, f"What color is the {(i := rng.choice(items)).shape}?", i.color) if items else None
-        )
+        return Question(kind, f"What color is the {(i := rng.choice(items)).shape}?", i.color) if items else None
     if kind == "shape":
         items = _once(scene, lambda item: item.color)
-        return (
-            Question(kind, f"What shape is the {(i := rng.choice(items)).color} object?", i.shape)
-            if items
-            else None
-        )
+        return Question(kind, f"What shape is the {(i := rng.choice(items)).color} object?", i.shape) if items else None
     item = rng.choice(scene.objects)
     if kind == "position":
         return Question(kind, f"Where is the {name(item)}?", position(item, scene.image_size))

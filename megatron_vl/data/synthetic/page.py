@@ -52,9 +52,7 @@ class Page:
 class PageRenderer:
     """Plans and draws pages of one configuration; prepares its paper and its grounds once."""
 
-    def __init__(
-        self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int
-    ) -> None:
+    def __init__(self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int) -> None:
         """``fonts``: at least one for English. ``chinese``: none means no Chinese pages."""
         self._config = config
         self._fonts = {"en": fonts, "zh": chinese}
@@ -117,9 +115,7 @@ class PageRenderer:
         brightness = 128 * rng.uniform(-config.contrast, config.contrast)
         levels = (levels - 128) * contrast + 128 + brightness
         if config.max_noise:
-            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(
-                levels.shape[:2], dtype=np.float32
-            )
+            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(levels.shape[:2], dtype=np.float32)
             levels += rng.uniform(0, config.max_noise) * noise[:, :, None]
         return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 

@@ -91,9 +91,7 @@ class SceneRenderer:
                 raise ConfigError(f"scene.{kind}s: {unknown!r} cannot be drawn; known are {', '.join(table)}")
         self._config = config
         self._masks = {
-            (shape, side): draw_mask(OUTLINES[shape], side)
-            for shape in config.shapes
-            for _, side in config.sizes
+            (shape, side): draw_mask(OUTLINES[shape], side) for shape in config.shapes for _, side in config.sizes
         }
         noise = np.random.default_rng(seed)
         self._grounds = [texture(color, 2 * config.image_size, noise, fine=config.noise) for color in GROUNDS]

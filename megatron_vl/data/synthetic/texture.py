@@ -10,13 +10,9 @@ from PIL import Image
 Color = tuple[int, int, int]
 
 
-def texture(
-    color: Color, size: int, rng: np.random.Generator, *, fine: float, coarse: float = 0.0
-) -> Image.Image:
+def texture(color: Color, size: int, rng: np.random.Generator, *, fine: float, coarse: float = 0.0) -> Image.Image:
     """A square RGB tile of ``size`` pixels: noise of deviation ``fine``, clouds of deviation ``coarse``."""
-    levels = (
-        np.array(color) + rng.normal(0.0, fine, (size, size, 1)) + rng.normal(0.0, fine / 3, (size, size, 3))
-    )
+    levels = np.array(color) + rng.normal(0.0, fine, (size, size, 1)) + rng.normal(0.0, fine / 3, (size, size, 3))
     if coarse:
         clouds = Image.fromarray(rng.normal(0.0, coarse, (16, 16)).astype(np.float32))
         levels += np.asarray(clouds.resize((size, size), Image.Resampling.BICUBIC))[:, :, None]

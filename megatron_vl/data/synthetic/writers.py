@@ -111,13 +111,9 @@ def write_vqa(folder: Path, records: Sequence[Json], subtype: str) -> None:
         "data_type": "synthetic",
         "data_subtype": subtype,
     }
-    questions = [
-        {name: record[name] for name in ("image_id", "question", "question_id")} for record in records
-    ]
+    questions = [{name: record[name] for name in ("image_id", "question", "question_id")} for record in records]
     write_json(folder / "questions.json", {**header, "questions": questions})
-    write_json(
-        folder / "annotations.json", {**header, "annotations": [_annotation(record) for record in records]}
-    )
+    write_json(folder / "annotations.json", {**header, "annotations": [_annotation(record) for record in records]})
 
 
 def _annotation(record: Json) -> Json:
@@ -126,13 +122,10 @@ def _annotation(record: Json) -> Json:
         "question_type": record["kind"],
         "multiple_choice_answer": answer,
         "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": number}
-            for number in range(1, ANNOTATORS + 1)
+            {"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, ANNOTATORS + 1)
         ],
         "image_id": record["image_id"],
-        "answer_type": {"yes": "yes/no", "no": "yes/no"}.get(
-            answer, "number" if answer.isdigit() else "other"
-        ),
+        "answer_type": {"yes": "yes/no", "no": "yes/no"}.get(answer, "number" if answer.isdigit() else "other"),
         "question_id": record["question_id"],
     }
 

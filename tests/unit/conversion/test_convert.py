@@ -54,6 +54,9 @@ def test_imported_tensors_are_ours(golden: ImportedModel, golden_tensors: dict[s
     c_attn = golden_tensors["transformer.h.2.attn.c_attn.weight"].view(3, 4, 64, 256)
     ours = golden["language_model.layers.2.self_attention.linear_qkv.weight"].view(4, 3, 64, 256)
     assert torch.equal(ours[1, 2], c_attn[2, 1])  # v of head 1
+    bias = golden_tensors["transformer.h.3.attn.c_attn.bias"].view(3, 4, 64)
+    ours = golden["language_model.layers.3.self_attention.linear_qkv.bias"].view(4, 3, 64)
+    assert torch.equal(ours[2, 1], bias[1, 2])  # k of head 2
     fc1 = golden["language_model.layers.2.mlp.linear_fc1.weight"]
     assert torch.equal(fc1[:512], golden_tensors["transformer.h.2.mlp.w2.weight"])
     in_proj = "transformer.visual.transformer.resblocks.3.attn.in_proj.weight"
@@ -100,10 +103,8 @@ def test_reference_and_tokenizer_files_come_along(golden: ImportedModel, tmp_pat
     (reference / "config.json").write_text(json.dumps(config))
     (reference / "modeling_qwen.py").write_text("# code of the hub\n")
     (reference / "pytorch_model.bin").write_bytes(b"weights that must not be copied")
-    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
-    options = ExportOptions(
-        reference=reference, tokenizer_files=(tmp_path / "qwen.tiktoken",), release="chat"
-    )
+    (reference / "qwen.tiktoken").write_text("IQ== 0\n")
+    options = ExportOptions(reference=reference, release="chat")
     export_folder(golden, golden.model, tmp_path / "out", options=options)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",

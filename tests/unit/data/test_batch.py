@@ -46,8 +46,8 @@ def make(rows: list[PackedRow], **options: Any) -> MicroBatch:
 def test_whole_rows() -> None:
     batch = make([MIXED, TEXT])
     assert batch.tokens.tolist() == [S, P, P, E, 5, 6, END, 7, 8, END, END, END, *range(12)]
-    assert batch.cu_seqlens.tolist() == [0, 10, 12, 24]
-    assert batch.positions.tolist() == [*range(10), 0, 1, *range(12)]
+    assert batch.cu_seqlens.tolist() == [0, 12, 24]
+    assert batch.positions.tolist() == [*range(12), *range(12)]
     assert batch.supervised.tolist() == [4, 5, 6, 7, 8, *range(12, 23)]
     assert batch.targets.tolist() == [6, END, 7, 8, END, *range(1, 12)]
     assert batch.slots.tolist() == [1, 2]

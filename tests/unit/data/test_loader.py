@@ -139,8 +139,6 @@ def test_samples_per_row_is_the_manifests(prefix: str) -> None:
 def pool(prefix: str) -> Iterator[DecodePool]:
     made = DecodePool([prefix], 14, num_workers=1, timeout=20.0)
     yield made
-    for pid in made.worker_pids:
-        os.kill(pid, signal.SIGKILL)
     made.close()
 
 

@@ -1,0 +1,90 @@
+"""What a run directory remembers of its steps: whose results it holds, and how long each attempt took.
+
+``.steps/NAME.json`` holds the key of whatever a step's outputs are, whether the step is done, and while it runs,
+since when. ``timings.jsonl`` has a line for every attempt; a killed one lasted until its log was last written to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_vl.evaluation.records import StepTime
+
+
+@dataclass(frozen=True)
+class StepState:
+    """How far a step has come."""
+
+    key: str
+    """Hash of the step's inputs, whose results its outputs are."""
+    done: bool = False
+    running_since: float | None = None
+    """Seconds since the epoch; set while the step runs, and left behind by an attempt that was killed."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The memory of one run directory."""
+
+    run_dir: Path
+
+    def log_path(self, step: str) -> Path:
+        """Where the output of a step's commands goes."""
+        return self.run_dir / "logs" / f"{_file_name(step)}.log"
+
+    def read(self, step: str) -> StepState | None:
+        """The state of a step, or None if nothing (readable) is known of it."""
+        try:
+            return StepState(**json.loads(self._state_path(step).read_text(encoding="utf-8")))
+        except (OSError, TypeError, json.JSONDecodeError):
+            return None
+
+    def write(self, step: str, state: StepState) -> None:
+        """Replace the state of a step."""
+        path = self._state_path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
+        draft.replace(path)
+
+    def settle(self, step: str) -> None:
+        """Count the time of an attempt that was killed."""
+        state = self.read(step)
+        if state is not None and state.running_since is not None:
+            log = self.log_path(step)
+            ended = log.stat().st_mtime if log.exists() else state.running_since
+            self.add_time(StepTime(step, round(max(0.0, ended - state.running_since), 2), finished=False))
+            self.write(step, StepState(state.key))
+
+    def add_time(self, timing: StepTime) -> None:
+        """Append an attempt."""
+        with self._timings.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(timing)) + "\n")
+
+    def times(self) -> list[StepTime]:
+        """All attempts, in order."""
+        if not self._timings.exists():
+            return []
+        lines = self._timings.read_text(encoding="utf-8").splitlines()
+        return [StepTime(**json.loads(line)) for line in lines]
+
+    def forget_times(self, step: str) -> None:
+        """Drop a step's attempts: its inputs have changed, so they do not belong to this run."""
+        kept = [timing for timing in self.times() if timing.step != step]
+        self._timings.unlink(missing_ok=True)
+        for timing in kept:
+            self.add_time(timing)
+
+    @property
+    def _timings(self) -> Path:
+        return self.run_dir / "timings.jsonl"
+
+    def _state_path(self, step: str) -> Path:
+        return self.run_dir / ".steps" / f"{_file_name(step)}.json"
+
+
+def _file_name(step: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", step.lower()).strip("_")

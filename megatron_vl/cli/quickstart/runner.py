@@ -1,0 +1,199 @@
+"""Runs steps: only those whose results are not there yet, with their commands and progress shown.
+
+A step's key is a hash of its commands, of the files of the checkout that they read, and of the keys of the steps
+it builds on. A step that is done under its key is not run again. Outputs of another key, or of an attempt that
+was cut short and cannot go on, are removed first. So a run directory never mixes two plans, and a second start
+does only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_vl.cli.quickstart.ledger import Ledger, StepState
+from megatron_vl.errors import MegatronVLError
+from megatron_vl.evaluation.records import StepTime
+from megatron_vl.evaluation.tables import show_duration
+
+_PROGRESS = re.compile(r"iteration +(\d+)/ *(\d+) .*lm loss: (\S+) .*tokens/s: (\d+)")
+_TAIL_LINES = 25
+_SECONDS_TO_STOP = 60
+
+
+class StepFailed(MegatronVLError):
+    """A command of a step ended with an error; the message holds the reason, or the end of its log."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that belong together, and what they read and write."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    """Command lines; ``python`` and ``torchrun`` mean those of the running interpreter."""
+    outputs: tuple[Path, ...] = ()
+    """Files and folders that the step makes."""
+    reads: tuple[Path, ...] = ()
+    """Files of the checkout whose contents matter."""
+    after: tuple[str, ...] = ()
+    """Earlier steps whose results it uses."""
+    resumes: bool = False
+    """The commands go on where an earlier attempt stopped, so its outputs stay."""
+
+
+@dataclass
+class Runner:
+    """Runs the steps of one run directory."""
+
+    ledger: Ledger
+    root: Path
+    """The checkout: where commands run."""
+    say: Callable[[str], None]
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _keys: dict[str, str] = field(default_factory=dict, init=False)
+
+    def run_group(self, steps: Sequence[Step]) -> None:
+        """Run steps that do not depend on each other, two at a time.
+
+        Raises StepFailed for the first that fails.
+        """
+        todo = []
+        for step in steps:
+            self._keys[step.name] = self._key(step)
+            self.ledger.settle(step.name)
+            if self._is_done(step):
+                self.say(f"{self._clock()} {step.name}: done before")
+            else:
+                self._clear(step)
+                todo.append(step)
+        if len(todo) == 1:
+            self._run(todo[0])
+        elif todo:
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                for outcome in [pool.submit(self._run, step, label=f"[{step.name}] ") for step in todo]:
+                    outcome.result()
+
+    def _key(self, step: Step) -> str:
+        digest = hashlib.sha256(json.dumps(step.commands).encode())
+        for path in step.reads:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        for name in step.after:
+            digest.update(self._keys[name].encode())
+        return digest.hexdigest()
+
+    def _is_done(self, step: Step) -> bool:
+        state = self.ledger.read(step.name)
+        if state is None or state.key != self._keys[step.name]:
+            return False
+        return state.done and all(path.exists() for path in step.outputs)
+
+    def _clear(self, step: Step) -> None:
+        """Remove what the step's commands would trip over, and times that belong to other inputs."""
+        state = self.ledger.read(step.name)
+        same = state is not None and state.key == self._keys[step.name]
+        if not same:
+            self.ledger.forget_times(step.name)
+        if not (same and step.resumes):
+            for path in step.outputs:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _run(self, step: Step, *, label: str = "") -> None:
+        key = self._keys[step.name]
+        self.ledger.write(step.name, StepState(key, running_since=time.time()))
+        self.say(f"{self._clock()} {step.name}")
+        begun = time.monotonic()
+        finished = False
+        try:
+            for command in step.commands:
+                self._execute(step, command, label)
+            finished = True
+        finally:
+            seconds = time.monotonic() - begun
+            self.ledger.add_time(StepTime(step.name, round(seconds, 2), finished))
+            self.ledger.write(step.name, StepState(key, done=finished))
+        self.say(f"{self._clock()} {step.name}: finished in {show_duration(seconds)}")
+
+    def _execute(self, step: Step, command: Sequence[str], label: str) -> None:
+        """Run one command; its standard output is shown and logged, its standard error logged."""
+        shown = shlex.join(command)
+        self.say(f"    {label}$ {shown}")
+        log = self.ledger.log_path(step.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(f"$ {shown}\n")
+            stream.flush()
+            process = subprocess.Popen(
+                _resolve(command),
+                cwd=self.root,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                errors="replace",
+            )
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    stream.write(line)
+                    stream.flush()
+                    self.say(f"    {label}{condense(line)}")
+                process.wait()
+            finally:
+                _end(process)
+        if process.returncode != 0:
+            raise StepFailed(_explain(step, shown, process.returncode, log))
+
+    def _clock(self) -> str:
+        seconds = round(time.monotonic() - self._started)
+        return f"[{seconds // 60:02d}:{seconds % 60:02d}]"
+
+
+def condense(line: str) -> str:
+    """A line of output as it is shown: a training log line shortened to what a reader follows."""
+    found = _PROGRESS.search(line)
+    if found is None:
+        return line.rstrip()
+    step, last, loss, speed = found.groups()
+    return f"step {step} of {last}, loss {float(loss):.3f}, {int(speed):,} tokens/s"
+
+
+def _resolve(command: Sequence[str]) -> list[str]:
+    """The command with the running interpreter in the place of ``python`` and ``torchrun``."""
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    return [*programs[command[0]], *command[1:]]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask a process that is still running to stop (a trainer then saves), and wait for it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=_SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _explain(step: Step, command: str, status: int, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = len(lines) - lines[::-1].index(f"$ {command}")
+    errors = [line for line in lines[last:] if line.startswith("error")]
+    reason = errors[:1] or lines[last:][-_TAIL_LINES:]
+    head = f"{step.name}: exit status {status} of\n    {command}"
+    return "\n".join([head, *reason, f"(the whole log: {log})"])

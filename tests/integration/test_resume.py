@@ -1,0 +1,174 @@
+"""Resuming changes nothing, and the three recipe stages train what the paper trains.
+
+At the same layout 2N steps equal N steps, a resume and N steps, bit for bit. At another layout and data-parallel size
+the rows of every global batch are the same, and the losses agree to 1e-5.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vl.checkpoint import store
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import CheckpointError
+from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.ranks import RankError, RankPools
+from tests.helpers.tiny import tiny_config
+from tests.integration.running import RunRecord, train_on_rank
+
+HALF = 4
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+def _config(prefix: str, *, steps: int, **sections: dict[str, Any]) -> RunConfig:
+    base: dict[str, dict[str, Any]] = {
+        "data": {"data_path": (prefix,), "seq_length": SEQ_LENGTH, "attention_span": "segment"},
+        "training": {"train_iters": steps, "micro_batch_size": 1, "global_batch_size": 4},
+        "parallel": {"use_distributed_optimizer": True},
+        "optimizer": {"lr_warmup_iters": 2, "lr_decay_iters": 2 * HALF},
+        "logging": {"log_interval": 1, "progress": False},
+    }
+    for name, fields in sections.items():
+        base[name] = base.get(name, {}) | fields
+    return tiny_config(**base)
+
+
+def _train(ranks: RankPools, world_size: int, config: RunConfig) -> list[RunRecord]:
+    records: list[RunRecord] = ranks(world_size).run(train_on_rank, config)
+    return records
+
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "dp2": (2, {}),
+    "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2-vp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "pp2-dp2": (4, {"pipeline_model_parallel_size": 2}),
+    "dp4": (4, {}),
+}
+
+
+@pytest.mark.parametrize("name", ["one process", "dp2", "tp2-sp", "pp2-vp2", "pp2-dp2"])
+def test_resume_is_bit_exact_at_the_same_layout(ranks: RankPools, prefix: str, tmp_path: Path, name: str) -> None:
+    world_size, parallel = LAYOUTS[name]
+    whole = _train(ranks, world_size, _config(prefix, steps=2 * HALF, parallel=parallel))
+    save = {"save": str(tmp_path)}
+    first = _train(ranks, world_size, _config(prefix, steps=HALF, parallel=parallel, checkpoint=save))
+    resumed = _config(prefix, steps=2 * HALF, parallel=parallel, checkpoint=save | {"load": str(tmp_path)})
+    second = _train(ranks, world_size, resumed)
+    for rank in range(world_size):
+        assert first[rank].losses + second[rank].losses == whole[rank].losses
+        assert first[rank].rows + second[rank].rows == whole[rank].rows
+        assert second[rank].hashes == whole[rank].hashes
+    assert store.steps_in(tmp_path) == [HALF, 2 * HALF]
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools, prefix: str) -> RunRecord:
+    return _train(ranks, 1, _config(prefix, steps=HALF + 5))[0]
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "resumed_at"),
+    [
+        ("one process", "tp2-sp"),
+        ("dp2", "tp2-pp2"),
+        ("dp4", "pp2-vp2"),
+        ("pp2-dp2", "dp2"),
+        ("tp2-pp2", "one process"),
+        ("pp2-vp2", "pp2-dp2"),
+    ],
+)
+def test_resume_at_another_layout_goes_on_with_the_same_rows_and_losses(
+    ranks: RankPools, prefix: str, tmp_path: Path, one_process: RunRecord, saved_at: str, resumed_at: str
+) -> None:
+    (size, parallel), save = LAYOUTS[saved_at], {"save": str(tmp_path)}
+    _train(ranks, size, _config(prefix, steps=HALF, parallel=parallel, checkpoint=save))
+    size, parallel = LAYOUTS[resumed_at]
+    config = _config(prefix, steps=HALF + 5, parallel=parallel, checkpoint=save | {"load": str(tmp_path)})
+    records = _train(ranks, size, config)
+    assert records[0].losses == pytest.approx(one_process.losses[HALF:], rel=1e-5)
+    for record in records:
+        assert record.rows in ([], one_process.rows[HALF:])
+
+
+PARTS = ("vision.", "resampler.", "language_model.")
+STAGES = {
+    "stage 1: vision tower and adapter": ({"freeze_language_model": True}, PARTS[:2]),
+    "stage 2: everything": ({}, PARTS),
+    "stage 3: adapter and language model": ({"freeze_vision": True}, PARTS[1:]),
+    "stage 0: language model": ({"freeze_vision": True, "freeze_resampler": True}, PARTS[2:]),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_stage_trains_what_the_paper_trains(ranks: RankPools, prefix: str, stage: str, world_size: int) -> None:
+    frozen, parts = STAGES[stage]
+    parallel = {"pipeline_model_parallel_size": world_size}
+    config = _config(prefix, steps=2, parallel=parallel, training={"micro_batch_size": 2} | frozen)
+    records = _train(ranks, world_size, config)
+    trained = [name for record in records for name in record.names_trained]
+    changed = [name for record in records for name in record.changed]
+    assert sorted(trained) == sorted(changed)
+    assert {name.split(".")[0] + "." for name in trained} == set(parts)
+
+
+def test_a_run_refuses_to_start_over_in_a_directory_with_checkpoints(
+    ranks: RankPools, prefix: str, tmp_path: Path
+) -> None:
+    config = _config(prefix, steps=1, checkpoint={"save": str(tmp_path)})
+    _train(ranks, 1, config)
+    with pytest.raises(RankError, match="would start over: add --auto-resume"):
+        _train(ranks, 1, config)
+    again = _config(prefix, steps=2, checkpoint={"save": str(tmp_path), "auto_resume": True})
+    assert len(_train(ranks, 1, again)[0].losses) == 1
+
+
+def test_a_stage_starts_from_pretrained_weights_with_fresh_progress(
+    ranks: RankPools, prefix: str, tmp_path: Path
+) -> None:
+    before = _train(ranks, 1, _config(prefix, steps=2, checkpoint={"save": str(tmp_path)}))[0]
+    config = _config(
+        prefix,
+        steps=1,
+        checkpoint={"pretrained_checkpoint": str(tmp_path)},
+        training={"freeze_vision": True, "freeze_resampler": True},
+    )
+    after = _train(ranks, 1, config)[0]
+    frozen = [name for name in before.hashes if name.startswith("vision.")]
+    assert frozen
+    assert {name: after.hashes[name] for name in frozen} == {name: before.hashes[name] for name in frozen}
+    assert after.rows[0] == before.rows[0], "the data position starts anew"
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    _train(ranks, 1, _config(prefix, steps=1, checkpoint={"save": str(tmp_path)}))
+    config = _config(prefix, steps=2, checkpoint={"load": str(tmp_path)})
+    import dataclasses
+
+    language = dataclasses.replace(config.model.language, num_layers=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, language=language))
+    with pytest.raises(RankError, match="language.num_layers is 4 in the checkpoint and 2 in this run"):
+        _train(ranks, 1, config)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, ranks: RankPools, prefix: str) -> None:
+    _train(ranks, 1, _config(prefix, steps=1, checkpoint={"save": str(tmp_path)}))
+    shard = next(store.directory_of(tmp_path, 1).glob("__0_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=f"{shard.name}: SHA-256"):
+        store.verify(store.directory_of(tmp_path, 1), hashes=True)
+    shard.write_bytes(bytes(content[:-10]))
+    with pytest.raises(RankError, match="the file is truncated or was changed"):
+        _train(ranks, 1, _config(prefix, steps=2, checkpoint={"load": str(tmp_path)}))
