@@ -18,5 +18,5 @@ set -euo pipefail
 export GPUS_PER_NODE=8
 
 srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/examples/pretrain_qwenvl.sh" \
-    --data-path "$DATA" --pretrained-checkpoint "$FROM" --save "$RUN" --load "$RUN" \
+    --data-path "$DATA" --pretrained-checkpoint "$FROM" --save "$RUN" --auto-resume \
     --save-interval 500 --exit-duration-in-mins 225 "$@"

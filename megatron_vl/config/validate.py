@@ -255,21 +255,18 @@ def _check_fractions(optimizer: OptimizerConfig) -> None:
 
 
 def check_checkpoints(config: RunConfig) -> None:
-    """Where the weights come from is unambiguous, and options have the directory they need.
-
-    ``load`` together with ``pretrained_checkpoint`` is the restartable form: resume from ``load`` if it holds a
-    checkpoint, otherwise start from the other; so it must not also say ``finetune``.
-    """
+    """Where the weights come from is unambiguous, and options have the directory they need."""
     checkpoint = config.checkpoint
-    if checkpoint.pretrained_checkpoint and checkpoint.finetune:
+    if checkpoint.pretrained_checkpoint and checkpoint.load:
         raise ConfigError(
-            "checkpoint.finetune starts anew from the weights in checkpoint.load; checkpoint.pretrained_checkpoint "
-            "names other weights to start from. Give one of the two"
+            f"checkpoint.load {checkpoint.load} (go on with that run) and checkpoint.pretrained_checkpoint "
+            f"{checkpoint.pretrained_checkpoint} (start a stage from those weights) are both given: give one of the "
+            "two. To start a stage once and go on with it ever after, give pretrained_checkpoint, save and auto_resume"
         )
     for name in ("finetune", "no_load_optim", "no_load_rng"):
         if getattr(checkpoint, name) and not checkpoint.load:
             raise ConfigError(f"checkpoint.{name} is true, but checkpoint.load names no directory to load from")
-    for name in ("save_interval", "keep_last"):
+    for name in ("save_interval", "keep_last", "auto_resume"):
         if getattr(checkpoint, name) and not checkpoint.save:
             raise ConfigError(f"checkpoint.{name} is given, but checkpoint.save names no directory to save to")
 

@@ -48,8 +48,10 @@ class MicroBatch:
     """int64[k * num_queries]: positions that image features fill, image by image; empty for text-only
     batches."""
     pixels: torch.Tensor | None
-    """uint8[n, 3, H, W], n >= 1: n = k, or one blank image without slots when the batch is text only.
-    None on ranks that do not hold the patch embedding."""
+    """uint8[n, 3, H, W], n >= 1: the distinct images, or one blank image without slots when the batch is text
+    only. None on ranks that do not hold the patch embedding."""
+    span_images: torch.Tensor
+    """int64[k]: which of them fills each image span. An image that several questions share is seen once."""
     num_images: int
     """n of ``pixels``, known on every rank."""
     num_samples: int
@@ -89,11 +91,13 @@ def collate(
     options: CollateOptions,
     *,
     names: Sequence[str],
+    span_images: npt.NDArray[np.int64] | None = None,
 ) -> MicroBatch:
     """Lay rows end to end.
 
-    ``pixels``: uint8[k, 3, H, W], the images of all rows in their order; None if none is needed (text-only
-    rows, blank images, or ranks without pixels). ``names`` name the rows in messages. Raises DataError for a
+    ``pixels``: uint8[n, 3, H, W], the images of all rows; None if none is needed (text-only rows, blank images,
+    or ranks without pixels). ``span_images``: int64[k], which image each span of the rows shows, by default each
+    the next one. ``names`` name the rows in messages. Raises DataError for a
     row that is too long or whose image spans do not match its images.
     """
     seq_length, total = options.seq_length, len(rows) * options.seq_length
@@ -110,7 +114,10 @@ def collate(
     is_target[borders] = False  # nothing predicts the first token of a span
     supervised = np.flatnonzero(is_target[1:])
     slots = _find_slots(tokens, rows, options, names=names)
-    num_images = sum(len(row.image_ids) for row in rows)
+    shown = np.arange(sum(len(row.image_ids) for row in rows)) if span_images is None else span_images
+    if options.blank_images:
+        shown = np.zeros_like(shown)  # one grey image serves all
+    num_images = int(shown.max(initial=-1)) + 1
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(np.arange(total) - np.repeat(borders[:-1], np.diff(borders))),
@@ -119,6 +126,7 @@ def collate(
         targets=torch.from_numpy(tokens[supervised + 1]),
         slots=torch.from_numpy(slots),
         pixels=_pixels(pixels, num_images, options),
+        span_images=torch.from_numpy(shown.astype(np.int64)),
         num_images=max(num_images, 1),
         num_samples=sum(len(row.segment_lengths) for row in rows),
         num_tokens=sum(len(row.tokens) for row in rows),

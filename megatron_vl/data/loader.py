@@ -51,6 +51,8 @@ class _Pending:
 
     rows: list[PackedRow]
     names: list[str]
+    span_images: npt.NDArray[np.int64]
+    """Which of the distinct images each span shows."""
     ticket: int | None
 
 
@@ -225,9 +227,11 @@ class RowLoader:
             steps.append(row_ids)
             for positions in self._mine(row_ids):
                 read = [self.data_sets.read(row_id) for row_id in row_ids[positions].tolist()]
-                images = np.concatenate([images for _, _, images in read])
+                every = np.concatenate([images for _, _, images in read])
+                images, shown = np.unique(every, axis=0, return_inverse=True)
                 ticket = self._pool.submit(images) if self._pool is not None and len(images) else None
-                yield _Pending([row for row, _, _ in read], [name for _, name, _ in read], ticket)
+                rows, names = [row for row, _, _ in read], [name for _, name, _ in read]
+                yield _Pending(rows, names, shown.reshape(-1), ticket)
 
     def _mine(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64[micro-batches, rows]: positions in the global batch that this rank computes."""
@@ -242,7 +246,7 @@ class RowLoader:
         if pending.ticket is not None:
             assert self._pool is not None
             pixels = self._pool.result(pending.ticket)
-        return collate(pending.rows, pixels, self._options, names=pending.names)
+        return collate(pending.rows, pixels, self._options, names=pending.names, span_images=pending.span_images)
 
 
 def _check(manifest: Manifest, prefix: str, config: RunConfig) -> None:

@@ -207,7 +207,8 @@ class Engine:
         if chunk.stage.word_embedding:
             line = language.embed(tokens.flatten())
             if batch is not None and state is not None:
-                line = fuse(line, state, slots=batch.slots)
+                everyone = torch.arange(state.shape[1], device=state.device)
+                line = fuse(line, state, slots=batch.slots, span_images=everyone)
             state = line.view(*tokens.shape, -1).transpose(0, 1).contiguous()
         state = language(state, inputs, inference=cache)
         if chunk.stage.head:

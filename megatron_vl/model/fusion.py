@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_vl.errors import DataError
 
 
-def fuse(embedded: Tensor, features: Tensor, *, slots: Tensor) -> Tensor:
+def fuse(embedded: Tensor, features: Tensor, *, slots: Tensor, span_images: Tensor) -> Tensor:
     """Overwrite the embeddings at the slots by image features.
 
     A batch without slots still has one blank image, whose features enter as zero times their sum: so every rank runs
@@ -16,18 +16,20 @@ def fuse(embedded: Tensor, features: Tensor, *, slots: Tensor) -> Tensor:
     Args:
         embedded: [t, h], the word embeddings of the packed line.
         features: [queries, n, h], the features of n images.
-        slots: int64[n * queries], positions to fill, image by image; or empty.
+        slots: int64[k * queries], positions to fill, span by span; or empty.
+        span_images: int64[k], the image of each span.
 
     Raises:
-        DataError: the slots are not as many as the features.
+        DataError: the slots are not as many as the features of the spans.
     """
     if slots.numel() == 0:
         return embedded + 0.0 * features.sum().to(embedded.dtype)
-    queries, number, width = features.shape
-    if slots.numel() != queries * number:
+    queries, _, width = features.shape
+    if slots.numel() != queries * span_images.numel():
         raise DataError(
-            f"a micro-batch has {slots.numel()} image slots, but {number} images x {queries} queries = "
-            f"{queries * number} features: the data set was prepared for another num_queries, or a row is corrupt"
+            f"a micro-batch has {slots.numel()} image slots, but {span_images.numel()} image spans x {queries} queries "
+            f"= {queries * span_images.numel()} features: the data set was prepared for another num_queries, or a row "
+            "is corrupt"
         )
-    filling = features.transpose(0, 1).reshape(-1, width).to(embedded.dtype)
-    return embedded.index_copy(0, slots, filling)
+    filling = features.index_select(1, span_images).transpose(0, 1).reshape(-1, width)
+    return embedded.index_copy(0, slots, filling.to(embedded.dtype))

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
@@ -62,6 +64,16 @@ class LanguageModel(ShardedModule):
                 gather_output=False,
                 tp_group=context.groups.tp,
             )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As of any sharded module; rows that pad the vocabulary differ between tensor-parallel sizes, and may."""
+        result = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        head = result.get(f"{prefix}output_layer.weight")
+        if head is not None:
+            head.allow_shape_mismatch = True
+        return result
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[t] -> [t, h]."""

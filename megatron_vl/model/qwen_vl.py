@@ -90,7 +90,8 @@ class QwenVL(MegatronModule):
 
     def _read(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
         if self.stage.word_embedding:
-            hidden = language.scatter(fuse(language.embed(batch.tokens), hidden, slots=batch.slots))
+            line = fuse(language.embed(batch.tokens), hidden, slots=batch.slots, span_images=batch.span_images)
+            hidden = language.scatter(line)
         if self.stage.language_layers:
             hidden = language(hidden, language.attention_inputs(batch.cu_seqlens, batch.positions))
         if self.stage.head:

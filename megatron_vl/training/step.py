@@ -41,7 +41,7 @@ class Counts:
     """What was read, over all data-parallel ranks."""
 
     images: int = 0
-    """Images that fill slots; the blank one of a text-only micro-batch does not count."""
+    """Images that the vision tower saw for the slots; the blank one of a text-only micro-batch does not count."""
     samples: int = 0
     tokens: int = 0
     """Tokens that are not padding."""

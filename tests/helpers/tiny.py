@@ -79,6 +79,7 @@ def _micro_batch(model: ModelConfig, images: int, rows: int, span: str, generato
         pixels=torch.randint(
             0, 256, (max(images, 1), 3, model.image_size, model.image_size), generator=generator, dtype=torch.uint8
         ),
+        span_images=torch.arange(images),
         num_images=max(images, 1),
         num_samples=rows * len(cuts),
         num_tokens=length,

@@ -55,7 +55,8 @@ def _last_logits(chunk: object, config: RunConfig, tokens: list[int], prompt: Pr
     embedded = language.embed(line)
     if prompt.pixels is not None:
         slots = torch.nonzero(line == SpecialTokens(config.model.num_ranks).img_pad).flatten()
-        embedded = fuse(embedded, chunk.features(prompt.pixels), slots=slots)
+        spans = torch.arange(len(prompt.pixels))
+        embedded = fuse(embedded, chunk.features(prompt.pixels), slots=slots, span_images=spans)
     borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
     inputs = language.attention_inputs(borders, torch.arange(len(tokens)))
     hidden = language(embedded.unsqueeze(1), inputs)

@@ -100,13 +100,13 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_padding(prefix: str) ->
     assert [step.row_ids.tolist() for step in loaders[0].one_pass()] == [step.row_ids.tolist() for step in passes[0]]
 
 
-def test_ranks_without_pixels_and_blank_images_decode_nothing(prefix: str) -> None:
-    for options in ({"with_pixels": False}, {}):
-        config = run_config(prefix, num_workers=2, blank_images=not options)
-        loader = RowLoader(config, dp_rank=0, dp_size=1, **options)
-        assert loader.worker_pids == []
-        (step,) = take(loader, 1)
-        assert all((batch.pixels is None) == ("with_pixels" in options) for batch in step.micro_batches)
+@pytest.mark.parametrize("with_pixels", [False, True])
+def test_ranks_without_pixels_and_blank_images_decode_nothing(prefix: str, with_pixels: bool) -> None:
+    config = run_config(prefix, num_workers=2, blank_images=with_pixels)
+    loader = RowLoader(config, dp_rank=0, dp_size=1, with_pixels=with_pixels)
+    assert loader.worker_pids == []
+    (step,) = take(loader, 1)
+    assert all((batch.pixels is not None) == with_pixels for batch in step.micro_batches)
 
 
 def test_a_data_set_must_fit_the_run(prefix: str, tmp_path: Path) -> None:
