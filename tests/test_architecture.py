@@ -240,7 +240,7 @@ def test_foreign_modules_are_patched_in_two_rooms_only() -> None:
 
 def test_the_environment_is_no_place_for_settings() -> None:
     # What the launcher says, and what a child process is given.
-    homes = {f"{PACKAGE}.launch", f"{PACKAGE}.data.decoding"}
+    homes = {f"{PACKAGE}.{name}" for name in ("launch", "data.decoding", "cli.quickstart.runner")}
     wrong = [
         f"{module.where}:{node.lineno}"
         for module in PACKAGE_MODULES

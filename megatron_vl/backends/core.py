@@ -54,7 +54,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means = [self._moment(parameter, "exp_avg") for parameter in parameters]
         squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
         torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])

@@ -7,8 +7,8 @@ process, and ``DotProductAttention`` refuses packed sequences. The linear layers
 Attention masks. A layer gets one tensor that says who may look at whom:
 
 * ``None``: everybody at everybody (vision tower), or the plain causal triangle (language model);
-* ``int64[...]``: the spans of a packed line as ``backends/spans.py`` writes them; attention is causal within a span, and
-  its cost is that of the spans, not that of the line;
+* ``int64[...]``: the spans of a packed line as ``backends/spans.py`` writes them; attention is causal within a span,
+  and its cost is that of the spans, not that of the line;
 * ``bool[b, 1, sq, sk]``: True hides a key from a query (generation with a key-value cache).
 """
 

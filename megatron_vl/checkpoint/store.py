@@ -2,7 +2,7 @@
 
     DIR/iter_0000100/                     a committed checkpoint; never written to again
     DIR/latest_checkpointed_iteration.txt the newest step, a hint (Megatron-LM's own name)
-    DIR/.staging-iter_0000100-4f1c...     being written, or left by a run that died: never read, removed by the next save
+    DIR/.staging-iter_0000100-4f1c...     being written, or left by a dead run: never read, removed by the next save
 
 A checkpoint is written into a fresh staging directory. When every rank has written and synchronised its files, a
 manifest with the size and SHA-256 of each is added, and one rename makes it visible. So nothing that carries its final

@@ -85,7 +85,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--inputs {path}: cannot be read ({error}); expected JSON lines with key and prompt") from error
+        raise DataError(f"--inputs {path}: cannot be read ({error}); expected JSON lines with a prompt") from error
     questions = []
     for number, line in enumerate(lines, 1):
         try:

@@ -10,7 +10,7 @@ from megatron_vl.config.schema import ParallelConfig
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
     """Add the parallel sizes; data-parallel ranks are what remains of the world."""
     group = parser.add_argument_group("layout", "how the model is spread over the ranks that torchrun started")
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks that split a layer")
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks of a layer")
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages")
     group.add_argument("--pipeline-layout", default="auto", help="stages over the line V..V R L..L, or auto")
 

@@ -29,7 +29,7 @@ from megatron_vl.data.manifest import (
     manifest_path,
     write_manifest,
 )
-from megatron_vl.data.packing import IntArray, Packing, PackLimits, one_per_row, pack, pack_by_group
+from megatron_vl.data.packing import IntArray, Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.parts import TASKS, Part
 from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.data.rows import SegmentKey, encode_keys, encode_row
@@ -59,9 +59,7 @@ class _Samples:
         return self.task == TASKS.index("text")
 
 
-def merge_parts(
-    recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progress: Progress | None = None
-) -> Manifest:
+def merge_parts(recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progress: Progress | None = None) -> Manifest:
     """Pack the samples of all parts into the data set at ``prefix`` and return its manifest.
 
     ``parts`` are in the order of the units. Raises DataError if no sample is left.
@@ -80,11 +78,11 @@ def merge_parts(
             writer.add_row(packing, row)
             if progress is not None:
                 progress(row + 1, packing.num_rows)
-        files = writer.finish()
+        writer.finish()
     except BaseException:
         writer.discard()
         raise
-    manifest = _manifest(recipe, parts, samples, packing=packing, writer=writer, files=files)
+    manifest = _manifest(recipe, parts, samples, packing=packing, writer=writer)
     _commit(prefix, manifest)
     return manifest
 
@@ -118,13 +116,12 @@ def _gather(recipe: DataRecipe, parts: Sequence[Part]) -> _Samples:
 def _pack(recipe: DataRecipe, samples: _Samples) -> Packing:
     options = recipe.pack
     limits = PackLimits(recipe.seq_length, options.max_images, options.min_piece)
+    items = Items(samples.length, samples.images, samples.is_text)
     if options.mode == "none":
-        return one_per_row(samples.length, samples.is_text, limits=limits)
+        return one_per_row(items, limits=limits)
     if options.mode == "task":
-        return pack_by_group(
-            samples.length, samples.images, samples.is_text, samples.task, limits=limits, seed=options.seed
-        )
-    return pack(samples.length, samples.images, samples.is_text, limits=limits, seed=options.seed)
+        return pack_by_group(items, samples.task, limits=limits, seed=options.seed)
+    return pack(items, limits=limits, seed=options.seed)
 
 
 class _RowWriter:
@@ -142,6 +139,7 @@ class _RowWriter:
         }
         self._image_by_hash: dict[str, int] = {}
         self.images_per_row: Counter[int] = Counter()
+        self.files: tuple[FileEntry, ...] = ()
 
     @property
     def num_stored_images(self) -> int:
@@ -158,9 +156,7 @@ class _RowWriter:
             part, index = self._parts[int(self._samples.part[sample])], int(self._samples.index[sample])
             tokens.append(_read_piece(part, index, start=start, stop=stop))
             image_ids += [self._image_id(part, image) for image in part.index.images[index]]
-            keys.append(
-                SegmentKey(part.index.source, part.index.tasks[index], part.index.keys[index], start, stop)
-            )
+            keys.append(SegmentKey(part.index.source, part.index.tasks[index], part.index.keys[index], start, stop))
         joined = np.concatenate(tokens)
         packed = PackedRow(
             tokens=joined ^ (joined >> 31),
@@ -172,12 +168,12 @@ class _RowWriter:
         self._writers[".keys"].add(encode_keys(keys))
         self.images_per_row[len(image_ids)] += 1
 
-    def finish(self) -> tuple[FileEntry, ...]:
-        """Finish all files and describe them by their suffixes."""
+    def finish(self) -> None:
+        """Finish all files; ``files`` describes them then."""
         written: dict[str, WrittenFile] = {}
         for suffix, writer in self._writers.items():
             written.update({suffix + kind: file for kind, file in writer.finish().items()})
-        return tuple(FileEntry(suffix, file.size, file.sha256) for suffix, file in written.items())
+        self.files = tuple(FileEntry(suffix, file.size, file.sha256) for suffix, file in written.items())
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -223,7 +219,6 @@ def _manifest(
     *,
     packing: Packing,
     writer: _RowWriter,
-    files: tuple[FileEntry, ...],
 ) -> Manifest:
     histogram = writer.images_per_row
     return Manifest(
@@ -243,7 +238,7 @@ def _manifest(
         images_per_row=tuple(histogram[images] for images in range(max(histogram) + 1)),
         counts=_counts(recipe, parts, samples),
         skips=_skips(recipe, parts),
-        files=files,
+        files=writer.files,
     )
 
 

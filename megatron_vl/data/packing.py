@@ -57,55 +57,62 @@ class Packing:
         return len(self.row_splits) - 1
 
 
-def pack(
-    lengths: IntArray, images: IntArray, is_text: npt.NDArray[np.bool_], *, limits: PackLimits, seed: int
-) -> Packing:
-    """Pack samples of ``lengths`` tokens and ``images`` images; those of ``is_text`` may be cut.
+@dataclass(frozen=True)
+class Items:
+    """The samples to pack, one entry each."""
 
-    All arrays have one entry per sample. Every sample that is not text must fit into a row by itself.
-    """
-    shuffle = np.random.default_rng(seed).permutation(len(lengths))
-    order, documents = shuffle[~is_text[shuffle]], shuffle[is_text[shuffle]]
-    row_of, num_rows = _best_fit(lengths[order], images[order], limits)
-    filled = np.bincount(row_of, weights=lengths[order], minlength=num_rows).astype(np.int64)
-    mortar = _lay_text(documents, lengths[documents], limits.tokens - filled, limits=limits)
+    lengths: IntArray
+    """int64[n]: tokens."""
+    images: IntArray
+    """int64[n]."""
+    is_text: npt.NDArray[np.bool_]
+    """bool[n]: a text document, which may be cut."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, members: IntArray) -> Items:
+        """Some of the samples, in the order given."""
+        return Items(self.lengths[members], self.images[members], self.is_text[members])
+
+
+def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
+    """Pack samples into rows; every sample that is not text must fit into a row by itself."""
+    shuffle = np.random.default_rng(seed).permutation(len(items))
+    order, documents = shuffle[~items.is_text[shuffle]], shuffle[items.is_text[shuffle]]
+    lengths = items.lengths[order]
+    fit = _BestFit(limits, len(order))
+    fit.place(lengths, items.images[order])
+    filled = np.bincount(fit.row_of, weights=lengths, minlength=fit.num_rows).astype(np.int64)
+    mortar = _lay_text(documents, items.lengths[documents], limits.tokens - filled, limits=limits)
     pieces = (
-        np.concatenate([row_of, mortar[0]]),
+        np.concatenate([fit.row_of, mortar[0]]),
         np.concatenate([order, mortar[1]]),
         np.concatenate([np.zeros(len(order), dtype=np.int64), mortar[2]]),
-        np.concatenate([lengths[order], mortar[3]]),
+        np.concatenate([lengths, mortar[3]]),
     )
-    rank = np.empty(len(lengths), dtype=np.int64)
-    rank[shuffle] = np.arange(len(lengths))
+    rank = np.empty(len(items), dtype=np.int64)
+    rank[shuffle] = np.arange(len(items))
     return _by_row(*pieces, rank=rank)
 
 
-def pack_by_group(
-    lengths: IntArray,
-    images: IntArray,
-    is_text: npt.NDArray[np.bool_],
-    groups: IntArray,
-    *,
-    limits: PackLimits,
-    seed: int,
-) -> Packing:
-    """Rows whose samples all belong to one group (few-shot rows of one task); the groups follow one
-    another."""
+def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: int) -> Packing:
+    """Rows whose samples all belong to one group (few-shot rows of one task); the groups follow one another."""
     parts = []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
-        part = pack(lengths[members], images[members], is_text[members], limits=limits, seed=seed)
+        part = pack(items.select(members), limits=limits, seed=seed)
         parts.append(Packing(members[part.samples], part.starts, part.stops, part.row_splits))
     return _concatenate(parts)
 
 
-def one_per_row(lengths: IntArray, is_text: npt.NDArray[np.bool_], *, limits: PackLimits) -> Packing:
+def one_per_row(items: Items, *, limits: PackLimits) -> Packing:
     """One sample a row, in the order given; a text document takes as many rows as it needs."""
-    num_pieces = np.maximum(-(-lengths // limits.tokens), 1)
-    samples = np.repeat(np.arange(len(lengths)), num_pieces)
+    num_pieces = np.maximum(-(-items.lengths // limits.tokens), 1)
+    samples = np.repeat(np.arange(len(items)), num_pieces)
     first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     starts = (np.arange(len(samples)) - first) * limits.tokens
-    stops = np.minimum(starts + limits.tokens, lengths[samples])
+    stops = np.minimum(starts + limits.tokens, items.lengths[samples])
     return Packing(samples, starts, stops, np.arange(len(samples) + 1))
 
 
@@ -133,94 +140,70 @@ class _Room:
             yield room_tokens, room_images, np.concatenate(self._blocks.pop((room_tokens, room_images)))
 
 
-def _best_fit(lengths: IntArray, images: IntArray, limits: PackLimits) -> tuple[IntArray, int]:
-    """int64[samples] row of each sample, and the number of rows."""
-    base = int(images.max(initial=0)) + 1
-    keys = lengths * base + images
-    small = (
-        keys.astype(np.uint16) if keys.max(initial=0) < 2**16 else keys
-    )  # numpy sorts 16-bit keys by radix
-    order = np.argsort(small, kind="stable")
-    ordered = keys[order]
-    borders = np.flatnonzero(np.diff(ordered, prepend=-1, append=-1))
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    room = _Room(limits)
-    num_rows = 0
-    for begin, end in zip(borders[-2::-1].tolist(), borders[:0:-1].tolist(), strict=True):
-        length, num_images = divmod(int(ordered[begin]), base)
-        members = order[begin:end]
-        members = _fill_existing(members, (length, num_images), room, row_of)
-        if len(members):
-            num_rows = _open_rows(
-                members, (length, num_images), room, row_of, num_rows=num_rows, limits=limits
-            )
-    return row_of, num_rows
+class _BestFit:
+    """Places classes of equal samples, longest first; ``row_of`` and ``num_rows`` are the result."""
+
+    def __init__(self, limits: PackLimits, num_samples: int) -> None:
+        self.row_of = np.empty(num_samples, dtype=np.int64)
+        """int64[samples]: row of each sample."""
+        self.num_rows = 0
+        self._limits = limits
+        self._room = _Room(limits)
+
+    def place(self, lengths: IntArray, images: IntArray) -> None:
+        """Give every sample its row."""
+        base = int(images.max(initial=0)) + 1
+        keys = lengths * base + images
+        # numpy sorts 16-bit keys by radix
+        order = np.argsort(keys.astype(np.uint16) if keys.max(initial=0) < 2**16 else keys, kind="stable")
+        ordered = keys[order]
+        borders = np.flatnonzero(np.diff(ordered, prepend=-1, append=-1))
+        for begin, end in zip(borders[-2::-1].tolist(), borders[:0:-1].tolist(), strict=True):
+            size = divmod(int(ordered[begin]), base)
+            left = self._fill_existing(order[begin:end], size)
+            if len(left):
+                self._open_rows(left, size)
+
+    def _fill_existing(self, members: IntArray, size: tuple[int, int]) -> IntArray:
+        """Put samples of one size into rows that have room, tightest first; returns those left over."""
+        for *space, rows in self._room.tightest(*size):
+            members = self._fill(members, size, (space[0], space[1]), rows)
+            if not len(members):
+                break
+        return members
+
+    def _open_rows(self, members: IntArray, size: tuple[int, int]) -> None:
+        """Put samples of one size into new rows."""
+        space = (self._limits.tokens, self._limits.images)
+        per_row = _times(size, space)
+        assert per_row > 0, f"a sample of {size[0]} tokens and {size[1]} images exceeds {self._limits}"
+        num_new = -(-len(members) // per_row)
+        self._fill(members, size, space, np.arange(self.num_rows, self.num_rows + num_new))
+        self.num_rows += num_new
+
+    def _fill(self, members: IntArray, size: tuple[int, int], space: tuple[int, int], rows: IntArray) -> IntArray:
+        """Fill ``rows`` of equal ``space`` one after the other; returns the samples left over."""
+        per_row = _times(size, space)
+        count = min(len(members), per_row * len(rows))
+        full, partial = divmod(count, per_row)
+        self.row_of[members[: full * per_row]] = np.repeat(rows[:full], per_row)
+        self._room.add(space[0] - per_row * size[0], space[1] - per_row * size[1], rows[:full])
+        untouched = full
+        if partial:
+            self.row_of[members[full * per_row : count]] = rows[full]
+            self._room.add(space[0] - partial * size[0], space[1] - partial * size[1], rows[full : full + 1])
+            untouched += 1
+        self._room.add(*space, rows[untouched:])
+        return members[count:]
 
 
-def _fill_existing(members: IntArray, size: tuple[int, int], room: _Room, row_of: IntArray) -> IntArray:
-    """Put samples of one size into rows that have room, tightest first; returns those left over."""
-    length, num_images = size
-    for room_tokens, room_images, rows in room.tightest(length, num_images):
-        per_row = room_tokens // max(length, 1)
-        if num_images:
-            per_row = min(per_row, room_images // num_images)
-        members = _put(
-            members, size, (room_tokens, room_images), rows, per_row=per_row, room=room, row_of=row_of
-        )
-        if not len(members):
-            break
-    return members
+def _times(size: tuple[int, int], space: tuple[int, int]) -> int:
+    """How many samples of a size (tokens, images) fit into a space."""
+    by_tokens = space[0] // max(size[0], 1)
+    return min(by_tokens, space[1] // size[1]) if size[1] else by_tokens
 
 
-def _put(
-    members: IntArray,
-    size: tuple[int, int],
-    space: tuple[int, int],
-    rows: IntArray,
-    *,
-    per_row: int,
-    room: _Room,
-    row_of: IntArray,
-) -> IntArray:
-    """Fill ``rows`` of equal ``space`` one after the other with ``per_row`` samples each; returns samples
-    left over."""
-    count = min(len(members), per_row * len(rows))
-    full, partial = divmod(count, per_row)
-    row_of[members[: full * per_row]] = np.repeat(rows[:full], per_row)
-    room.add(space[0] - per_row * size[0], space[1] - per_row * size[1], rows[:full])
-    untouched = full
-    if partial:
-        row_of[members[full * per_row : count]] = rows[full]
-        room.add(space[0] - partial * size[0], space[1] - partial * size[1], rows[full : full + 1])
-        untouched += 1
-    room.add(*space, rows[untouched:])
-    return members[count:]
-
-
-def _open_rows(
-    members: IntArray,
-    size: tuple[int, int],
-    room: _Room,
-    row_of: IntArray,
-    *,
-    num_rows: int,
-    limits: PackLimits,
-) -> int:
-    """Put samples of one size into new rows; returns the number of rows then."""
-    length, num_images = size
-    per_row = limits.tokens // max(length, 1)
-    if num_images:
-        per_row = min(per_row, limits.images // num_images)
-    assert per_row > 0, f"a sample of {length} tokens and {num_images} images exceeds the limits {limits}"
-    rows = np.arange(num_rows, num_rows - (-len(members) // per_row))
-    space = (limits.tokens, limits.images)
-    _put(members, size, space, rows, per_row=per_row, room=room, row_of=row_of)
-    return num_rows + len(rows)
-
-
-def _lay_text(
-    documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits
-) -> tuple[IntArray, ...]:
+def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits) -> tuple[IntArray, ...]:
     """Lay the documents as one stream over the gaps (largest first), then over new rows.
 
     Returns row, document, start and stop of every piece.
@@ -241,9 +224,7 @@ def _lay_text(
     return rows[of_slot], documents[of_document], begins - offsets, ends - offsets
 
 
-def _by_row(
-    rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, rank: IntArray
-) -> Packing:
+def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, rank: IntArray) -> Packing:
     """Sort pieces by row, and within a row by the shuffle, so that the longest sample does not always come
     first."""
     # A row holds at most one piece of a document, so (row, rank) is unique and one sort of one key suffices.

@@ -64,6 +64,21 @@ class _PaddedBatch:
     pixels: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of all stages."""
+
+    tokens: Tensor
+    """int64[b, s], what is new."""
+    inputs: AttentionInputs
+    prompts: _PaddedBatch | None
+    """On the first pass, which also reads the images."""
+
+    @property
+    def pixels(self) -> Tensor | None:
+        return None if self.prompts is None else self.prompts.pixels
+
+
 class Engine:
     """A model ready to answer."""
 
@@ -119,7 +134,8 @@ class Engine:
         answers: list[list[int]] = [[] for _ in range(number)]
         finished = [False] * number
         hidden = batch.hidden
-        newest = self._forward(batch.tokens, hidden, caches, options=options, batch=batch)
+        first = _Pass(batch.tokens, self._attention_inputs(length, hidden), batch)
+        newest = self._forward(first, caches, banned_ids=options.banned_ids)
         for produced in range(1, options.max_new_tokens + 1):
             for index, token in enumerate(newest.tolist()):
                 finished[index] = finished[index] or token in stop_ids
@@ -128,7 +144,8 @@ class Engine:
             if all(finished) or produced == options.max_new_tokens:
                 break
             hidden = torch.cat([hidden, hidden.new_zeros(number, 1)], dim=1)
-            newest = self._forward(newest[:, None], hidden, caches, options=options, batch=None)
+            one_more = _Pass(newest[:, None], self._attention_inputs(1, hidden), None)
+            newest = self._forward(one_more, caches, banned_ids=options.banned_ids)
         return answers
 
     def _pad(self, prompts: Sequence[Prompt]) -> _PaddedBatch:
@@ -145,37 +162,26 @@ class Engine:
         )
 
     def _forward(
-        self,
-        tokens: Tensor,
-        hidden_keys: Tensor,
-        caches: list[StaticInferenceContext],
-        *,
-        options: GenerationOptions,
-        batch: _PaddedBatch | None,
+        self, step: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]
     ) -> Tensor:
-        """One pass of all stages; int64[b], the token that follows, on every rank.
-
-        ``tokens``: int64[b, s], what is new; ``hidden_keys``: bool[b, keys], padding among all keys so far; ``batch``:
-        the prompts, on the first pass.
-        """
-        sees = batch is not None and batch.pixels is not None
-        first = 0 if sees else next(i for i, stage in enumerate(self.layout.stages) if stage.word_embedding)
-        inputs = self._attention_inputs(tokens.shape[1], hidden_keys)
+        """Run all stages; int64[b], the token that follows, on every rank."""
+        reads_text = next(index for index, stage in enumerate(self.layout.stages) if stage.word_embedding)
         state: Tensor | None = None
-        for index in range(first, len(self.layout.stages)):
+        for index in range(0 if step.pixels is not None else reads_text, len(self.layout.stages)):
             owner = index % self.layout.pipeline_size
             if owner == self.topology.pp_rank:
                 number = index // self.layout.pipeline_size
-                state = self._run_stage(self.chunks[number], tokens, state, inputs, caches[number], batch)
+                state = self._run_stage(self.chunks[number], step, state, cache=caches[number])
             if index + 1 < len(self.layout.stages):
                 state = self._hand_over(state, owner, (index + 1) % self.layout.pipeline_size)
+        number, length = step.tokens.shape
         for cache in caches:
-            cache.sequence_len_offset += tokens.shape[1]
+            cache.sequence_len_offset += length
             cache.enable_decode_mode()
-        newest = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        newest = torch.zeros(number, dtype=torch.int64, device=step.tokens.device)
         if self.topology.on_last_stage:
             assert state is not None
-            state[:, list(options.banned_ids)] = float("-inf")
+            state[:, list(banned_ids)] = float("-inf")
             newest = state.argmax(-1)
         return from_last_stage(newest, topology=self.topology)
 
@@ -191,28 +197,23 @@ class Engine:
         return None
 
     def _run_stage(
-        self,
-        chunk: QwenVL,
-        tokens: Tensor,
-        state: Tensor | None,
-        inputs: AttentionInputs,
-        cache: StaticInferenceContext,
-        batch: _PaddedBatch | None,
+        self, chunk: QwenVL, step: _Pass, state: Tensor | None, *, cache: StaticInferenceContext
     ) -> Tensor | None:
-        if batch is not None and batch.pixels is not None:
-            state = _see(chunk, state, batch.pixels)
+        if step.pixels is not None:
+            state = _see(chunk, state, step.pixels)
         language = chunk.language_model
         if language is None:
             return state
+        number, length = step.tokens.shape
+        everyone = torch.arange(number, device=step.tokens.device)
         if chunk.stage.word_embedding:
-            line = language.embed(tokens.flatten())
-            if batch is not None and state is not None:
-                everyone = torch.arange(state.shape[1], device=state.device)
-                line = fuse(line, state, slots=batch.slots, span_images=everyone)
-            state = line.view(*tokens.shape, -1).transpose(0, 1).contiguous()
-        state = language(state, inputs, inference=cache)
+            line = language.embed(step.tokens.flatten())
+            if step.prompts is not None and state is not None:
+                images = torch.arange(state.shape[1], device=line.device)
+                line = fuse(line, state, slots=step.prompts.slots, span_images=images)
+            state = line.view(number, length, -1).transpose(0, 1).contiguous()
+        state = language(state, step.inputs, inference=cache)
         if chunk.stage.head:
-            everyone = torch.arange(tokens.shape[0], device=tokens.device)
             logits = language.logits(state[-1:].transpose(0, 1), positions=everyone)
             state = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return state

@@ -89,7 +89,8 @@ class LanguageModel(ShardedModule):
 
     def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor) -> AttentionInputs:
         """Masks and angles of a packed line, for all layers of a forward pass."""
-        return self.backend.attention_inputs(cu_seqlens, positions, self.angles(int(positions.max()) + 1, positions.device))
+        angles = self.angles(int(positions.max()) + 1, positions.device)
+        return self.backend.attention_inputs(cu_seqlens, positions, angles)
 
     def angles(self, length: int, device: torch.device) -> Tensor:
         """Rotary angles of the first ``length`` positions."""

@@ -36,7 +36,7 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention with one projection matrix [Wq; Wk; Wv], in the layout of ``torch.nn.MultiheadAttention``."""
+    """Multi-head attention with one projection [Wq; Wk; Wv], the layout of ``torch.nn.MultiheadAttention``."""
 
     def __init__(self, width: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()

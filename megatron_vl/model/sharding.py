@@ -31,7 +31,7 @@ class ShardedModule(nn.Module):
 def _sharded(
     module: nn.Module, prefix: str, *, groups: ProcessGroupCollection, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    own: dict[str, Any] = {name: value for name, value in module.named_parameters(recurse=False)}
+    own: dict[str, Any] = dict(module.named_parameters(recurse=False))
     own |= {
         name: value
         for name, value in module.named_buffers(recurse=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,20 +42,23 @@ def _tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
 
 def _outline(batch: MicroBatch) -> MicroBatch:
     """The batch with tensors that have a shape and a type but no contents: cheap to send as an object."""
-    return replace(batch, **{name: value.to("meta") for name, value in _tensors(batch).items()})
+    return _with(batch, {name: value.to("meta") for name, value in _tensors(batch).items()})
 
 
 def _empty_like(outline: MicroBatch, device: torch.device) -> MicroBatch:
-    return replace(
-        outline, **{name: torch.empty_like(value, device=device) for name, value in _tensors(outline).items()}
-    )
+    return _with(outline, {name: torch.empty_like(value, device=device) for name, value in _tensors(outline).items()})
+
+
+def _with(batch: MicroBatch, tensors: dict[str, torch.Tensor]) -> MicroBatch:
+    replaced: dict[str, Any] = dict(tensors)
+    return replace(batch, **replaced)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The batch on the device of this rank."""
     if device.type == "cpu":
         return batch
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in _tensors(batch).items()})
+    return _with(batch, {name: value.to(device, non_blocking=True) for name, value in _tensors(batch).items()})
 
 
 def from_last_stage(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:

@@ -165,7 +165,12 @@ def test_recompute_changes_nothing(ranks: RankPools, references: Any, granularit
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(tensor=2, sequence=True), Layout(pipeline=2), Layout(tensor=2, pipeline=2), Layout(data=2, sharded_optimizer=True)],
+    [
+        Layout(tensor=2, sequence=True),
+        Layout(pipeline=2),
+        Layout(tensor=2, pipeline=2),
+        Layout(data=2, sharded_optimizer=True),
+    ],
     ids=lambda layout: layout.name,
 )
 def test_bf16_is_as_close_to_fp32_as_one_bf16_process(ranks: RankPools, references: Any, layout: Layout) -> None:
