@@ -46,13 +46,13 @@ class Leg:
 
 
 def find_legs(records: Sequence[TrainingRecord]) -> tuple[Leg, ...]:
-    """Cut a stage into stretches of steps at one layout, in order."""
+    """Cut a stage into stretches of steps at one layout, in order; a record speaks for the steps since the last."""
     legs: list[Leg] = []
     for record in records:
         if legs and legs[-1].layout == record.layout:
             legs[-1] = Leg(record.layout, legs[-1].first, record.iteration)
         else:
-            legs.append(Leg(record.layout, record.iteration, record.iteration))
+            legs.append(Leg(record.layout, legs[-1].last + 1 if legs else 1, record.iteration))
     return tuple(legs)
 
 

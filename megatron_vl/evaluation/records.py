@@ -60,10 +60,12 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Wall-clock seconds that one attempt at a step of the pipeline took."""
+    """Wall-clock time that one attempt at a step of the pipeline took."""
 
     step: str
     seconds: float
+    began: float
+    """Seconds since the epoch; steps may run side by side."""
     finished: bool = True
 
 

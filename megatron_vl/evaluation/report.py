@@ -42,6 +42,7 @@ from megatron_vl.evaluation.tables import (
     layout_rows,
     show_duration,
     time_rows,
+    total_seconds,
 )
 
 EXAMPLES_PER_TASK = 8
@@ -95,21 +96,19 @@ class Report:
     examples: Mapping[str, tuple[Example, ...]]
     data: tuple[DataRow, ...]
     times: tuple[TimeRow, ...]
+    seconds: float
+    """Time in which at least one step ran."""
 
     @property
     def num_met(self) -> int:
         """Bars that were met."""
         return sum(bar.met for bar in self.bars)
 
-    @property
-    def seconds(self) -> float:
-        """Time of all steps together."""
-        return sum(row.seconds for row in self.times)
-
 
 def read_report(run_dir: Path) -> Report:
     """Work a report out of a run directory. Raises DataError for a file that is missing or damaged."""
     run = load_run_info(run_dir)
+    timings = load_timings(run_dir)
     predictions = _read_predictions(run_dir)
     scores = {model: score_predictions(found) for model, found in predictions.items()}
     losses = load_losses(run_dir / "eval" / "losses.json")
@@ -123,7 +122,8 @@ def read_report(run_dir: Path) -> Report:
         layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
         examples=_examples(predictions),
         data=tuple(data_row(path.stem, read_manifest(path.with_suffix(""))) for path in _manifest_paths(run_dir)),
-        times=time_rows(load_timings(run_dir)),
+        times=time_rows(timings),
+        seconds=total_seconds(timings),
     )
 
 
@@ -161,6 +161,8 @@ def render_text(report: Report) -> str:
         ("Time of each step", ("step", "time", ""), _time_cells(report.times)),
     ]
     parts = [f"{title}\n{format_table(header, rows)}" for title, header, rows in tables if rows]
+    if report.run.profile == "smoke":
+        parts.append("A smoke test trains a few steps only: it shows that everything runs, and learns nothing.")
     total = f"{report.num_met} of {len(report.bars)} requirements met; {show_duration(report.seconds)} in all"
     return "\n\n".join([*parts, total])
 

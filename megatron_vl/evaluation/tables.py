@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from megatron_vl.data.manifest import Manifest
 from megatron_vl.evaluation.figures import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord
+
+_NUMBER = re.compile(r"[\d,.]+(\s%)?|–")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ def _time_row(step: str, attempts: Sequence[StepTime]) -> TimeRow:
     return TimeRow(step, sum(x.seconds for x in attempts), len(attempts), any(x.finished for x in attempts))
 
 
+def total_seconds(timings: Sequence[StepTime]) -> float:
+    """Time in which at least one step ran: steps side by side count once, pauses between two starts do not."""
+    total = end = 0.0
+    for timing in sorted(timings, key=lambda timing: timing.began):
+        last = timing.began + timing.seconds
+        total += max(0.0, last - max(timing.began, end))
+        end = max(end, last)
+    return total
+
+
 def show_duration(seconds: float) -> str:
     """Seconds as people say them: 8.4 s, 3 min 05 s, 1 h 02 min."""
     if seconds < 59.95:
@@ -109,13 +122,14 @@ def show_duration(seconds: float) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text table: columns as wide as their cells; cells that begin with a digit go to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(_align(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, ["─" * width for width in widths], *rows]
-    )
+    """Plain text table: columns as wide as their cells, those of numbers alone set to the right."""
+    columns = [_align(column) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    rule = "  ".join("─" * len(column[0]) for column in columns)
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _align(cell: str, width: int) -> str:
-    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+def _align(column: Sequence[str]) -> list[str]:
+    width = max(len(cell) for cell in column)
+    numeric = all(_NUMBER.fullmatch(cell) for cell in column[1:])
+    return [cell.rjust(width) if numeric else cell.ljust(width) for cell in column]

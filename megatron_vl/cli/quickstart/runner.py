@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +81,17 @@ class Runner:
         if len(todo) == 1:
             self._run(todo[0])
         elif todo:
-            with ThreadPoolExecutor(max_workers=2) as pool:
-                for outcome in [pool.submit(self._run, step, label=f"[{step.name}] ") for step in todo]:
-                    outcome.result()
+            self._run_side_by_side(todo)
+
+    def _run_side_by_side(self, steps: Sequence[Step]) -> None:
+        """Two at a time; after a failure nothing new begins."""
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            outcomes = [pool.submit(self._run, step, label=f"[{step.name}] ") for step in steps]
+            wait(outcomes, return_when=FIRST_EXCEPTION)
+            pool.shutdown(wait=True, cancel_futures=True)
+        for outcome in outcomes:
+            if not outcome.cancelled():
+                outcome.result()
 
     def _key(self, step: Step) -> str:
         digest = hashlib.sha256(json.dumps(step.commands).encode())
@@ -100,7 +108,7 @@ class Runner:
         return state.done and all(path.exists() for path in step.outputs)
 
     def _clear(self, step: Step) -> None:
-        """Remove what the step's commands would trip over, and times that belong to other inputs."""
+        """Make room for the step: remove earlier outputs unless they are gone on with, and make their folders."""
         state = self.ledger.read(step.name)
         same = state is not None and state.key == self._keys[step.name]
         if not same:
@@ -111,6 +119,8 @@ class Runner:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+        for path in step.outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def _run(self, step: Step, *, label: str = "") -> None:
         key = self._keys[step.name]

@@ -12,9 +12,9 @@ import pytest
 from megatron_vl.cli.report import main
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.figures import find_legs, smooth
-from megatron_vl.evaluation.records import TrainingRecord, load_predictions, load_training
+from megatron_vl.evaluation.records import StepTime, TrainingRecord, load_predictions, load_training
 from megatron_vl.evaluation.report import read_report, render_page, render_text
-from megatron_vl.evaluation.tables import format_table, show_duration
+from megatron_vl.evaluation.tables import format_table, show_duration, time_rows, total_seconds
 from tests.unit.evaluation.fake_run import write_fake_run
 
 
@@ -187,3 +187,13 @@ def test_durations_and_tables() -> None:
         "1 h 02 min",
     ]
     assert format_table(("a", "n"), [("xyz", "1")]) == "a    n\n───  ─\nxyz  1"
+
+
+def test_total_counts_steps_side_by_side_once_and_pauses_not_at_all() -> None:
+    times = [StepTime("a", 10, 100), StepTime("b", 10, 105), StepTime("c", 2, 106), StepTime("a", 5, 200, False)]
+    assert total_seconds(times) == 20
+    assert [(row.step, row.seconds, row.attempts) for row in time_rows(times)] == [
+        ("a", 15, 2),
+        ("b", 10, 1),
+        ("c", 2, 1),
+    ]
