@@ -46,6 +46,16 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
+class DataShare:
+    """Which part of every global batch this reader gets."""
+
+    rank: int
+    """Data-parallel rank."""
+    size: int
+    """Data-parallel ranks."""
+
+
+@dataclass(frozen=True)
 class _Pending:
     """A micro-batch whose images are being decoded."""
 
@@ -123,8 +133,7 @@ class RowLoader:
         self,
         config: RunConfig,
         *,
-        dp_rank: int,
-        dp_size: int,
+        share: DataShare,
         with_pixels: bool = True,
         data_path: Sequence[str] | None = None,
         image_cost: float = 0.0,
@@ -137,8 +146,8 @@ class RowLoader:
         """
         self.data_sets = DataSets(config, config.data.data_path if data_path is None else data_path)
         self._global_batch_size = config.training.global_batch_size
-        self._num_micro_batches = num_microbatches(config.training, dp_size)
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._num_micro_batches = num_microbatches(config.training, share.size)
+        self._share = share
         self._image_cost = image_cost
         self._options = CollateOptions(
             special=SpecialTokens(config.model.num_ranks),
@@ -239,7 +248,8 @@ class RowLoader:
         lengths = np.where(real, self.data_sets.lengths[row_ids], 0)
         images = np.where(real, self.data_sets.images[row_ids], 0)
         costs = row_costs(lengths, images, image_cost=self._image_cost)
-        return deal(costs, num_ranks=self._dp_size, num_micro_batches=self._num_micro_batches)[self._dp_rank]
+        dealt = deal(costs, num_ranks=self._share.size, num_micro_batches=self._num_micro_batches)
+        return dealt[self._share.rank]
 
     def _collate(self, pending: _Pending) -> MicroBatch:
         pixels = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.loader import RowLoader, StepBatch
+from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.parallel.collectives import broadcast_batches
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
@@ -59,8 +59,7 @@ def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]
     stages = resolve_layout(config).stages_of_rank(topology.pp_rank)
     loader = RowLoader(
         config,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
+        share=DataShare(topology.dp_rank, topology.dp_size),
         with_pixels=any(stage.patch_embed for stage in stages),
         data_path=data_path,
         image_cost=image_cost(config),

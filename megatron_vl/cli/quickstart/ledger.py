@@ -56,7 +56,8 @@ class Ledger:
         if state is not None and state.running_since is not None:
             log = self.log_path(step)
             ended = log.stat().st_mtime if log.exists() else state.running_since
-            self.add_time(StepTime(step, round(max(0.0, ended - state.running_since), 2), finished=False))
+            seconds = max(0.0, ended - state.running_since)
+            self.add_time(StepTime(step, round(seconds, 2), state.running_since, finished=False))
             self.write(step, StepState(state.key))
 
     def add_time(self, timing: StepTime) -> None:

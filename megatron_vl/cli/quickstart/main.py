@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 1 if a step failed."""
     arguments = sys.argv[1:] if argv is None else argv
     options = _build_parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_terminate()
     try:
         _run(options)
     except MegatronVLError as error:
@@ -63,7 +64,8 @@ def _run(options: argparse.Namespace) -> None:
     write_run_info(plan, options.started_as or shlex.join(["python", "-m", "megatron_vl.cli.quickstart"]))
     ledger = Ledger(plan.run_dir)
     if options.setup_seconds >= 1 or not any(timing.step == "set-up" for timing in ledger.times()):
-        ledger.add_time(StepTime("set-up", options.setup_seconds))
+        began = time.time() - options.setup_seconds
+        ledger.add_time(StepTime("set-up", options.setup_seconds, began))
     write_line(f"{profile.title}, in {plan.run_dir}. Every command runs with OMP_NUM_THREADS=1.")
     runner = Runner(ledger, ROOT, write_line)
     for group in plan.groups():
@@ -87,6 +89,10 @@ def _report(plan: Plan, results: Path | None) -> None:
     write_line(f"Hugging Face folder: {plan.exported(STAGES[3])}")
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """On SIGTERM leave as after an error, so that the command that runs is stopped and its time counted."""
-    sys.exit(128 + number)
+def leave_on_terminate() -> None:
+    """Make SIGTERM end the program as an error does: the command that runs is stopped, and its time counted."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)

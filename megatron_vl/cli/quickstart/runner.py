@@ -124,17 +124,18 @@ class Runner:
 
     def _run(self, step: Step, *, label: str = "") -> None:
         key = self._keys[step.name]
-        self.ledger.write(step.name, StepState(key, running_since=time.time()))
+        began = time.time()
+        self.ledger.write(step.name, StepState(key, running_since=began))
         self.say(f"{self._clock()} {step.name}")
-        begun = time.monotonic()
+        clock = time.monotonic()
         finished = False
         try:
             for command in step.commands:
                 self._execute(step, command, label)
             finished = True
         finally:
-            seconds = time.monotonic() - begun
-            self.ledger.add_time(StepTime(step.name, round(seconds, 2), finished))
+            seconds = time.monotonic() - clock
+            self.ledger.add_time(StepTime(step.name, round(seconds, 2), began, finished))
             self.ledger.write(step.name, StepState(key, done=finished))
         self.say(f"{self._clock()} {step.name}: finished in {show_duration(seconds)}")
 

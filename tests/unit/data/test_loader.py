@@ -17,7 +17,7 @@ import torch
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.decoding import DecodePool
 from megatron_vl.data.image import to_pixels
-from megatron_vl.data.loader import PADDING_ROW, DataSets, RowLoader, StepBatch
+from megatron_vl.data.loader import DataSets, DataShare, PADDING_ROW, RowLoader, StepBatch
 from megatron_vl.errors import ConfigError, DataError
 from tests.unit.data.prepared import NUM_CAPTIONS, NUM_DOCUMENTS, SEQ_LENGTH, make_data_set, run_config
 
@@ -48,9 +48,9 @@ def row_bytes(batches: list[MicroBatch]) -> Counter[bytes]:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_global_batch_holds_the_same_rows_at_every_size(prefix: str, weighted: bool) -> None:
     config = run_config(*(("0.7", prefix, "0.3", prefix) if weighted else (prefix,)))
-    reference = take(RowLoader(config, dp_rank=0, dp_size=1), 5)
+    reference = take(RowLoader(config, share=DataShare(0, 1)), 5)
     for dp_size in (2, 4):
-        ranks = [take(RowLoader(config, dp_rank=rank, dp_size=dp_size, image_cost=9.0), 5) for rank in range(dp_size)]
+        ranks = [take(RowLoader(config, share=DataShare(rank, dp_size), image_cost=9.0), 5) for rank in range(dp_size)]
         for step, expected in enumerate(reference):
             together = [batch for rank in ranks for batch in rank[step].micro_batches]
             assert len(together) == 4
@@ -60,15 +60,15 @@ def test_a_global_batch_holds_the_same_rows_at_every_size(prefix: str, weighted:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_any_step_can_be_the_first(prefix: str, num_workers: int) -> None:
-    whole = take(RowLoader(run_config(prefix), dp_rank=1, dp_size=2), 6)
-    late = take(RowLoader(run_config(prefix, num_workers=num_workers), dp_rank=1, dp_size=2), 3, consumed_rows=24)
+    whole = take(RowLoader(run_config(prefix), share=DataShare(1, 2)), 6)
+    late = take(RowLoader(run_config(prefix, num_workers=num_workers), share=DataShare(1, 2)), 3, consumed_rows=24)
     for expected, found in zip(whole[3:], late, strict=True):
         assert np.array_equal(expected.row_ids, found.row_ids)
         assert all(equal(a, b) for a, b in zip(expected.micro_batches, found.micro_batches, strict=True))
 
 
 def test_pixels_are_those_of_the_rows(prefix: str) -> None:
-    loader = RowLoader(run_config(prefix, num_workers=1), dp_rank=0, dp_size=1)
+    loader = RowLoader(run_config(prefix, num_workers=1), share=DataShare(0, 1))
     for step in itertools.islice(loader.steps(0), 3):
         expected, found = Counter[bytes](), Counter[bytes]()
         for row_id in step.row_ids.tolist():
@@ -85,7 +85,7 @@ def test_pixels_are_those_of_the_rows(prefix: str) -> None:
 
 def test_one_pass_holds_every_row_once_and_fills_up_with_padding(prefix: str) -> None:
     config = run_config(prefix)
-    loaders = [RowLoader(config, dp_rank=rank, dp_size=2) for rank in range(2)]
+    loaders = [RowLoader(config, share=DataShare(rank, 2)) for rank in range(2)]
     passes = [list(loader.one_pass()) for loader in loaders]
     ids = np.concatenate([step.row_ids for step in passes[0]])
     num_rows = loaders[0].num_rows
@@ -103,7 +103,7 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_padding(prefix: str) ->
 @pytest.mark.parametrize("with_pixels", [False, True])
 def test_ranks_without_pixels_and_blank_images_decode_nothing(prefix: str, with_pixels: bool) -> None:
     config = run_config(prefix, num_workers=2, blank_images=with_pixels)
-    loader = RowLoader(config, dp_rank=0, dp_size=1, with_pixels=with_pixels)
+    loader = RowLoader(config, share=DataShare(0, 1), with_pixels=with_pixels)
     assert loader.worker_pids == []
     (step,) = take(loader, 1)
     assert all((batch.pixels is not None) == with_pixels for batch in step.micro_batches)

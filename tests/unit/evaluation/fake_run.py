@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -40,7 +41,9 @@ def write_fake_run(run_dir: Path, *, num_steps: int = 200, samples_per_task: int
     for name in ("stage1", "stage2"):
         write_manifest(run_dir / "data" / name, _manifest())
     steps = {"install": 171.2, "synthesise data": 31.0, "stage 1": 96.4, "stage 2": 181.9, "report": 4.2}
-    _write_lines(run_dir / "timings.jsonl", [{"step": step, "seconds": seconds} for step, seconds in steps.items()])
+    begins = itertools.accumulate(steps.values(), initial=1e9)
+    times = [{"step": step, "seconds": steps[step], "began": began} for step, began in zip(steps, begins, strict=False)]
+    _write_lines(run_dir / "timings.jsonl", times)
     return run_dir
 
 
