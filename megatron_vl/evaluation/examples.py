@@ -21,6 +21,8 @@ TRUTH_COLOUR = "#1a7f37"
 PREDICTION_COLOUR = "#d1242f"
 _MIN_SIDE = 336
 """Images smaller than this are enlarged before boxes are drawn, so that the lines do not cover them."""
+_MAX_SHOWN = 160
+"""Characters of an answer."""
 
 _MARKUP = re.compile(r"<img>.*?</img>|<[^>]*>", re.DOTALL)
 
@@ -69,9 +71,12 @@ def readable(text: str) -> str:
 
 
 def _answer(task: str, text: str) -> str:
-    if task == "ocr":
-        return " ".join(read_words(text))
-    return readable(text)
+    """A true or predicted answer as it is shown: words or plain text, cut where a model went on and on."""
+    return _cut(" ".join(read_words(text)) if task == "ocr" else readable(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
 
 def _verdict(prediction: Prediction) -> tuple[str, bool]:

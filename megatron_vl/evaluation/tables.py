@@ -125,7 +125,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain text table: columns as wide as their cells, those of numbers alone set to the right."""
     columns = [_align(column) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-    rule = "  ".join("─" * len(column[0]) for column in columns)
+    rule = "  ".join("─" * len(column[0]) for column in columns).rstrip()
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

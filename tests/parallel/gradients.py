@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vl.checkpoint import contents
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
 from megatron_vl.training.step import forward_backward
+from tests.helpers.pieces import Piece, take_pieces, whole_tensors
 from tests.helpers.ranks import Start
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rank's part of a gradient."""
-
-    gradient: Tensor
-    dimension: int | None
-    tp_rank: int
 
 
 @dataclass(frozen=True)
@@ -36,18 +30,24 @@ class RankGradients:
     pieces: dict[str, Piece]
 
 
-def step_on_rank(start: Start, config: RunConfig, batches: list[MicroBatch]) -> RankGradients:
-    """One training step over ``batches``, dealt in turn to the data-parallel ranks."""
+def step_on_rank(
+    start: Start, config: RunConfig, batches: list[MicroBatch], checkpoint: Path | None = None
+) -> RankGradients:
+    """One training step over ``batches``, dealt in turn to the data-parallel ranks, from fresh or stored weights."""
     with start.topology(config.parallel) as topology:
         seed_all(config.training.seed)
-        model = build_parallel_model(config, topology)
+        model = build_parallel_model(config, topology, fresh_weights=checkpoint is None)
+        if checkpoint:
+            contents.load(contents.Trained(model.chunks, None), checkpoint, config=config, topology=topology)
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         mine = batches[topology.dp_rank :: topology.dp_size]
         loss, _ = forward_backward(model.wrapped, mine, topology=topology, forward_only=False)
         if config.parallel.use_distributed_optimizer:
             _gather_shards(model, topology)
-        pieces = _pieces(model, topology.tp_rank)
+        pieces = take_pieces(
+            model.chunks, topology.tp_rank, lambda parameter: parameter.main_grad if parameter.requires_grad else None
+        )
         _, grad_norm, _ = model.optimizer.step()
         return RankGradients(loss.mean, loss.num_tokens, float(grad_norm), pieces if topology.dp_rank == 0 else {})
 
@@ -63,39 +63,6 @@ def _gather_shards(model: ParallelModel, topology: Topology) -> None:
                 bucket.grad_data.copy_(torch.cat(parts))
 
 
-def _pieces(model: ParallelModel, tp_rank: int) -> dict[str, Piece]:
-    return {
-        name: Piece(parameter.main_grad.float().clone(), _dimension(parameter), tp_rank)
-        for chunk in model.chunks
-        for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _dimension(parameter: Tensor) -> int | None:
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-
-
 def whole_gradients(ranks: list[RankGradients], *, vocab_size: int) -> dict[str, Tensor]:
     """Put the ranks' parts together; rows that pad the vocabulary are left out."""
-    parts: dict[str, dict[int, Piece]] = {}
-    for rank in ranks:
-        for name, piece in rank.pieces.items():
-            parts.setdefault(name, {})[piece.tp_rank] = piece
-    whole = {name: _join(name, [pieces[rank] for rank in sorted(pieces)]) for name, pieces in parts.items()}
-    for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
-        if name in whole:
-            whole[name] = whole[name][:vocab_size]
-    return whole
-
-
-def _join(name: str, pieces: list[Piece]) -> Tensor:
-    first = pieces[0]
-    if first.dimension is None:
-        for piece in pieces[1:]:
-            assert torch.equal(piece.gradient, first.gradient), f"{name} differs between tensor-parallel ranks"
-        return first.gradient
-    if name.startswith("language_model.") and ".linear_fc1." in name:
-        halves = [piece.gradient.chunk(2) for piece in pieces]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat([piece.gradient for piece in pieces], first.dimension)
+    return whole_tensors([rank.pieces for rank in ranks], vocab_size=vocab_size)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,17 +143,15 @@ def test_a_terminated_quickstart_stops_its_command_and_counts_the_time(tmp_path:
     for line in process.stdout:
         if line.strip() == "up":
             break
-    began = time.monotonic()
     process.terminate()
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 30
     (timing,) = Ledger(tmp_path).times()
     assert not timing.finished
 
 
 def test_training_lines_are_shortened_and_others_kept() -> None:
     line = (
-        " [2026-11-23 08:33:42.5] iteration       10/      60 | consumed samples:         2291 | learning rate: 6E-04 | "
+        " [2026-11-23 08:33:42.5] iteration       10/      60 | consumed samples:         2291 | "
         "lm loss: 7.293795E+00 | loss scale: 1.0 | tokens/s: 6618 | images/s: 0 |\n"
     )
     assert condense(line) == "step 10 of 60, loss 7.294, 6,618 tokens/s"
@@ -188,8 +185,7 @@ def test_the_blind_twin_differs_in_nothing_but_its_eyes(plan: Plan) -> None:
         sighted, blind = steps[f"stage {number}"].commands, steps[f"blind stage {number}"].commands
         whole = [word.replace("blind/", "sighted/") for word in blind[-1] if word != "--blank-images"]
         assert "--blank-images" in blind[-1]
-        layout = STAGES[number].second_layout
-        assert [word for word in sighted[-1] if word not in layout][5:] == [w for w in whole if w not in layout][5:]
+        assert list(sighted[-1][4 : -len(STAGES[number].second_layout)]) == whole[4:]
 
 
 def test_each_stage_hands_over_at_another_layout_for_its_last_steps(plan: Plan) -> None:

@@ -1,0 +1,140 @@
+"""The commands of the documentation, and in what form each kind of them runs in a test.
+
+A command is a line of a ```` ```bash ```` block in a Markdown file, or what stands behind ``Command`` in the header of
+a recipe. The first rule of ``RULES`` that matches says what is run in its place: the command itself with fewer steps, or
+up to the answer that it gives on a machine without GPU. Nothing runs that no rule knows.
+
+Rules are in the order in which a user works, and commands are run in that order: data before training before export.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "megatron_vl/data/README.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
+
+_BLOCK = re.compile(r"^( *)```bash\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_HEADER = re.compile(r"^# Command +([^\\\n]*(?:\\\n# +[^\\\n]*)*)", re.MULTILINE)
+
+ONE_STEP = "--train-iters 1 --lr-warmup-iters 0 --global-batch-size 4 --micro-batch-size 4 --log-interval 1"
+NO_GPU = "9,655,886,592 parameters and no CUDA"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One documented command."""
+
+    text: str
+    """Without comment, in one line."""
+    where: str
+
+    @cached_property
+    def rule(self) -> Rule | None:
+        """The first rule that knows it."""
+        return next((rule for rule in RULES if re.fullmatch(rule.pattern, self.text)), None)
+
+    @property
+    def runs(self) -> str:
+        """What is run in its place."""
+        assert self.rule is not None
+        return re.sub(self.rule.pattern, self.rule.runs, self.text)
+
+    @property
+    def options(self) -> set[str]:
+        """Its long options."""
+        return {word.partition("=")[0] for word in shlex.split(self.text) if word.startswith("--")}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a kind of command is run; see the module."""
+
+    pattern: str
+    """Regular expression of the whole command."""
+    runs: str
+    """Replacement of the pattern."""
+    status: int = 0
+    says: str = ""
+    """What is in the output."""
+    help: str = ""
+    """Command that lists the options, where what is run does not check them."""
+
+
+RULES = (
+    Rule(r"(python tools/make_synthetic_data\.py .*)", r"\1 --num-scenes 40 --num-workers 1 --no-progress"),
+    Rule(r"(python tools/prepare_data\.py (?!.*--verify).*)", r"\1 --workers 1 --quiet", says="samples and"),
+    Rule(r"(python tools/prepare_data\.py .* --verify)", r"\1", says="as the manifest says"),
+    Rule(r"(python tools/make_questions\.py .*)", r"\1 --limit 2"),
+    Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
+    Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
+    # Several ranks take seconds to start: test_training_under_torchrun does, here one process trains a step.
+    Rule(
+        r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",
+        r"python \2 --check --world-size \1",
+    ),
+    Rule(r"torchrun --nproc-per-node \d+ (tools/train\.py .*)", rf"python \1 {ONE_STEP}", says="lm loss"),
+    Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
+    Rule(r"(python tools/evaluate_loss\.py .*)", r"\1", says='"num_tokens"'),
+    Rule(r"(python tools/generate\.py .*)", r"\1 --max-new-tokens 2"),
+    Rule(r"python tools/make_report\.py runs/quickstart", r"python tools/make_report.py runs/finished", says="Report:"),
+    Rule(r"(python tools/convert_checkpoint\.py check .*)", r"\1", says="sound"),
+    Rule(r"(python tools/convert_checkpoint\.py export .*)", r"\1", says="bytes of weights"),
+    Rule(r"(python tools/convert_checkpoint\.py import .*)", r"\1", says="iter_0000000"),
+    Rule(r"(python -c .*megatron_vl\.checkpoint\.store.*)", r"\1"),
+    # At the published sizes: up to the answer of a machine without GPU.
+    Rule(
+        r"torchrun --nproc-per-node (\d+) (examples/pretrain_qwenvl\.sh .*)",
+        r"python \2 --check --world-size \1",
+        status=2,
+        says=NO_GPU,
+    ),
+    Rule(
+        r"(STAGE=\d )?(?:GPUS_PER_NODE=\d )?(bash examples/pretrain_qwenvl\.sh .*)",
+        r"\1 GPUS_PER_NODE=8 \2",
+        status=2,
+        says=NO_GPU,
+    ),
+    # Scripts that install: with a stand-in for the interpreter of .venv, which says what it is asked to do.
+    Rule(
+        r"(bash examples/(?:quickstart|tiny/learn)\.sh.*)",
+        r"\1",
+        says="-m megatron_vl.cli.quickstart",
+        help="python -m megatron_vl.cli.quickstart --help",
+    ),
+    Rule(r"(bash tests/run\.sh.*)", r"\1", says="-m pytest"),
+    Rule(r"(python benchmarks/\w+\.py).*", r"\1 --help", says="usage:", help=r"\1 --help"),
+    # It writes into the checkout; that its result is what lies there is tested in tests/unit/config/test_recipes.py.
+    Rule(r"python tests/golden/regenerate\.py", "python -c 'from tests.golden.regenerate import main'"),
+)
+
+
+def documented_commands() -> list[Command]:
+    """Every documented command once, in the order in which they are run; unknown ones first."""
+    commands: dict[str, Command] = {}
+    for path in RECIPES:
+        for match in _HEADER.finditer(path.read_text(encoding="utf-8")):
+            _add(commands, match[1].replace("\\\n#", " "), path)
+    for path in PAGES:
+        for match in _BLOCK.finditer(path.read_text(encoding="utf-8")):
+            for line in match[2].replace("\\\n", " ").splitlines():
+                _add(commands, line, path)
+    order = {rule: number for number, rule in enumerate(RULES)}
+    return sorted(commands.values(), key=lambda command: -1 if command.rule is None else order[command.rule])
+
+
+def _add(commands: dict[str, Command], line: str, path: Path) -> None:
+    words = shlex.split(line, comments=True)
+    if words:
+        assignments = [word for word in words if re.fullmatch(r"[A-Z_]+=\S*", word)]
+        text = " ".join([*assignments, shlex.join(words[len(assignments) :])])
+        commands.setdefault(text, Command(text, str(path.relative_to(ROOT))))

@@ -1,0 +1,150 @@
+"""What is replaced in Megatron-Core on every device: the optimizer and the checkpoint writer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vl.backends import core
+from megatron_vl.backends.core import GroupStepAdamW
+from tests.unit.backends.patches import recorded
+
+SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.05}
+
+
+def _parameters() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in [(7, 5), (5,), (3, 2, 2)]]
+
+
+def _groups(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    return [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.1, "weight_decay": 0.0}]
+
+
+def _step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], number: int) -> None:
+    generator = torch.Generator().manual_seed(100 + number)
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        if number == 2 and index == 1:
+            parameter.grad = None
+    optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
+    optimizer.step()
+
+
+def test_adamw_equals_torch() -> None:
+    """Ten steps, two groups, a learning rate that changes."""
+    ours, theirs = _parameters(), _parameters()
+    mine, reference = GroupStepAdamW(_groups(ours), **SETTINGS), torch.optim.AdamW(_groups(theirs), **SETTINGS)
+    for number in range(10):
+        for optimizer, parameters in ((mine, ours), (reference, theirs)):
+            generator = torch.Generator().manual_seed(number)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
+            optimizer.step()
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(mine.state[found][name], reference.state[expected][name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    parameters = _parameters()
+    optimizer = GroupStepAdamW(parameters, **SETTINGS)
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[0].grad = torch.ones_like(parameters[0])
+    optimizer.step()
+    assert not torch.equal(parameters[0], before[0])
+    assert torch.equal(parameters[1], before[1]) and parameters[1] not in optimizer.state
+
+
+def test_groups_count_steps_also_when_they_are_empty() -> None:
+    parameter = _parameters()[0]
+    optimizer = GroupStepAdamW([{"params": [parameter]}, {"params": []}], **SETTINGS)
+    parameter.grad = torch.ones_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [3, 3]
+    assert set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq"}, "the state of a fused optimizer"
+
+
+def test_state_goes_on_after_a_round_trip() -> None:
+    runs = []
+    for saved_after in (None, 2):
+        parameters = _parameters()
+        optimizer = GroupStepAdamW(_groups(parameters), **SETTINGS)
+        for number in range(4):
+            _step(optimizer, parameters, number)
+            if number == saved_after:
+                state = optimizer.state_dict()
+                optimizer = GroupStepAdamW(_groups(parameters), **SETTINGS)
+                optimizer.load_state_dict(state)
+        runs.append(parameters)
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def replaced() -> dict[str, Any]:
+    return recorded(core, core.install)
+
+
+def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
+    """``recorded`` asserts it for each of them."""
+    filesystem = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    assert replaced.keys() == {
+        "megatron.core.optimizer.Adam",
+        "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",
+        "megatron.core.optimizer.distrib_optimizer.Adam",
+        "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+        "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+        f"{filesystem}._get_write_results_queue",
+        "FileSystemWriterAsync.write_preloaded_data_multiproc",
+    }
+
+
+def test_the_writer_takes_what_megatron_core_gives(replaced: dict[str, Any]) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = inspect.signature(FileSystemWriterAsync.write_preloaded_data_multiproc)
+    ours = inspect.signature(replaced["FileSystemWriterAsync.write_preloaded_data_multiproc"].__func__)
+    assert len(ours.parameters) == len(original.parameters)
+    assert list(original.parameters) == [
+        "transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"
+    ]  # fmt: skip
+    inner = list(inspect.signature(FileSystemWriterAsync.write_preloaded_data).parameters)
+    assert inner[:6] == [
+        "transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync"
+    ]  # fmt: skip
+
+
+def test_the_optimizer_takes_what_megatron_core_gives() -> None:
+    """The arguments of get_megatron_optimizer's Adam: see _get_megatron_optimizer_based_on_param_groups."""
+    given = {"params": _parameters(), "lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizer = GroupStepAdamW(**given, adam_w_mode=True)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+    with pytest.raises(AssertionError, match="decoupled"):
+        GroupStepAdamW(**given, adam_w_mode=False)
+
+
+def test_the_writer_hands_on_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one bucket is the result, so that the save ends with it; later buckets are not written."""
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written = []
+
+    def fail(_transforms: Any, number: int, bucket: Any, results: Any, _count: Any, _sync: bool) -> None:
+        written.append(bucket)
+        results.put((number, OSError("no space left") if bucket == "bad" else [bucket]))
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(fail))
+    results: queue.Queue[Any] = queue.Queue()
+    core._write_here([], False, 0, ["good", "bad", "never"], results)
+    assert isinstance(results.get(), OSError) and written == ["good", "bad"]
+    core._write_here([], False, 0, ["good", "fine"], results)
+    assert results.get() == {0: ["good"], 1: ["fine"]}
