@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_vl.errors import ConfigError
 
@@ -110,6 +111,8 @@ def _patch_tensor_methods() -> None:
         kwargs = {key: "cpu" if _is_cuda(value) else value for key, value in kwargs.items()}
         return plain_to(self, *args, **kwargs)
 
+    # torch.device as a context knows the factories by identity, and makes its list when it is first used.
+    _device_constructors()
     # Megatron-Core decorates small functions with torch.compile; here each would call a C++ compiler.
     setattr(torch, "compile", _uncompiled)
     setattr(torch.Tensor, "cuda", _tensor_cuda)

@@ -74,7 +74,8 @@ def _slice(name: str, whole: Tensor, parameter: Tensor, *, rank: int, size: int)
 
 
 def _draw(name: str, shape: list[int], *, model: ModelConfig, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # The generator looks at the lower 32 bits of its seed only, so both have to be in these.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
     if _is_norm(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith("bias"):

@@ -1,8 +1,8 @@
 """The commands of the documentation, and in what form each kind of them runs in a test.
 
 A command is a line of a ```` ```bash ```` block in a Markdown file, or what stands behind ``Command`` in the header of
-a recipe. The first rule of ``RULES`` that matches says what is run in its place: the command itself with fewer steps, or
-up to the answer that it gives on a machine without GPU. Nothing runs that no rule knows.
+a recipe. The first rule of ``RULES`` that matches says what is run in its place: the command itself with fewer steps,
+or up to the answer that it gives on a machine without GPU. Nothing runs that no rule knows.
 
 Rules are in the order in which a user works, and commands are run in that order: data before training before export.
 """
@@ -26,7 +26,7 @@ RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
 _BLOCK = re.compile(r"^( *)```bash\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _HEADER = re.compile(r"^# Command +([^\\\n]*(?:\\\n# +[^\\\n]*)*)", re.MULTILINE)
 
-ONE_STEP = "--train-iters 1 --lr-warmup-iters 0 --global-batch-size 4 --micro-batch-size 4 --log-interval 1"
+ONE_STEP = "--train-iters 1 --lr-warmup-iters 0 --global-batch-size 4 --micro-batch-size 2 --log-interval 1"
 NO_GPU = "9,655,886,592 parameters and no CUDA"
 
 
@@ -50,6 +50,12 @@ class Command:
         return re.sub(self.rule.pattern, self.rule.runs, self.text)
 
     @property
+    def help(self) -> str:
+        """What lists its options, or nothing if running it checks them."""
+        assert self.rule is not None
+        return re.sub(self.rule.pattern, self.rule.help, self.text)
+
+    @property
     def options(self) -> set[str]:
         """Its long options."""
         return {word.partition("=")[0] for word in shlex.split(self.text) if word.startswith("--")}
@@ -67,7 +73,7 @@ class Rule:
     says: str = ""
     """What is in the output."""
     help: str = ""
-    """Command that lists the options, where what is run does not check them."""
+    """Replacement of the pattern: a command that lists the options, where what is run does not check them."""
 
 
 RULES = (

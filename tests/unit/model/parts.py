@@ -1,0 +1,60 @@
+"""Runs on a rank: each part of the network on given inputs, with weights that are all random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.build import build_model
+from tests.helpers.ranks import Start
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the parts are given."""
+
+    patches: Tensor
+    """float[patches, n, vision width], for the vision layers and for the resampler."""
+    embedded: Tensor
+    """float[t, 1, h], for the language layers."""
+    spans: list[int]
+    """Lengths of the attention spans of that line."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What they make of it, and with which weights."""
+
+    weights: dict[str, Tensor]
+    """Parameters and buffers by global name."""
+    vision: Tensor
+    resampler: Tensor
+    language: Tensor
+    resampler_gradients: dict[str, Tensor]
+    """Of the sum of squares of the resampler's output."""
+
+
+def run_parts(start: Start, config: RunConfig, inputs: Inputs) -> Outputs:
+    """Vision layers, resampler and language layers, each alone, in a world of one."""
+    with start.topology(config.parallel) as topology:
+        (chunk,) = build_model(config, topology)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in chunk.parameters():  # norms and biases too, which start as ones and zeros
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        borders = torch.tensor([0, *inputs.spans]).cumsum(0).int()
+        positions = torch.cat([torch.arange(length) for length in inputs.spans])
+        language = chunk.language_model
+        features = chunk.resampler(inputs.patches)
+        features.square().sum().backward()
+        with torch.no_grad():
+            return Outputs(
+                weights=dict(chunk.state_dict()),
+                vision=chunk.vision(inputs.patches),
+                resampler=features.detach(),
+                language=language(inputs.embedded, language.attention_inputs(borders, positions)),
+                resampler_gradients={name: value.grad for name, value in chunk.resampler.named_parameters()},
+            )
