@@ -1,13 +1,14 @@
 """What is replaced inside Megatron-Core on every device.
 
-Three things, each because the original would break a promise of ours:
+Four things, each because the original would break a promise of ours:
 
 * the optimizer, where neither Apex nor Transformer Engine brings a fused one: torch's AdamW keeps a ``step`` for each
   parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for
   each parameter group, as the fused ones do;
 * the checkpoint writer: it starts processes, and one that is killed leaves the save waiting for ever. Ours writes in
   the rank's own process, so a dead writer is a dead rank, which the launcher notices;
-* the results queue of that writer, which would start a manager process.
+* the results queue of that writer, which would start a manager process;
+* the readers of checkpoint metadata, which would run code from a hostile file (``safe_metadata.py``).
 
 ``tests/unit/backends/test_core.py`` fails when a new version of Megatron-Core moves what is replaced.
 """
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_vl.backends import safe_metadata
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -78,6 +81,7 @@ def install() -> None:
     """Replace the parts named above; harmless when called again."""
     _replace_optimizer()
     _replace_writer()
+    safe_metadata.install()
 
 
 def _replace_optimizer() -> None:

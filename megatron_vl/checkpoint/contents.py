@@ -9,6 +9,7 @@ which are restored only on the layout that wrote them: nothing else maps one ran
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
 
     try:
         loaded = dist_checkpointing.load(_tensors(trained, loading=True), str(checkpoint))
-    except (CheckpointException, OSError, RuntimeError) as error:
+    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
     for chunk in trained.chunks:
         assert isinstance(chunk, nn.Module)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_vl.backends import safe_metadata
 from megatron_vl.backends.platform import prepare_process
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ModelConfig, RunConfig, TrainingConfig
@@ -39,6 +40,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
     def __init__(self, checkpoint: Path) -> None:
         """``checkpoint`` is a committed checkpoint; see :func:`open_checkpoint`."""
         self.model: ModelConfig = contents.read_config(checkpoint).model
+        safe_metadata.install()
         self._reader = _OnceReader(str(checkpoint))
         self._tensors = {
             name: entry

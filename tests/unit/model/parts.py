@@ -51,10 +51,12 @@ def run_parts(start: Start, config: RunConfig, inputs: Inputs) -> Outputs:
         features = chunk.resampler(inputs.patches)
         features.square().sum().backward()
         with torch.no_grad():
-            return Outputs(
-                weights=dict(chunk.state_dict()),
-                vision=chunk.vision(inputs.patches),
-                resampler=features.detach(),
-                language=language(inputs.embedded, language.attention_inputs(borders, positions)),
-                resampler_gradients={name: value.grad for name, value in chunk.resampler.named_parameters()},
-            )
+            vision = chunk.vision(inputs.patches)
+            line = language(inputs.embedded, language.attention_inputs(borders, positions))
+        return Outputs(
+            weights={name: value.detach() for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]},
+            vision=vision.detach(),
+            resampler=features.detach(),
+            language=line.detach(),
+            resampler_gradients={name: value.grad for name, value in chunk.resampler.named_parameters()},
+        )
