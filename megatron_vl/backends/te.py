@@ -1,4 +1,4 @@
-"""Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows, FP8.
+"""Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows.
 
 Imported only when the backend is asked for, so that nothing else needs the package. The checkpoint keys are those of
 ``local.py``: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it back under

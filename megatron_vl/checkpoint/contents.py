@@ -63,7 +63,7 @@ class Trained:
 
 
 def save(
-    trained: Trained, progress: dict[str, int], *, config: RunConfig, topology: Topology, root: Path
+    trained: Trained, progress: dict[str, Any], *, config: RunConfig, topology: Topology, root: Path
 ) -> Path:
     """Write and commit a checkpoint; every rank calls it.
 
@@ -97,7 +97,7 @@ def save(
 
 def load(
     trained: Trained, path: Path, *, config: RunConfig, topology: Topology, load_rng: bool = True
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Load a checkpoint into the model, and into the optimizer if one is given; every rank calls it.
 
     Args:
@@ -120,7 +120,7 @@ def load(
     if load_rng and manifest["layout"] == _layout(topology):
         streams = torch.load(checkpoint / "rng.pt", weights_only=True)
         rng.load_state_dict(streams[topology.rank])
-    progress: dict[str, int] = json.loads((checkpoint / "state.json").read_text())
+    progress: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     return progress
 
 

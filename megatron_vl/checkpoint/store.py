@@ -45,7 +45,13 @@ def directory_of(root: Path, step: int) -> Path:
 
 
 def open_staging(root: Path, step: int) -> Path:
-    """Make a fresh staging directory, and remove those that earlier runs left behind."""
+    """Make a fresh staging directory, and remove those that earlier runs left behind.
+
+    Raises:
+        CheckpointError: a checkpoint of this step is already committed; it would have to be written to again.
+    """
+    if directory_of(root, step).exists():
+        raise CheckpointError(f"{directory_of(root, step)} is already there; save to another directory, or remove it")
     root.mkdir(parents=True, exist_ok=True)
     for left in [*root.glob(".staging-*"), *root.glob(".trash-*")]:
         shutil.rmtree(left, ignore_errors=True)
@@ -55,9 +61,10 @@ def open_staging(root: Path, step: int) -> Path:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
+    """Synchronise a file with the disk, and note its size and SHA-256."""
     with path.open("rb") as stream:
-        return FileRecord(path.name, path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+        os.fsync(stream.fileno())
+    return FileRecord(path.name, path.stat().st_size, _sha256(path))
 
 
 def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], facts: dict[str, Any]) -> Path:
@@ -72,11 +79,9 @@ def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], fac
     _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1))
     _sync_directory(staging)
     final = directory_of(root, step)
-    if final.exists():
-        final.rename(root / f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
     staging.rename(final)
     _sync_directory(root)
-    temporary = root / f".{TRACKER}.{uuid.uuid4().hex[:8]}"
+    temporary = root / f".{TRACKER}.new"
     _write_durably(temporary, f"{step}\n")
     temporary.rename(root / TRACKER)
     _sync_directory(root)
@@ -115,15 +120,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # damaged bytes may be no JSON, or not even text
         raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is not usable") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version {manifest.get('format_version')}, expected {FORMAT_VERSION}: "
-            "written by another version of megatron_vl"
+            f"{path}: format_version {version}, expected {FORMAT_VERSION}: written by another version of megatron_vl"
         )
-    return manifest
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise CheckpointError(f"{path}: lists no files with their sizes and hashes; it is damaged, use an earlier one")
+    return dict(manifest)
 
 
 def verify(checkpoint: Path, *, hashes: bool) -> None:
@@ -142,10 +152,10 @@ def verify(checkpoint: Path, *, hashes: bool) -> None:
                 f"{path}: {size} bytes, but {expected['size']} were written; the file is truncated or was changed, "
                 "use an earlier checkpoint"
             )
-        if hashes and (found := record_file(path).sha256) != expected["sha256"]:
+        if hashes and (found := _sha256(path)) != expected["sha256"]:
             raise CheckpointError(
-                f"{path}: SHA-256 {found[:16]}..., but {expected['sha256'][:16]}... was written; the file is corrupt, "
-                "use an earlier checkpoint"
+                f"{path}: SHA-256 {found[:16]}..., but {str(expected['sha256'])[:16]}... was written; the file is "
+                "corrupt, use an earlier checkpoint"
             )
 
 
@@ -156,6 +166,11 @@ def retain(root: Path, keep_last: int | None) -> None:
         trash = root / f".trash-{doomed.name}-{uuid.uuid4().hex[:8]}"
         doomed.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_tracker(path: Path) -> int | None:

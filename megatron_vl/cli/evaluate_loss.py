@@ -62,8 +62,15 @@ def _run(options: argparse.Namespace) -> None:
         contents.load(trained, options.checkpoint, config=config, topology=topology, load_rng=False)
         losses = {prefix: _loss(prefix, chunks, config, topology) for prefix in options.data_path}
         if topology.rank == 0:
-            text = json.dumps(losses, indent=1)
-            options.output.write_text(text + "\n") if options.output else write_line(text)
+            _write(json.dumps(losses, indent=1), options.output)
+
+
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        write_line(text)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text + "\n", encoding="utf-8")
 
 
 def _configuration(saved: RunConfig, options: argparse.Namespace, world_size: int) -> RunConfig:

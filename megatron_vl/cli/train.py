@@ -71,10 +71,10 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
     from megatron_vl.planning.layout import resolve_layout
 
     cuda = has_cuda_device()
-    validate(config, world_size=world_size, cuda=cuda)
-    resolve_layout(config)
     check_data_files(config)
     check_device(_num_parameters(config), cuda=cuda)
+    validate(config, world_size=world_size, cuda=cuda)
+    resolve_layout(config)
 
 
 def _num_parameters(config: RunConfig) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -252,11 +252,11 @@ class Reporter:
                 sink.step(metrics)
             self._window = Window()
 
-    def validation(self, state: TrainState, loss: float) -> None:
+    def validation(self, state: TrainState, loss: float, *, seconds: float) -> None:
         """Report a validation loss; the time it took does not count as training."""
         for sink in self._sinks:
             sink.validation(state.step, loss)
-        self._window = replace(self._window, started=time.perf_counter()) if not self._window.steps else self._window
+        self._window.started += seconds
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,26 +94,23 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
 
     overrides = {_key("vector", is_vector): {"wd_mult": 0.0}}
     if settings.vision_layer_decay != 1.0:
-        for level in range(depth + 1):
-            multiple = settings.vision_layer_decay ** (depth + 1 - level)
-            overrides[_key(f"vision_level_{level}", _on_level(level))] = {
+        for distance in range(1, depth + 2):
+            multiple = settings.vision_layer_decay**distance
+            overrides[_key(f"vision_layer_{distance}_from_top", _learns_at(multiple, config))] = {
                 "max_lr": settings.lr * multiple,
                 "min_lr": settings.min_lr * multiple,
             }
     return overrides
 
 
-def _on_level(level: int) -> Any:
-    """Level 0 is the patch and position embedding, level i + 1 is vision layer i."""
+def _learns_at(multiple: float, config: RunConfig) -> Callable[[nn.Parameter, str], bool]:
+    depth, decay = config.model.vision.num_layers, config.optimizer.vision_layer_decay
 
     def matches(_: nn.Parameter, name: str) -> bool:
-        name = name.removeprefix("module.")
-        layer = re.match(r"vision\.layers\.(\d+)\.", name)
-        found = int(layer[1]) + 1 if layer else (0 if name.startswith("vision.") else -1)
-        return found == level
+        return layer_multiplier(name.removeprefix("module."), num_layers=depth, decay=decay) == multiple
 
     return matches
 
 
-def _key(name: str, matches: Any) -> ParamKey:
+def _key(name: str, matches: Callable[[nn.Parameter, str], bool]) -> ParamKey:
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))

@@ -15,6 +15,8 @@ class TrainState:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     """Tokens that are not padding."""
+    data: str = ""
+    """Fingerprint of the rows and of their order; a run does not go on with other ones."""
     skipped_steps: int = 0
     """Updates that were skipped on all ranks because the gradient was not finite."""
 

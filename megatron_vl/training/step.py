@@ -7,11 +7,14 @@ diluted by rows without images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import RunConfig
@@ -83,8 +86,24 @@ def train_step(
     model.optimizer.zero_grad()
     loss, counts = forward_backward(model.wrapped, batches, topology=topology, forward_only=False)
     rate = set_learning_rate(model.optimizer, config, step)
-    updated, grad_norm, _ = model.optimizer.step()
-    return StepResult(loss, counts, rate, float(grad_norm or 0.0), skipped=not updated)
+    grad_norm = _update(model.optimizer, clip=config.optimizer.clip_grad)
+    return StepResult(loss, counts, rate, grad_norm, skipped=not math.isfinite(grad_norm))
+
+
+def _update(optimizer: MegatronOptimizer, *, clip: float) -> float:
+    """One update, unless the gradient is not finite; returns its norm before clipping.
+
+    The norm is one number for all ranks, so all of them skip or none. Megatron-Core's own step would not look: without
+    a loss scale it takes every gradient for good.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        parameters = optimizer.get_parameters()
+        if clip > 0.0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 def forward_backward(

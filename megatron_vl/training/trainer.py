@@ -5,7 +5,8 @@ Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import resolve_layout
-from megatron_vl.training.feed import Feed, open_feed
+from megatron_vl.training.feed import Feed, data_fingerprint, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
 from megatron_vl.training.state import TrainState
@@ -71,6 +72,7 @@ class Run:
         source = _weights_from(config)
         model = build_parallel_model(config, topology, fresh_weights=source is None)
         state = _load(model, source, config, topology) if source else TrainState()
+        state = _same_rows(state, data_fingerprint(config))
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
         reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
@@ -104,9 +106,10 @@ class Run:
         )
         self.reporter.step(self.state, result)
         if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
+            started = time.perf_counter()
             steps = self.validation.one_pass(self.config.training.eval_iters)
             loss = evaluate(self.model.wrapped, steps, topology=self.topology)
-            self.reporter.validation(self.state, loss.mean)
+            self.reporter.validation(self.state, loss.mean, seconds=time.perf_counter() - started)
 
     def save(self) -> None:
         """Write a checkpoint, if the configuration names a place for it."""
@@ -152,18 +155,18 @@ def _weights_from(config: RunConfig) -> Source | None:
     if checkpoint.auto_resume and saved:
         assert checkpoint.save is not None
         return Source(Path(checkpoint.save), optimizer=True, rng=True, progress=True)
+    resumes = checkpoint.load is not None and not checkpoint.finetune
+    if saved and not resumes:
+        raise CheckpointError(
+            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
+            "would start over: add --auto-resume to go on from there, or choose an empty directory"
+        )
     if checkpoint.load:
-        resumes = not checkpoint.finetune
         return Source(
             Path(checkpoint.load),
             optimizer=resumes and not checkpoint.no_load_optim,
             rng=resumes and not checkpoint.no_load_rng,
             progress=resumes,
-        )
-    if saved:
-        raise CheckpointError(
-            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
-            "would start over: add --auto-resume to go on from there, or choose an empty directory"
         )
     if checkpoint.pretrained_checkpoint:
         return Source(Path(checkpoint.pretrained_checkpoint), optimizer=False, rng=False, progress=False)
@@ -178,6 +181,21 @@ def _load(model: ParallelModel, source: Source, config: RunConfig, topology: Top
         model.optimizer.reload_model_params()
     log_rank_0(f"loaded {store.resolve(source.path)}" + ("" if source.progress else " (weights only)"))
     return TrainState(**progress) if source.progress else TrainState()
+
+
+def _same_rows(state: TrainState, data: str) -> TrainState:
+    """Refuse to go on with other rows, or in another order, than the position in the data was counted in.
+
+    Raises:
+        CheckpointError: the data sets, their weights or the seed have changed.
+    """
+    if state.data and state.data != data:
+        raise CheckpointError(
+            f"data.data_path, its files or training.seed have changed since step {state.step}: rows {state.data} then, "
+            f"{data} now. Go on with the same ones, or start from the weights with --pretrained-checkpoint (or --load "
+            "with --finetune) and an empty save directory"
+        )
+    return replace(state, data=data)
 
 
 def _count_batch_in_rows(config: RunConfig) -> RunConfig:

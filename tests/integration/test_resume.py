@@ -6,13 +6,14 @@ the rows of every global batch are the same, and the losses agree to 1e-5.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_vl.checkpoint import store
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import CheckpointConfig, RunConfig
 from megatron_vl.errors import CheckpointError
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankError, RankPools
@@ -150,11 +151,27 @@ def test_a_stage_starts_from_pretrained_weights_with_fresh_progress(
     assert after.rows[0] == before.rows[0], "the data position starts anew"
 
 
+def test_a_run_does_not_go_on_with_other_rows(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    save = {"save": str(tmp_path / "run")}
+    _train(ranks, 1, _config(prefix, steps=1, checkpoint=save))
+    (tmp_path / "other").mkdir()
+    other = prepare_tiny(tmp_path / "other", seed=2)
+    resumed = save | {"load": save["save"]}
+    for changed in (_config(other, steps=2), _config(prefix, steps=2, training={"seed": 7})):
+        with pytest.raises(RankError, match="have changed since step 1"):
+            _train(ranks, 1, dataclasses.replace(changed, checkpoint=CheckpointConfig(**resumed)))
+
+
+def test_finetuning_into_the_loaded_directory_is_refused(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    _train(ranks, 1, _config(prefix, steps=1, checkpoint={"save": str(tmp_path)}))
+    both = {"save": str(tmp_path), "load": str(tmp_path), "finetune": True}
+    with pytest.raises(RankError, match="would start over"):
+        _train(ranks, 1, _config(prefix, steps=2, checkpoint=both))
+
+
 def test_a_checkpoint_of_another_model_is_refused(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
     _train(ranks, 1, _config(prefix, steps=1, checkpoint={"save": str(tmp_path)}))
     config = _config(prefix, steps=2, checkpoint={"load": str(tmp_path)})
-    import dataclasses
-
     language = dataclasses.replace(config.model.language, num_layers=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, language=language))
     with pytest.raises(RankError, match="language.num_layers is 4 in the checkpoint and 2 in this run"):

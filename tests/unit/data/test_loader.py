@@ -17,7 +17,7 @@ import torch
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.decoding import DecodePool
 from megatron_vl.data.image import to_pixels
-from megatron_vl.data.loader import DataSets, DataShare, PADDING_ROW, RowLoader, StepBatch
+from megatron_vl.data.loader import PADDING_ROW, DataSets, DataShare, RowLoader, StepBatch
 from megatron_vl.errors import ConfigError, DataError
 from tests.unit.data.prepared import NUM_CAPTIONS, NUM_DOCUMENTS, SEQ_LENGTH, make_data_set, run_config
 
