@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 from megatron_vl.errors import ConfigError
@@ -77,6 +79,7 @@ def install() -> None:
     _patch_tensor_methods()
     _patch_torch_cuda()
     _patch_rng_states()
+    _share_process_groups()
 
 
 def _check_version() -> None:
@@ -146,6 +149,31 @@ def _patch_torch_cuda() -> None:
         setattr(torch.cuda, name, value)
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, answering(None))
+
+
+def _share_process_groups() -> None:
+    """Let groups of the same ranks be one group.
+
+    Megatron-Core makes about twenty groups a rank, most of them of the same few sets of ranks. With gloo each costs a
+    full mesh of connections and a thread that wakes a hundred times a second, which on a machine of few cores is a
+    good part of all there is. Every rank makes the same calls in the same order, so every rank shares alike.
+    """
+    from megatron.core import parallel_state
+
+    shared: dict[tuple[int, ...], Any] = {}
+    worlds: list[Any] = []
+
+    def create_group(ranks: Sequence[int], timeout: timedelta | None = None, **_kwargs: Any) -> Any:
+        if worlds != [dist.group.WORLD]:  # the process group was started anew
+            worlds[:] = [dist.group.WORLD]
+            shared.clear()
+            shared[tuple(range(dist.get_world_size()))] = dist.group.WORLD
+        key = tuple(ranks)
+        if key not in shared:
+            shared[key] = dist.new_group(list(ranks), timeout=timeout)
+        return shared[key]
+
+    setattr(parallel_state, "create_group", create_group)
 
 
 def _patch_rng_states() -> None:

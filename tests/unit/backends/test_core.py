@@ -89,7 +89,7 @@ def test_state_goes_on_after_a_round_trip() -> None:
 
 @pytest.fixture(scope="module")
 def replaced() -> dict[str, Any]:
-    return recorded(core, core.install)
+    return recorded(core, core._replace_optimizer) | recorded(core, core._replace_writer)
 
 
 def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:

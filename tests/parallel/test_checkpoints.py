@@ -1,0 +1,77 @@
+"""Checkpoints belong to no layout: what one saves, any other loads and exports, whatever pads its vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.conversion.checkpoints import open_checkpoint
+from megatron_vl.conversion.convert import check_model, export_folder
+from megatron_vl.planning.vocabulary import padded_vocab_size
+from tests.helpers.ranks import RankPools
+from tests.helpers.tiny import MODEL, tiny_config
+from tests.parallel.saving import save_fresh_weights, train_steps
+from tests.unit.conversion.samples import assert_same_bytes, read_with_libraries
+
+ONE: dict[str, Any] = {}
+TP4 = {"tensor_model_parallel_size": 4}
+TP2_PP2_VP2 = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+}
+
+
+def _config(parallel: dict[str, Any], *, vocab_size: int) -> RunConfig:
+    config = tiny_config(parallel={"use_distributed_optimizer": True} | parallel)
+    return replace(config, model=replace(MODEL, language=replace(MODEL.language, vocab_size=vocab_size)))
+
+
+@pytest.mark.parametrize("vocab_size", [500, 600])
+def test_fresh_weights_of_two_layouts_export_to_the_same_bytes(
+    ranks: RankPools, tmp_path: Path, vocab_size: int
+) -> None:
+    folders = []
+    for name, size, parallel in (("one", 1, ONE), ("many", 4, TP2_PP2_VP2)):
+        config = _config(parallel, vocab_size=vocab_size)
+        checkpoint = ranks(size).run(save_fresh_weights, config, tmp_path / name)[0]
+        tensors = open_checkpoint(checkpoint)
+        check_model(tensors, config.model)
+        export_folder(tensors, tensors.model, tmp_path / f"hf_{name}")
+        folders.append(read_with_libraries(tmp_path / f"hf_{name}"))
+    assert folders[0]["lm_head.weight"].shape[0] == vocab_size
+    assert_same_bytes(folders[1], folders[0])
+
+
+@pytest.mark.parametrize("parallel", [TP4, TP2_PP2_VP2], ids=["tp4", "tp2-pp2-vp2"])
+@pytest.mark.parametrize("vocab_size", [500, 600])
+def test_training_goes_on_at_a_layout_that_pads_the_vocabulary_otherwise(
+    ranks: RankPools, tmp_path: Path, vocab_size: int, parallel: dict[str, Any]
+) -> None:
+    """500 rows are padded to 512 everywhere; 600 to 640 at TP 1, to 768 at TP 2, and to 1024 at TP 4."""
+    assert [padded_vocab_size(600, size) for size in (1, 2, 4)] == [640, 768, 1024]
+    one, many = _config(ONE, vocab_size=vocab_size), _config(parallel, vocab_size=vocab_size)
+    whole = ranks(1).run(train_steps, one, 4, None, None)[0]
+    first = ranks(1).run(train_steps, one, 2, tmp_path / "one", None)[0]
+    assert first == whole[:2]
+    for losses in ranks(4).run(train_steps, many, 2, tmp_path / "many", tmp_path / "one"):
+        assert losses == pytest.approx(whole[2:], rel=1e-5)
+    back = ranks(1).run(train_steps, one, 1, None, tmp_path / "many")[0]
+    straight = ranks(1).run(train_steps, one, 5, None, None)[0]
+    assert back == pytest.approx(straight[4:], rel=1e-5)
+
+
+def test_padding_is_zero_after_a_change_of_layout(ranks: RankPools, tmp_path: Path) -> None:
+    """Rows that only pad have no contents that could be carried from one layout to another."""
+    config = _config(TP4, vocab_size=600)
+    ranks(1).run(save_fresh_weights, _config(ONE, vocab_size=600), tmp_path / "one")
+    ranks(4).run(train_steps, config, 1, tmp_path / "many", None)
+    tensors = open_checkpoint(tmp_path / "many")
+    for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
+        assert tensors[name].shape[0] == 1024
+        assert torch.equal(tensors[name][600:], torch.zeros_like(tensors[name][600:]))
