@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import rng
 from megatron_vl.parallel.topology import Topology
+
+T = TypeVar("T")
 
 HASH_LIMIT_BYTES = 8 * 2**30
 """Checkpoints up to this size are read twice at load: once to compare every file with its recorded SHA-256."""
@@ -62,6 +64,30 @@ class Trained:
     optimizer: ShardedOptimizer | None
 
 
+@dataclass(frozen=True)
+class _Agreement:
+    """Parts of a save after which every rank knows whether all have succeeded; if not, all raise, with the reason."""
+
+    root: Path
+    topology: Topology
+
+    def by_all(self, action: Callable[[], T]) -> list[T]:
+        """Run ``action``, which talks to no other rank, everywhere; the results in the order of ranks."""
+        try:
+            outcome: tuple[str, Any] = ("", action())
+        except (OSError, RuntimeError, CheckpointError) as error:
+            outcome = (f"rank {self.topology.rank}: {error}", None)
+        gathered: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(gathered, outcome)
+        if failures := [text for text, _ in gathered if text]:
+            raise CheckpointError(f"{self.root}: the checkpoint was not written: " + "; ".join(failures))
+        return [value for _, value in gathered]
+
+    def by_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Run ``action`` on rank 0; its result, on every rank."""
+        return self.by_all(lambda: action() if self.topology.rank == 0 else None)[0]
+
+
 def save(
     trained: Trained, progress: dict[str, Any], *, config: RunConfig, topology: Topology, root: Path
 ) -> Path:
@@ -76,23 +102,37 @@ def save(
     Raises:
         CheckpointError: a rank could not write; nothing was committed.
     """
-    staging = _shared_path(store.open_staging(root, progress["step"]) if topology.rank == 0 else None)
-    failure = ""
+    agreement = _Agreement(root, topology)
+    staging = agreement.by_rank_0(lambda: store.open_staging(root, progress["step"]))
     try:
-        dist_checkpointing.save(_tensors(trained, loading=False), str(staging))
-        streams = _gather_streams(topology)
+        return _fill_and_commit(staging, trained, progress, config=config, agreement=agreement)
+    except CheckpointError:
+        if topology.rank == 0:
+            store.discard(staging)
+        raise
+
+
+def _fill_and_commit(
+    staging: Path, trained: Trained, progress: dict[str, Any], *, config: RunConfig, agreement: _Agreement
+) -> Path:
+    topology, root, step = agreement.topology, agreement.root, progress["step"]
+    _save_tensors(trained, staging, topology.rank)
+    streams = _gather_streams(topology)
+
+    def write_own_files() -> list[store.FileRecord]:
         if topology.rank == 0:
             (staging / "config.yaml").write_text(dump_config(config))
             (staging / "state.json").write_text(json.dumps(progress, indent=1))
             torch.save(streams, staging / "rng.pt")
-    except (OSError, RuntimeError) as error:
-        failure = f"rank {topology.rank}: {error}"
-    files = _gather_files(staging, topology, failure)
-    if topology.rank == 0:
-        store.commit(staging, root, step=progress["step"], files=files, facts=_facts(topology))
+        return [store.record_file(path) for path in _own_files(staging, topology.rank)]
+
+    def commit(files: list[store.FileRecord]) -> None:
+        store.commit(staging, root, step=step, files=files, facts=_facts(topology))
         store.retain(root, config.checkpoint.keep_last)
-    dist.barrier()
-    return store.directory_of(root, progress["step"])
+
+    records = agreement.by_all(write_own_files)
+    agreement.by_rank_0(lambda: commit([record for own in records for record in own]))
+    return store.directory_of(root, step)
 
 
 def load(
@@ -161,8 +201,22 @@ def _tensors(trained: Trained, *, loading: bool) -> dict[str, Any]:
     return state
 
 
+def _save_tensors(trained: Trained, staging: Path, rank: int) -> None:
+    # torch's CheckpointException derives from BaseException, so that is what has to be caught by name. All ranks get
+    # it if one fails, but only the first one learns which and why.
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dist_checkpointing.save(_tensors(trained, loading=False), str(staging))
+    except CheckpointException as error:
+        reasons = [f"rank {failed}: {reason}" for failed, (reason, _) in error.failures.items()]
+        told = "; ".join(reasons) or "another rank has failed, and rank 0 says why"
+        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: rank {rank}: {error}") from error
+
+
 def _load_tensors(trained: Trained, checkpoint: Path) -> None:
-    # torch's CheckpointException derives from BaseException, so that is what has to be caught by name.
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -178,31 +232,17 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
             trained.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _shared_path(path: Path | None) -> Path:
-    """Rank 0's path, on every rank."""
-    box = [path]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
-
-
 def _gather_streams(topology: Topology) -> list[dict[str, Any]]:
     streams: list[Any] = [None] * topology.world_size
     dist.all_gather_object(streams, rng.state_dict())
     return streams
 
 
-def _gather_files(staging: Path, topology: Topology, failure: str) -> list[store.FileRecord]:
-    """Each rank records what it wrote, rank 0 also what belongs to all; any failure is everybody's."""
-    own = [path for path in staging.iterdir() if path.name.startswith(f"__{topology.rank}_")]
-    common = [path for path in staging.iterdir() if not path.name.startswith("__")] if topology.rank == 0 else []
-    records = [] if failure else [store.record_file(path) for path in sorted(own + common)]
-    gathered: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(gathered, (failure, records))
-    failures = [text for text, _ in gathered if text]
-    if failures:
-        raise CheckpointError(f"{staging}: the checkpoint was not written: " + "; ".join(failures))
-    return [record for _, records in gathered for record in records]
+def _own_files(staging: Path, rank: int) -> list[Path]:
+    """What a rank has written; rank 0 also what belongs to all."""
+    own = [path for path in staging.iterdir() if path.name.startswith(f"__{rank}_")]
+    common = [path for path in staging.iterdir() if not path.name.startswith("__")] if rank == 0 else []
+    return sorted(own + common)
 
 
 def _layout(topology: Topology) -> dict[str, int]:

@@ -88,6 +88,11 @@ def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], fac
     return final
 
 
+def discard(staging: Path) -> None:
+    """Remove a staging directory that will not be committed."""
+    shutil.rmtree(staging, ignore_errors=True)
+
+
 def steps_in(root: Path) -> list[int]:
     """Steps of the committed checkpoints of a directory, in order."""
     if not root.is_dir():
