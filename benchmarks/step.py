@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--sizes small tiny] [--threads 1 2] [--turns 7] [--json FILE] [--profile]
 
-Ours is what ``tools/train.py`` runs: the model of ``build_parallel_model`` and ``train_step``, on the local backend in a
-world of one, with Megatron-Core's data parallelism, optimizer and schedule around it. The reference is
+Ours is what ``tools/train.py`` runs: the model of ``build_parallel_model`` and ``train_step``, on the local backend in
+a world of one, with Megatron-Core's data parallelism, optimizer and schedule around it. The reference is
 ``plain_model.py``. Both get the same weights and the same batch, in fp32, and do the same work: loss summed over the
 supervised tokens and divided by their number, backward, gradients clipped to norm 1, AdamW. Before anything is timed,
 one step of each must give the same loss, gradient norm, gradients and weights.
@@ -226,7 +226,10 @@ def _measure(size: str, threads: int, *, options: argparse.Namespace) -> list[Ro
     return [
         _report(title, times["ours"], times["plain"], workload),
         _report(
-            f"{title}, reference with labelled-slot head", times["ours"], times["labelled"], replace(workload, goal=None)
+            f"{title}, reference with labelled-slot head",
+            times["ours"],
+            times["labelled"],
+            replace(workload, goal=None),
         ),
     ]
 
