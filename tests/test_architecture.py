@@ -204,18 +204,19 @@ def test_print_only_in_log() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "home"),
+    ("pattern", "homes"),
     [
-        (r"(^|\.)parallel_state(\.|$)", f"{PACKAGE}/parallel/topology.py"),
-        (r"(^|\.)transformer_engine(\.|$)", f"{PACKAGE}/backends/te.py"),
+        # The CPU platform patches how groups are made; nobody but the topology asks for one.
+        (r"(^|\.)parallel_state(\.|$)", ("parallel/topology.py", "backends/cpu.py")),
+        (r"(^|\.)transformer_engine(\.|$)", ("backends/te.py",)),
     ],
 )
-def test_imported_in_one_place_only(pattern: str, home: str) -> None:
+def test_imported_in_few_places_only(pattern: str, homes: tuple[str, ...]) -> None:
     wrong = [
         f"{module.where}:{line}: {name}"
         for module in PACKAGE_MODULES
         for name, line in module.imports()
-        if re.search(pattern, name) and not name.startswith(PACKAGE) and module.where != home
+        if re.search(pattern, name) and not name.startswith(PACKAGE) and module.where.removeprefix(f"{PACKAGE}/") not in homes
     ]
     assert not wrong, "\n".join(wrong)
 

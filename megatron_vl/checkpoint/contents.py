@@ -117,7 +117,7 @@ def _fill_and_commit(
 ) -> Path:
     topology, root, step = agreement.topology, agreement.root, progress["step"]
     _save_tensors(trained, staging, topology.rank)
-    streams = _gather_streams(topology)
+    streams = agreement.by_all(rng.state_dict)
 
     def write_own_files() -> list[store.FileRecord]:
         if topology.rank == 0:
@@ -230,12 +230,6 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
     if trained.optimizer is not None:
         with torch.no_grad():
             trained.optimizer.load_state_dict(loaded["optimizer"])
-
-
-def _gather_streams(topology: Topology) -> list[dict[str, Any]]:
-    streams: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(streams, rng.state_dict())
-    return streams
 
 
 def _own_files(staging: Path, rank: int) -> list[Path]:
