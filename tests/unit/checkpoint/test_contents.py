@@ -8,7 +8,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import RunConfig
@@ -34,7 +33,7 @@ def _save_with_failure(start: Start, config: RunConfig, root: Path, place: str, 
     broken = {
         "staging": mock.patch.object(store, "open_staging", _no_space),
         "tensors": mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(_bad_bucket)),
-        "streams": mock.patch.object(torch, "save", _no_space),
+        "config": mock.patch.object(contents, "dump_config", _no_space),
         "records": mock.patch.object(store, "record_file", _no_space),
         "commit": mock.patch.object(store, "commit", _no_space),
     }
@@ -50,7 +49,7 @@ def _save_with_failure(start: Start, config: RunConfig, root: Path, place: str, 
 
 @pytest.mark.parametrize(
     ("place", "rank"),
-    [("staging", 0), ("tensors", 0), ("tensors", 1), ("streams", 0), ("records", 1), ("commit", 0)],
+    [("staging", 0), ("tensors", 0), ("tensors", 1), ("config", 0), ("records", 1), ("commit", 0)],
 )
 def test_a_rank_that_cannot_write_is_named_by_all(ranks: RankPools, tmp_path: Path, place: str, rank: int) -> None:
     config = tiny_config(parallel={"pipeline_model_parallel_size": 2})
