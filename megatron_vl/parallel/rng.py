@@ -36,4 +36,4 @@ def load_state_dict(state: dict[str, Any]) -> None:
     """Restore what :func:`state_dict` returned."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
-    core_random.get_cuda_rng_tracker().set_states(state["tracker"])
+    core_random.get_cuda_rng_tracker().set_states(dict(state["tracker"]))  # it keeps and changes the dict

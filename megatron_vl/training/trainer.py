@@ -73,6 +73,7 @@ class Run:
         model = build_parallel_model(config, topology, fresh_weights=source is None)
         state = _load(model, source, config, topology) if source else TrainState()
         state = _same_rows(state, data_fingerprint(config))
+        _check_nothing_later(state, config)
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
         reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
@@ -154,7 +155,9 @@ def _weights_from(config: RunConfig) -> Source | None:
     saved = store.steps_in(Path(checkpoint.save)) if checkpoint.save else []
     if checkpoint.auto_resume and saved:
         assert checkpoint.save is not None
-        return Source(Path(checkpoint.save), optimizer=True, rng=True, progress=True)
+        # The newest one itself: a run that died before it wrote the tracker would otherwise save a step again.
+        newest = store.directory_of(Path(checkpoint.save), saved[-1])
+        return Source(newest, optimizer=True, rng=True, progress=True)
     resumes = checkpoint.load is not None and not checkpoint.finetune
     if saved and not resumes:
         raise CheckpointError(
@@ -181,6 +184,21 @@ def _load(model: ParallelModel, source: Source, config: RunConfig, topology: Top
         model.optimizer.reload_model_params()
     log_rank_0(f"loaded {store.resolve(source.path)}" + ("" if source.progress else " (weights only)"))
     return TrainState(**progress) if source.progress else TrainState()
+
+
+def _check_nothing_later(state: TrainState, config: RunConfig) -> None:
+    """Refuse a save directory whose later checkpoints this run would come upon after hours of training.
+
+    Raises:
+        CheckpointError: there are such checkpoints.
+    """
+    save = config.checkpoint.save
+    later = [step for step in store.steps_in(Path(save)) if step > state.step] if save else []
+    if later:
+        raise CheckpointError(
+            f"checkpoint.save: {save} holds step {later[-1]}, and this run goes on from step {state.step}: remove the "
+            "later checkpoints, or save to another directory"
+        )
 
 
 def _same_rows(state: TrainState, data: str) -> TrainState:

@@ -151,6 +151,26 @@ def test_a_stage_starts_from_pretrained_weights_with_fresh_progress(
     assert after.rows[0] == before.rows[0], "the data position starts anew"
 
 
+def test_going_back_is_refused_where_later_checkpoints_lie(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    """A committed checkpoint is never written to again, so this run could not save what it trains."""
+    both = {"save": str(tmp_path), "save_interval": 1}
+    _train(ranks, 1, _config(prefix, steps=2, checkpoint=both))
+    back = both | {"load": str(store.directory_of(tmp_path, 1))}
+    with pytest.raises(RankError, match="holds step 2, and this run goes on from step 1"):
+        _train(ranks, 1, _config(prefix, steps=3, checkpoint=back))
+    elsewhere = back | {"save": str(tmp_path / "elsewhere")}
+    assert len(_train(ranks, 1, _config(prefix, steps=3, checkpoint=elsewhere))[0].losses) == 2
+
+
+def test_auto_resume_goes_on_after_a_kill_before_the_tracker_was_written(
+    ranks: RankPools, prefix: str, tmp_path: Path
+) -> None:
+    save = {"save": str(tmp_path), "save_interval": 1, "auto_resume": True}
+    _train(ranks, 1, _config(prefix, steps=2, checkpoint=save))
+    (tmp_path / store.TRACKER).write_text("1\n")
+    assert len(_train(ranks, 1, _config(prefix, steps=3, checkpoint=save))[0].losses) == 1
+
+
 def test_a_run_does_not_go_on_with_other_rows(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
     save = {"save": str(tmp_path / "run")}
     _train(ranks, 1, _config(prefix, steps=1, checkpoint=save))

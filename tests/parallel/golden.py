@@ -86,13 +86,13 @@ def micro_batch(model: ModelConfig, row: PackedRow, pixels: Tensor | None, *, le
     return batch if pixels is None else replace(batch, pixels=pixels)
 
 
-def run_config(parallel: dict[str, Any], *, length: int) -> RunConfig:
-    """A step of one row of the golden model at a layout, in fp32."""
+def run_config(parallel: dict[str, Any], *, length: int, bf16: bool = False) -> RunConfig:
+    """A step of one row of the golden model at a layout, in fp32 or bf16."""
     return RunConfig(
         model=import_folder(FOLDER).model,
         parallel=ParallelConfig(use_distributed_optimizer=False, backend="local", **parallel),
         data=DataConfig(seq_length=length, attention_span="segment", num_workers=0),
-        training=TrainingConfig(micro_batch_size=1, global_batch_size=1),
+        training=TrainingConfig(micro_batch_size=1, global_batch_size=1, bf16=bf16),
     )
 
 

@@ -13,7 +13,7 @@ from megatron_vl.training.step import train_step
 from tests.helpers.ranks import Start
 from tests.helpers.tiny import micro_batches
 
-BATCHES = 8
+BATCHES = 2
 
 
 def save_fresh_weights(start: Start, config: RunConfig, root: Path) -> Path:

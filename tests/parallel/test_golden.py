@@ -59,9 +59,11 @@ def _world_size(parallel: dict[str, Any]) -> int:
     return int(parallel.get("tensor_model_parallel_size", 1) * parallel.get("pipeline_model_parallel_size", 1))
 
 
-def _forward(ranks: RankPools, checkpoint: Path, name: str, row: PackedRow, pixels: Tensor | None) -> list[Outputs]:
+def _forward(
+    ranks: RankPools, checkpoint: Path, name: str, row: PackedRow, pixels: Tensor | None, *, bf16: bool = False
+) -> list[Outputs]:
     length = len(row.tokens)
-    config = run_config(LAYOUTS[name], length=length)
+    config = run_config(LAYOUTS[name], length=length, bf16=bf16)
     batch = micro_batch(config.model, row, pixels, length=length)
     outputs: list[Outputs] = ranks(_world_size(LAYOUTS[name])).run(forward_on_rank, config, batch, checkpoint)
     return outputs
@@ -156,6 +158,23 @@ def _published(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         if not entry.spec.is_buffer
         for name, tensor in zip(entry.hf_names, entry.rule.to_hf(ours[entry.spec.name], model), strict=True)
     }
+
+
+@pytest.mark.parametrize("name", ["tp1-pp1", "tp2-pp1-sp", "tp2-pp2"])
+def test_bf16_is_close_to_the_original_s_fp32(
+    ranks: RankPools, expected: dict[str, Tensor], checkpoint: Path, name: str
+) -> None:
+    """The divergence is a mean over positions: the same layers of ``transformers`` in bf16, given the image features
+    in fp32, are at a mean of 1.7e-3 and a maximum of 1.1e-2, with 92 % of positions equal."""
+    case = read_case(expected, "multimodal")
+    found = _logits(_forward(ranks, checkpoint, name, case.row, case.pixels, bf16=True), 640).float()
+    exact = case.logits
+    best = exact.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 0.1 * exact.std()
+    same = found.argmax(-1) == exact.argmax(-1)
+    assert clear.float().mean() > 0.5 and same[clear].all() and same.float().mean() >= 0.94
+    divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
+    assert 0.0 < divergence.mean() <= 1e-3 and divergence.max() <= 5e-3
 
 
 @pytest.mark.parametrize("name", WITHOUT_SEQUENCE_PARALLEL)

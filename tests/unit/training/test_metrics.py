@@ -1,0 +1,157 @@
+"""What a run reports, and where: Megatron's log line, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.flops import FrozenParts, Work, step_flops
+from megatron_vl.training.metrics import Layout, Reporter, StepMetrics, Window, log_line
+from megatron_vl.training.state import TrainState
+from megatron_vl.training.step import Counts, LossSum, StepResult
+from tests.helpers.tiny import tiny_config
+
+METRICS = StepMetrics(
+    iteration=120,
+    train_iters=5000,
+    consumed_rows=960,
+    consumed_samples=3100,
+    consumed_tokens=200_000,
+    lm_loss=2.345678,
+    learning_rate=1.5e-4,
+    grad_norm=0.98765,
+    elapsed_ms_per_iteration=123.45,
+    global_batch_size=8,
+    tokens_per_second=10_000.4,
+    images_per_second=55.0,
+    samples_per_second=30.0,
+    tflops_per_rank=0.0123,
+    memory_gib=1.5,
+    skipped_iterations=1,
+    nan_iterations=0,
+    layout="TP 1 x PP 1 x DP 2",
+)
+LAYOUT = Layout("TP 1 x PP 1 x DP 2", world_size=2)
+
+
+def test_the_log_line_is_found_by_megatron_s_patterns() -> None:
+    """Patterns that tools use on logs of Megatron-LM."""
+    line = log_line(METRICS)
+    patterns = {
+        r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+\] iteration +(\d+)/ +(\d+) \|": ("120", "5000"),
+        r"consumed samples: +(\d+) \|": ("3100",),
+        r"elapsed time per iteration \(ms\): ([\d.]+) \|": ("123.5",),
+        r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \|": ("0.0123",),
+        r"learning rate: ([\d.E+-]+) \|": ("1.500000E-04",),
+        r"global batch size: +(\d+) \|": ("8",),
+        r"lm loss: ([\d.E+-]+) \|": ("2.345678E+00",),
+        r"loss scale: ([\d.]+) \|": ("1.0",),
+        r"grad norm: ([\d.]+) \|": ("0.988",),
+        r"number of skipped iterations: +(\d+) \|": ("1",),
+        r"number of nan iterations: +(\d+) \|$": ("0",),
+    }
+    for pattern, values in patterns.items():
+        match = re.search(pattern, line)
+        assert match and match.groups() == values, pattern
+    assert "\n" not in line
+
+
+def _result(total: float, tokens: int, *, skipped: bool = False) -> StepResult:
+    counts = Counts(images=3, samples=5, tokens=100, squared_spans=5000.0)
+    return StepResult(LossSum(total, tokens), counts, learning_rate=0.1, grad_norm=0.5, skipped=skipped)
+
+
+def test_a_window_weighs_tokens_not_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, window = tiny_config(training={"freeze_vision": True}), Window(started=10.0)
+    window.add(_result(30.0, 10))
+    window.add(_result(90.0, 90))
+    monkeypatch.setattr("time.perf_counter", lambda: 14.0)
+    metrics = window.summarise(TrainState(step=2), _result(90.0, 90), config=config, layout=LAYOUT)
+    assert metrics.lm_loss == pytest.approx(1.2)
+    assert metrics.elapsed_ms_per_iteration == pytest.approx(2000.0)
+    assert (metrics.tokens_per_second, metrics.images_per_second, metrics.samples_per_second) == (50.0, 1.5, 2.5)
+    work = Work(num_images=6, num_tokens=200, sum_squared_spans=10_000.0, num_supervised=100)
+    flops = step_flops(config.model, FrozenParts.of(config.training), work)
+    assert metrics.tflops_per_rank == pytest.approx(flops / 4.0 / 2 / 1e12)
+
+
+def test_a_window_counts_steps_that_went_wrong() -> None:
+    window = Window()
+    for result in (_result(1.0, 1), _result(math.nan, 1, skipped=True), _result(1.0, 1, skipped=True)):
+        window.add(result)
+    assert (window.steps, window.skipped, window.nan) == (3, 2, 1)
+
+
+def _config(folder: Path, **logging: Any) -> RunConfig:
+    fields = {"log_interval": 2, "progress": False, "tensorboard_dir": str(folder / "tb")} | logging
+    return tiny_config(logging=fields, training={"train_iters": 5}, checkpoint={"save": str(folder / "run")})
+
+
+def _report(config: RunConfig, *, first: int = 0, last: int = 5) -> None:
+    state = TrainState(step=first)
+    reporter = Reporter(config, layout=LAYOUT, state=state, active=True)
+    for _ in range(first, last):
+        state = state.advanced(rows=8, samples=5, tokens=100, skipped=False)
+        reporter.step(state, _result(2.0 * state.step, 1))
+    reporter.validation(state, 0.25, seconds=0.0)
+    reporter.close()
+
+
+def test_reports_come_at_the_interval_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _report(_config(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [2, 4, 5, 5]
+    assert [record["lm_loss"] for record in records[:3]] == [3.0, 7.0, 10.0], "each window's own mean"
+    assert [record["consumed_rows"] for record in records[:3]] == [16, 32, 40]
+    assert records[3]["validation_loss"] == 0.25
+    assert records[0]["layout"] == LAYOUT.text and records[0]["time"] > 1e9
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"iteration +\d+/ +5 \|", printed)) == 3
+    assert " validation loss at iteration 5 | lm loss value: 2.500000E-01 |" in printed
+
+
+def test_a_resumed_run_goes_on_in_the_same_file(tmp_path: Path) -> None:
+    config = _config(tmp_path, log_file=str(tmp_path / "elsewhere" / "log.jsonl"))
+    _report(config, last=4)
+    _report(config, first=4)
+    records = [json.loads(line) for line in (tmp_path / "elsewhere" / "log.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records if "lm_loss" in record] == [2, 4, 5]
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _report(_config(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("lm-loss")] == [(2, 3.0), (4, 7.0), (5, 10.0)]
+    assert [event.step for event in events.Scalars("validation-loss")] == [5]
+    assert {"learning-rate", "grad-norm", "tokens-per-second", "images-per-second"} <= set(events.Tags()["scalars"])
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(tmp_path)
+    reporter = Reporter(config, layout=LAYOUT, state=TrainState(), active=False)
+    reporter.step(TrainState(step=2), _result(1.0, 1))
+    reporter.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_validation_time_is_not_training_time(tmp_path: Path) -> None:
+    reporter = Reporter(tiny_config(), layout=LAYOUT, state=TrainState(), active=False)
+    started = reporter._window.started
+    reporter.validation(TrainState(step=1), 0.5, seconds=7.0)
+    assert reporter._window.started == started + 7.0
+
+
+def test_state_advances_by_what_was_read() -> None:
+    state = TrainState(step=3, consumed_rows=24, data="abc").advanced(rows=8, samples=5, tokens=100, skipped=True)
+    read = {"consumed_rows": 32, "consumed_samples": 5, "consumed_tokens": 100}
+    assert state == TrainState(step=4, data="abc", skipped_steps=1, **read)
