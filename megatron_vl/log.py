@@ -45,10 +45,12 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def silence_import_warnings() -> None:
-    """Hide what Megatron-Core warns of at import where Transformer Engine and Apex are absent, as on any CPU.
+def silence_dependency_warnings() -> None:
+    """Hide what Megatron-Core and torch say to their own authors, once a rank, a step or a save.
 
-    ``backend`` in the log says which implementation runs; six warnings a process that say the same hide the rest.
+    Deprecations between the two cannot be acted on by who trains, and the absence of Transformer Engine and Apex is
+    told by ``backend`` in the log. Warnings of other modules, and of other kinds, stay.
     """
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    for module in (r"torch(\.|$)", r"megatron\.core(\.|$)"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")

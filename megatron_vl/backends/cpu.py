@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -160,18 +161,27 @@ def _share_process_groups() -> None:
     """
     from megatron.core import parallel_state
 
-    shared: dict[tuple[int, ...], Any] = {}
-    worlds: list[Any] = []
+    # Held weakly: a group that outlives destroy_process_group keeps its gloo threads, and one of them may then ask for
+    # the interpreter's lock while the interpreter ends, which aborts the process.
+    shared: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+    elsewhere: set[tuple[int, ...]] = set()  # groups that this rank made with the others and is no member of
 
     def create_group(ranks: Sequence[int], timeout: timedelta | None = None, **_kwargs: Any) -> Any:
-        if worlds != [dist.group.WORLD]:  # the process group was started anew
-            worlds[:] = [dist.group.WORLD]
+        world, key = tuple(range(dist.get_world_size())), tuple(ranks)
+        if shared.get(world) is not dist.group.WORLD:  # the process group was started anew
             shared.clear()
-            shared[tuple(range(dist.get_world_size()))] = dist.group.WORLD
-        key = tuple(ranks)
-        if key not in shared:
-            shared[key] = dist.new_group(list(ranks), timeout=timeout)
-        return shared[key]
+            elsewhere.clear()
+            shared[world] = dist.group.WORLD
+        if key in elsewhere:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        group = shared.get(key)
+        if group is None:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if dist.get_rank() in key:
+                shared[key] = group
+            else:
+                elsewhere.add(key)
+        return group
 
     setattr(parallel_state, "create_group", create_group)
 

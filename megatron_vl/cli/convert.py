@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vl.errors import ConversionError, MegatronVLError
-from megatron_vl.log import silence_import_warnings, write_line
+from megatron_vl.log import silence_dependency_warnings, write_line
 
 EXIT_USER_ERROR = 2
 
@@ -21,7 +21,7 @@ EXIT_USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    silence_import_warnings()
+    silence_dependency_warnings()
     try:
         _COMMANDS[options.command](options)
     except MegatronVLError as error:

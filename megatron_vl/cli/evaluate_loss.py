@@ -18,7 +18,7 @@ from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig, TrainingConfig
 from megatron_vl.errors import MegatronVLError
-from megatron_vl.log import setup_logging, silence_import_warnings, write_line
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 EXIT_USER_ERROR = 2
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     setup_logging()
-    silence_import_warnings()
+    silence_dependency_warnings()
     try:
         _run(options)
     except MegatronVLError as error:
@@ -49,20 +49,26 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from megatron_vl.backends.platform import prepare_process
-    from megatron_vl.checkpoint import contents, store
-    from megatron_vl.model.build import build_model
     from megatron_vl.parallel.topology import Topology
 
     prepare_process()
     with Topology(parallel_config(options)) as topology:
-        saved = contents.read_config(store.resolve(options.checkpoint))
-        config = _configuration(saved, options, topology.world_size)
-        chunks = build_model(config, topology, fresh_weights=False)
-        trained = contents.Trained(chunks, None)
-        contents.load(trained, options.checkpoint, config=config, topology=topology, load_rng=False)
-        losses = {prefix: _loss(prefix, chunks, config, topology) for prefix in options.data_path}
+        losses = _losses(options, topology)
         if topology.rank == 0:
             _write(json.dumps(losses, indent=1), options.output)
+
+
+def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, float]]:
+    """The loss of the checkpoint on each data set, the same on every rank."""
+    from megatron_vl.checkpoint import contents, store
+    from megatron_vl.model.build import build_model
+
+    saved = contents.read_config(store.resolve(options.checkpoint))
+    config = _configuration(saved, options, topology.world_size)
+    chunks = build_model(config, topology, fresh_weights=False)
+    trained = contents.Trained(chunks, None)
+    contents.load(trained, options.checkpoint, config=config, topology=topology, load_rng=False)
+    return {prefix: _loss(prefix, chunks, config, topology) for prefix in options.data_path}
 
 
 def _write(text: str, output: Path | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.errors import DataError, MegatronVLError, SkipSample
-from megatron_vl.log import setup_logging, silence_import_warnings, write_line
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 EXIT_USER_ERROR = 2
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     setup_logging()
-    silence_import_warnings()
+    silence_dependency_warnings()
     try:
         _run(options)
     except MegatronVLError as error:
@@ -55,25 +55,31 @@ def _build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     questions = read_questions(options.inputs)
     from megatron_vl.backends.platform import prepare_process
-    from megatron_vl.data.tokenizer import QwenTokenizer
-    from megatron_vl.generation.engine import Engine, GenerationOptions
     from megatron_vl.parallel.topology import Topology
 
     prepare_process()
-    parallel = parallel_config(options)
-    with Topology(parallel) as topology:
-        engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
-        tokenizer = QwenTokenizer(engine.model.num_ranks, options.vocab_file)
-        prompts = [_prompt(question, tokenizer, engine.model, options) for question in questions]
-        limits = GenerationOptions(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
-        answers = engine.generate(prompts, limits)
+    with Topology(parallel_config(options)) as topology:
+        predictions = _predictions(questions, options, topology)
         if topology.rank == 0:
             lines = [
-                json.dumps({**question, "prediction": tokenizer.decode(tokens).strip()}, ensure_ascii=False)
-                for question, tokens in zip(questions, answers, strict=True)
+                json.dumps({**question, "prediction": prediction}, ensure_ascii=False)
+                for question, prediction in zip(questions, predictions, strict=True)
             ]
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _predictions(questions: list[dict[str, Any]], options: argparse.Namespace, topology: Any) -> list[str]:
+    """The answer to each question, the same on every rank."""
+    from megatron_vl.data.tokenizer import QwenTokenizer
+    from megatron_vl.generation.engine import Engine, GenerationOptions
+
+    parallel = parallel_config(options)
+    engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
+    tokenizer = QwenTokenizer(engine.model.num_ranks, options.vocab_file)
+    prompts = [_prompt(question, tokenizer, engine.model, options) for question in questions]
+    limits = GenerationOptions(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    return [tokenizer.decode(tokens).strip() for tokens in engine.generate(prompts, limits)]
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

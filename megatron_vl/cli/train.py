@@ -19,7 +19,7 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, MegatronVLError
 from megatron_vl.launch import Launch, has_cuda_device, read_launch
-from megatron_vl.log import setup_logging, silence_import_warnings, write_line
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 EXIT_USER_ERROR = 2
 
@@ -85,7 +85,7 @@ def _num_parameters(config: RunConfig) -> int:
 
 def _start(config: RunConfig) -> None:
     setup_logging()
-    silence_import_warnings()
+    silence_dependency_warnings()
     import torch
 
     # A torch without CUDA on a machine with a GPU passes the early check.

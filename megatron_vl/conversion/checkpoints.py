@@ -94,9 +94,8 @@ def write_checkpoint(
     bf16 = imported.dtype("language_model.final_layernorm.weight") == torch.bfloat16
     config = RunConfig(model=imported.model, training=TrainingConfig(bf16=bf16))
     with Topology(config.parallel) as topology:
-        description = build_on_meta(config, topology).sharded_state_dict()
-        trained = contents.Trained([_Filled(description, imported, progress)], None)
-        return contents.save(trained, {"step": 0}, config=config, topology=topology, root=root)
+        filled = _Filled(build_on_meta(config, topology).sharded_state_dict(), imported, progress)
+        return contents.save(contents.Trained([filled], None), {"step": 0}, config=config, topology=topology, root=root)
 
 
 class _OnceReader(FileSystemReader):

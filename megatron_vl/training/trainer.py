@@ -39,13 +39,17 @@ def train(config: RunConfig) -> TrainState:
     """
     prepare_process()
     with Topology(config.parallel) as topology:
-        config = _count_batch_in_rows(config)
-        validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
-        run = Run.set_up(config, topology)
-        try:
-            return run.loop()
-        finally:
-            run.close()
+        return _train(config, topology)
+
+
+def _train(config: RunConfig, topology: Topology) -> TrainState:
+    config = _count_batch_in_rows(config)
+    validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
+    run = Run.set_up(config, topology)
+    try:
+        return run.loop()
+    finally:
+        run.close()
 
 
 @dataclass

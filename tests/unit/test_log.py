@@ -38,11 +38,23 @@ def test_write_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("result\n", "problem\n")
 
 
-def test_only_the_known_import_warnings_are_silenced() -> None:
+@pytest.mark.parametrize(
+    ("category", "module", "heard"),
+    [
+        (FutureWarning, "torch.distributed.c10d_logger", False),
+        (FutureWarning, "megatron.core.dist_checkpointing.strategies.torch", False),
+        (UserWarning, "megatron.core.optimizer", False),
+        (UserWarning, "torch.optim", True),
+        (RuntimeWarning, "megatron.core.optimizer", True),
+        (FutureWarning, "megatron_vl.training.step", True),
+        (FutureWarning, "torchvision.io", True),
+    ],
+)
+def test_only_what_dependencies_say_to_their_authors_is_silenced(
+    category: type[Warning], module: str, heard: bool
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        log.silence_import_warnings()
-        warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
-        warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
-        warnings.warn("something else", stacklevel=1)
-    assert [str(item.message) for item in caught] == ["something else"]
+        log.silence_dependency_warnings()
+        warnings.warn_explicit("message", category, "file.py", 1, module=module)
+    assert bool(caught) is heard
