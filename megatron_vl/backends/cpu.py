@@ -81,6 +81,7 @@ def install() -> None:
     _patch_torch_cuda()
     _patch_rng_states()
     _share_process_groups()
+    _drop_process_groups()
 
 
 def _check_version() -> None:
@@ -161,8 +162,7 @@ def _share_process_groups() -> None:
     """
     from megatron.core import parallel_state
 
-    # Held weakly: a group that outlives destroy_process_group keeps its gloo threads, and one of them may then ask for
-    # the interpreter's lock while the interpreter ends, which aborts the process.
+    # Held weakly, for the reason in _drop_process_groups.
     shared: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
     elsewhere: set[tuple[int, ...]] = set()  # groups that this rank made with the others and is no member of
 
@@ -184,6 +184,25 @@ def _share_process_groups() -> None:
         return group
 
     setattr(parallel_state, "create_group", create_group)
+
+
+def _drop_process_groups() -> None:
+    """Let ``destroy_model_parallel`` drop every group; some it leaves in its module.
+
+    A gloo group ends its threads when its last reference goes. A thread that is still there when the interpreter ends
+    may ask for the interpreter's lock at that moment, which aborts a process that had finished its work.
+    """
+    from megatron.core import parallel_state
+
+    destroy = parallel_state.destroy_model_parallel
+
+    def destroy_model_parallel() -> None:
+        destroy()
+        for name, value in vars(parallel_state).items():
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
+
+    setattr(parallel_state, "destroy_model_parallel", destroy_model_parallel)
 
 
 def _patch_rng_states() -> None:

@@ -52,9 +52,8 @@ class Topology:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         parallel_state.destroy_model_parallel()
-        _forget_groups()
         if self._started:
-            gc.collect()
+            gc.collect()  # what is left of a model may still hold groups
             dist.destroy_process_group()
 
     def _start_process_group(self) -> None:
@@ -143,14 +142,3 @@ class Topology:
     def on_last_stage(self) -> bool:
         """Whether this rank holds the head."""
         return self.pp_rank == self.pp_size - 1
-
-
-def _forget_groups() -> None:
-    """Drop the groups that ``destroy_model_parallel`` leaves in its module.
-
-    A gloo group ends its threads when its last reference goes. One that is still there when the interpreter ends may
-    ask for the interpreter's lock at that moment, which aborts a process that had finished its work.
-    """
-    for name, value in vars(parallel_state).items():
-        if isinstance(value, dist.ProcessGroup):
-            setattr(parallel_state, name, None)
