@@ -82,6 +82,7 @@ def install() -> None:
     _patch_rng_states()
     _share_process_groups()
     _drop_process_groups()
+    _skip_collectives_of_one()
 
 
 def _check_version() -> None:
@@ -203,6 +204,27 @@ def _drop_process_groups() -> None:
                 setattr(parallel_state, name, None)
 
     setattr(parallel_state, "destroy_model_parallel", destroy_model_parallel)
+
+
+def _skip_collectives_of_one() -> None:
+    """Let the buffers of parameters and gradients skip collectives in a group of one rank.
+
+    NCCL sees that there is nothing to do; gloo copies the whole buffer to find out. The shard is then the buffer
+    itself, so nothing has to move.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def wrapped(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if dist.get_world_size(kwargs["group"]) == 1 and output.data_ptr() == source.data_ptr():
+                return None
+            return collective(output, source, *args, **kwargs)
+
+        return wrapped
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
 
 
 def _patch_rng_states() -> None:

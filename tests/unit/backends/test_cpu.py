@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_vl.backends import cpu
 from megatron_vl.errors import ConfigError
@@ -70,7 +71,11 @@ def test_what_megatron_core_names_is_replaced_or_left_alone_on_purpose(
 def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
     """``recorded`` asserts it for each of them."""
     owners = {name.rpartition(".")[0] for name in replaced}
-    core = {"megatron.core.tensor_parallel.random", "megatron.core.parallel_state"}
+    core = {
+        "megatron.core.tensor_parallel.random",
+        "megatron.core.parallel_state",
+        "megatron.core.distributed.param_and_grad_buffer",
+    }
     assert owners == {"torch", "Tensor", "torch.cuda", "torch.cuda.nvtx"} | core
 
 
@@ -131,3 +136,17 @@ def test_an_installed_platform_answers_with_the_cpu(ranks: RankPools) -> None:
         "memory": 0,
         "available": False,
     }
+
+
+def test_a_rank_alone_reduces_its_buffer_without_asking_the_group(
+    replaced: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no process group in this process, so whatever asks one fails."""
+    reduce_scatter = replaced["megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func"]
+    buffer = torch.arange(3.0)
+    for size, output in ((2, buffer), (1, torch.zeros(3))):
+        monkeypatch.setattr(dist, "get_world_size", lambda _, size=size: size)
+        with pytest.raises(ValueError, match="process group"):
+            reduce_scatter(output, buffer, group=None)
+    assert reduce_scatter(buffer, buffer, group=None) is None
+    assert buffer.tolist() == [0.0, 1.0, 2.0]
