@@ -64,6 +64,8 @@ class Sample:
     """Grounded caption, referring, region caption: phrases with boxes. OCR: lines with quads."""
     turns: tuple[Turn, ...] = ()
     """Chat only."""
+    score: float | None = None
+    """How well image and text agree, as the source's metadata says it (CLIP similarity), for the filters."""
 
 
 @dataclass(frozen=True)
