@@ -47,8 +47,8 @@ class GenerationOptions:
 
     max_new_tokens: int = 64
     batch_size: int = 32
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end an answer; they are not part of it. By default <|endoftext|>."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that end an answer and are not part of it; <|endoftext|> always is one."""
     banned_ids: tuple[int, ...] = ()
     """Tokens that are never chosen."""
 
@@ -128,7 +128,7 @@ class Engine:
 
     def _answer(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
         batch = self._pad(prompts)
-        stop_ids = set(options.stop_ids or (self.special.endoftext,))
+        stops = ((self.special.endoftext,), *options.stop_sequences)
         number, length = batch.tokens.shape
         caches = [StaticInferenceContext(number, length + options.max_new_tokens) for _ in self.chunks]
         answers: list[list[int]] = [[] for _ in range(number)]
@@ -138,9 +138,9 @@ class Engine:
         newest = self._forward(first, caches, banned_ids=options.banned_ids)
         for produced in range(1, options.max_new_tokens + 1):
             for index, token in enumerate(newest.tolist()):
-                finished[index] = finished[index] or token in stop_ids
                 if not finished[index]:
                     answers[index].append(token)
+                    finished[index] = _cut_stop(answers[index], stops)
             if all(finished) or produced == options.max_new_tokens:
                 break
             hidden = torch.cat([hidden, hidden.new_zeros(number, 1)], dim=1)
@@ -229,6 +229,15 @@ class Engine:
         language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
         rotary = None if language is None else language.angles(keys, hidden_keys.device)
         return AttentionInputs(mask=mask, rotary=rotary, packed=None)
+
+
+def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
+    """Whether an answer ends in one of ``stops``, which is then cut off."""
+    for stop in stops:
+        if tuple(answer[-len(stop) :]) == stop:
+            del answer[-len(stop) :]
+            return True
+    return False
 
 
 def _see(chunk: QwenVL, state: Tensor | None, pixels: Tensor) -> Tensor | None:
