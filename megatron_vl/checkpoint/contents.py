@@ -21,7 +21,8 @@ from megatron.core import dist_checkpointing
 from torch import nn
 
 from megatron_vl.checkpoint import store
-from megatron_vl.config.load import dump_config, load_config
+from megatron_vl.checkpoint.streaming import StreamingStrategy
+from megatron_vl.config.load import dump_config
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import rng
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 HASH_LIMIT_BYTES = 8 * 2**30
 """Checkpoints up to this size are read twice at load: once to compare every file with its recorded SHA-256."""
+
+_NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_logn_attn"})
 
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -62,6 +65,8 @@ class Trained:
 
     chunks: Sequence[ShardedChunk]
     optimizer: ShardedOptimizer | None
+    strategy: StreamingStrategy | None = None
+    """How the tensors are written, if not as Megatron-Core does it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def save(
     staging = agreement.by_rank_0(lambda: store.open_staging(root, progress["step"]))
     try:
         return _fill_and_commit(staging, trained, progress, config=config, agreement=agreement)
-    except CheckpointError:
+    except BaseException:  # a tensor that cannot be read, or an interrupt, too
         if topology.rank == 0:
             store.discard(staging)
         raise
@@ -121,10 +126,11 @@ def _fill_and_commit(
 
     def write_own_files() -> list[store.FileRecord]:
         if topology.rank == 0:
-            (staging / "config.yaml").write_text(dump_config(config))
+            (staging / store.CONFIG).write_text(dump_config(config))
             (staging / "state.json").write_text(json.dumps(progress, indent=1))
             torch.save(streams, staging / "rng.pt")
-        return [store.record_file(path) for path in _own_files(staging, topology.rank)]
+        known = {record.name: record for record in trained.strategy.records} if trained.strategy else {}
+        return [known.get(path.name) or store.record_file(path) for path in _own_files(staging, topology.rank)]
 
     def commit(files: list[store.FileRecord]) -> None:
         store.commit(staging, root, step=step, files=files, facts=_facts(topology))
@@ -155,7 +161,7 @@ def load(
         total = sum(entry["size"] for entry in manifest["files"].values())
         store.verify(checkpoint, hashes=total <= HASH_LIMIT_BYTES)
     dist.barrier()
-    check_same_model(config.model, read_config(checkpoint).model, checkpoint)
+    check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     _load_tensors(trained, checkpoint)
     if load_rng and manifest["layout"] == _layout(topology):
         streams = torch.load(checkpoint / "rng.pt", weights_only=True)
@@ -164,13 +170,10 @@ def load(
     return progress
 
 
-def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration that was saved with a checkpoint."""
-    return load_config(checkpoint / "config.yaml")
-
-
 def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose sizes are not the run's. The image size may differ: the weights do not depend on it.
+    """Refuse a checkpoint whose sizes are not the run's.
+
+    The image size may differ, and so may what evaluation does above the native length: no weight depends on them.
 
     Raises:
         CheckpointError: lists every size that differs.
@@ -181,7 +184,7 @@ def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) 
         differences += [
             f"{part}.{name} is {theirs[name]} in the checkpoint and {value} in this run"
             for name, value in ours.items()
-            if theirs[name] != value
+            if theirs[name] != value and name not in _NO_WEIGHT_DEPENDS_ON
         ]
     if wanted.num_ranks != saved.num_ranks:
         differences.append(f"num_ranks is {saved.num_ranks} in the checkpoint and {wanted.num_ranks} in this run")
@@ -207,7 +210,7 @@ def _save_tensors(trained: Trained, staging: Path, rank: int) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        dist_checkpointing.save(_tensors(trained, loading=False), str(staging))
+        dist_checkpointing.save(_tensors(trained, loading=False), str(staging), trained.strategy)
     except CheckpointException as error:
         reasons = [f"rank {failed}: {reason}" for failed, (reason, _) in error.failures.items()]
         told = "; ".join(reasons) or "another rank has failed, and rank 0 says why"

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.config.load import load_config
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
 
+CONFIG = "config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -139,6 +142,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: lists no files with their sizes and hashes; it is damaged, use an earlier one")
     return dict(manifest)
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration that was saved with a checkpoint."""
+    return load_config(checkpoint / CONFIG)
 
 
 def verify(checkpoint: Path, *, hashes: bool) -> None:

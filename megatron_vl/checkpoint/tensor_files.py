@@ -1,9 +1,9 @@
-"""Reading tensors one by one out of shard files, without trusting the files.
+"""Reading tensors one by one out of files, without trusting the files.
 
-Both kinds of shard, ``safetensors`` and ``torch.save`` archives, hold each tensor's bytes in one uncompressed
-run. So a shard is indexed once (names, shapes, types, offsets; no data), and a tensor is then read with one
-plain read into memory of its own. Memory stays at one tensor, whatever the shard's size; a memory map would
-keep every page that was touched.
+``safetensors`` files, ``torch.save`` archives, and the data files of a distributed checkpoint, which are such archives
+end to end, hold each tensor's bytes in one uncompressed run. So a file is indexed first (names, shapes, types,
+offsets; no data), and a tensor is then read with one plain read into memory of its own. Memory stays at one tensor,
+whatever the file's size; a memory map would keep every page that was touched.
 
 Nothing of a file is executed: archives are unpickled by torch's restricted unpickler (``weights_only=True``)
 under a fake mode that records the offsets, and safetensors headers are validated by the safetensors library.
@@ -11,12 +11,14 @@ under a fake mode that records the offsets, and safetensors headers are validate
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -91,17 +93,60 @@ def _index_safetensors(file: Path) -> dict[str, StoredTensor]:
     return index
 
 
+def index_archive_part(file: Path, offset: int, length: int, *, name: str) -> StoredTensor:
+    """Place of the tensor ``name``, the only content of the archive that is a part of ``file``.
+
+    Raises:
+        ConversionError: the part is damaged, or holds something else.
+    """
+    with file.open("rb") as stream:
+        content = _unpickle(cast(IO[bytes], _Part(stream, offset, length)), f"{file}: {name}")
+    stored = _stored(name, content, file)
+    return replace(stored, offset=offset + stored.offset)
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file that looks like a file."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        super().__init__()
+        self._stream, self._offset, self._length, self._position = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._offset + self._position)
+        data = self._stream.read(max(0, min(len(buffer), self._length - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _unpickle(file: Path | IO[bytes], where: str) -> object:
+    """What an archive holds, with tensors that know their place instead of data."""
+    try:
+        with FakeTensorMode():
+            return torch.load(file, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConversionError(f"{where}: refused ({reason}); expected an archive of plain tensors") from error
+
+
 def _index_archive(file: Path) -> dict[str, StoredTensor]:
     if not zipfile.is_zipfile(file):
         raise ConversionError(
             f"{file}: no archive of torch.save (truncated, or written by torch before 1.6); download it again"
         )
-    try:
-        with FakeTensorMode():
-            content = torch.load(file, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ConversionError(f"{file}: refused ({reason}); expected an archive of plain tensors") from error
+    content = _unpickle(file, str(file))
     if not isinstance(content, dict):
         raise ConversionError(f"{file}: holds a {type(content).__name__}; expected tensors by name")
     return {_name(name, file): _stored(name, tensor, file) for name, tensor in content.items()}

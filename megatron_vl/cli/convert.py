@@ -86,7 +86,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megatron_vl.conversion.checkpoints import open_checkpoint
+    from megatron_vl.checkpoint.tensors import open_checkpoint
     from megatron_vl.conversion.convert import ExportOptions, export_folder
     from megatron_vl.data.tokenizer import find_vocab_file
 
@@ -108,7 +108,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megatron_vl.conversion.checkpoints import open_checkpoint
+    from megatron_vl.checkpoint.tensors import open_checkpoint
     from megatron_vl.conversion.convert import check_model, import_folder
     from megatron_vl.planning.parameters import count_parameters
 

@@ -63,7 +63,7 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, f
     from megatron_vl.checkpoint import contents, store
     from megatron_vl.model.build import build_model
 
-    saved = contents.read_config(store.resolve(options.checkpoint))
+    saved = store.read_config(store.resolve(options.checkpoint))
     config = _configuration(saved, options, topology.world_size)
     chunks = build_model(config, topology, fresh_weights=False)
     trained = contents.Trained(chunks, None)

@@ -12,13 +12,17 @@ another shape or not finite is refused by name, before or instead of writing.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vl.checkpoint.tensor_files import DTYPES, StoredTensor
+from megatron_vl.checkpoint.tensors import TensorSource, read_ahead
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.conversion.hf_config import (
     TOKENIZER_CONFIG,
@@ -27,14 +31,21 @@ from megatron_vl.conversion.hf_config import (
     hf_config,
     model_config,
 )
-from megatron_vl.conversion.hf_files import FileFormat, FolderWriter, check_names, index_folder, read_json
+from megatron_vl.conversion.hf_files import FolderWriter, check_names, index_folder, read_json
 from megatron_vl.conversion.qwen_vl import Correspondence, correspondences, hf_shapes
-from megatron_vl.conversion.tensor_files import DTYPES, StoredTensor
+from megatron_vl.conversion.shards import FileFormat, PlannedTensor
 from megatron_vl.data.tokenizer import read_ranks
 from megatron_vl.errors import ConversionError
 from megatron_vl.planning.parameters import TensorSpec, model_tensors
 
 _REFERENCE_PATTERNS = ("*.py", "*.tiktoken", "tokenizer_config.json", "LICENSE*", "NOTICE*", "*.ttf")
+_EXPONENTS = {
+    torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
+    torch.float16: (np.uint16, np.uint16(0x7C00)),
+    torch.float32: (np.uint32, np.uint32(0x7F800000)),
+}
+"""An exponent of ones alone means infinite or not a number."""
+_PIECE = 2**18
 _DTYPE_FROM = "language_model.final_layernorm.weight"
 
 
@@ -54,6 +65,19 @@ class ExportOptions:
     """Size above which a new weight file begins."""
 
 
+class ConvertedModel(TensorSource, Protocol):
+    """A model of ours whose tensors come from elsewhere, each read and checked when asked for."""
+
+    model: ModelConfig
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and kind of a tensor, without reading it."""
+
+
 class ImportedModel(Mapping[str, Tensor]):
     """A published folder as a mapping from our names to tensors, each read and checked when asked for."""
 
@@ -69,7 +93,7 @@ class ImportedModel(Mapping[str, Tensor]):
         for hf_name in entry.hf_names:
             stored = self._stored[hf_name]
             tensor = stored.read()
-            _check_finite(tensor, f"{stored.file}: {hf_name}")
+            check_finite(tensor, f"{stored.file}: {hf_name}")
             tensors.append(tensor)
         return entry.rule.to_ours(tensors, self.model)
 
@@ -107,7 +131,7 @@ def import_folder(folder: Path) -> ImportedModel:
 
 
 def export_folder(
-    state: Mapping[str, Tensor],
+    state: TensorSource,
     model: ModelConfig,
     folder: Path,
     *,
@@ -124,23 +148,32 @@ def export_folder(
             use.
     """
     options = options or ExportOptions()
-    entries = correspondences(model)
-    check_names(state, {entry.spec.name for entry in entries}, where="the model", what="its configuration")
-    total = 0
+    entries = {entry.spec.name: entry for entry in correspondences(model)}
+    check_names(state, set(entries), where="the model", what="its configuration")
+    for name in entries:
+        _check_dtype(name, state.dtype(name))
+    plan = [
+        PlannedTensor(hf_name, state.dtype(name), shape)
+        for name, entry in entries.items()
+        for hf_name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    ]
+
+    def read(name: str) -> Sequence[Tensor]:
+        return _published(entries[name], state[name], model)
+
     with FolderWriter(
-        folder, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes
+        folder, plan, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes
     ) as writer:
         _add_side_files(writer, model, options)
-        for entry in entries:
-            for name, tensor in _published(entry, state[entry.spec.name], model):
-                writer.add_tensor(name, tensor)
-                size = tensor.numel() * tensor.element_size()
-                total += size
+        for name, tensors in read_ahead(list(entries), read):
+            for hf_name, tensor in zip(entries[name].hf_names, tensors, strict=True):
+                writer.add_tensor(hf_name, tensor)
                 if progress:
-                    progress(size)
-        dtype = str(state[_DTYPE_FROM].dtype).removeprefix("torch.")
+                    progress(tensor.nbytes)
+            del tensors, tensor
+        dtype = str(state.dtype(_DTYPE_FROM)).removeprefix("torch.")
         writer.add_json("config.json", hf_config(model, dtype, _reference_config(options.reference)))
-    return total
+    return sum(tensor.num_bytes for tensor in plan)
 
 
 def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
@@ -149,27 +182,40 @@ def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     padded = spec.is_vocabulary and found[1:] == expected[1:] and found[:1] > expected[:1]
     if found != expected and not padded:
         raise ConversionError(f"{spec.name} has the shape {list(found)}; expected {list(expected)}")
-    if tensor.dtype not in DTYPES.values():
-        raise ConversionError(f"{spec.name} is {tensor.dtype}; expected bfloat16, float16 or float32")
-    _check_finite(tensor, spec.name)
+    _check_dtype(spec.name, tensor.dtype)
+    check_finite(tensor, spec.name)
 
 
 def check_model(
-    state: Mapping[str, Tensor], model: ModelConfig, *, progress: Callable[[int], None] | None = None
+    state: TensorSource, model: ModelConfig, *, progress: Callable[[int], None] | None = None
 ) -> None:
     """Raise ConversionError unless ``state`` has exactly the model's tensors, each sound."""
-    specs = model_tensors(model)
-    check_names(state, {spec.name for spec in specs}, where="the model", what="its configuration")
-    for spec in specs:
-        tensor = state[spec.name]
-        check_tensor(spec, tensor)
+    specs = {spec.name: spec for spec in model_tensors(model)}
+    check_names(state, set(specs), where="the model", what="its configuration")
+    for name, tensor in read_ahead(list(specs), lambda name: state[name]):
+        check_tensor(specs[name], tensor)
         if progress:
-            progress(tensor.numel() * tensor.element_size())
+            progress(tensor.nbytes)
+        del tensor
 
 
-def _published(entry: Correspondence, tensor: Tensor, model: ModelConfig) -> list[tuple[str, Tensor]]:
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise ConversionError if a value is infinite or not a number; looks at exponents, a piece at a time."""
+    integers, exponent = _EXPONENTS[tensor.dtype]
+    flat = tensor.contiguous().flatten().view(torch.uint8).numpy().view(integers)
+    pieces = (flat[start : start + _PIECE] & exponent == exponent for start in range(0, len(flat), _PIECE))
+    if count := sum(int(np.count_nonzero(piece)) for piece in pieces):
+        raise ConversionError(f"{where} has {count} values that are not finite; the file is damaged or diverged")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise ConversionError(f"{name} is {dtype}; expected bfloat16, float16 or float32")
+
+
+def _published(entry: Correspondence, tensor: Tensor, model: ModelConfig) -> Sequence[Tensor]:
     check_tensor(entry.spec, tensor)
-    return list(zip(entry.hf_names, entry.rule.to_hf(tensor, model), strict=True))
+    return entry.rule.to_hf(tensor, model)
 
 
 def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOptions) -> None:
@@ -205,11 +251,3 @@ def _check_stored(stored: Mapping[str, StoredTensor], model: ModelConfig, folder
             raise ConversionError(
                 f"{folder}: {' and '.join(entry.hf_names)} have different types; expected one"
             )
-
-
-def _check_finite(tensor: Tensor, where: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ConversionError(
-            f"{where} has {count} values that are not finite; the file is damaged or diverged"
-        )

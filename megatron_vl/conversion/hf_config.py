@@ -33,7 +33,6 @@ TOKENIZER_CONFIG: Mapping[str, Any] = MappingProxyType(
 _RESAMPLER_HEAD_SIZE = 128
 _QUERIES = 256
 _POSITION_GRID = 16
-_SEQ_LENGTH = 2048
 _MAX_POSITIONS = 8192
 _VISION_EPSILON = 1e-6
 _LARGEST_SIZE = 2**24
@@ -81,6 +80,9 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
             vocab_size=_integer(hf, "vocab_size", source),
             rotary_base=_number(hf, "rotary_emb_base", source),
             norm_epsilon=_number(hf, "layer_norm_epsilon", source),
+            native_seq_length=_integer(hf, "seq_length", source, LanguageConfig.native_seq_length),
+            use_dynamic_ntk=_switch(hf, "use_dynamic_ntk", source, LanguageConfig.use_dynamic_ntk),
+            use_logn_attn=_switch(hf, "use_logn_attn", source, LanguageConfig.use_logn_attn),
         ),
     )
     _check_sizes(model, _integer(visual, "output_dim", source), source)
@@ -105,10 +107,7 @@ def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | Non
         "tie_word_embeddings": False,
         "tokenizer_type": "QWenTokenizer",
         "use_cache": True,
-        "use_dynamic_ntk": True,
         "use_flash_attn": False,
-        "use_logn_attn": True,
-        "seq_length": _SEQ_LENGTH,
         "max_position_embeddings": _MAX_POSITIONS,
         **(reference or {}),
         "bf16": dtype == "bfloat16",
@@ -123,6 +122,9 @@ def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | Non
         "num_attention_heads": language.num_attention_heads,
         "num_hidden_layers": language.num_layers,
         "rotary_emb_base": _integral(language.rotary_base),
+        "seq_length": language.native_seq_length,
+        "use_dynamic_ntk": language.use_dynamic_ntk,
+        "use_logn_attn": language.use_logn_attn,
         "vocab_size": language.vocab_size,
         "visual": _visual(model),
     }
@@ -228,6 +230,13 @@ def _integer(section: Mapping[str, Any], key: str, source: str, default: int | N
         raise ConversionError(
             f"{source}: {key} is {value!r}; expected a whole number from 1 to {_LARGEST_SIZE - 1}"
         )
+    return value
+
+
+def _switch(section: Mapping[str, Any], key: str, source: str, default: bool) -> bool:
+    value = section.get(key, default)
+    if not isinstance(value, bool):
+        raise ConversionError(f"{source}: {key} is {value!r}; expected true or false")
     return value
 
 

@@ -14,19 +14,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vl.conversion.tensor_files import StoredTensor, index_shard
+from megatron_vl.checkpoint.tensor_files import StoredTensor, index_shard
+from megatron_vl.conversion.shards import FileFormat, PlannedTensor, Shard, open_shard, plan_shards
 from megatron_vl.errors import ConversionError
-
-FileFormat = Literal["safetensors", "bin"]
 
 _STEMS: dict[FileFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
 _MAX_JSON_BYTES = 64 * 2**20
@@ -89,11 +86,12 @@ def _read_shards(folder: Path, index_file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def check_names(found: Mapping[str, object], expected: set[str], *, where: str, what: str) -> None:
+def check_names(found: Iterable[str], expected: set[str], *, where: str, what: str) -> None:
     """Raise ConversionError, naming up to three of them, if tensors are missing or are strangers."""
+    found = set(found)
     problems = [
         f"{label} {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for label, names in (("lacks", expected - set(found)), ("has the unexpected", set(found) - expected))
+        for label, names in (("lacks", expected - found), ("has the unexpected", found - expected))
         if names
     ]
     if problems:
@@ -104,20 +102,22 @@ class FolderWriter:
     """Writes a folder; a context manager that commits at the end and removes everything after an error."""
 
     def __init__(
-        self, folder: Path, *, file_format: FileFormat = "safetensors", max_shard_bytes: int = 2 * 10**9
-    ):
-        """``folder`` must not exist, or be empty; a tensor above ``max_shard_bytes`` gets a shard of its
-        own.
-        """
+        self,
+        folder: Path,
+        tensors: Sequence[PlannedTensor],
+        *,
+        file_format: FileFormat = "safetensors",
+        max_shard_bytes: int = 2 * 10**9,
+    ) -> None:
+        """``folder`` must not exist, or be empty. ``tensors`` are what :meth:`add_tensor` will be given, in order."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")
         self._folder = folder
         self._format: FileFormat = file_format
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._shards = plan_shards(tensors, max_shard_bytes)
+        self._next = (0, 0)
+        """Shard, and tensor within it, that comes next."""
+        self._shard: Shard | None = None
         self._temporary = folder
 
     def __enter__(self) -> Self:
@@ -137,17 +137,18 @@ class FolderWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor into the current shard, or into the next one if it does not fit."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
-            self._flush()
-        tensor = tensor.detach().contiguous()
-        if (
-            tensor.untyped_storage().nbytes() != size
-        ):  # a view: torch.save would write all of what it looks at
-            tensor = tensor.clone()
-        self._pending[name] = tensor
-        self._pending_bytes += size
+        """Write the next planned tensor."""
+        number, index = self._next
+        shard = self._shards[number]
+        assert PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) == shard[index], f"{name} is not the next one"
+        if self._shard is None:
+            self._shard = open_shard(self._temporary / self._file_name(number), shard, self._format)
+        self._shard.add(name, tensor)
+        if index + 1 < len(shard):
+            self._next = (number, index + 1)
+        else:
+            self._shard.close()
+            self._shard, self._next = None, (number + 1, 0)
 
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file."""
@@ -161,30 +162,17 @@ class FolderWriter:
         """Copy a file under its own name."""
         shutil.copyfile(file, self._temporary / file.name)
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file = self._temporary / f"shard-{len(self._shards)}"
-        if self._format == "safetensors":
-            save_file(self._pending, file, metadata={"format": "pt"})
-        else:
-            torch.save(self._pending, file)
-        self._shards.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+    def _file_name(self, number: int) -> str:
+        return f"{_STEMS[self._format]}-{number + 1:05}-of-{len(self._shards):05}.{self._format}"
 
     def _commit(self) -> None:
-        self._flush()
-        stem, count = _STEMS[self._format], len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            part = f"-{number + 1:05}-of-{count:05}" if count > 1 else ""
-            file = f"{stem}{part}.{self._format}"
-            (self._temporary / f"shard-{number}").rename(self._temporary / file)
-            weight_map |= dict.fromkeys(names, file)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            self.add_json(f"{stem}.{self._format}.index.json", index)
+        assert self._next == (len(self._shards), 0), "every planned tensor has been added"
+        weight_map = {
+            tensor.name: self._file_name(number) for number, shard in enumerate(self._shards) for tensor in shard
+        }
+        total = sum(tensor.num_bytes for shard in self._shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        self.add_json(f"{_STEMS[self._format]}.{self._format}.index.json", index)
         for path in [*self._temporary.iterdir(), self._temporary]:
             _flush_to_disk(path)
         self._temporary.rename(self._folder)

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vl.backends.safe_metadata import MetadataUnpickler
+from megatron_vl.checkpoint import store
+from megatron_vl.checkpoint.tensors import METADATA_FILE, open_checkpoint
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.conversion.checkpoints import open_checkpoint
-from megatron_vl.conversion.convert import check_model, export_folder
+from megatron_vl.conversion.checkpoints import write_checkpoint
+from megatron_vl.conversion.convert import check_model, export_folder, import_folder
 from megatron_vl.planning.vocabulary import padded_vocab_size
-from tests.helpers.ranks import RankPools
+from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import MODEL, tiny_config
 from tests.parallel.saving import save_fresh_weights, train_steps
 from tests.unit.conversion.samples import assert_same_bytes, read_with_libraries
@@ -81,3 +84,25 @@ def test_padding_is_zero_after_a_change_of_layout(ranks: RankPools, tmp_path: Pa
     for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         assert tensors[name].shape[0] == 1024
         assert torch.equal(tensors[name][600:], torch.zeros_like(tensors[name][600:]))
+
+
+def import_on_rank(_: Start, folder: Path, root: Path) -> Path:
+    """Import a folder; no topology, since the import makes its own."""
+    return write_checkpoint(import_folder(folder), root)
+
+
+def _entries(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says it holds: shape and type of each tensor, and the names of everything else."""
+    with (checkpoint / METADATA_FILE).open("rb") as stream:
+        described = MetadataUnpickler(stream).load().state_dict_metadata
+    return {key: (getattr(e, "size", None), getattr(e, "properties", None)) for key, e in described.items()}
+
+
+def test_what_is_streamed_is_what_megatron_core_writes(ranks: RankPools, tmp_path: Path) -> None:
+    config = _config(ONE, vocab_size=600)
+    written = ranks(1).run(save_fresh_weights, config, tmp_path / "written")[0]
+    export_folder(open_checkpoint(written), config.model, tmp_path / "hf")
+    streamed = ranks(1).run(import_on_rank, tmp_path / "hf", tmp_path / "streamed")[0]
+    assert _entries(streamed) == _entries(written)
+    assert_same_bytes(dict(open_checkpoint(streamed)), dict(open_checkpoint(written)))
+    store.verify(streamed, hashes=True)  # the hash that was computed beside the writing is the file's

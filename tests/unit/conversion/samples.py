@@ -16,12 +16,17 @@ from megatron_vl.planning.parameters import model_tensors
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen_vl" / "qwen_vl_hf_tiny"
 
 
-def random_state(
-    model: ModelConfig, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> dict[str, Tensor]:
+class State(dict[str, Tensor]):
+    """Tensors in memory, as a source of them."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self[name].dtype
+
+
+def random_state(model: ModelConfig, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> State:
     """Our tensors with random contents."""
     generator = torch.Generator().manual_seed(seed)
-    return {s.name: torch.randn(s.shape, generator=generator).to(dtype) for s in model_tensors(model)}
+    return State({s.name: torch.randn(s.shape, generator=generator).to(dtype) for s in model_tensors(model)})
 
 
 def small_model() -> ModelConfig:

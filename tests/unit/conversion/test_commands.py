@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vl.cli.convert import main
@@ -38,6 +39,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_folder(random_state(odd), odd, directory / "odd")
     damaged = shutil.copytree(GOLDEN, directory / "damaged")
     (damaged / "pytorch_model-00002-of-00002.bin").unlink()
+    diverged = read_with_libraries(directory / "odd")
+    diverged["lm_head.weight"][7, 7] = float("nan")
+    (directory / "nan").mkdir()
+    save_file(diverged, directory / "nan/model.safetensors")
+    shutil.copy(directory / "odd/config.json", directory / "nan")
     commands = [
         f"import {GOLDEN} ckpt",
         "check ckpt",
@@ -47,6 +53,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"import {GOLDEN} ckpt",
         "import damaged ckpt_damaged",
         "check nowhere",
+        "import nan ckpt_nan",
         "import odd ckpt_odd",
         "export ckpt_odd/iter_0000000 hf_odd",
     ]
@@ -68,7 +75,7 @@ def test_every_command_ends_as_it_should(workplace: Path) -> None:
     lines = (workplace / "output").read_text().splitlines()
     assert [line for line in lines if line.startswith("exit")] == [
         *["exit 0"] * 4,
-        *["exit 2"] * 4,
+        *["exit 2"] * 5,
         *["exit 0"] * 2,
     ], (workplace / "errors").read_text()
     assert "parameters                                      4,284,416" in lines
@@ -81,12 +88,13 @@ def test_errors_name_the_place(workplace: Path) -> None:
         "ckpt:",
         "damaged/pytorch_model-00002-of-00002.bin:",
         "nowhere",
+        "nan/model.safetensors:",
     ]
 
 
 def test_nothing_half_written_is_left(workplace: Path) -> None:
     assert {path.name for path in workplace.iterdir()} == {
-        *("odd", "damaged", "ckpt", "hf", "ckpt_odd", "hf_odd", "output", "errors"),
+        *("odd", "damaged", "nan", "ckpt", "hf", "ckpt_odd", "hf_odd", "output", "errors"),
     }
 
 

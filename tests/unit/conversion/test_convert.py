@@ -20,7 +20,7 @@ from megatron_vl.conversion.hf_files import FileFormat
 from megatron_vl.errors import ConversionError
 from megatron_vl.planning.parameters import model_tensors
 
-from .samples import GOLDEN, assert_same_bytes, random_state, read_with_libraries, small_model
+from .samples import GOLDEN, State, assert_same_bytes, random_state, read_with_libraries, small_model
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
@@ -86,13 +86,14 @@ def test_mixed_types_stay_mixed(tmp_path: Path) -> None:
 def test_vocabulary_padding_stays_behind(tmp_path: Path) -> None:
     model = small_model()
     state = random_state(model)
-    padded = dict(state)
+    padded = State(state)
     for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         padded[name] = torch.cat([state[name], torch.full((256, 32), 7.0, dtype=torch.bfloat16)])
     export_folder(padded, model, tmp_path / "out", options=ExportOptions(file_format="bin"))
     assert_same_bytes(dict(import_folder(tmp_path / "out")), state)
     size = sum(tensor.numel() * 2 for tensor in state.values())
-    assert (tmp_path / "out/pytorch_model.bin").stat().st_size < size + 40_000  # views are not written whole
+    written = (tmp_path / "out/pytorch_model-00001-of-00001.bin").stat().st_size
+    assert written < size + 40_000  # views are not written whole
 
 
 def test_reference_and_tokenizer_files_come_along(golden: ImportedModel, tmp_path: Path) -> None:
@@ -109,7 +110,8 @@ def test_reference_and_tokenizer_files_come_along(golden: ImportedModel, tmp_pat
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
         "modeling_qwen.py",
         "qwen.tiktoken",
     ]
@@ -123,27 +125,27 @@ def test_tiny_preset_keeps_its_name(tmp_path: Path) -> None:
     assert import_folder(tmp_path / "out").model == tiny
 
 
-def _drop(state: dict[str, Tensor]) -> None:
+def _drop(state: State) -> None:
     del state["resampler.proj"]
 
 
-def _add(state: dict[str, Tensor]) -> None:
+def _add(state: State) -> None:
     state["vision.ln_post.weight"] = torch.ones(3)
 
 
-def _reshape(state: dict[str, Tensor]) -> None:
+def _reshape(state: State) -> None:
     state["resampler.query"] = state["resampler.query"].T
 
 
-def _shorten_vocabulary(state: dict[str, Tensor]) -> None:
+def _shorten_vocabulary(state: State) -> None:
     state["language_model.output_layer.weight"] = state["language_model.output_layer.weight"][:500]
 
 
-def _diverge(state: dict[str, Tensor]) -> None:
+def _diverge(state: State) -> None:
     state["language_model.final_layernorm.weight"][3] = float("nan")
 
 
-def _quantise(state: dict[str, Tensor]) -> None:
+def _quantise(state: State) -> None:
     state["resampler.proj"] = state["resampler.proj"].to(torch.int8)
 
 
@@ -159,7 +161,7 @@ def _quantise(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_unsound_model_is_not_exported(
-    tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], message: str
+    tmp_path: Path, damage: Callable[[State], None], message: str
 ) -> None:
     model = small_model()
     state = random_state(model)

@@ -58,6 +58,17 @@ def test_sizes_survive_the_way_through_json(model: ModelConfig) -> None:
     assert (config["torch_dtype"], config["fp32"], config["bf16"]) == ("float32", True, False)
 
 
+def test_what_evaluation_does_above_the_native_length_survives_too() -> None:
+    language = replace(QWEN_VL.language, native_seq_length=4096, use_dynamic_ntk=False, use_logn_attn=False)
+    model = replace(QWEN_VL, language=language)
+    config = hf_config(model, "bfloat16", golden_config())
+    assert (config["seq_length"], config["use_dynamic_ntk"], config["use_logn_attn"]) == (4096, False, False)
+    assert model_config(config, "config.json") == model
+    for key in ("seq_length", "use_dynamic_ntk", "use_logn_attn"):
+        del config[key]
+    assert model_config(config, "config.json") == QWEN_VL, "the published values where the file is silent"
+
+
 def test_a_reference_keeps_its_other_settings_but_no_sizes() -> None:
     reference = golden_config() | {"auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}
     config = hf_config(small_model(), "bfloat16", reference)
@@ -76,6 +87,9 @@ def test_a_reference_keeps_its_other_settings_but_no_sizes() -> None:
         ({"num_hidden_layers": 5000}, "more than 1024 layers"),
         ({"vocab_size": 602}, "below the 603 tokens"),
         ({"num_attention_heads": 3}, "num_attention_heads does not divide hidden_size"),
+        ({"seq_length": 0}, "seq_length is 0; expected a whole number"),
+        ({"use_logn_attn": 1}, "use_logn_attn is 1; expected true or false"),
+        ({"use_dynamic_ntk": None}, "use_dynamic_ntk is None; expected true or false"),
         ({"visual": None}, "no section 'visual'"),
         ({"visual": {"image_start_id": 300}}, "fewer than 256 byte-pair ranks"),
         ({"visual": {"output_dim": 512}}, "output_dim of 'visual' is not hidden_size"),
