@@ -9,7 +9,8 @@ Attention masks. A layer gets one tensor that says who may look at whom:
 * ``None``: everybody at everybody (vision tower), or the plain causal triangle (language model);
 * ``int64[...]``: the spans of a packed line as ``backends/spans.py`` writes them; attention is causal within a span,
   and its cost is that of the spans, not that of the line;
-* ``bool[b, 1, sq, sk]``: True hides a key from a query (generation with a key-value cache).
+* ``bool[b, 1, sq, sk]``: True hides a key from a query (generation with a key-value cache);
+* :class:`ScaledQueries`: one of the last two, and a factor for each query (evaluation above the native length).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.attention_inputs import AttentionInputs, ScaledQueries, scaled
 from megatron_vl.backends.spans import SpanGroup, decode_groups, encode_groups, group_spans
 
 
@@ -71,10 +72,12 @@ class SpanAttention(nn.Module):
         self.softmax_scale: float | None = kwargs.get("softmax_scale")
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | ScaledQueries | None, **_: Any
     ) -> Tensor:
         """query, key, value: [s, b, heads, d]; returns [s, b, heads * d]."""
         length, batch = query.shape[:2]
+        if isinstance(attention_mask, ScaledQueries):
+            query, attention_mask = query * attention_mask.scale.to(query.dtype), attention_mask.mask
         if attention_mask is not None and attention_mask.dtype == torch.int64:
             context = self._within_spans(query, key, value, attention_mask)
         else:
@@ -141,6 +144,18 @@ class LocalBackend:
         return AttentionInputs(
             mask=encode_groups(group_spans(cu_seqlens)), rotary=rotary_table.index_select(0, positions), packed=None
         )
+
+    def long_attention_inputs(
+        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+    ) -> AttentionInputs:
+        """Masks and angles of a packed line in evaluation, where spans are longer than the native length.
+
+        Args:
+            angles: float[t, 1, 1, d], of each token.
+            query_scale: float[t], the factor of each token's query, if there is one.
+        """
+        mask = scaled(encode_groups(group_spans(cu_seqlens)), query_scale)
+        return AttentionInputs(mask=mask, rotary=angles, packed=None)
 
 
 def _layer(norm: type[nn.Module], mask: AttnMaskType) -> ModuleSpec:

@@ -25,6 +25,10 @@ class Backend(Protocol):
 
     def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor, rotary_table: Tensor) -> AttentionInputs: ...
 
+    def long_attention_inputs(
+        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+    ) -> AttentionInputs: ...
+
 
 def select_backend(name: Literal["auto", "local", "transformer_engine"]) -> Backend:
     """The backend of that name; ``auto`` is Transformer Engine where CUDA and the package are present.

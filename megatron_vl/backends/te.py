@@ -64,6 +64,16 @@ class TransformerEngineBackend:
         # The table of the longest span, not of the line: rotary angles then start anew in each span.
         return AttentionInputs(mask=None, rotary=rotary_table[:longest], packed=packed)
 
+    def long_attention_inputs(
+        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+    ) -> AttentionInputs:
+        """Not here: the fused kernels take one table of angles for all spans, and no factor for a query."""
+        raise ConfigError(
+            f"a span of {int(cu_seqlens.diff().max())} tokens is longer than model.language.native_seq_length, and "
+            "evaluation then uses dynamic NTK and logn attention, which the transformer_engine backend does not have; "
+            "use --backend local, or turn them off with --no-use-dynamic-ntk --no-use-logn-attn"
+        )
+
 
 def _layer(mask: AttnMaskType) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

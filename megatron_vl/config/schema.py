@@ -65,6 +65,12 @@ class LanguageConfig:
     """Base of the rotary position embedding."""
     norm_epsilon: float = 1e-6
     """Epsilon of RMSNorm."""
+    native_seq_length: int = 2048
+    """Length up to which attention is plain; longer spans get the two fields below, in evaluation and generation."""
+    use_dynamic_ntk: bool = True
+    """Enlarge the rotary base for spans and prompts above the native length; never in training."""
+    use_logn_attn: bool = True
+    """Scale queries at positions above the native length by log(position) / log(native); never in training."""
 
 
 @dataclass(frozen=True)

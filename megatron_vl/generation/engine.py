@@ -20,13 +20,14 @@ from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.attention_inputs import AttentionInputs, scaled
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.model.build import build_model
 from megatron_vl.model.fusion import fuse
 from megatron_vl.model.qwen_vl import QwenVL
+from megatron_vl.model.rotary import LongContext
 from megatron_vl.parallel.collectives import from_last_stage, receive, send
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
@@ -90,6 +91,7 @@ class Engine:
         self.layout: PipelineLayout = resolve_layout(config)
         self.model = config.model
         self.special = SpecialTokens(config.model.num_ranks)
+        self._long_context = LongContext(config.model.language)
         self._dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         for chunk in self.chunks:
             chunk.eval()
@@ -101,7 +103,7 @@ class Engine:
         Raises:
             CheckpointError: there is no usable checkpoint at ``path``.
         """
-        saved = contents.read_config(store.resolve(path))
+        saved = store.read_config(store.resolve(path))
         config = replace(
             saved,
             parallel=replace(parallel, sequence_parallel=False, backend="local"),
@@ -114,17 +116,25 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
         """The new tokens of each prompt, in the order of the prompts, on every rank."""
-        mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
-        by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
         answers: dict[int, list[int]] = {}
-        for start in range(0, len(by_length), options.batch_size):
-            indices = by_length[start : start + options.batch_size]
+        for indices in self._batches(prompts, options.batch_size):
             batch = self._answer([prompts[index] for index in indices], options)
             answers.update(zip(indices, batch, strict=True))
         gathered: list[dict[int, list[int]]] = [{} for _ in range(self.topology.dp_size)]
         dist.all_gather_object(gathered, answers, group=self.topology.dp_group)
         merged = {index: tokens for part in gathered for index, tokens in part.items()}
         return [merged[index] for index in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+        """This rank's prompts by their index, batched by length so that there is little padding.
+
+        A prompt whose length stretches the rotary base is answered alone, so that no answer depends on the company.
+        """
+        mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
+        by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
+        plain = [i for i in by_length if self._long_context.ntk_alpha(len(prompts[i].tokens)) == 1]
+        batches = [plain[start : start + size] for start in range(0, len(plain), size)]
+        return batches + [[index] for index in by_length[len(plain) :]]
 
     def _answer(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
         batch = self._pad(prompts)
@@ -134,7 +144,7 @@ class Engine:
         answers: list[list[int]] = [[] for _ in range(number)]
         finished = [False] * number
         hidden = batch.hidden
-        first = _Pass(batch.tokens, self._attention_inputs(length, hidden), batch)
+        first = _Pass(batch.tokens, self._attention_inputs(length, hidden, prompt=length), batch)
         newest = self._forward(first, caches, banned_ids=options.banned_ids)
         for produced in range(1, options.max_new_tokens + 1):
             for index, token in enumerate(newest.tolist()):
@@ -144,7 +154,7 @@ class Engine:
             if all(finished) or produced == options.max_new_tokens:
                 break
             hidden = torch.cat([hidden, hidden.new_zeros(number, 1)], dim=1)
-            one_more = _Pass(newest[:, None], self._attention_inputs(1, hidden), None)
+            one_more = _Pass(newest[:, None], self._attention_inputs(1, hidden, prompt=length), None)
             newest = self._forward(one_more, caches, banned_ids=options.banned_ids)
         return answers
 
@@ -218,8 +228,12 @@ class Engine:
             state = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return state
 
-    def _attention_inputs(self, new: int, hidden_keys: Tensor) -> AttentionInputs:
-        """The mask of ``new`` queries over all keys so far, and the angles of all positions."""
+    def _attention_inputs(self, new: int, hidden_keys: Tensor, *, prompt: int) -> AttentionInputs:
+        """The mask of ``new`` queries over all keys so far, and the angles of all positions.
+
+        The length of the ``prompt`` sets the rotary base, also for the tokens that follow it. The scale of a query goes
+        by its index in its own sequence, to which padding does not belong.
+        """
         keys = hidden_keys.shape[1]
         future = torch.ones(new, keys, dtype=torch.bool, device=hidden_keys.device).triu(keys - new + 1)
         mask = future | hidden_keys[:, None, None, :]
@@ -227,8 +241,12 @@ class Engine:
         itself = torch.eye(new, dtype=torch.bool, device=hidden_keys.device)
         mask[..., keys - new :] &= ~itself
         language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
-        rotary = None if language is None else language.angles(keys, hidden_keys.device)
-        return AttentionInputs(mask=mask, rotary=rotary, packed=None)
+        rotary = None if language is None else language.angles(keys, hidden_keys.device, read=prompt)
+        scale = None
+        if self._long_context.needed(keys):
+            indices = torch.arange(keys - new, keys, device=hidden_keys.device)[:, None] - hidden_keys.sum(1)
+            scale = self._long_context.query_scale(indices)
+        return AttentionInputs(mask=scaled(mask, scale), rotary=rotary, packed=None)
 
 
 def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vl.backends.select import select_backend
+from megatron_vl.backends.select import Backend, select_backend
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import ConfigError
 from megatron_vl.model.configs import core_configs
 from megatron_vl.model.context import BuildContext
 from megatron_vl.model.freeze import freeze
 from megatron_vl.model.initialize import initialize, mark_tensor_parallel
 from megatron_vl.model.qwen_vl import QwenVL
+from megatron_vl.model.rotary import LongContext
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
 
@@ -47,6 +49,7 @@ def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
 
 def _context(config: RunConfig, topology: Topology) -> BuildContext:
     backend = select_backend(config.parallel.backend)
+    _check_validation(config, backend)
     return BuildContext(
         model=config.model,
         core=core_configs(config, fused=backend.name == "transformer_engine"),
@@ -54,3 +57,16 @@ def _context(config: RunConfig, topology: Topology) -> BuildContext:
         groups=topology.groups,
         recompute_layers=config.training.recompute_granularity == "full",
     )
+
+
+def _check_validation(config: RunConfig, backend: Backend) -> None:
+    """Refuse now what the backend would refuse at the first validation, hours later."""
+    needed = LongContext(config.model.language).needed(config.data.seq_length)
+    if config.training.eval_interval and needed and backend.name == "transformer_engine":
+        native, length = config.model.language.native_seq_length, config.data.seq_length
+        raise ConfigError(
+            f"data.seq_length {length} is above model.language.native_seq_length {native}: validation would use "
+            "dynamic NTK and logn attention, which the transformer_engine backend does not have. Use --backend local; "
+            f"or, for a model that has learnt rows of that length, --native-seq-length {length}; or both "
+            "--no-use-dynamic-ntk and --no-use-logn-attn"
+        )

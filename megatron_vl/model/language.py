@@ -2,7 +2,8 @@
 
 * RMSNorm before attention and MLP, biases on q, k and v only, SwiGLU with the gate first, RoPE over all dimensions of
   a head in the half-split form, an output layer that is not tied to the embedding.
-* Rotary angles are computed in fp32 from each token's index within its attention span.
+* Rotary angles are computed in fp32 from each token's index within its attention span. In evaluation, spans above the
+  native length get other angles and scaled queries (``model/rotary.py``); in training nothing does.
 * The head runs on supervised positions only. That is exact, since no other position enters the loss, and image slots
   are most of a row.
 * Rows of the vocabulary that only pad it to the tensor-parallel size never win: their logits are minus infinity.
@@ -18,16 +19,10 @@ from torch import Tensor, nn
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
 from megatron_vl.model.context import BuildContext, build_layers, run_layers
+from megatron_vl.model.rotary import LongContext, rotary_angles
 from megatron_vl.model.sharding import ShardedModule
 from megatron_vl.planning.layout import StageLayout
 from megatron_vl.planning.vocabulary import padded_vocab_size
-
-
-def rotary_angles(length: int, *, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """float32[length, 1, 1, head_dim]: angle of each position and dimension, the second half repeating the first."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * (1.0 / base**exponent)
-    return torch.cat([angle, angle], dim=-1)[:, None, None, :]
 
 
 class LanguageModel(ShardedModule):
@@ -39,6 +34,7 @@ class LanguageModel(ShardedModule):
         self.vocab_size = language.vocab_size
         self.head_dim = language.hidden_size // language.num_attention_heads
         self.rotary_base = language.rotary_base
+        self.long_context = LongContext(language)
         self.backend = context.backend
         self.sequence_parallel = context.sequence_parallel
         self.recompute = context.recompute_layers
@@ -88,13 +84,22 @@ class LanguageModel(ShardedModule):
         return line
 
     def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor) -> AttentionInputs:
-        """Masks and angles of a packed line, for all layers of a forward pass."""
-        angles = self.angles(int(positions.max()) + 1, positions.device)
-        return self.backend.attention_inputs(cu_seqlens, positions, angles)
+        """Masks and angles of a packed line, for all layers of a forward pass.
 
-    def angles(self, length: int, device: torch.device) -> Tensor:
-        """Rotary angles of the first ``length`` positions."""
-        return rotary_angles(length, head_dim=self.head_dim, base=self.rotary_base, device=device)
+        Raises:
+            ConfigError: in evaluation, a span is longer than the backend can compute as the published model does.
+        """
+        longest = int(positions.max()) + 1
+        if not self.training and self.long_context.needed(longest):
+            spans = [self.angles(span, positions.device, read=span) for span in cu_seqlens.diff().tolist()]
+            scale = self.long_context.query_scale(positions)
+            return self.backend.long_attention_inputs(cu_seqlens, torch.cat(spans), scale)
+        return self.backend.attention_inputs(cu_seqlens, positions, self.angles(longest, positions.device))
+
+    def angles(self, length: int, device: torch.device, *, read: int | None = None) -> Tensor:
+        """Rotary angles of the first ``length`` positions; in evaluation, ``read`` tokens are read at once."""
+        base = self.rotary_base if read is None else self.long_context.rotary_base(read)
+        return rotary_angles(length, head_dim=self.head_dim, base=base, device=device)
 
     def forward(self, hidden: Tensor, inputs: AttentionInputs, inference: object = None) -> Tensor:
         """[s (/ tp), b, h] -> the same, through this stage's layers."""

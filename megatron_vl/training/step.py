@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,12 +123,26 @@ def forward_backward(
 
 @torch.no_grad()
 def evaluate(chunks: Sequence[nn.Module], steps: Iterable[list[MicroBatch]], *, topology: Topology) -> LossSum:
-    """The loss over all steps, without changing anything."""
+    """The loss over all steps in evaluation mode, without changing anything."""
     total, tokens = 0.0, 0
-    for batches in steps:
-        loss, _ = forward_backward(chunks, batches, topology=topology, forward_only=True)
-        total, tokens = total + loss.total, tokens + loss.num_tokens
+    with evaluating(chunks):
+        for batches in steps:
+            loss, _ = forward_backward(chunks, batches, topology=topology, forward_only=True)
+            total, tokens = total + loss.total, tokens + loss.num_tokens
     return LossSum(total, tokens)
+
+
+@contextmanager
+def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that each chunk was in."""
+    modes = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
 
 
 def _count(batches: list[MicroBatch]) -> tuple[float, ...]:

@@ -1,0 +1,197 @@
+"""Runs on a rank: texts above the native length; and the published model's arithmetic for them, written out.
+
+The reference follows the original one sequence at a time, without a cache: a token's key has the rotary base of the
+prompt that was read before it, whether it was part of that prompt or came after it, and its query the scale of its own
+position. So what a cache gives is what one pass over the whole sequence gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vl.config.schema import LanguageConfig, ModelConfig, RunConfig
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.model.build import build_model
+from megatron_vl.parallel.rng import seed_all
+from megatron_vl.training.parallel_model import build_parallel_model
+from megatron_vl.training.step import evaluate, forward_backward
+from tests.helpers.ranks import Start
+from tests.helpers.tiny import MODEL, tiny_config
+
+NATIVE = 16
+NEW_TOKENS = 5
+PREFIX = "language_model."
+
+
+def long_config(**sections: dict[str, Any]) -> RunConfig:
+    """The tiny model with a native length of 16."""
+    config = tiny_config(**sections)
+    return replace(config, model=with_language(native_seq_length=NATIVE))
+
+
+def with_language(**fields: Any) -> ModelConfig:
+    """The tiny model with other fields of its language model."""
+    return replace(MODEL, language=replace(MODEL.language, **fields))
+
+
+def random_tokens(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Texts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, MODEL.num_ranks, (length,), generator=generator).tolist() for length in lengths]
+
+
+def packed(texts: Sequence[Sequence[int]]) -> MicroBatch:
+    """Texts as the spans of one line, every token but a span's first a target."""
+    lengths = torch.tensor([len(text) for text in texts])
+    borders = F.pad(lengths.cumsum(0), (1, 0))
+    tokens = torch.tensor([token for text in texts for token in text])
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    targets = torch.nonzero(positions > 0).flatten()
+    size = MODEL.image_size
+    return MicroBatch(
+        tokens=tokens,
+        positions=positions,
+        cu_seqlens=borders.int(),
+        supervised=targets - 1,
+        targets=tokens[targets],
+        slots=torch.zeros(0, dtype=torch.int64),
+        pixels=torch.zeros(1, 3, size, size, dtype=torch.uint8),
+        span_images=torch.zeros(0, dtype=torch.int64),
+        num_images=1,
+        num_samples=len(texts),
+        num_tokens=len(tokens),
+    )
+
+
+# --- the original's arithmetic ---------------------------------------------------------------------------------------
+
+
+def reference_logits(weights: dict[str, Tensor], sizes: LanguageConfig, text: Sequence[int], *, read: int) -> Tensor:
+    """float32[t, vocabulary] in evaluation, for a text of which the first ``read`` tokens were read at once."""
+    alpha = max(2 ** math.ceil(math.log(read / NATIVE, 2) + 1) - 1, 1)
+    hidden = weights[f"{PREFIX}embedding.word_embeddings.weight"][list(text)]
+    for number in range(sizes.num_layers):
+        prefix = f"{PREFIX}layers.{number}."
+        layer = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        hidden = hidden + _attention(layer, sizes, _norm(hidden, layer["input_layernorm.weight"]), alpha)
+        gate, up = layer["mlp.linear_fc1.weight"].chunk(2)
+        normed = _norm(hidden, layer["pre_mlp_layernorm.weight"])
+        hidden = hidden + (F.silu(normed @ gate.T) * (normed @ up.T)) @ layer["mlp.linear_fc2.weight"].T
+    head = weights[f"{PREFIX}output_layer.weight"][: sizes.vocab_size]
+    return _norm(hidden, weights[f"{PREFIX}final_layernorm.weight"]) @ head.T
+
+
+def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def _attention(layer: dict[str, Tensor], sizes: LanguageConfig, hidden: Tensor, alpha: int) -> Tensor:
+    length, heads = len(hidden), sizes.num_attention_heads
+    size = sizes.hidden_size // heads
+    qkv = hidden @ layer["self_attention.linear_qkv.weight"].T + layer["self_attention.linear_qkv.bias"]
+    query, key, value = qkv.view(length, heads, 3, size).unbind(2)
+    frequencies = 1.0 / (sizes.rotary_base * alpha ** (size / (size - 2))) ** (torch.arange(0, size, 2).float() / size)
+    angles = (torch.arange(length).float()[:, None] * frequencies).repeat(1, 2)[:, None]
+    query, key = (t * angles.cos() + _rotated(t) * angles.sin() for t in (query, key))
+    logn = [math.log(i) / math.log(NATIVE) if i > NATIVE else 1.0 for i in range(1, length + 1)]
+    scores = torch.einsum("qhd,khd->hqk", query * torch.tensor(logn)[:, None, None], key) / size**0.5
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    context = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+    return context @ layer["self_attention.linear_proj.weight"].T
+
+
+def _rotated(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def reference_answer(weights: dict[str, Tensor], model: ModelConfig, prompt: Sequence[int]) -> tuple[list[int], Tensor]:
+    """Greedy tokens after a prompt, <|endoftext|> never chosen, and float32[NEW_TOKENS, vocabulary], their logits."""
+    text, rows = list(prompt), []
+    for _ in range(NEW_TOKENS):
+        logits = reference_logits(weights, model.language, text, read=len(prompt))[-1]
+        logits[SpecialTokens(model.num_ranks).endoftext] = float("-inf")
+        rows.append(logits)
+        text.append(int(logits.argmax()))
+    return text[len(prompt) :], torch.stack(rows)
+
+
+# --- on a rank -------------------------------------------------------------------------------------------------------
+
+
+def weights_on_rank(start: Start, config: RunConfig) -> dict[str, Tensor]:
+    """The fresh weights of the whole model."""
+    with start.topology(config.parallel) as topology:
+        (chunk,) = build_model(config, topology)
+        return {name: parameter.detach() for name, parameter in chunk.named_parameters()}
+
+
+def packed_logits_on_rank(start: Start, config: RunConfig, batch: MicroBatch, training: bool) -> Tensor:
+    """float32[t, vocabulary] of a packed line of text in one process."""
+    with start.topology(config.parallel) as topology, torch.no_grad():
+        (chunk,) = build_model(config, topology)
+        chunk.train(training)
+        language = chunk.language_model
+        inputs = language.attention_inputs(batch.cu_seqlens, batch.positions)
+        hidden = language(language.embed(batch.tokens).unsqueeze(1), inputs)
+        return language.logits(hidden, positions=torch.arange(len(batch.tokens)))[:, : config.model.language.vocab_size]
+
+
+def evaluated_loss_on_rank(start: Start, config: RunConfig, batch: MicroBatch) -> float:
+    """The validation loss of a step of equal micro-batches, as many as a virtual pipeline of two stages wants."""
+    with start.topology(config.parallel) as topology:
+        return evaluate(build_model(config, topology), [[batch, batch]], topology=topology).mean
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a step in training mode gave."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    evaluated: float | None
+    """The validation loss before it, if there was one."""
+
+
+def step_after_evaluation_on_rank(start: Start, config: RunConfig, batch: MicroBatch, evaluated: bool) -> Trained:
+    """Loss and gradients in one process: at once, or after a validation and a generation above the native length."""
+    with start.topology(config.parallel) as topology:
+        seed_all(config.training.seed)
+        model = build_parallel_model(config, topology)
+        before = None
+        if evaluated:
+            before = evaluate(model.wrapped, [[batch]], topology=topology).mean
+            assert all(module.training for chunk in model.wrapped for module in chunk.modules())
+            prompt = Prompt(tuple(batch.tokens.tolist()))
+            Engine(model.chunks, config, topology).generate([prompt], GenerationOptions(max_new_tokens=2))
+            for chunk in model.wrapped:
+                chunk.train()
+        for chunk in model.wrapped:
+            chunk.zero_grad_buffer()
+        loss, _ = forward_backward(model.wrapped, [batch], topology=topology, forward_only=False)
+        gradients = {name: p.main_grad.clone() for chunk in model.chunks for name, p in chunk.named_parameters()}
+        return Trained(loss.mean, gradients, before)
+
+
+def answers_on_rank(
+    start: Start, config: RunConfig, texts: Sequence[Sequence[int]], batch_size: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Greedy tokens of each prompt; and, where the head is whole, the logits of every pass."""
+    with start.topology(config.parallel) as topology:
+        engine = Engine(build_model(config, topology), config, topology)
+        logits: list[Tensor] = []
+        for chunk in engine.chunks:
+            if chunk.stage.head:
+                chunk.language_model.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
+        banned = (SpecialTokens(config.model.num_ranks).endoftext,)
+        options = GenerationOptions(max_new_tokens=NEW_TOKENS, batch_size=batch_size, banned_ids=banned)
+        return engine.generate([Prompt(tuple(text)) for text in texts], options), logits
