@@ -11,9 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_vl.config.schema import ModelConfig, ResamplerConfig, TrainingConfig, VisionConfig
 from megatron_vl.errors import ConversionError, MegatronVLError
 from megatron_vl.log import silence_dependency_warnings, write_line
+
+if TYPE_CHECKING:
+    from megatron_vl.conversion.convert import ConvertedModel
 
 EXIT_USER_ERROR = 2
 
@@ -36,11 +41,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("import", help="a published folder to a checkpoint that every layout loads")
-    command.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and weights")
-    command.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="directory that receives the checkpoint"
-    )
+    _add_import(commands.add_parser("import", help="a published folder to a checkpoint that every layout loads"))
 
     command = commands.add_parser("export", help="a checkpoint to a published folder")
     command.add_argument(
@@ -69,20 +70,58 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, nargs="?", metavar="HF_DIR", help="Qwen-VL folder with config.json and weights"
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CKPT", help="directory that receives the checkpoint")
+    start = command.add_argument_group("start of stage 1", "instead of HF_DIR; the resampler is fresh")
+    start.add_argument("--vision", type=Path, metavar="FILE", help="OpenCLIP's ViT-bigG-14 (.bin or .safetensors)")
+    start.add_argument("--language", type=Path, metavar="DIR", help="Qwen-7B folder with config.json and weights")
+    for flag, value, text in (
+        ("--vision-heads", VisionConfig.num_attention_heads, "attention heads of the vision tower"),
+        ("--num-queries", ResamplerConfig.num_queries, "image features for the language model"),
+        ("--num-ranks", ModelConfig.num_ranks, "byte-pair ranks of the vocabulary"),
+        ("--image-size", ModelConfig.image_size // 2, "pixels of an image in stage 1"),
+        ("--seed", TrainingConfig.seed, "of the resampler's weights"),
+    ):
+        start.add_argument(flag, type=int, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+
+
 def _import(options: argparse.Namespace) -> None:
     from megatron_vl.checkpoint import store
     from megatron_vl.conversion.checkpoints import write_checkpoint
-    from megatron_vl.conversion.convert import import_folder
 
     if steps := store.steps_in(options.checkpoint):
         raise ConversionError(
             f"{options.checkpoint}: holds checkpoints of steps {steps[0]} to {steps[-1]}; "
             "an imported model is step 0 of a new directory"
         )
-    imported = import_folder(options.folder)
-    with _progress("import", imported.num_bytes) as progress:
-        written = write_checkpoint(imported, options.checkpoint, progress=progress)
-    write_line(f"{written}: {len(imported)} tensors, {imported.num_bytes:,} bytes")
+    converted = _open_import(options)
+    with _progress("import", converted.num_bytes) as progress:
+        written = write_checkpoint(converted, options.checkpoint, progress=progress)
+    write_line(f"{written}: {len(converted)} tensors, {converted.num_bytes:,} bytes")
+
+
+def _open_import(options: argparse.Namespace) -> ConvertedModel:
+    from megatron_vl.conversion.convert import import_folder
+    from megatron_vl.conversion.starting_point import StartOptions, starting_model
+
+    parts = (options.vision, options.language)
+    if options.folder is not None and parts == (None, None):
+        return import_folder(options.folder)
+    if options.folder is not None or None in parts:
+        raise ConversionError(
+            "import takes either HF_DIR, a folder of Qwen-VL, or both --vision and --language"
+        )
+    start = StartOptions(
+        vision_heads=options.vision_heads,
+        num_queries=options.num_queries,
+        num_ranks=options.num_ranks,
+        image_size=options.image_size,
+        seed=options.seed,
+    )
+    return starting_model(options.vision, options.language, start)
 
 
 def _export(options: argparse.Namespace) -> None:

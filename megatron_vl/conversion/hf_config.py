@@ -45,7 +45,6 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
     Raises:
         ConversionError: a key is missing, of the wrong type, or describes something else than Qwen-VL.
     """
-    _check_architecture(hf, source)
     visual = hf.get("visual")
     if not isinstance(visual, Mapping):
         raise ConversionError(
@@ -68,25 +67,38 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
         ),
         resampler=ResamplerConfig(
             num_queries=_integer(visual, "n_queries", source, _QUERIES),
-            num_attention_heads=_integer(
-                visual, "resampler_heads", source, max(1, hidden // _RESAMPLER_HEAD_SIZE)
-            ),
+            num_attention_heads=_integer(visual, "resampler_heads", source, resampler_heads(hidden)),
         ),
-        language=LanguageConfig(
-            num_layers=_integer(hf, "num_hidden_layers", source),
-            hidden_size=hidden,
-            ffn_hidden_size=_integer(hf, "intermediate_size", source) // 2,
-            num_attention_heads=_integer(hf, "num_attention_heads", source),
-            vocab_size=_integer(hf, "vocab_size", source),
-            rotary_base=_number(hf, "rotary_emb_base", source),
-            norm_epsilon=_number(hf, "layer_norm_epsilon", source),
-            native_seq_length=_integer(hf, "seq_length", source, LanguageConfig.native_seq_length),
-            use_dynamic_ntk=_switch(hf, "use_dynamic_ntk", source, LanguageConfig.use_dynamic_ntk),
-            use_logn_attn=_switch(hf, "use_logn_attn", source, LanguageConfig.use_logn_attn),
-        ),
+        language=language_config(hf, source),
     )
-    _check_sizes(model, _integer(visual, "output_dim", source), source)
-    return _with_preset_name(model)
+    check_sizes(model, _integer(visual, "output_dim", source), source)
+    return with_preset_name(model)
+
+
+def language_config(hf: Mapping[str, Any], source: str) -> LanguageConfig:
+    """The language model's sizes, from the ``config.json`` of Qwen-VL or of Qwen.
+
+    Raises:
+        ConversionError: a key is missing, of the wrong type, or describes something else than Qwen.
+    """
+    _check_architecture(hf, source)
+    return LanguageConfig(
+        num_layers=_integer(hf, "num_hidden_layers", source),
+        hidden_size=_integer(hf, "hidden_size", source),
+        ffn_hidden_size=_integer(hf, "intermediate_size", source) // 2,
+        num_attention_heads=_integer(hf, "num_attention_heads", source),
+        vocab_size=_integer(hf, "vocab_size", source),
+        rotary_base=_number(hf, "rotary_emb_base", source),
+        norm_epsilon=_number(hf, "layer_norm_epsilon", source),
+        native_seq_length=_integer(hf, "seq_length", source, LanguageConfig.native_seq_length),
+        use_dynamic_ntk=_switch(hf, "use_dynamic_ntk", source, LanguageConfig.use_dynamic_ntk),
+        use_logn_attn=_switch(hf, "use_logn_attn", source, LanguageConfig.use_logn_attn),
+    )
+
+
+def resampler_heads(hidden_size: int) -> int:
+    """Heads of the resampler as the published code chooses them."""
+    return max(1, hidden_size // _RESAMPLER_HEAD_SIZE)
 
 
 def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -166,7 +178,7 @@ def _visual(model: ModelConfig) -> dict[str, Any]:
         visual["n_queries"] = model.resampler.num_queries
     if vision.position_grid != _POSITION_GRID:
         visual["position_grid"] = vision.position_grid
-    if model.resampler.num_attention_heads != max(1, hidden // _RESAMPLER_HEAD_SIZE):
+    if model.resampler.num_attention_heads != resampler_heads(hidden):
         visual["resampler_heads"] = model.resampler.num_attention_heads
     return visual
 
@@ -190,7 +202,8 @@ def _integral(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _with_preset_name(model: ModelConfig) -> ModelConfig:
+def with_preset_name(model: ModelConfig) -> ModelConfig:
+    """The same sizes, under the name of the preset that has them if there is one."""
     for name, preset in PRESETS.items():
         if replace(model, preset=name) == preset:
             return replace(model, preset=name)
@@ -204,7 +217,8 @@ def _check_architecture(hf: Mapping[str, Any], source: str) -> None:
             raise ConversionError(f"{source}: {key} is {hf[key]!r}; Qwen-VL has {value!r}")
 
 
-def _check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
+def check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
+    """Raise ConversionError, naming ``source``, unless the sizes fit each other."""
     language, vision, resampler = model.language, model.vision, model.resampler
     tokens = SpecialTokens(model.num_ranks).num_tokens
     problems = {

@@ -73,11 +73,11 @@ class InterleaveQKV:
 
     def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
         """``[3 x heads x d, ...]`` -> ``[heads x 3 x d, ...]``."""
-        return _swap_leading(tensors[0], 3, model.language.num_attention_heads)
+        return swap_leading(tensors[0], 3, model.language.num_attention_heads)
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
         """``[heads x 3 x d, ...]`` -> ``[3 x heads x d, ...]``."""
-        return (_swap_leading(tensor, model.language.num_attention_heads, 3),)
+        return (swap_leading(tensor, model.language.num_attention_heads, 3),)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class GateUp:
         return (gate, up)
 
 
-def _swap_leading(tensor: Tensor, outer: int, inner: int) -> Tensor:
+def swap_leading(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """``[outer x inner x d, ...]`` -> ``[inner x outer x d, ...]``."""
     rest = tensor.shape[1:]
     return tensor.reshape(outer, inner, -1, *rest).transpose(0, 1).reshape(-1, *rest)

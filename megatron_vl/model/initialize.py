@@ -11,7 +11,7 @@ Who gets which distribution (``visual.py`` and ``modeling_qwen.py`` of the publi
     linear layers of both towers            N(0, s); into the residual stream N(0, s / sqrt(2 layers))
     patch embedding                         N(0, 1 / sqrt(3 p p))
     positional embedding                    N(0, 1 / sqrt(width))
-    resampler query, kv_proj, out_proj      N(0, 0.02) truncated at two deviations
+    resampler query, kv_proj, out_proj      N(0, 0.02), cut at +-2 as its ``trunc_normal_`` does
     resampler in_proj                       uniform, Xavier
     resampler proj                          N(0, 1 / sqrt(width))
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -34,7 +35,7 @@ def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: Proce
     rank, size = groups.tp.rank(), groups.tp.size()
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
-            whole = _draw(name, _whole_shape(parameter, size), model=model, seed=seed)
+            whole = draw(name, _whole_shape(parameter, size), model=model, seed=seed)
             parameter.copy_(_slice(name, whole, parameter, rank=rank, size=size))
 
 
@@ -73,7 +74,9 @@ def _slice(name: str, whole: Tensor, parameter: Tensor, *, rank: int, size: int)
     return whole.chunk(size, dimension)[rank]
 
 
-def _draw(name: str, shape: list[int], *, model: ModelConfig, seed: int) -> Tensor:
+def draw(name: str, shape: Sequence[int], *, model: ModelConfig, seed: int) -> Tensor:
+    """Fresh contents of a whole parameter, float32: a function of the seed and its global name."""
+    shape = list(shape)
     # The generator looks at the lower 32 bits of its seed only, so both have to be in these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
     if _is_norm(name):
@@ -89,7 +92,7 @@ def _draw(name: str, shape: list[int], *, model: ModelConfig, seed: int) -> Tens
         bound = math.sqrt(6.0 / (shape[0] + shape[1]))
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.startswith("resampler.") and name != "resampler.proj":
-        return nn.init.trunc_normal_(torch.empty(shape), std=0.02, a=-0.04, b=0.04, generator=generator)
+        return nn.init.trunc_normal_(torch.empty(shape), std=0.02, generator=generator)
     return _normal(shape, _deviation(name, shape, model), generator)
 
 

@@ -54,6 +54,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import damaged ckpt_damaged",
         "check nowhere",
         "import nan ckpt_nan",
+        "import ckpt_start --vision open_clip.bin",
         "import odd ckpt_odd",
         "export ckpt_odd/iter_0000000 hf_odd",
     ]
@@ -75,7 +76,7 @@ def test_every_command_ends_as_it_should(workplace: Path) -> None:
     lines = (workplace / "output").read_text().splitlines()
     assert [line for line in lines if line.startswith("exit")] == [
         *["exit 0"] * 4,
-        *["exit 2"] * 5,
+        *["exit 2"] * 6,
         *["exit 0"] * 2,
     ], (workplace / "errors").read_text()
     assert "parameters                                      4,284,416" in lines
@@ -89,6 +90,7 @@ def test_errors_name_the_place(workplace: Path) -> None:
         "damaged/pytorch_model-00002-of-00002.bin:",
         "nowhere",
         "nan/model.safetensors:",
+        "import",
     ]
 
 
