@@ -28,6 +28,8 @@ from megatron_vl.errors import DataError
 
 MAX_IMAGES_PER_ROW = 127
 _HEADER_LENGTH = 2
+_USUAL_HEAD = 64
+"""Entries read at once for the lengths of a row's segments; rows of more segments take a second read."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,27 @@ class RowStore:
         stored = np.frombuffer(self._tokens.read_bytes(index), dtype=np.int32)
         return decode_row(stored, f"{self.prefix}, row {index}")
 
+    def segment_lengths(self, index: int) -> npt.NDArray[np.int32]:
+        """int32[segments]: tokens in each segment of a row, without reading the tokens.
+
+        Raises DataError if they contradict the length of the row.
+        """
+        length, num_images = int(self._tokens.lengths[index]), int(self.row_images[index])
+        head = np.frombuffer(self._tokens.read_bytes(index, stop=min(length, _USUAL_HEAD)), dtype=np.int32)
+        stop = _HEADER_LENGTH + max(int(head[0]), 0) if len(head) else length + 1
+        if len(head) < stop <= length:
+            head = np.frombuffer(self._tokens.read_bytes(index, stop=stop), dtype=np.int32)
+        lengths = head[_HEADER_LENGTH:stop]
+        if stop + num_images + int(lengths.sum(dtype=np.int64)) != length:
+            raise DataError(f"{self.prefix}, row {index}: its head contradicts its length; prepare the data again.")
+        return lengths
+
     def keys(self, index: int) -> list[SegmentKey]:
-        """Where each segment of a row comes from."""
-        return [SegmentKey(*entry) for entry in json.loads(self._keys.read_bytes(index))]
+        """Where each segment of a row comes from. Raises DataError if the entries are damaged."""
+        try:
+            return [SegmentKey(*entry) for entry in json.loads(self._keys.read_bytes(index))]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.prefix}, row {index}: damaged keys ({error}); prepare the data again.") from error
 
     def image(self, index: int) -> bytes:
         """One encoded image. Raises DataError if there is no such image."""

@@ -116,19 +116,21 @@ def find_vocab_file() -> Path:
     )
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path, sha256: str = QWEN_SHA256) -> dict[bytes, int]:
     """The merges of a ``.tiktoken`` file, bytes to rank, in order of rank.
 
-    Raises DataError if the file cannot be read, is not Qwen's, or its ranks have gaps.
+    Raises DataError if the file cannot be read, is not the one with this ``sha256`` (by default Qwen's), or its
+    ranks have gaps.
     """
     try:
         content = path.read_bytes().replace(b"\r\n", b"\n")
     except OSError as error:
         raise DataError(f"vocabulary {path}: cannot be read ({error.strerror}).") from error
     found = hashlib.sha256(content).hexdigest()
-    if found != QWEN_SHA256:
+    if found != sha256:
+        known = " (qwen.tiktoken of Qwen-VL)" if sha256 == QWEN_SHA256 else ""
         raise DataError(
-            f"vocabulary {path}: SHA-256 is {found}, expected {QWEN_SHA256} (qwen.tiktoken of Qwen-VL). "
+            f"vocabulary {path}: SHA-256 is {found}, expected {sha256}{known}. "
             "The file is damaged or of another model; fetch it again."
         )
     return parse_ranks(content, str(path))

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: the loss of one stage, with the hand-over to another layout marked.
+"""Plots as inline SVG: the loss of one stage, with the hand-over to another layout marked; histograms.
 
 Figures are made through matplotlib's object interface, without pyplot, so that nothing global is touched;
 text stays text, so that it takes the page's font, and the ids are the same in every run.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import TrainingRecord
 
 SIGHTED_COLOUR = "#2563eb"
@@ -34,26 +35,6 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": MUTED_COLOUR,
     "ytick.color": MUTED_COLOUR,
 }
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of steps at one layout."""
-
-    layout: str
-    first: int
-    last: int
-
-
-def find_legs(records: Sequence[TrainingRecord]) -> tuple[Leg, ...]:
-    """Cut a stage into stretches of steps at one layout, in order; a record speaks for the steps since the last."""
-    legs: list[Leg] = []
-    for record in records:
-        if legs and legs[-1].layout == record.layout:
-            legs[-1] = Leg(record.layout, legs[-1].first, record.iteration)
-        else:
-            legs.append(Leg(record.layout, legs[-1].last + 1 if legs else 1, record.iteration))
-    return tuple(legs)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -84,6 +65,23 @@ def loss_figure(sighted: Sequence[TrainingRecord], blind: Sequence[TrainingRecor
         axes.set_ylabel("training loss", color=MUTED_COLOUR)
         if blind:
             axes.legend(loc="upper center", frameon=False)
+        return _to_svg(figure)
+
+
+def histogram_figure(edges: Sequence[float], counts: Sequence[int], *, label: str, unit: str = "rows") -> str:
+    """Plot how often values lie between neighbouring ``edges``; returns one <svg> element."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.6, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.stairs(counts, edges, fill=True, color=SIGHTED_COLOUR)
+        axes.grid(visible=False, axis="x")
+        axes.set_axisbelow(True)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.0f}"))
+        axes.set_xlabel(label, color=MUTED_COLOUR)
+        axes.set_ylabel(unit, color=MUTED_COLOUR)
         return _to_svg(figure)
 
 

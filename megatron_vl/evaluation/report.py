@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from megatron_vl.data.manifest import read_manifest
 from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
+from megatron_vl.evaluation.pages import page_environment, write_page
 from megatron_vl.evaluation.records import (
     HeldOutLoss,
     Model,
@@ -129,22 +127,13 @@ def read_report(run_dir: Path) -> Report:
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page; whoever reads it meanwhile sees the old one or the new one."""
-    draft = path.with_suffix(".html.part")
-    draft.write_text(render_page(report), encoding="utf-8")
-    draft.replace(path)
+    write_page(render_page(report), path)
 
 
 def render_page(report: Report) -> str:
     """The report as one HTML page."""
-    environment = Environment(
-        loader=PackageLoader("megatron_vl.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["duration"] = show_duration
-    environment.filters["svg"] = Markup
     return environment.get_template("report.html.j2").render(report=report, tasks=SCORERS)
 
 

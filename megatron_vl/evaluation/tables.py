@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.data.manifest import Manifest
-from megatron_vl.evaluation.figures import find_legs
+from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord
 
 _NUMBER = re.compile(r"[\d,.]+(\s%)?|–")

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_vl.cli.report import main
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.figures import find_legs, smooth
+from megatron_vl.evaluation.figures import smooth
+from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord, load_predictions, load_training
 from megatron_vl.evaluation.report import read_report, render_page, render_text
 from megatron_vl.evaluation.tables import format_table, show_duration, time_rows, total_seconds

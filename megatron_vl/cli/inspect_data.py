@@ -1,0 +1,93 @@
+"""``tools/inspect_data.py PREFIX``: a prepared data set as one page that opens anywhere, or as tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.log import write_line
+
+if TYPE_CHECKING:
+    from megatron_vl.data.rows import RowStore
+
+EXIT_USER_ERROR = 2
+_MIN_SIDE = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(options)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/inspect_data.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("prefix", help="path of a prepared data set, without .json")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: PREFIX.html)")
+    parser.add_argument(
+        "--summary", action="store_true", help="print tables; the page is then written only with --output"
+    )
+    parser.add_argument("--rows", type=int, default=50, metavar="N", help="rows on the page (default: 50)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", type=int, default=0, metavar="K", help="begin at row K (default: 0)")
+    which.add_argument("--seed", type=int, metavar="S", help="choose rows at random, the same ones for the same S")
+    parser.add_argument("--source", metavar="NAME", help="only rows with a sample of this source")
+    parser.add_argument("--task", metavar="NAME", help="only rows with a sample of this task")
+    parser.add_argument(
+        "--max-image-side", type=int, default=384, metavar="PIXELS", help="size of the pictures (default: 384)"
+    )
+    parser.add_argument(
+        "--vocab-file",
+        type=Path,
+        metavar="FILE",
+        help="for a data set of another vocabulary than Qwen's: its .tiktoken",
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from megatron_vl.evaluation.inspector.opening import open_store
+
+    _check_at_least("--rows", options.rows, 1)
+    _check_at_least("--seed", options.seed or 0, 0)
+    _check_at_least("--max-image-side", options.max_image_side, _MIN_SIDE)
+    store = open_store(options.prefix)
+    if options.summary:
+        _print_summary(store)
+    if options.output is not None or not options.summary:
+        _write_page(store, options)
+
+
+def _check_at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{flag} {value}: expected at least {least}.")
+
+
+def _print_summary(store: RowStore) -> None:
+    from megatron_vl.evaluation.inspector.overview import read_overview
+    from megatron_vl.evaluation.inspector.summary import format_summary
+
+    write_line(format_summary(read_overview(store)))
+
+
+def _write_page(store: RowStore, options: argparse.Namespace) -> None:
+    from megatron_vl.evaluation.inspector.choice import Choice
+    from megatron_vl.evaluation.inspector.opening import open_vocabulary
+    from megatron_vl.evaluation.inspector.page import read_page, render_page
+    from megatron_vl.evaluation.pages import write_page
+
+    path = options.output or Path(f"{options.prefix}.html")
+    vocabulary = open_vocabulary(options.prefix, store.manifest, options.vocab_file)
+    choice = Choice(options.rows, options.first, options.seed, options.source, options.task)
+    page = read_page(store, vocabulary, choice, max_image_side=options.max_image_side)
+    write_page(render_page(page), path)
+    write_line(f"Page: {path} ({len(page.rows)} of {len(store):,} rows, {path.stat().st_size / 1e6:.1f} MB)")

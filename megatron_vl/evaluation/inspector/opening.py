@@ -1,0 +1,81 @@
+"""A prefix -> an open data set and the vocabulary that its ids are of, or an error that says what to type instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.data.manifest import Manifest, manifest_path
+from megatron_vl.data.rows import RowStore
+from megatron_vl.data.tokenizer import QWEN_SHA256, find_vocab_file, read_ranks
+from megatron_vl.errors import DataError
+
+_MAX_NAMED = 12
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids to bytes and names; that is all that reading needs, so nothing is built that could encode."""
+
+    ranks: tuple[bytes, ...]
+    special: SpecialTokens
+
+    @cached_property
+    def special_text(self) -> dict[int, str]:
+        """Surface form of each special token, by id."""
+        return {token_id: text for text, token_id in self.special.by_text.items()}
+
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids of text."""
+        return b"".join(self.ranks[token_id] for token_id in ids)
+
+
+def open_store(prefix: str) -> RowStore:
+    """Open a data set. Raises DataError if it is damaged, or for a wrong prefix, then with those that exist nearby."""
+    if not manifest_path(prefix).is_file():
+        raise DataError(_no_data_set(prefix))
+    return RowStore(prefix)
+
+
+def open_vocabulary(prefix: str, manifest: Manifest, vocab_file: Path | None = None) -> Vocabulary:
+    """The vocabulary with which a data set was made, by default Qwen's.
+
+    Raises DataError if the data set needs another one and none is given, or if the file is not the one it needs.
+    """
+    if vocab_file is None and manifest.tokenizer_sha256 != QWEN_SHA256:
+        raise DataError(
+            f"{prefix}: made with another vocabulary than Qwen's (SHA-256 {manifest.tokenizer_sha256}); give its "
+            ".tiktoken file as --vocab-file."
+        )
+    path = vocab_file or find_vocab_file()
+    ranks = tuple(read_ranks(path, manifest.tokenizer_sha256))
+    if manifest.num_ranks > len(ranks):
+        raise DataError(
+            f"{prefix}: keeps {manifest.num_ranks} ranks of a vocabulary, but {path} has {len(ranks)}; prepare the "
+            "data again."
+        )
+    return Vocabulary(ranks[: manifest.num_ranks], SpecialTokens(manifest.num_ranks))
+
+
+def _no_data_set(prefix: str) -> str:
+    path = Path(prefix)
+    folder = path if path.is_dir() else path.parent
+    found = _prefixes_in(folder)
+    named = ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else "")
+    nearest = next((name for name in found if prefix.startswith(f"{name}.")), None)
+    if nearest is not None:
+        return f"{prefix}: is a file of the data set {nearest}; give that, without an ending."
+    if not folder.is_dir():
+        return f"{prefix}: no such data set, and no folder {folder}. Make one with tools/prepare_data.py."
+    if found:
+        return f"{prefix}: no such data set; in {folder} there {'is' if len(found) == 1 else 'are'} {named}."
+    return f"{prefix}: no such data set, and none in {folder}. Make one with tools/prepare_data.py."
+
+
+def _prefixes_in(folder: Path) -> list[str]:
+    """Prefixes of a folder's finished data sets: those with a manifest and an index of rows."""
+    manifests = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return [str(path.with_suffix("")) for path in manifests if Path(f"{path.with_suffix('')}.tokens.idx").is_file()]

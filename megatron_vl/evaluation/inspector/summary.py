@@ -1,0 +1,81 @@
+"""The figures of a data set as tables for the terminal; nothing here needs the libraries of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.evaluation.inspector.overview import Overview, shares
+from megatron_vl.evaluation.inspector.text import printable
+from megatron_vl.evaluation.tables import format_table
+
+QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
+
+
+def format_summary(overview: Overview) -> str:
+    """Totals, spread, what was kept by source and task, and what was left out by source and reason."""
+    tables = [
+        format_table((printable(overview.prefix), ""), _totals(overview)),
+        format_table(("of a row or segment", *QUANTILES), _spread(overview)),
+        format_table(("source", "task", "samples", "tokens", "images", "of tokens"), _kept(overview)),
+    ]
+    if overview.is_sampled:
+        tables[1] += f"\n(of {overview.num_scanned:,} rows, evenly spaced)"
+    left_out = [
+        (*map(printable, (skip.source, skip.reason)), f"{skip.count:,}", printable(next(iter(skip.examples), ""))[:60])
+        for skip in overview.manifest.skips
+    ]
+    header = ("source", "left out for", "samples", "the first")
+    tables.append(format_table(header, left_out) if left_out else "Nothing was left out.")
+    return "\n\n".join(tables)
+
+
+def _totals(overview: Overview) -> list[tuple[str, str]]:
+    manifest = overview.manifest
+    counts = {
+        "rows": manifest.num_rows,
+        "samples": manifest.num_samples,
+        "segments": manifest.num_segments,
+        "tokens": manifest.num_tokens,
+        "images": manifest.num_images,
+        "images stored": manifest.num_stored_images,
+        "tokens in a row at most": manifest.seq_length,
+        "slots of an image": manifest.num_queries,
+    }
+    return [
+        *((name, f"{count:,}") for name, count in counts.items()),
+        ("samples in a row", f"{manifest.samples_per_row:.2f}"),
+        ("images in a row", f"{manifest.num_images / max(manifest.num_rows, 1):.2f}"),
+        ("fill", f"{100 * manifest.fill:.1f} %"),
+    ]
+
+
+def _spread(overview: Overview) -> list[tuple[str, ...]]:
+    images = np.repeat(np.arange(len(overview.manifest.images_per_row)), overview.manifest.images_per_row)
+    return [
+        ("tokens in a segment", *_quantiles(overview.segment_lengths, "{:,.0f}")),
+        ("tokens in a row", *_quantiles(overview.row_lengths, "{:,.0f}")),
+        ("images in a row", *_quantiles(images, "{:,.0f}")),
+        ("fill of a row", *_quantiles(100 * overview.fills, "{:.1f} %")),
+    ]
+
+
+def _quantiles(values: npt.NDArray[np.int64] | npt.NDArray[np.float64], form: str) -> Sequence[str]:
+    if not len(values):
+        return ["–"] * len(QUANTILES)
+    found = np.quantile(values, list(QUANTILES.values()), method="nearest")
+    return [form.format(value) for value in found.tolist()]
+
+
+def _kept(overview: Overview) -> list[tuple[str, ...]]:
+    return [
+        (
+            printable(share.source),
+            printable(share.task),
+            *(f"{count:,}" for count in (share.samples, share.tokens, share.images)),
+            f"{100 * share.share:.1f} %",
+        )
+        for share in shares(overview.manifest)
+    ]

@@ -1,0 +1,65 @@
+"""A prepared data set of what a page must survive and must show exactly: markup in texts and names, characters that do
+not show or were cut, several pictures in one segment, boxes that spell the tags themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from megatron_vl.cli import prepare
+from tests.helpers.tiny import MODEL
+from tests.unit.data.prepared import png
+from tests.unit.data.reading import write_tar
+
+SEQ_LENGTH = 512
+SOURCE = "cap<b>'\"&"
+SCRIPT = "<script>document.title='taken over'</script>"
+CAPTIONS = (
+    SCRIPT,
+    "\"><img src=http://example.com/x.png onerror=\"document.title='taken over'\">",
+    "spelt out: <box>(1,2),(300,400)</box> and <|endoftext|>",
+    "</span></div></style></textarea>{{ 7 * 7 }}{% raw %}",
+    "hidden\u202e and\u200b odd\u00a0blanks  two",
+)
+CHATS = (
+    (
+        "Picture 1: <img>0.png</img> has <ref>one</ref><box>(100,200),(300,400)</box>\nPicture 2: <img>1.png</img>\n"
+        "Where is <ref>the other</ref>?",
+        "<box>(250,250),(750,750)</box> and <quad>(1,2),(3,4),(5,6),(7,8)</quad>, not <box>(5,5)</box>",
+    ),
+    ("In <box>(10,20),(30,40)</box> of Picture 1: <img>2.png</img>?", "A <ref>shade</ref>."),
+)
+
+
+def make_hostile_data_set(folder: Path) -> str:
+    """Prepare the data set and return its prefix."""
+    members = []
+    for i, caption in enumerate(CAPTIONS):
+        members += [(f"{i}<i>'&.png", png(40 * i)), (f"{i}<i>'&.txt", caption.encode())]
+    write_tar(folder / "captions" / "00000.tar", members)
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(100 + i, side=200))
+    chats = [
+        {"id": f"chat{i}", "conversations": [{"from": "user", "value": ask}, {"from": "assistant", "value": answer}]}
+        for i, (ask, answer) in enumerate(CHATS)
+    ]
+    (folder / "chat.json").write_text(json.dumps(chats), encoding="utf-8")
+    documents = ["汉字" * 700, "tab\tand\r\nline\n\n end ", f"a document {SCRIPT}"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    recipe = {
+        "sources": [
+            {"name": SOURCE, "type": "img2dataset", "path": "captions"},
+            {"name": "chats", "type": "qwen_vl_chat", "path": "chat.json", "image_root": "."},
+            {"name": "documents", "type": "text", "path": "text.jsonl"},
+        ],
+        "seq_length": SEQ_LENGTH,
+        "num_queries": MODEL.resampler.num_queries,
+        "num_ranks": MODEL.num_ranks,
+    }
+    (folder / "data.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    prefix = str(folder / "set")
+    assert prepare.main([str(folder / "data.yaml"), "--output", prefix, "--workers", "1", "--quiet"]) == 0
+    return prefix

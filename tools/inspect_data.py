@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Look at a prepared data set: ``python tools/inspect_data.py PREFIX --output page.html``; see ``--help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_vl.cli.inspect_data import main
+
+if __name__ == "__main__":
+    sys.exit(main())
