@@ -93,12 +93,11 @@ def test_fresh_weights_have_their_deviations(fresh: dict[str, Tensor]) -> None:
         "vision.positional_embedding": MODEL.vision.hidden_size**-0.5,
         "resampler.proj": MODEL.language.hidden_size**-0.5,
         "resampler.attn.in_proj_weight": math.sqrt(6 / (4 * 64)) / math.sqrt(3),  # uniform, Xavier
-        "resampler.kv_proj.weight": 0.02 * 0.88,  # truncated at two deviations
+        "resampler.kv_proj.weight": 0.02,  # the original cuts at +-2, a hundred deviations
     }
     for name, deviation in expected.items():
         assert fresh[name].std().item() == pytest.approx(deviation, rel=0.1), name
         assert abs(fresh[name].mean().item()) < 0.1 * deviation, name
-    assert fresh["resampler.query"].abs().max() <= 0.04
     norms = [value for name, value in fresh.items() if "norm" in name and name.endswith("weight")]
     assert norms and all(torch.equal(value, torch.ones_like(value)) for value in norms)
 
