@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.topology import Topology
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def broadcast_batches(batches: Sequence[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch] | None:
@@ -97,3 +99,23 @@ def receive(stage: int, *, dtype: torch.dtype, topology: Topology) -> torch.Tens
     tensor = torch.empty(shape.tolist(), dtype=dtype, device=topology.device)
     dist.recv(tensor, peer, group=topology.pp_group)
     return tensor
+
+
+def to_rank_0(pieces: Mapping[Key, torch.Tensor], *, topology: Topology) -> Iterator[tuple[Key, torch.Tensor]]:
+    """Bring tensors on the CPU from whichever rank holds them to rank 0, one at a time.
+
+    What several ranks hold under one key is taken from the lowest of them. Every rank has to exhaust the iterator; it
+    yields on rank 0 only.
+    """
+    held: list[dict[Key, torch.Tensor]] = [{} for _ in range(topology.world_size)]
+    dist.all_gather_object(held, {key: piece.to("meta") for key, piece in pieces.items()})
+    owners = {key: rank for rank in reversed(range(len(held))) for key in held[rank]}
+    for key, rank in owners.items():
+        if topology.rank == rank != 0:
+            dist.send(pieces[key].to(topology.device), 0)
+        elif rank == 0 == topology.rank:
+            yield key, pieces[key]
+        elif topology.rank == 0:
+            piece = torch.empty_like(held[rank][key], device=topology.device)
+            dist.recv(piece, rank)
+            yield key, piece.cpu()

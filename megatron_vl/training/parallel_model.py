@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,17 @@ class ParallelModel:
 
 
 def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> ParallelModel:
-    """Build, wrap, and connect to Megatron-Core's schedules."""
+    """Build, wrap, and give it an optimizer."""
     chunks = build_model(config, topology, fresh_weights=fresh_weights)
+    wrapped = wrap_chunks(chunks, config)
+    return ParallelModel(chunks, wrapped, build_optimizer(config, wrapped))
+
+
+def wrap_chunks(chunks: Sequence[QwenVL], config: RunConfig) -> list[DistributedDataParallel]:
+    """Wrap chunks for data parallelism, and connect them to Megatron-Core's schedules.
+
+    That is all that gradients need; after a backward pass they are in ``main_grad`` of each parameter.
+    """
     wrapped = [
         DistributedDataParallel(
             chunk.config,
@@ -37,9 +47,8 @@ def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights
         )
         for number, chunk in enumerate(chunks)
     ]
-    optimizer = build_optimizer(config, wrapped)
-    _connect(chunks[0].config, config=config, wrapped=wrapped, optimizer=optimizer)
-    return ParallelModel(chunks, wrapped, optimizer)
+    _connect(chunks[0].config, config=config, wrapped=wrapped)
+    return wrapped
 
 
 def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
@@ -53,11 +62,8 @@ def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
     )
 
 
-def _connect(
-    schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer
-) -> None:
-    """Give the schedules what they call: the scale of the loss, and when to reduce gradients."""
-    schedule.grad_scale_func = optimizer.scale_loss
+def _connect(schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataParallel]) -> None:
+    """Tell the schedules when to reduce gradients; fp32 and bf16 have no scale of the loss."""
     schedule.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]

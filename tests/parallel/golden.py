@@ -1,60 +1,35 @@
 """The original's own numbers, and what computes ours beside them on a rank.
 
-The weights go the user's way: the published folder is imported into a checkpoint once, and each layout loads it.
+All goes the user's way: the published folder is imported into a checkpoint once, each layout loads it, and what is
+compared is what ``tools/forward.py`` computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vl.checkpoint import contents
-from megatron_vl.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.checkpoints import write_checkpoint
 from megatron_vl.conversion.convert import import_folder
 from megatron_vl.data.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
+from megatron_vl.evaluation.forward import forward, forward_config, load_chunks, look, outputs_of
+from megatron_vl.evaluation.forward_inputs import ForwardInputs
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
-from megatron_vl.model.build import build_model
-from megatron_vl.model.qwen_vl import QwenVL
-from megatron_vl.training.step import forward_backward
+from tests.helpers.pieces import Piece, take_pieces
 from tests.helpers.ranks import Start
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen_vl" / "qwen_vl_hf_tiny"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One sequence of the original, and what it made of it."""
-
-    input_ids: Tensor
-    """int64[s]."""
-    labels: Tensor
-    """int64[s], not shifted; -100 where nothing is learnt."""
-    logits: Tensor
-    """float32[s, vocabulary]."""
-    pixels: Tensor | None
-    """float32[1, 3, H, W], normalised."""
-
-    @property
-    def row(self) -> PackedRow:
-        """The case as a row of one segment."""
-        return PackedRow(
-            tokens=self.input_ids.numpy().astype(np.int32),
-            supervised=(self.labels != -100).numpy(),
-            segment_lengths=np.array([len(self.input_ids)], dtype=np.int32),
-            image_ids=np.zeros(0 if self.pixels is None else 1, dtype=np.int64),
-        )
+MODEL = import_folder(FOLDER).model
 
 
 def read_expected() -> dict[str, Tensor]:
@@ -62,38 +37,32 @@ def read_expected() -> dict[str, Tensor]:
     return load_file(FOLDER / "expected.safetensors")
 
 
-def read_case(expected: dict[str, Tensor], name: str) -> Case:
-    """``multimodal`` or ``text_only``."""
-    return Case(
-        input_ids=expected[f"{name}.input_ids"][0],
-        labels=expected[f"{name}.labels_unshifted"][0],
-        logits=expected[f"{name}.logits"][0],
-        pixels=expected["pixels"] if name == "multimodal" else None,
+def read_inputs_of(expected: dict[str, Tensor], name: str) -> ForwardInputs:
+    """What the original was given: ``multimodal`` or ``text_only``."""
+    return ForwardInputs(
+        name,
+        expected[f"{name}.input_ids"],
+        expected["pixels"] if name == "multimodal" else None,
+        expected[f"{name}.labels_unshifted"],
     )
 
 
-def micro_batch(model: ModelConfig, row: PackedRow, pixels: Tensor | None, *, length: int) -> MicroBatch:
-    """A micro-batch of one row, each segment on its own; pixels are the original's, not decoded anew."""
-    options = CollateOptions(
-        special=SpecialTokens(model.num_ranks),
-        seq_length=length,
-        num_queries=model.resampler.num_queries,
-        image_size=model.image_size,
-        attention_span="segment",
-    )
-    stand_in = None if pixels is None else np.zeros(pixels.shape, dtype=np.uint8)
-    batch = collate([row], stand_in, options, names=["golden"])
-    return batch if pixels is None else replace(batch, pixels=pixels)
+@dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint is loaded to."""
 
+    parallel: dict[str, Any]
+    """Fields of :class:`ParallelConfig`."""
+    bf16: bool = False
 
-def run_config(parallel: dict[str, Any], *, length: int, bf16: bool = False) -> RunConfig:
-    """A step of one row of the golden model at a layout, in fp32 or bf16."""
-    return RunConfig(
-        model=import_folder(FOLDER).model,
-        parallel=ParallelConfig(use_distributed_optimizer=False, backend="local", **parallel),
-        data=DataConfig(seq_length=length, attention_span="segment", num_workers=0),
-        training=TrainingConfig(micro_batch_size=1, global_batch_size=1, bf16=bf16),
-    )
+    @property
+    def world_size(self) -> int:
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        return int(np.prod([self.parallel.get(name, 1) for name in names]))
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(backend="local", **self.parallel)
 
 
 def import_on_rank(_: Start, root: Path) -> Path:
@@ -103,58 +72,70 @@ def import_on_rank(_: Start, root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one rank saw of a forward pass."""
+    """What one rank reports."""
 
-    loss: float
-    visual: Tensor | None
-    """float32[queries, n, h], where the resampler is."""
-    logits: Tensor | None
-    """float32[t, padded vocabulary / tp], where the head is."""
+    tensors: dict[str, Tensor]
+    """What ``tools/forward.py`` writes; on rank 0."""
+    gradients: dict[str, Piece]
+    """With labels: this rank's part of each gradient."""
 
 
-def forward_on_rank(start: Start, config: RunConfig, batch: MicroBatch, checkpoint: Path) -> Outputs:
-    """The loss of ``batch``, and logits at every position."""
+def forward_on_rank(start: Start, layout: Layout, inputs: ForwardInputs, checkpoint: Path) -> Outputs:
+    """What ``tools/forward.py`` does, and the gradients that it leaves behind."""
+    length = inputs.input_ids.shape[1]
+    config = forward_config(checkpoint, layout.config, seq_length=length, bf16=layout.bf16)
     with start.topology(config.parallel) as topology:
-        chunks = build_model(config, topology, fresh_weights=False)
-        contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology)
-        loss, _ = forward_backward(chunks, [batch], topology=topology, forward_only=True)
-        everywhere = torch.arange(len(batch.tokens))
-        with _capture(chunks) as captured:
-            all_positions = replace(batch, supervised=everywhere, targets=torch.zeros_like(everywhere))
-            forward_backward(chunks, [all_positions], topology=topology, forward_only=True)
-        return Outputs(loss.mean, captured.get("visual"), captured.get("logits"))
+        chunks = load_chunks(checkpoint, config=config, topology=topology)
+        tensors = forward(chunks, inputs, config=config, topology=topology)
+        gradients = take_pieces(chunks, topology.tp_rank, lambda parameter: getattr(parameter, "main_grad", None))
+        return Outputs(tensors, gradients if topology.dp_rank == 0 else {})
 
 
-@contextmanager
-def _capture(chunks: Sequence[QwenVL]) -> Iterator[dict[str, Tensor]]:
-    """Record what the resampler and the head give, before the loss computes in place."""
-    captured: dict[str, Tensor] = {}
+def packed_on_rank(start: Start, layout: Layout, batch: MicroBatch, checkpoint: Path) -> list[Tensor]:
+    """Logits of the supervised positions of a micro-batch: this rank's part, where it has the head."""
+    config = forward_config(checkpoint, layout.config, seq_length=len(batch.tokens), bf16=layout.bf16)
+    with start.topology(config.parallel) as topology:
+        return look(load_chunks(checkpoint, config=config, topology=topology), [batch], topology=topology).logits
 
-    def recording(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            output = function(*args, **kwargs)
-            captured[name] = output.detach().clone()
-            return output
 
-        return record
+def packed_batch(segments: Sequence[ForwardInputs]) -> MicroBatch:
+    """Sequences as segments of one row, with every position through the head; at most one has an image."""
+    ids = [segment.input_ids[0] for segment in segments]
+    pixels = [segment.pixels for segment in segments if segment.pixels is not None]
+    everywhere = torch.arange(sum(map(len, ids)))
+    row = PackedRow(
+        tokens=torch.cat(ids).numpy().astype(np.int32),
+        supervised=np.zeros(len(everywhere), dtype=np.bool_),
+        segment_lengths=np.array([len(segment) for segment in ids], dtype=np.int32),
+        image_ids=np.arange(len(pixels)),
+    )
+    options = CollateOptions(
+        special=SpecialTokens(MODEL.num_ranks),
+        seq_length=len(everywhere),
+        num_queries=MODEL.resampler.num_queries,
+        image_size=MODEL.image_size,
+        attention_span="segment",
+        with_pixels=False,
+    )
+    batch = collate([row], None, options, names=["golden"])
+    return replace(batch, pixels=torch.cat(pixels), supervised=everywhere, targets=torch.zeros_like(everywhere))
 
-    with ExitStack() as patches:
-        for chunk in chunks:
-            if chunk.resampler is not None:
-                patched = recording("visual", chunk.resampler.forward)
-                patches.enter_context(mock.patch.object(chunk.resampler, "forward", patched))
-            if chunk.stage.head:
-                patched = recording("logits", chunk.language_model.logits)
-                patches.enter_context(mock.patch.object(chunk.language_model, "logits", patched))
-        yield captured
+
+@dataclass(frozen=True)
+class Generated:
+    """What one rank reports of answers."""
+
+    tokens: list[list[int]]
+    logits: list[Tensor]
+    """float32[b, padded vocabulary / tp] of each pass, where the head is."""
 
 
 def generate_on_rank(
-    start: Start, parallel: ParallelConfig, prompts: list[Prompt], options: GenerationOptions, checkpoint: Path
-) -> list[list[int]]:
+    start: Start, layout: Layout, prompts: list[Prompt], options: GenerationOptions, checkpoint: Path
+) -> Generated:
     """Greedy tokens with the key-value cache."""
-    with start.topology(parallel) as topology:
-        engine = Engine.from_checkpoint(checkpoint, parallel=parallel, topology=topology)
-        return engine.generate(prompts, options)
-
-
+    with start.topology(layout.config) as topology:
+        engine = Engine.from_checkpoint(checkpoint, parallel=layout.config, topology=topology)
+        heads = [chunk.language_model.output_layer for chunk in engine.chunks if chunk.stage.head]
+        with outputs_of(heads) as logits:
+            return Generated(engine.generate(prompts, options), logits)

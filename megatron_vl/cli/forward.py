@@ -1,0 +1,102 @@
+"""``tools/forward.py``: what a checkpoint computes on given tokens, to compare with another implementation.
+
+Reads a safetensors file:
+
+    input_ids       int64[b, s]: rows, padded on the right if they differ in length; whatever lies between <img> and
+                    </img> is an image slot
+    pixels          float32[n, 3, H, W]: normalised images in the order of their spans, row by row; absent if there are
+                    none
+    labels          int64[b, s], optional: as input_ids, not shifted; -100 where a token is not to be learnt
+
+and writes one:
+
+    logits          float32[b, s, vocabulary]
+    visual_output   float32[n, queries, h], with pixels: the features that fill the slots
+    loss            float32[1], with labels: mean over the supervised tokens of the batch
+    grad_norm_total, grad_norm.<published name of the tensor>
+                    float32[1], with labels: norms of the gradient of that loss, of every tensor that trains
+
+Logits and visual_output are those of evaluation, loss and gradients those of training. The two differ for rows longer
+than the native length (2048 tokens), where Qwen's attention is stretched in evaluation only. Runs also under torchrun, at any layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.config.validate import check_tensor_parallel, check_world_size
+from megatron_vl.errors import DataError, MegatronVLError
+from megatron_vl.launch import read_launch
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    setup_logging()
+    silence_dependency_warnings()
+    try:
+        _run(options)
+    except MegatronVLError as error:
+        write_line(f"error: {error}", error=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/forward.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
+    parser.add_argument("--inputs", type=Path, required=True, help="safetensors file to read")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; logits are cast to fp32 at the end")
+    add_parallel_flags(parser)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from megatron_vl.backends.platform import prepare_process
+    from megatron_vl.evaluation.forward import forward, forward_config, load_chunks
+    from megatron_vl.evaluation.forward_inputs import read_inputs
+    from megatron_vl.parallel.topology import Topology
+
+    inputs = read_inputs(options.inputs)
+    length = inputs.input_ids.shape[1]
+    config = forward_config(options.checkpoint, parallel_config(options), seq_length=length, bf16=options.bf16)
+    check_tensor_parallel(config.model, config.parallel)
+    check_world_size(config, read_launch().world_size)
+    prepare_process()
+    with Topology(config.parallel) as topology:
+        chunks = load_chunks(options.checkpoint, config=config, topology=topology)
+        outputs = forward(chunks, inputs, config=config, topology=topology)
+        if topology.rank == 0:
+            _write(outputs, options.output)
+
+
+def _write(outputs: dict[str, Tensor], path: Path) -> None:
+    """Write beside the output and rename, so that a file under its name is whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(outputs, draft)
+        draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        draft.unlink(missing_ok=True)
+        raise DataError(f"--output {path}: cannot be written ({error}); free the place, or name another") from error
