@@ -17,7 +17,8 @@ and writes one:
                     float32[1], with labels: norms of the gradient of that loss, of every tensor that trains
 
 Logits and visual_output are those of evaluation, loss and gradients those of training. The two differ for rows longer
-than the native length (2048 tokens), where Qwen's attention is stretched in evaluation only. Runs also under torchrun, at any layout.
+than the native length (2048 tokens), where Qwen's attention is stretched in evaluation only. Runs also under torchrun,
+at any layout.
 """
 
 from __future__ import annotations
