@@ -1,25 +1,23 @@
-"""Which samples share a row: best-fit decreasing over two limits, with text documents as mortar.
+"""Which samples share a row: first-fit decreasing over two limits, with text documents as mortar.
 
-    limits: 16 tokens, 2 images           a..e samples, T a text document, . padding
-    whole samples, best fit decreasing    |a a a a a a a a a b b b b b . .|  |c c c c c c c d d d e e e . . .|
-    mortar: T is cut over what is left    |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
+    limits: 16 tokens, 2 images            a..e samples, T a text document, . padding
+    whole samples, first fit decreasing    |a a a a a a a a a b b b b b . .|  |c c c c c c c d d d e e e . . .|
+    mortar: T is cut over what is left     |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
 
-An image sample takes at least its slots (258 tokens of 2,048), so best fit alone leaves about 5 % of every
-row empty, whatever the algorithm. Text has no such grain: laid end to end it is a stream that may be cut
-anywhere, and it fills the gaps; what is left of it makes rows of its own. Every other sample lies whole in
-exactly one row.
+An image sample takes at least its slots (258 tokens of 2,048), so about 5 % of every row stay empty, whatever
+the algorithm. Text has no such grain: laid end to end it is a stream that may be cut anywhere, and it fills
+the gaps; what is left of it makes rows of its own. Every other sample lies whole in exactly one row.
 
-Best fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and so are
-rows with equal room. One operation puts as many samples of the longest remaining class as possible into all
-rows of the tightest room that takes them. The number of operations depends on the number of classes; all else
-is arithmetic on arrays, so that ten million samples are packed in seconds. Ties are broken by a seeded
-shuffle, which also keeps neighbours of the source apart. The result is a pure function of its arguments.
+First fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and rows
+that were filled alike are neighbours. So one operation places a whole class over runs of rows, and the outcome
+has exactly the rows of first-fit decreasing one by one. The number of operations depends on the number of
+classes (thousands); all else is sorting and arithmetic on arrays, linear in the number of samples. Equal
+samples are shuffled by a seeded generator of fixed definition, which also keeps neighbours of the source
+apart. The result is a pure function of its arguments.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +60,7 @@ class Items:
     """The samples to pack, one entry each."""
 
     lengths: IntArray
-    """int64[n]: tokens."""
+    """int64[n]: tokens, at least one."""
     images: IntArray
     """int64[n]."""
     is_text: npt.NDArray[np.bool_]
@@ -78,22 +76,15 @@ class Items:
 
 def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
     """Pack samples into rows; every sample that is not text must fit into a row by itself."""
-    shuffle = np.random.default_rng(seed).permutation(len(items))
-    order, documents = shuffle[~items.is_text[shuffle]], shuffle[items.is_text[shuffle]]
-    lengths = items.lengths[order]
-    fit = _BestFit(limits, len(order))
-    fit.place(lengths, items.images[order])
-    filled = np.bincount(fit.row_of, weights=lengths, minlength=fit.num_rows).astype(np.int64)
+    bits = np.random.PCG64(seed)
+    whole, documents = np.flatnonzero(~items.is_text), np.flatnonzero(items.is_text)
+    order, rows = _first_fit_decreasing(items.select(whole), limits, bits)
+    whole, documents = whole[order], documents[_shuffled_order(np.zeros_like(documents), bits)]
+    lengths = items.lengths[whole]
+    filled = np.bincount(rows, weights=lengths).astype(np.int64)
     mortar = _lay_text(documents, items.lengths[documents], limits.tokens - filled, limits=limits)
-    pieces = (
-        np.concatenate([fit.row_of, mortar[0]]),
-        np.concatenate([order, mortar[1]]),
-        np.concatenate([np.zeros(len(order), dtype=np.int64), mortar[2]]),
-        np.concatenate([lengths, mortar[3]]),
-    )
-    rank = np.empty(len(items), dtype=np.int64)
-    rank[shuffle] = np.arange(len(items))
-    return _by_row(*pieces, rank=rank)
+    pieces = (rows, whole, np.zeros_like(whole), lengths)
+    return _by_row(*(np.concatenate(columns) for columns in zip(pieces, mortar, strict=True)), bits=bits)
 
 
 def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: int) -> Packing:
@@ -116,91 +107,73 @@ def one_per_row(items: Items, *, limits: PackLimits) -> Packing:
     return Packing(samples, starts, stops, np.arange(len(samples) + 1))
 
 
-class _Room:
-    """Rows grouped by what they can still take: (tokens, images) -> blocks of row numbers."""
-
-    def __init__(self, limits: PackLimits) -> None:
-        self._blocks: defaultdict[tuple[int, int], list[IntArray]] = defaultdict(list)
-        self._occupied = np.zeros((limits.tokens + 1, limits.images + 1), dtype=np.bool_)
-
-    def add(self, tokens: int, images: int, rows: IntArray) -> None:
-        if len(rows):
-            self._blocks[tokens, images].append(rows)
-            self._occupied[tokens, images] = True
-
-    def tightest(self, tokens: int, images: int) -> Iterator[tuple[int, int, IntArray]]:
-        """Take out, one after the other, the groups that can hold such a sample, least room first.
-
-        The caller puts back what is left of each: rows that a further sample of this class does not fit into,
-        or, when the samples have run out, any.
-        """
-        fitting = np.argwhere(self._occupied[tokens:, images:]) + (tokens, images)
-        for room_tokens, room_images in fitting.tolist():
-            self._occupied[room_tokens, room_images] = False
-            yield room_tokens, room_images, np.concatenate(self._blocks.pop((room_tokens, room_images)))
+def _first_fit_decreasing(items: Items, limits: PackLimits, bits: np.random.PCG64) -> tuple[IntArray, IntArray]:
+    """The samples, longest first and equal ones shuffled, and the row of each."""
+    base = int(items.images.max(initial=0)) + 1
+    sizes = items.lengths * base + items.images
+    order = _shuffled_order(int(sizes.max(initial=0)) - sizes, bits)
+    counts = np.bincount(sizes)
+    classes = np.flatnonzero(counts)[::-1]
+    columns = (*np.divmod(classes, base), counts[classes])
+    rows = _Rows(len(items), limits)
+    placed = [rows.place(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
+    return order, np.concatenate([np.zeros(0, dtype=np.int64), *placed])
 
 
-class _BestFit:
-    """Places classes of equal samples, longest first; ``row_of`` and ``num_rows`` are the result."""
+_FIRST, _SIZE, _TOKENS, _IMAGES = range(4)
 
-    def __init__(self, limits: PackLimits, num_samples: int) -> None:
-        self.row_of = np.empty(num_samples, dtype=np.int64)
-        """int64[samples]: row of each sample."""
-        self.num_rows = 0
+
+class _Rows:
+    """All rows, in runs of neighbours that have equal room.
+
+    The rows that are still empty are a run like the others, so a new row is opened by filling into it.
+    """
+
+    def __init__(self, num_rows: int, limits: PackLimits) -> None:
         self._limits = limits
-        self._room = _Room(limits)
+        self._num_runs = 1
+        self._runs = np.array([[0], [num_rows], [limits.tokens], [limits.images]], dtype=np.int64)
+        """int64[4, capacity]: first row, number of rows, tokens left and images left in each of them."""
 
-    def place(self, lengths: IntArray, images: IntArray) -> None:
-        """Give every sample its row."""
-        base = int(images.max(initial=0)) + 1
-        keys = lengths * base + images
-        # numpy sorts 16-bit keys by radix
-        order = np.argsort(keys.astype(np.uint16) if keys.max(initial=0) < 2**16 else keys, kind="stable")
-        ordered = keys[order]
-        borders = np.flatnonzero(np.diff(ordered, prepend=-1, append=-1))
-        for begin, end in zip(borders[-2::-1].tolist(), borders[:0:-1].tolist(), strict=True):
-            size = divmod(int(ordered[begin]), base)
-            left = self._fill_existing(order[begin:end], size)
-            if len(left):
-                self._open_rows(left, size)
+    def place(self, tokens: int, images: int, count: int) -> IntArray:
+        """int64[count]: the rows of so many equal samples, each the first row that has room."""
+        _, _, tokens_left, images_left = self._runs[:, : self._num_runs]
+        runs = np.flatnonzero((tokens_left >= tokens) & (images_left >= images))
+        assert len(runs), f"a sample of {tokens} tokens and {images} images exceeds {self._limits}"
+        runs = runs[np.argsort(self._runs[_FIRST, runs])]
+        _, sizes, tokens_left, images_left = self._runs[:, runs]
+        times = tokens_left // tokens
+        if images:
+            times = np.minimum(times, images_left // images)
+        ends = np.cumsum(times * sizes)
+        last = int(np.searchsorted(ends, count))
+        runs, times = runs[: last + 1], times[: last + 1]
+        full_rows, rest = divmod(count - int(ends[last - 1] if last else 0), int(times[last]))
+        behind = self._cut(int(runs[last]), full_rows)
+        if rest:
+            self._cut(behind, 1)
+            runs, times = np.append(runs, behind), np.append(times, rest)
+        self._runs[_TOKENS, runs] -= times * tokens
+        self._runs[_IMAGES, runs] -= times * images
+        return _repeat_rows(self._runs[_FIRST, runs], self._runs[_SIZE, runs], times)
 
-    def _fill_existing(self, members: IntArray, size: tuple[int, int]) -> IntArray:
-        """Put samples of one size into rows that have room, tightest first; returns those left over."""
-        for *space, rows in self._room.tightest(*size):
-            members = self._fill(members, size, (space[0], space[1]), rows)
-            if not len(members):
-                break
-        return members
-
-    def _open_rows(self, members: IntArray, size: tuple[int, int]) -> None:
-        """Put samples of one size into new rows."""
-        space = (self._limits.tokens, self._limits.images)
-        per_row = _times(size, space)
-        assert per_row > 0, f"a sample of {size[0]} tokens and {size[1]} images exceeds {self._limits}"
-        num_new = -(-len(members) // per_row)
-        self._fill(members, size, space, np.arange(self.num_rows, self.num_rows + num_new))
-        self.num_rows += num_new
-
-    def _fill(self, members: IntArray, size: tuple[int, int], space: tuple[int, int], rows: IntArray) -> IntArray:
-        """Fill ``rows`` of equal ``space`` one after the other; returns the samples left over."""
-        per_row = _times(size, space)
-        count = min(len(members), per_row * len(rows))
-        full, partial = divmod(count, per_row)
-        self.row_of[members[: full * per_row]] = np.repeat(rows[:full], per_row)
-        self._room.add(space[0] - per_row * size[0], space[1] - per_row * size[1], rows[:full])
-        untouched = full
-        if partial:
-            self.row_of[members[full * per_row : count]] = rows[full]
-            self._room.add(space[0] - partial * size[0], space[1] - partial * size[1], rows[full : full + 1])
-            untouched += 1
-        self._room.add(*space, rows[untouched:])
-        return members[count:]
+    def _cut(self, run: int, size: int) -> int:
+        """Leave the first ``size`` rows in a run; returns the new run of the others."""
+        new = self._num_runs
+        if new == self._runs.shape[1]:
+            self._runs = np.concatenate([self._runs, np.zeros_like(self._runs)], axis=1)
+        self._num_runs += 1
+        self._runs[:, new] = self._runs[:, run]
+        self._runs[_FIRST, new] += size
+        self._runs[_SIZE, new] -= size
+        self._runs[_SIZE, run] = size
+        return new
 
 
-def _times(size: tuple[int, int], space: tuple[int, int]) -> int:
-    """How many samples of a size (tokens, images) fit into a space."""
-    by_tokens = space[0] // max(size[0], 1)
-    return min(by_tokens, space[1] // size[1]) if size[1] else by_tokens
+def _repeat_rows(first: IntArray, sizes: IntArray, times: IntArray) -> IntArray:
+    """The rows of each run one after the other, each row as often as ``times`` says for its run."""
+    rows = np.repeat(first - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    return np.repeat(rows, np.repeat(times, sizes))
 
 
 def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits) -> tuple[IntArray, ...]:
@@ -224,14 +197,28 @@ def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits:
     return rows[of_slot], documents[of_document], begins - offsets, ends - offsets
 
 
-def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, rank: IntArray) -> Packing:
-    """Sort pieces by row, and within a row by the shuffle, so that the longest sample does not always come
-    first."""
-    # A row holds at most one piece of a document, so (row, rank) is unique and one sort of one key suffices.
-    order = np.argsort((rows << 32) | rank[samples])
-    num_rows = int(rows.max(initial=-1)) + 1
-    splits = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, bits: np.random.PCG64) -> Packing:
+    """Sort pieces by row, and shuffle them within the row, so that the longest sample does not always come first."""
+    order = _shuffled_order(rows, bits)
+    splits = np.concatenate([[0], np.cumsum(np.bincount(rows))])
     return Packing(samples[order], starts[order], stops[order], splits)
+
+
+def _shuffled_order(keys: IntArray, bits: np.random.PCG64) -> IntArray:
+    """Indices that sort ``keys`` (not negative), equal ones in random order.
+
+    Key, random bits and index are put into one number, and the numbers are sorted. They are distinct, so the result
+    does not depend on how; and a sort of numbers is several times as fast as one of indices.
+    """
+    index_bits = len(keys).bit_length()
+    random_bits = 63 - index_bits - int(keys.max(initial=0)).bit_length()
+    assert random_bits > 0, f"too much to sort: {len(keys)} keys up to {keys.max()}"
+    numbers = (bits.random_raw(len(keys)) >> (64 - random_bits)).astype(np.int64)
+    numbers |= keys << random_bits
+    numbers <<= index_bits
+    numbers |= np.arange(len(keys))
+    numbers.sort()
+    return numbers & ((1 << index_bits) - 1)
 
 
 def _concatenate(parts: list[Packing]) -> Packing:
