@@ -28,11 +28,11 @@ class Shard:
     """Unique within the source and stable over runs: the name under which finished work is remembered."""
     path: Path
     first: int = 0
-    """Index of the first record (jsonl: line number counted from 0)."""
+    """Index of the first record (lines: number counted from 0)."""
     count: int | None = None
     """Number of records; none for all that follow."""
     offset: int = 0
-    """Byte at which the first record begins (jsonl only)."""
+    """Byte at which the first record begins (lines and JSON documents)."""
 
 
 @dataclass(frozen=True)

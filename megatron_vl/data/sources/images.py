@@ -1,39 +1,107 @@
 """Images that a record names by path. Paths come from data files and are not trusted.
 
 Only regular files whose real path lies under ``image_root`` are opened: no absolute paths, no ``..``, no
-links that lead out, no devices or pipes, nothing above a size cap, and never an address on the network.
+links that lead out, no devices or pipes, nothing above a size cap, and never an address on the network. The
+root, or a part of a name, may be a zip archive (:mod:`megatron_vl.data.sources.zips`), which is read in
+place under the same rules.
 """
 
 from __future__ import annotations
 
 import stat
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_vl.data.sample import ImageRef
-from megatron_vl.errors import SkipSample
+from megatron_vl.data.sources.zips import check_zip, read_member, split_zip
+from megatron_vl.errors import DataError, SkipSample
 
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
+def require_images(root: Path) -> Path:
+    """``root``, or DataError if it is neither a folder nor leads into a zip archive."""
+    inside = split_zip(root)
+    if inside is not None:
+        check_zip(inside[0])
+    elif not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected the folder, or the .zip, of the images (image_root)")
+    return root
+
+
+def check_patterns(patterns: Sequence[str], where: str) -> None:
+    """Raise DataError, beginning with ``where``, unless every pattern names fields as 'images/{id:012d}.jpg' does."""
+    for pattern in patterns:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+        except ValueError as error:
+            raise DataError(f"{where}: image_pattern {pattern!r}: {error}") from error
+        if not names or not all(name.isidentifier() for name in names):
+            raise DataError(
+                f"{where}: image_pattern {pattern!r} names no field of a record; "
+                "expected for example 'train2014/COCO_train2014_{image_id:012d}.jpg'"
+            )
+
+
+def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]:
+    """The names that the patterns make of a record's fields; raises SkipSample if a field is missing or of
+    another type."""
+    values = {name: value for name, value in record.items() if isinstance(value, (int, str))}
+    try:
+        return [pattern.format(**values) for pattern in patterns]
+    except KeyError as error:
+        raise SkipSample("missing_field", f"no {error} for the image's name; found {sorted(values)[:8]}") from error
+    except ValueError as error:
+        raise SkipSample("wrong_field", f"the image's name {' or '.join(patterns)}: {error}") from error
+
+
 def read_image(root: Path, name: str) -> ImageRef:
     """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason."""
+    data = read_bytes(root, name)
+    if not data:
+        raise SkipSample("empty_image", f"{root / name}")
+    return ImageRef(name, data)
+
+
+def read_first_image(root: Path, names: Sequence[str]) -> ImageRef:
+    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does."""
+    for name in names:
+        try:
+            return read_image(root, name)
+        except SkipSample as error:
+            if error.reason != "missing_image":
+                raise
+    raise SkipSample("missing_image", f"{root}: none of {', '.join(names)}")
+
+
+def read_bytes(root: Path, name: str) -> bytes:
+    """The bytes of ``root / name`` under the rules above. Raises SkipSample with the reason."""
     if "://" in name or name.startswith("data:"):
         raise SkipSample("image_is_url", f"{name[:80]}: images are read from {root} only, download them first")
     path = _resolve(root, name)
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise SkipSample("image_not_a_file", str(path))
-        if info.st_size > MAX_IMAGE_BYTES:
-            raise SkipSample("image_too_large", f"{path}: {info.st_size} bytes, at most {MAX_IMAGE_BYTES}")
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise SkipSample("missing_image", str(path)) from error
+        return _read_file(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = split_zip(path)
+        if inside is None:
+            raise SkipSample("missing_image", str(path)) from error
     except OSError as error:
         raise SkipSample("unreadable_file", f"{path}: {error.strerror}") from error
-    if not data:
-        raise SkipSample("empty_image", str(path))
-    return ImageRef(name, data)
+    try:
+        return read_member(*inside, MAX_IMAGE_BYTES)
+    except FileNotFoundError as error:
+        raise SkipSample("missing_image", str(path)) from error
+
+
+def _read_file(path: Path) -> bytes:
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise SkipSample("image_not_a_file", str(path))
+    if info.st_size > MAX_IMAGE_BYTES:
+        raise SkipSample("image_too_large", f"{path}: {info.st_size} bytes, at most {MAX_IMAGE_BYTES}")
+    return path.read_bytes()
 
 
 def _resolve(root: Path, name: str) -> Path:

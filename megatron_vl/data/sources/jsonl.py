@@ -1,15 +1,15 @@
-"""JSON Lines, cut into shards by line numbers and byte offsets so that a shard is found without reading the
-file.
+"""JSON Lines and other records a line, cut into shards by line numbers and byte offsets so that a shard is
+found without reading the file.
 
-Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no JSON object,
-or longer than the cap, is a skipped record whose key is the file and the line number (counted from 1, as
-editors do).
+Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no record of its
+kind, or longer than the cap, is a skipped record whose key is the file and the line number (counted from 1,
+as editors do).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,16 +22,31 @@ MAX_LINE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Line:
-    """One line that holds a JSON object."""
+    """One line that holds a record."""
 
     number: int
     """Counted from 1."""
     record: dict[str, Any]
 
 
+Parse = Callable[[str], dict[str, Any]]
+"""Text of a line -> record; raises ValueError if it holds none."""
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in a line; raises ValueError."""
+    try:
+        record = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    return record
+
+
 def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     """Shards of ``lines_per_shard`` lines each (blank ones included in the count); raises DataError."""
-    require_file(path, "a JSON Lines file")
+    require_file(path, "a file with a record a line")
     if lines_per_shard < 1:
         raise DataError(f"records_per_shard is {lines_per_shard}, expected at least 1")
     shards = []
@@ -47,8 +62,8 @@ def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     return shards
 
 
-def read_lines(shard: Shard) -> Iterator[Line | Skipped]:
-    """The JSON objects of a shard's lines, with ``Skipped`` for lines that hold none."""
+def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Skipped]:
+    """The records of a shard's lines, with ``Skipped`` for lines that hold none."""
     with shard.path.open("rb") as stream:
         stream.seek(shard.offset)
         number = shard.first
@@ -62,7 +77,7 @@ def read_lines(shard: Shard) -> Iterator[Line | Skipped]:
                 _skip_rest_of_line(stream)
                 yield Skipped(key, "line_too_long", f"more than {MAX_LINE_BYTES} bytes")
             elif raw.strip():
-                yield _parse(raw, number, key)
+                yield _line(raw, number, key, parse)
 
 
 def _skip_rest_of_line(stream: BinaryIO) -> None:
@@ -71,11 +86,8 @@ def _skip_rest_of_line(stream: BinaryIO) -> None:
             return
 
 
-def _parse(raw: bytes, number: int, key: str) -> Line | Skipped:
+def _line(raw: bytes, number: int, key: str, parse: Parse) -> Line | Skipped:
     try:
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        return Skipped(key, "bad_json", str(error))
-    if not isinstance(record, dict):
-        return Skipped(key, "bad_json", f"expected an object, found {type(record).__name__}")
-    return Line(number, record)
+        return Line(number, parse(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+    except ValueError as error:
+        return Skipped(key, "bad_json" if parse is parse_object else "bad_line", str(error))

@@ -1,0 +1,127 @@
+"""Pairs of an image's path and a caption, in the forms in which people keep them.
+
+    *.jsonl    {"image": "a/1.jpg", "caption": "..."}, an object a line: in-house pairs
+    *.tsv      caption<TAB>url, or url<TAB>caption: CC3M and CC12M as published; nothing is quoted
+    *.json     a list of objects, or of captions alone (SBU's ``captions``), at the top or under a key
+
+Sets that are published as addresses are read in this way if the images were stored under the number of their
+line (``image_pattern: "GCC_train_{line:09d}.jpg"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.base import Shard, Skipped, Source
+from megatron_vl.data.sources.captions import Choice, as_score, caption_samples, skip_captions
+from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
+from megatron_vl.data.sources.json_stream import array_shards, read_array
+from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_lines
+from megatron_vl.errors import DataError, SkipSample
+
+FORMS = (".jsonl", ".tsv", ".json")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CaptionFiles(Source):
+    """Captions of images that are named by path."""
+
+    path: Path
+    """A .jsonl, .tsv or .json file, or a folder of .jsonl or .tsv files."""
+    image_root: Path
+    """Folder, or zip, of the images."""
+    image_pattern: tuple[str, ...] = ("{image}",)
+    """Name of an image from the fields of its record; of several the first that exists. ``line`` is the number
+    of the record, from 0."""
+    caption_field: str = "caption"
+    """Field that holds the caption, or a list of captions."""
+    score_field: str = ""
+    """Field that holds the CLIP score."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a .tsv, for example [caption, url]."""
+    records: str = ""
+    """Key of the list in a .json; empty: the document is the list."""
+    captions: Choice = "longest"
+    """Of several captions of an image."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the captions; a record's own ``lang`` wins."""
+    records_per_shard: int = 20_000
+    """Pairs in a unit of work."""
+
+    def shards(self) -> list[Shard]:
+        require_images(self.image_root)
+        check_patterns(self.image_pattern, self.name)
+        return [shard for file in self._files() for shard in self._shards_of(file)]
+
+    def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
+        for record in self._records(shard):
+            if isinstance(record, Skipped):
+                yield record
+            else:
+                yield from self._samples(record, f"{shard.path.name}:{record['line']}")
+
+    def _files(self) -> list[Path]:
+        if not self.path.is_dir():
+            return [self.path]
+        files = sorted(file for form in FORMS[:2] for file in self.path.glob(f"*{form}"))
+        if not files:
+            raise DataError(f"{self.path}: no .jsonl and no .tsv in this folder")
+        return files
+
+    def _shards_of(self, file: Path) -> list[Shard]:
+        if file.suffix not in FORMS:
+            raise DataError(f"{file}: expected a file that ends in {', '.join(FORMS)}")
+        if file.suffix == ".json":
+            return array_shards(file, self.records_per_shard, self.records or None)
+        if file.suffix == ".tsv" and self.caption_field not in self.columns:
+            raise DataError(
+                f"{self.name}: columns are {list(self.columns)}, expected names for the columns of {file}, with "
+                f"{self.caption_field!r} among them"
+            )
+        return line_shards(file, self.records_per_shard)
+
+    def _records(self, shard: Shard) -> Iterator[Record | Skipped]:
+        """The records with their numbers, from 0, under ``line``."""
+        if shard.path.suffix == ".json":
+            for element in read_array(shard):
+                value = element.value if isinstance(element.value, dict) else {self.caption_field: element.value}
+                yield {"line": element.index, **value}
+            return
+        is_table = shard.path.suffix == ".tsv"
+        header = is_table and self._has_header(shard.path)
+        for line in read_lines(shard, self._split if is_table else parse_object):
+            if isinstance(line, Skipped):
+                yield line
+            elif not (header and line.number == 1):
+                yield {"line": line.number - 1 - header, **line.record}
+
+    def _split(self, text: str) -> Record:
+        values = text.rstrip("\r\n").split("\t")
+        if len(values) != len(self.columns):
+            raise ValueError(f"expected {len(self.columns)} columns, found {len(values)}")
+        return dict(zip(self.columns, values, strict=True))
+
+    def _has_header(self, file: Path) -> bool:
+        """Tools that want names of columns have them put into the first line; then its address is none."""
+        first = next(read_lines(Shard("", file, count=1), self._split), None)
+        return first is not None and not isinstance(first, Skipped) and "http" not in first.record.get("url", "http")
+
+    def _samples(self, record: Record, key: str) -> Iterator[Sample | Skipped]:
+        captions = record.get(self.caption_field)
+        several = captions if isinstance(captions, list) else [captions]
+        try:
+            if not several:
+                raise SkipSample("no_caption", f"{self.caption_field!r} is empty")
+            image = read_first_image(self.image_root, image_names(self.image_pattern, record))
+        except SkipSample as error:
+            yield from skip_captions(key, several or [None], error)
+            return
+        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
+        score = as_score(record.get(self.score_field))
+        sample = Sample(key, self.name, "caption", language, (image,), score=score)
+        yield from caption_samples(sample, several, self.captions)

@@ -1,0 +1,64 @@
+"""Several captions of one image: which of them become samples.
+
+A record of a caption set is a caption. Of an image with several, ``all`` makes a sample of each, ``longest``
+(the paper's rule for academic sets) and ``first`` of one; the others are skipped as ``other_caption``, so
+that all captions that were read are accounted for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.base import Skipped, clean_text, skipped
+from megatron_vl.errors import SkipSample
+
+Choice = Literal["longest", "first", "all"]
+
+
+def caption_samples(
+    image: Sample, captions: Sequence[Any], choice: Choice, scores: Sequence[float | None] = ()
+) -> Iterator[Sample | Skipped]:
+    """One sample or ``Skipped`` for each of an image's captions, which are checked here.
+
+    ``image`` is the sample without text; with several captions their indices are appended to its key.
+    ``scores``, if given, belong to the captions one by one.
+    """
+    keys = [image.key] if len(captions) == 1 else [f"{image.key}#{index}" for index in range(len(captions))]
+    checked = [_check(key, caption) for key, caption in zip(keys, captions, strict=True)]
+    usable = [index for index, caption in enumerate(checked) if isinstance(caption, str)]
+    if choice == "longest":
+        usable = sorted(usable, key=lambda index: len(str(checked[index])), reverse=True)
+    chosen = usable if choice == "all" else usable[:1]
+    for index, (key, caption) in enumerate(zip(keys, checked, strict=True)):
+        if isinstance(caption, Skipped):
+            yield caption
+        elif index not in chosen:
+            yield Skipped(key, "other_caption", f"{choice} caption of the image: {keys[chosen[0]]}")
+        else:
+            yield replace(image, key=key, text=caption, score=scores[index] if scores else image.score)
+
+
+def skip_captions(key: str, captions: Sequence[Any], error: SkipSample) -> Iterator[Skipped]:
+    """All captions of an image that cannot be used."""
+    for index in range(len(captions)):
+        yield skipped(key if len(captions) == 1 else f"{key}#{index}", error)
+
+
+def as_score(value: Any) -> float | None:
+    """A score of the metadata, or none if it is no finite number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _check(key: str, caption: Any) -> str | Skipped:
+    try:
+        if not isinstance(caption, str):
+            raise SkipSample("no_caption" if caption is None else "wrong_field", f"a {type(caption).__name__}")
+        return clean_text(caption, "caption")
+    except SkipSample as error:
+        return skipped(key, error)

@@ -1,0 +1,134 @@
+"""Containers of img2dataset's output -> image-text pairs: tars, folders and parquet, one record at a time.
+
+    NAME/00000.tar        KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=webdataset
+    NAME/00000/           KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=files
+    NAME/00000.parquet    a column of images, txt, and the json's columns        parquet
+
+In all three a pair is the encoded image and the fields of its metadata, the ``txt`` among them; keys have
+gaps and no order, and ``txt`` or ``json`` may be missing. Beside tars and folders lie parquet files as well,
+which list all addresses and hold no images: where there are tars or folders, parquet is not read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_vl.data.sources.base import Shard, Skipped, skipped
+from megatron_vl.data.sources.images import read_bytes
+from megatron_vl.data.sources.parquet import read_rows
+from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, TEXT_SUFFIXES, TarRecord, read_tar
+from megatron_vl.errors import DataError, SkipSample
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An encoded image (not empty) and its metadata."""
+
+    key: str
+    """The shard's name and its own key, since bare keys repeat between data sets."""
+    image: bytes
+    fields: Mapping[str, Any]
+    """The json's fields, and the caption file under ``txt``."""
+
+
+def pair_shards(path: Path) -> list[Shard]:
+    """A shard for each tar, folder or parquet file of a folder, or for the file itself; raises DataError."""
+    if path.is_file():
+        return [Shard(path.name, path)]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; expected img2dataset's output or one of its shards")
+    tars = sorted(file for file in path.glob("*.tar") if file.is_file())
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and _has_image(folder))
+    if _has_image(path):
+        folders.insert(0, path)
+    if tars and folders:
+        raise DataError(f"{path}: both tars and folders of images ({folders[0].name}); move either elsewhere")
+    found = tars or folders or sorted(file for file in path.glob("*.parquet") if file.is_file())
+    if not found:
+        raise DataError(f"{path}: no .tar, no .parquet and no folder of images; expected img2dataset's output")
+    return [Shard(item.name, item) for item in found]
+
+
+def read_pairs(shard: Shard) -> Iterator[Pair | Skipped]:
+    """The pairs of a shard, with ``Skipped`` for records that are none."""
+    if shard.path.suffix == ".parquet":
+        yield from (_pair_of_row(shard, row) for row in read_rows(shard.path, IMAGE_SUFFIXES))
+        return
+    for record in _read_folder(shard.path) if shard.path.is_dir() else read_tar(shard.path):
+        key = f"{shard.name}/{record.key}"
+        try:
+            yield Pair(key, record_image(record), record_fields(record))
+        except SkipSample as error:
+            yield skipped(key, error)
+
+
+def record_image(record: TarRecord) -> bytes:
+    """The record's image; SkipSample if the record has a problem, or no image, or an empty one."""
+    if record.problem:
+        raise SkipSample(record.problem, record.detail)
+    if record.image is None:
+        raise SkipSample("no_image", f"members: {sorted(record.members)}")
+    if not record.image:
+        raise SkipSample("empty_image", "zero bytes")
+    return record.image
+
+
+def record_fields(record: TarRecord) -> dict[str, Any]:
+    """The object in the record's .json, and its .txt; raises SkipSample."""
+    fields: dict[str, Any] = {}
+    if "json" in record.members:
+        try:
+            fields = json.loads(_decode(record.members["json"], "json"))
+        except (ValueError, RecursionError) as error:
+            raise SkipSample("bad_json", str(error)) from error
+        if not isinstance(fields, dict):
+            raise SkipSample("bad_json", f"expected an object, found {type(fields).__name__}")
+    if "txt" in record.members:
+        fields["txt"] = _decode(record.members["txt"], "txt")
+    return fields
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SkipSample("bad_unicode", f"{what}: {error.reason} at byte {error.start}") from error
+
+
+def _has_image(folder: Path) -> bool:
+    return any(_suffix(entry.name) in IMAGE_SUFFIXES for entry in folder.iterdir())
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).name.partition(".")[2].lower()
+
+
+def _read_folder(folder: Path) -> Iterator[TarRecord]:
+    """Records of a folder by key; the names of its files are held in memory."""
+    names = sorted(entry.name for entry in folder.iterdir() if _suffix(entry.name) in IMAGE_SUFFIXES + TEXT_SUFFIXES)
+    for key, group in itertools.groupby(sorted(names, key=_stem), key=_stem):
+        try:
+            yield TarRecord(key, {_suffix(name): read_bytes(folder, name) for name in group})
+        except SkipSample as error:
+            yield TarRecord(key, problem=error.reason, detail=error.detail)
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _pair_of_row(shard: Shard, row: Mapping[str, Any] | Skipped) -> Pair | Skipped:
+    if isinstance(row, Skipped):
+        return row
+    key = f"{shard.name}/{row['key']}"
+    data = next((row[suffix] for suffix in IMAGE_SUFFIXES if row.get(suffix) is not None), None)
+    if data is None:
+        return Skipped(key, "not_downloaded", f"{row.get('status')}: {row.get('error_message')}")
+    if not data:
+        return Skipped(key, "empty_image", "zero bytes")
+    return Pair(key, data, row)

@@ -1,0 +1,72 @@
+"""Rows of a parquet file that holds encoded images, a few at a time.
+
+Columns are decoded page by page (no buffer over a whole row group), so that memory does not grow with the
+size of a file or of its row groups. A file that is no parquet is one skipped record, as a tar that is none;
+of a damaged row group every row is one. A file without a column of images is a list of addresses, and an
+error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vl.data.sources.base import Skipped, require_file
+from megatron_vl.errors import DataError
+
+BATCH_ROWS = 64
+BUFFER_BYTES = 2**20
+
+
+def read_rows(path: Path, image_columns: Sequence[str]) -> Iterator[dict[str, Any] | Skipped]:
+    """The rows as dictionaries, each with a ``key`` (its number where the file has none).
+
+    Raises DataError if pyarrow is missing, or the file, or a binary column named as one of ``image_columns``.
+    """
+    require_file(path, "a parquet file")
+    arrow, parquet = _load_pyarrow()
+    try:
+        file = parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    except (arrow.ArrowException, OSError) as error:
+        yield Skipped(path.name, "bad_parquet", f"{path}: {error}")
+        return
+    with file:
+        names = file.schema_arrow.names
+        if not set(names) & set(image_columns):
+            raise DataError(
+                f"{path}: no column of images ({', '.join(image_columns)}); found {', '.join(names)[:200]}. "
+                "A list of addresses has to be downloaded first, for example with img2dataset"
+            )
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            number = first
+            try:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                    yield from _rows_of(batch, path, number)
+                    number += batch.num_rows
+            except (arrow.ArrowException, OSError) as error:
+                for lost in range(number, end):
+                    yield Skipped(f"{path.name}/{lost}", "bad_parquet", f"{path}: row group {group}: {error}")
+            first = end
+
+
+def _rows_of(batch: Any, path: Path, first: int) -> Iterator[dict[str, Any] | Skipped]:
+    """The rows of a batch one by one: text that is no UTF-8 is found out when a row is taken out."""
+    for index in range(batch.num_rows):
+        number = first + index
+        try:
+            (row,) = batch.slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            yield Skipped(f"{path.name}/{number}", "bad_unicode", f"{error.reason} at byte {error.start}")
+        else:
+            yield {**row, "key": row.get("key") or str(number)}
+
+
+def _load_pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError("parquet files need pyarrow: pip install 'megatron_vl[data]' (or pyarrow)") from error
