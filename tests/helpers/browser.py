@@ -52,5 +52,5 @@ def _requests(net_log: Path) -> tuple[str, ...]:
     """Addresses whose request a page began; the browser's own have no origin, and a file needs no request."""
     log = json.loads(net_log.read_text(encoding="utf-8"))
     begins = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-    asked = [event["params"] for event in log["events"] if event["type"] == begins and "params" in event]
-    return tuple(params["url"] for params in asked if params.get("initiator") != "not an origin")
+    begun = [event["params"] for event in log["events"] if event["type"] == begins and "url" in event.get("params", {})]
+    return tuple(params["url"] for params in begun if params["initiator"] != "not an origin")

@@ -18,7 +18,7 @@ SOURCE = "cap<b>'\"&"
 SCRIPT = "<script>document.title='taken over'</script>"
 CAPTIONS = (
     SCRIPT,
-    "\"><img src=http://example.com/x.png onerror=\"document.title='taken over'\">",
+    '"><img src=http://example.com/x.png onerror="document.title=\'taken over\'">',
     "spelt out: <box>(1,2),(300,400)</box> and <|endoftext|>",
     "</span></div></style></textarea>{{ 7 * 7 }}{% raw %}",
     "hidden\u202e and\u200b odd\u00a0blanks  two",
@@ -40,7 +40,7 @@ def make_hostile_data_set(folder: Path) -> str:
         members += [(f"{i}<i>'&.png", png(40 * i)), (f"{i}<i>'&.txt", caption.encode())]
     write_tar(folder / "captions" / "00000.tar", members)
     for i in range(3):
-        (folder / f"{i}.png").write_bytes(png(100 + i, side=200))
+        (folder / f"{i}.png").write_bytes(png(100 + 40 * i, side=200))
     chats = [
         {"id": f"chat{i}", "conversations": [{"from": "user", "value": ask}, {"from": "assistant", "value": answer}]}
         for i, (ask, answer) in enumerate(CHATS)
