@@ -50,16 +50,27 @@ def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     if lines_per_shard < 1:
         raise DataError(f"records_per_shard is {lines_per_shard}, expected at least 1")
     shards = []
-    first = offset = position = number = 0
+    first = offset = end = number = 0
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            position += len(line)
+        for number, end in enumerate(_line_ends(stream), start=1):
             if number % lines_per_shard == 0:
                 shards.append(Shard(f"{path.name}:{first}", path, first, number - first, offset))
-                first, offset = number, position
+                first, offset = number, end
     if number > first:
         shards.append(Shard(f"{path.name}:{first}", path, first, number - first, offset))
     return shards
+
+
+def _line_ends(stream: BinaryIO) -> Iterator[int]:
+    """The byte behind each line, whatever its length."""
+    position, ended = 0, True
+    while piece := stream.readline(MAX_LINE_BYTES):
+        position += len(piece)
+        ended = piece.endswith(b"\n")
+        if ended:
+            yield position
+    if not ended:
+        yield position
 
 
 def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Skipped]:

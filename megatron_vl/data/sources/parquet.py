@@ -54,15 +54,18 @@ def read_rows(path: Path, image_columns: Sequence[str]) -> Iterator[dict[str, An
 
 
 def _rows_of(batch: Any, path: Path, first: int) -> Iterator[dict[str, Any] | Skipped]:
-    """The rows of a batch one by one: text that is no UTF-8 is found out when a row is taken out."""
-    for index in range(batch.num_rows):
-        number = first + index
-        try:
-            (row,) = batch.slice(index, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            yield Skipped(f"{path.name}/{number}", "bad_unicode", f"{error.reason} at byte {error.start}")
+    """The rows of a batch; text that is no UTF-8 comes out only here, and is the fault of its row."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows > 1:
+            for index in range(batch.num_rows):
+                yield from _rows_of(batch.slice(index, 1), path, first + index)
         else:
-            yield {**row, "key": row.get("key") or str(number)}
+            yield Skipped(f"{path.name}/{first}", "bad_unicode", f"{error.reason} at byte {error.start}")
+        return
+    for index, row in enumerate(rows):
+        yield {**row, "key": row.get("key") or str(first + index)}
 
 
 def _load_pyarrow() -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from megatron_vl.data.sources.base import Shard
@@ -91,8 +91,12 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _key(name: str) -> str:
     """The name without the suffix: all up to the first dot of the last component, as WebDataset has it."""
-    path = PurePosixPath(_printable(name))
-    return str(path.parent / path.name.partition(".")[0])
+    folder, slash, base = _printable(name).removeprefix("./").rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _printable(name: str) -> str:
@@ -105,7 +109,7 @@ def _add(record: TarRecord, archive: tarfile.TarFile, member: tarfile.TarInfo) -
     problem = _problem(member)
     if problem:
         return replace(record, problem=problem, detail=_printable(member.name))
-    suffix = PurePosixPath(member.name).name.partition(".")[2].lower()
+    suffix = _suffix(member.name)
     if suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
         return record
     if member.size > MAX_MEMBER_BYTES:
@@ -119,8 +123,7 @@ def _add(record: TarRecord, archive: tarfile.TarFile, member: tarfile.TarInfo) -
 def _problem(member: tarfile.TarInfo) -> str:
     if not member.isreg():
         return "not_a_regular_file"
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         return "unsafe_member_name"
     try:
         member.name.encode("utf-8")
