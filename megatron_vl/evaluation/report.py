@@ -8,11 +8,12 @@ text of the run is escaped by the template engine; only our own SVG is inserted 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from megatron_vl.data.manifest import read_manifest
 from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
@@ -119,7 +120,7 @@ def read_report(run_dir: Path) -> Report:
         curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
         layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
         examples=_examples(predictions),
-        data=tuple(data_row(path.stem, read_manifest(path.with_suffix(""))) for path in _manifest_paths(run_dir)),
+        data=tuple(data_row(path.with_suffix("")) for path in _manifest_paths(run_dir)),
         times=time_rows(timings),
         seconds=total_seconds(timings),
     )
@@ -127,13 +128,14 @@ def read_report(run_dir: Path) -> Report:
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page; whoever reads it meanwhile sees the old one or the new one."""
-    write_page(render_page(report), path)
+    write_page(render_page(report, path.parent), path)
 
 
-def render_page(report: Report) -> str:
-    """The report as one HTML page."""
+def render_page(report: Report, folder: Path) -> str:
+    """The report as one HTML page, whose links hold from ``folder``."""
     environment = page_environment()
     environment.filters["duration"] = show_duration
+    environment.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
     return environment.get_template("report.html.j2").render(report=report, tasks=SCORERS)
 
 

@@ -7,8 +7,9 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_vl.data.manifest import Manifest
+from megatron_vl.data.manifest import read_manifest
 from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord
 
@@ -53,15 +54,18 @@ class DataRow:
     """Samples by source and task."""
     skipped: tuple[tuple[str, int], ...]
     """Samples left out, by reason."""
+    page: Path | None
+    """What ``tools/inspect_data.py`` made of it, if it did."""
 
 
-def data_row(name: str, manifest: Manifest) -> DataRow:
-    """The row of a packed data set."""
+def data_row(prefix: Path) -> DataRow:
+    """The row of a packed data set. Raises DataError if it is damaged."""
+    manifest, page = read_manifest(prefix), Path(f"{prefix}.html")
     skipped: Counter[str] = Counter()
     for skip in manifest.skips:
         skipped[skip.reason] += skip.count
     return DataRow(
-        name=name,
+        name=prefix.name,
         num_rows=manifest.num_rows,
         num_samples=manifest.num_samples,
         num_images=manifest.num_images,
@@ -69,6 +73,7 @@ def data_row(name: str, manifest: Manifest) -> DataRow:
         fill=manifest.fill,
         sources=tuple((f"{entry.source} ({entry.task})", entry.samples) for entry in manifest.counts),
         skipped=tuple(skipped.items()),
+        page=page if page.exists() else None,
     )
 
 

@@ -1,6 +1,7 @@
 """The plan of the quickstart: every step with its commands, in groups whose steps may run side by side.
 
-    raw data -> packed data sets, questions -> stage 0 -> stages 1, 2, 3 -> blind stages 1, 2
+    raw data -> packed data sets, questions -> pages of the training data
+             -> stage 0 -> stages 1, 2, 3 -> blind stages 1, 2
              -> held-out losses, answers, Hugging Face folders
 
 A stage trains at two data-parallel ranks, the fastest layout on two cores, and hands over by checkpoint to
@@ -22,6 +23,7 @@ from megatron_vl.evaluation.records import Model, StageInfo
 RECIPES = Path("examples/tiny")
 PRESET = "tiny"
 FAST_RANKS = 2
+INSPECTED_ROWS = 30
 Command = tuple[str, ...]
 
 
@@ -120,7 +122,7 @@ class Plan:
         answers = [self._answer("sighted"), self._answer("blind")]
         losses = [self._losses(evaluation) for evaluation in EVALUATIONS]
         exports = [self._export(stage) for stage in EXPORTED_STAGES]
-        return [[self._raw()], self._data(), *training, *control, [*answers, *losses, *exports]]
+        return [[self._raw()], self._data(), [self._inspect()], *training, *control, [*answers, *losses, *exports]]
 
     def stage_infos(self) -> tuple[StageInfo, ...]:
         """What the report says about the stages."""
@@ -202,6 +204,18 @@ class Plan:
             outputs=tuple(self.run_dir / "data" / f"{recipe}.json" for recipe in recipes),
             reads=tuple(self.root / RECIPES / "data" / f"{recipe}.yaml" for recipe in recipes),
             after=("raw data",),
+        )
+
+    def _inspect(self) -> Step:
+        prefixes = [self.run_dir / "data" / stage.recipe for stage in STAGES]
+        return Step(
+            "pages of the training data",
+            tuple(
+                ("python", "tools/inspect_data.py", str(prefix), "--rows", str(INSPECTED_ROWS), "--seed", "0")
+                for prefix in prefixes
+            ),
+            outputs=tuple(Path(f"{prefix}.html") for prefix in prefixes),
+            after=("training data",),
         )
 
     def _train(self, model: Model, stage: Stage) -> Step:

@@ -27,7 +27,7 @@ CHATS = (
     (
         "Picture 1: <img>0.png</img> has <ref>one</ref><box>(100,200),(300,400)</box>\nPicture 2: <img>1.png</img>\n"
         "Where is <ref>the other</ref>?",
-        "<box>(250,250),(750,750)</box> and <quad>(1,2),(3,4),(5,6),(7,8)</quad>, not <box>(5,5)</box>",
+        "<box>(250,125),(750,625)</box> and <quad>(1,2),(3,4),(5,6),(7,8)</quad>, not <box>(5,5)</box>",
     ),
     ("In <box>(10,20),(30,40)</box> of Picture 1: <img>2.png</img>?", "A <ref>shade</ref>."),
 )

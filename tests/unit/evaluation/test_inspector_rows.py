@@ -113,7 +113,7 @@ def test_shapes_belong_to_the_last_picture_before_them_in_their_segment(views: l
     (one,) = first.shapes
     assert (one.number, one.label, one.points[:2]) == (1, "one", (from_cell(100), from_cell(200)))
     box, quad, unreadable = second.shapes
-    assert box.points == tuple(from_cell(cell) for cell in (250, 250, 750, 250, 750, 750, 250, 750))
+    assert box.points == tuple(from_cell(cell) for cell in (250, 125, 750, 125, 750, 625, 250, 625))
     assert quad.points == tuple(map(from_cell, range(1, 9)))
     assert unreadable.points == ()
     assert [shape.label for shape in second.shapes] == ["the other"] * 3

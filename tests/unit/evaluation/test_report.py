@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -21,25 +22,29 @@ from tests.unit.evaluation.fake_run import write_fake_run
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fake_run(tmp_path_factory.mktemp("run"), num_steps=60, samples_per_task=2)
+    folder = write_fake_run(tmp_path_factory.mktemp("run"), num_steps=60, samples_per_task=2)
+    (folder / "data" / "stage1.html").touch()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> str:
-    return render_page(read_report(run_dir))
+    return render_page(read_report(run_dir), run_dir)
 
 
 class _Tags(HTMLParser):
-    """Collects what a browser would fetch, and checks that tags nest."""
+    """Collects what a browser would fetch and what a reader can follow, and checks that tags nest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fetched: list[str] = []
+        self.links: list[str] = []
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        self.fetched += [values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values]
+        found = self.links if tag == "a" else self.fetched
+        found += [values[name] or "" for name in ("src", "href", "xlink:href", "data") if name in values]
         if tag not in ("meta", "img", "link", "br"):
             self.open.append(tag)
 
@@ -78,6 +83,18 @@ def test_page_tells_the_whole_story(page: str) -> None:
     assert page.count("data:image/jpeg") == 8
 
 
+def test_links_to_pages_of_data_sets_are_relative(run_dir: Path, page: str, tmp_path: Path) -> None:
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.links == ["data/stage1.html"]
+    elsewhere = tmp_path / "else where" / "report.html"
+    assert main([str(run_dir), "--output", str(elsewhere)]) == 0
+    tags = _Tags()
+    tags.feed(elsewhere.read_text(encoding="utf-8"))
+    (link,) = tags.links
+    assert (elsewhere.parent / unquote(link)).resolve() == (run_dir / "data" / "stage1.html").resolve()
+
+
 def test_texts_of_the_run_are_escaped(page: str) -> None:
     assert "an &lt;example&gt; processor" in page
     assert "<example>" not in page
@@ -90,7 +107,7 @@ def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
     report = read_report(run_dir)
     missed = [bar.what for bar in report.bars if not bar.met]
     assert missed == ["Stage 1 leaves the language model as it was", "VQA accuracy after stage 2"]
-    assert "5 of 7" in render_page(report)
+    assert "5 of 7" in render_page(report, run_dir)
     assert render_text(report).count("MISSED") == 2
 
 
