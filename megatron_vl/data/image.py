@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_vl.errors import SkipSample
 
@@ -61,6 +61,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise SkipSample("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:  # its own text names an address in memory, which is never the same
+        raise SkipSample("unreadable_image", f"none of {', '.join(limits.formats)}") from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
         # Pillow's format plug-ins raise any of these for damaged files.
         raise SkipSample("unreadable_image", f"{type(error).__name__}: {error}") from error
@@ -90,6 +92,13 @@ def to_pixels(data: bytes, image_size: int, limits: ImageLimits = DEFAULT_LIMITS
     """
     image = decode_image(data, limits).resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """JPEG bytes without chroma subsampling, which would smear small coloured things."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
 
 
 def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:

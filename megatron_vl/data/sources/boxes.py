@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+from megatron_vl.data.sample import Region, Sample
 from megatron_vl.errors import SkipSample
 
 Box = tuple[float, float, float, float]
@@ -39,6 +41,21 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
         x, y = _numbers(point, 2, "bad_quad")
         quad += [_clip(x / width), _clip(y / height)]
     return tuple(quad)
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes with an area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def about_region(sample: Sample, region: Region) -> Sample:
+    """``sample``, of the task ``referring`` or ``region_caption``, with what it is about."""
+    if sample.task == "referring":
+        return replace(sample, question=region.text, regions=(region,))
+    return replace(sample, text=region.text, regions=(region,))
 
 
 def _numbers(values: Sequence[float], count: int, reason: str) -> list[float]:

@@ -97,4 +97,10 @@ DATA_SETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "vqa",
         {"records": "", "question_field": "query", "answer_field": "label", "image_pattern": "png/{imgname}"},
     ),
+    # Grounding and OCR.
+    "grit": ("grounded_caption", {}),
+    "refcoco_plus": ("refcoco", {}),
+    "refcocog": ("refcoco", {"split_by": "umd"}),
+    "synthdog_en": ("ocr", {}),
+    "synthdog_zh": ("ocr", {"language": "zh"}),
 }

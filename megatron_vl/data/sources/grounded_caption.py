@@ -4,21 +4,25 @@ The json of each record holds ``caption`` and two lists, ``noun_chunks`` and ``r
 to whole expressions). An entry is ``[start, end, x1, y1, x2, y2, score]``: characters of the caption, end
 exclusive, and a box in fractions of the image. A phrase with several boxes is several entries with the same
 span, and expressions nest. Qwen-VL kept a largest set of phrases without nesting (paper, A.3);
-``largest_disjoint`` is that choice.
+``largest_disjoint`` is that choice. The same phrases serve three tasks: the whole caption with its boxes, a
+phrase's boxes, a box's phrase; for the last two a record is a phrase.
+
+Fractions stay true when img2dataset resizes an image, but not when it pads or crops it, which it does unless
+told otherwise: an image whose aspect ratio has changed is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import Shard, Skipped, Source, field, skipped
-from megatron_vl.data.sources.boxes import Box, box_from_corners
-from megatron_vl.data.sources.img2dataset import record_image, record_json, record_key
-from megatron_vl.data.sources.tars import TarRecord, read_tar, tar_shards
+from megatron_vl.data.sample import ImageRef, Region, Sample
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.boxes import about_region, box_from_corners
+from megatron_vl.data.sources.captions import as_score
+from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
 from megatron_vl.errors import SkipSample
 
 Span = tuple[int, int]
@@ -26,10 +30,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class GroundedCaption(Source):
-    """Grounded captions from GRIT's tars."""
+    """Grounded captions from GRIT after img2dataset, or their phrases."""
 
     path: Path
-    """A folder of .tar files, or one of them."""
+    """The folder that img2dataset wrote, or one shard of it."""
+    task: Literal["grounded_caption", "referring", "region_caption"] = "grounded_caption"
+    """Learn the caption with its boxes, the boxes of a phrase, or the phrase of a box."""
     phrases: Literal["ref_exps", "noun_chunks"] = "ref_exps"
     """Which of the two lists names the phrases."""
     min_score: float = 0.0
@@ -38,41 +44,62 @@ class GroundedCaption(Source):
     """Language of the captions."""
 
     def shards(self) -> list[Shard]:
-        return tar_shards(self.path)
+        return pair_shards(self.path)
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        for record in read_tar(shard.path):
-            key = record_key(shard, record)
+        for pair in read_pairs(shard):
+            if isinstance(pair, Skipped):
+                yield pair
+                continue
             try:
-                yield self._sample(record, key)
+                sample, nested = self._caption(pair)
             except SkipSample as error:
-                yield skipped(key, error)
+                yield skipped(pair.key, error)
+                continue
+            if self.task == "grounded_caption":
+                yield sample
+            else:
+                yield from self._phrases(sample)
+                yield from (Skipped(f"{pair.key}#{a}-{b}", "nested_phrase", sample.text[a:b]) for a, b in nested)
 
-    def _sample(self, record: TarRecord, key: str) -> Sample:
-        image = record_image(record, key)
-        meta = record_json(record)
-        caption = field(meta, "caption", str)
-        boxes = self._boxes(field(meta, self.phrases, list), caption)
+    def _caption(self, pair: Pair) -> tuple[Sample, list[Span]]:
+        """The caption with the phrases chosen, and the spans of the others."""
+        _check_aspect(pair.fields)
+        caption = field(pair.fields, "caption", str)
+        clean_text(caption, "caption")  # the caption itself keeps its blanks: spans count them
+        boxes = self._boxes(field(pair.fields, self.phrases, list), caption)
         spans = largest_disjoint(list(boxes))
         if not spans:
-            raise SkipSample("no_regions", f"{self.phrases} is empty")
-        regions = tuple(Region(caption[a:b], tuple(boxes[a, b]), span=(a, b)) for a, b in spans)
-        return Sample(key, self.name, "grounded_caption", self.language, (image,), text=caption, regions=regions)
+            raise SkipSample("no_regions", f"{self.phrases} has no box with a score of {self.min_score:g} or more")
+        regions = tuple(Region(caption[a:b], boxes[a, b], span=(a, b)) for a, b in spans)
+        score = as_score(pair.fields.get("clip_similarity_vitb32"))
+        base = Sample(pair.key, self.name, "grounded_caption", self.language, (ImageRef(pair.key, pair.image),))
+        sample = replace(base, text=caption, regions=regions, score=score)
+        return sample, sorted(set(boxes) - set(spans))
 
-    def _boxes(self, entries: list[Any], caption: str) -> dict[Span, list[Box]]:
-        boxes: dict[Span, list[Box]] = {}
+    def _phrases(self, sample: Sample) -> Iterator[Sample | Skipped]:
+        for region in sample.regions:
+            start, end = region.span or (0, 0)
+            base = replace(sample, key=f"{sample.key}#{start}-{end}", task=self.task, text="", regions=())
+            if region.text.strip():
+                yield about_region(base, Region(region.text.strip(), region.boxes))
+            else:
+                yield Skipped(base.key, "empty_text", "the phrase is blank")
+
+    def _boxes(self, entries: list[Any], caption: str) -> dict[Span, tuple[tuple[float, float, float, float], ...]]:
+        boxes: dict[Span, tuple[tuple[float, float, float, float], ...]] = {}
         for entry in entries:
             if not isinstance(entry, Sequence) or len(entry) != 7:
                 raise SkipSample("bad_region", f"expected 7 numbers in {self.phrases}, found {entry!r:.80}")
             box = box_from_corners(entry[2:6])
             try:
                 start, end, score = int(entry[0]), int(entry[1]), float(entry[6])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise SkipSample("bad_region", f"{self.phrases}: {entry!r:.80}") from error
             if not 0 <= start < end <= len(caption):
                 raise SkipSample("bad_span", f"[{start}, {end}) in a caption of {len(caption)} characters")
             if score >= self.min_score:
-                boxes.setdefault((start, end), []).append(box)
+                boxes[start, end] = (*boxes.get((start, end), ()), box)
         return boxes
 
 
@@ -83,3 +110,15 @@ def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
         if not chosen or start >= chosen[-1][1]:
             chosen.append((start, end))
     return chosen
+
+
+def _check_aspect(meta: Json) -> None:
+    """Refuse an image that was padded or cropped; one of unknown sizes is taken as it is."""
+    sides = [meta.get(name) for name in ("width", "height", "original_width", "original_height")]
+    width, height, old_width, old_height = (side if isinstance(side, int) else 0 for side in sides)
+    if old_width and old_height and abs(width * old_height - height * old_width) > old_width + old_height:
+        raise SkipSample(
+            "aspect_changed",
+            f"{old_width} x {old_height} became {width} x {height}, so the boxes do not fit; "
+            "download with img2dataset --resize_mode no or keep_ratio",
+        )

@@ -1,17 +1,25 @@
-"""Pages with the text and the quadrilateral of every line: SynthDoG's metadata.jsonl, extended.
+"""Pages as SynthDoG writes them: images and a metadata.jsonl, with or without the places of the lines.
 
-SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}`` and drops the positions. The extension adds
-``size`` ([width, height] in pixels) and ``lines``, each with ``text`` and ``quad`` (four points in pixels,
-clockwise from top-left), which is what Qwen-VL's OCR task needs; a line of the plain form is skipped as
-``no_lines``.
+SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}``, where ``ground_truth`` is a string of JSON that
+holds all the text in one, and drops the places. Reading with places cannot be learnt of that; given a
+``question``, such a page becomes a question whose answer is its text. The extended form, which our own
+generator writes, adds ``size`` ([width, height] in pixels) and ``lines``, each with ``text`` and ``quad``
+(four points in pixels, clockwise from top-left), and becomes the OCR task.
+
+SynthDoG appends to its metadata: a second run into the same folder draws over the images of the first and
+leaves their old lines in place. So a name that occurs twice makes the file useless, and is refused.
 """
 
 from __future__ import annotations
 
+import re
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from megatron_vl.data.sample import Region, Sample
 from megatron_vl.data.sources.base import (
@@ -26,8 +34,10 @@ from megatron_vl.data.sources.base import (
 )
 from megatron_vl.data.sources.boxes import quad_from_points
 from megatron_vl.data.sources.images import read_image
-from megatron_vl.data.sources.jsonl import line_shards, read_lines
-from megatron_vl.errors import SkipSample
+from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_lines
+from megatron_vl.errors import DataError, SkipSample
+
+FILE_NAME = re.compile(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,16 @@ class OCR(Source):
     """Folder of the images; by default the folder of the metadata."""
     language: Literal["en", "zh"] = "en"
     """Language of the pages; a record's own ``lang`` wins."""
+    question: str = ""
+    """What to ask of a page whose lines have no places; by default it is skipped."""
     records_per_shard: int = 10_000
     """Pages in a unit of work."""
 
     def shards(self) -> list[Shard]:
         require_folder(self._root, "the folder of the pages (image_root)")
-        return line_shards(self._metadata, self.records_per_shard)
+        shards = line_shards(self._metadata, self.records_per_shard)
+        _check_names(self._metadata)
+        return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         for line in read_lines(shard):
@@ -68,8 +82,9 @@ class OCR(Source):
 
     def _sample(self, record: Json, key: str) -> Sample:
         name = field(record, "file_name", str)
+        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
         if "lines" not in record:
-            raise SkipSample("no_lines", f"{name}: the record has no 'lines' with quads")
+            return self._plain_sample(record, Sample(key, self.name, "vqa", language, question=self.question))
         size = field(record, "size", list)
         if len(size) != 2 or not all(isinstance(side, int) for side in size):
             raise SkipSample("bad_size", f"{name}: size is {size!r:.40}, expected [width, height]")
@@ -79,7 +94,51 @@ class OCR(Source):
             regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
         if not regions:
             raise SkipSample("no_lines", f"{name}: 'lines' is empty")
-        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
         image = read_image(self._root, name)
         text = " ".join(region.text for region in regions)
         return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
+
+    def _plain_sample(self, record: Json, sample: Sample) -> Sample:
+        """The question about a page without places."""
+        truth = _ground_truth(field(record, "ground_truth", str))
+        text = clean_text(field(field(truth, "gt_parse", dict), "text_sequence", str), "text_sequence")
+        if not self.question:
+            raise SkipSample(
+                "no_lines", f"{record['file_name']}: no 'lines' with quads, and no 'question' to ask instead"
+            )
+        return replace(sample, images=(read_image(self._root, record["file_name"]),), text=text)
+
+
+def _ground_truth(text: str) -> Json:
+    """The JSON in SynthDoG's string; raises SkipSample."""
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise SkipSample("bad_json", f"ground_truth: {error}") from error
+
+
+def _check_names(path: Path) -> None:
+    """Raise DataError if two lines name the same image. Of each name 8 bytes are held in memory."""
+    hashes = array("q")
+    with path.open("rb") as stream:
+        for line in stream:
+            match = FILE_NAME.search(line)
+            hashes.append(hash(match[1]) if match else -1 - len(hashes))
+    values, counts = np.unique(np.frombuffer(hashes, dtype=np.int64), return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    first: dict[bytes, int] = {}
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            match = FILE_NAME.search(line)
+            if match is None or hash(match[1]) not in repeated:
+                continue
+            if match[1] in first:
+                name = match[1].decode(errors="replace")
+                raise DataError(
+                    f"{path}: lines {first[match[1]]} and {number} both name {name!r}; the generator appends when it "
+                    "is run again, and its images are those of the last run. Keep only the lines of that, or "
+                    "generate into an empty folder"
+                )
+            first[match[1]] = number

@@ -13,22 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    json_list,
-    load_json,
-    range_shards,
-    require_folder,
-    skipped,
-    slice_of,
-)
-from megatron_vl.data.sources.boxes import box_from_xywh
-from megatron_vl.data.sources.images import read_image
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.boxes import about_region, box_from_xywh
+from megatron_vl.data.sources.images import read_image, require_images
+from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
 from megatron_vl.errors import SkipSample
 
 
@@ -44,25 +32,31 @@ class RefExp(Source):
     """Learn the box of an expression, or the expression of a box."""
     language: Literal["en", "zh"] = "en"
     """Language of the expressions."""
-    records_per_shard: int = 100_000
-    """Expressions in a unit of work; each unit parses the file."""
+    records_per_shard: int = 50_000
+    """Expressions in a unit of work; each unit reads the file."""
 
     def shards(self) -> list[Shard]:
-        require_folder(self.image_root, "the folder of the images (image_root)")
-        images = json_list(load_json(self.path, dict), "images", self.path)
-        return range_shards(self.path, len(images), self.records_per_shard)
+        require_images(self.image_root)
+        return array_shards(self.path, self.records_per_shard, "images")
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        document = load_json(self.path, dict)
-        boxes: dict[Any, list[Json]] = {}
-        for annotation in json_list(document, "annotations", self.path):
-            boxes.setdefault(annotation.get("image_id"), []).append(annotation)
-        for index, record in slice_of(json_list(document, "images", self.path), shard):
-            key = f"{self.path.name}#{index}"
+        chosen = list(read_array(shard))
+        boxes = self._annotations({identity(element.value) for element in chosen})
+        for element in chosen:
+            key = f"{self.path.name}#{element.index}"
             try:
-                yield self._sample(record, boxes, key)
+                yield self._sample(element.value, boxes, key)
             except SkipSample as error:
                 yield skipped(key, error)
+
+    def _annotations(self, wanted: set[Any]) -> dict[Any, list[Json]]:
+        """The annotations of the wanted images, in the order of the file."""
+        found: dict[Any, list[Json]] = {}
+        for element in iter_array(self.path, "annotations"):
+            number = identity(element.value, "image_id")
+            if number in wanted:
+                found.setdefault(number, []).append(element.value)
+        return found
 
     def _sample(self, record: Json, boxes: dict[Any, list[Json]], key: str) -> Sample:
         expression = clean_text(field(record, "caption", str), "caption")
@@ -72,7 +66,11 @@ class RefExp(Source):
             raise SkipSample("no_annotation", f"no annotation has image_id {record['id']}")
         corners = tuple(box_from_xywh(field(item, "bbox", list), width, height) for item in annotations)
         image = read_image(self.image_root, field(record, "file_name", str))
-        region = Region(expression, corners)
-        if self.task == "referring":
-            return Sample(key, self.name, "referring", self.language, (image,), question=expression, regions=(region,))
-        return Sample(key, self.name, "region_caption", self.language, (image,), text=expression, regions=(region,))
+        sample = Sample(key, self.name, self.task, self.language, (image,))
+        return about_region(sample, Region(expression, corners))
+
+
+def identity(record: Any, name: str = "id") -> int | str | None:
+    """The number or name under which a record is referred to, if it has one."""
+    value = record.get(name) if isinstance(record, dict) else None
+    return value if isinstance(value, (int, str)) else None

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.synthetic.config import Split, SyntheticConfig
 from megatron_vl.data.synthetic.fonts import find_fonts
 from megatron_vl.data.synthetic.language import (
@@ -31,7 +32,7 @@ from megatron_vl.data.synthetic.language import (
 from megatron_vl.data.synthetic.lexicon import WORDS, paragraph
 from megatron_vl.data.synthetic.page import PageRenderer
 from megatron_vl.data.synthetic.photos import find_photos
-from megatron_vl.data.synthetic.render import SceneRenderer, encode_jpeg
+from megatron_vl.data.synthetic.render import SceneRenderer
 from megatron_vl.data.synthetic.scene import Scene, sample_scene
 from megatron_vl.data.synthetic.writers import (
     Picture,

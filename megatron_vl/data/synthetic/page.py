@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
+from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.synthetic.config import PageConfig, Split
 from megatron_vl.data.synthetic.fonts import Font
 from megatron_vl.data.synthetic.geometry import Quad, perspective
 from megatron_vl.data.synthetic.layout import LineBox, PagePlan, plan_lines, plan_words
-from megatron_vl.data.synthetic.render import encode_jpeg
 from megatron_vl.data.synthetic.scene import draw_until, split_of
 from megatron_vl.data.synthetic.texture import Color, random_crop, texture
 

@@ -7,13 +7,13 @@ noisy ground and one paste for each object. That keeps a tiny image at a fractio
 
 from __future__ import annotations
 
-import io
 import math
 from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene
 from megatron_vl.data.synthetic.texture import Color, random_crop, texture
@@ -108,13 +108,6 @@ class SceneRenderer:
     def encode(self, scene: Scene, rng: Random) -> bytes:
         """The scene's image as JPEG."""
         return encode_jpeg(self.render(scene, rng), self._config.jpeg_quality)
-
-
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes without chroma subsampling, which would smear small coloured things."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
 
 
 def draw_mask(outline: Outline, side: int) -> Image.Image:

@@ -1,0 +1,86 @@
+"""Dialogues in LLaVA's instruction format: a JSON array of ``{"id", "image", "conversations"}`` between ``human``
+and ``gpt`` (LLaVA-Instruct-150K, mix665k and what others publish in their form).
+
+``image`` is a path, or a list of them, or absent in dialogues of text alone. ``<image>`` marks its place, in
+which comes Qwen-VL's ``Picture 1: <img>path</img>``; a single one at the end of a turn goes to its front, as
+LLaVA's own code has it. The referring expressions and regions of mix665k carry
+boxes ``[0.1, 0.2, 0.3, 0.4]`` in fractions of the image padded to a square in its middle; they become
+``<box>`` in thousandths of the image itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from megatron_vl.data.coordinates import format_points
+from megatron_vl.data.image import decode_image
+from megatron_vl.data.sample import ImageRef, Sample, Turn
+from megatron_vl.data.sources.base import Json
+from megatron_vl.data.sources.boxes import box_from_corners
+from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns
+from megatron_vl.data.sources.images import read_image
+from megatron_vl.errors import SkipSample
+
+PLACE = "<image>"
+_NUMBER = r"([01]\.\d+)"
+BOX = re.compile(rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]")
+MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
+
+
+@dataclass(frozen=True)
+class LLaVA(Dialogues):
+    """Dialogues in LLaVA's JSON."""
+
+    convert_boxes: bool = True
+    """Turn boxes of the padded square into ``<box>`` of the image."""
+
+    def _sample(self, record: Json, key: str) -> Sample:
+        turns = dialogue_turns(record, {"human": "user", "gpt": "assistant"})
+        if markup := MARKUP.search("".join(turn.text for turn in turns)):
+            raise SkipSample("markup_in_text", f"{markup[0]} would be taken for markup of ours")
+        names = _image_names(record)
+        places = sum(turn.text.count(PLACE) for turn in turns)
+        if places != len(names):
+            raise SkipSample("image_mismatch", f"{places} times {PLACE}, but {len(names)} images")
+        images = tuple(read_image(self.image_root, name) for name in names)
+        if self.convert_boxes and len(images) == 1:
+            turns = [replace(turn, text=_with_boxes(turn.text, images[0])) for turn in turns]
+        return Sample(key, self.name, "chat", self.language, images, turns=_with_pictures(turns, names))
+
+
+def _image_names(record: Json) -> list[str]:
+    value = record.get("image")
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise SkipSample("wrong_field", f"'image' is {value!r:.60}, expected a path or a list of paths")
+    return names
+
+
+def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
+    """Qwen-VL's picture lines for the marks, numbered through the dialogue."""
+    pictures = iter([f"Picture {number}: <img>{name}</img>\n" for number, name in enumerate(names, start=1)])
+    found = []
+    for turn in turns:
+        text = turn.text
+        if text.endswith(PLACE) and len(names) == 1:
+            text = PLACE + "\n" + text.removesuffix(PLACE).rstrip()
+        text = re.sub(rf"{PLACE}\n?", lambda mark: next(pictures), text)
+        found.append(replace(turn, text=text))
+    return tuple(found)
+
+
+def _with_boxes(text: str, image: ImageRef) -> str:
+    if not BOX.search(text):
+        return text
+    width, height = decode_image(image.data).size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+
+    def box(match: re.Match[str]) -> str:
+        x1, y1, x2, y2 = (float(number) * side for number in match.groups())
+        return (
+            f"<box>{format_points(box_from_corners((x1 - left, y1 - top, x2 - left, y2 - top), width, height))}</box>"
+        )
+
+    return BOX.sub(box, text)

@@ -1,0 +1,96 @@
+"""Pages of text: from an image and lines with quadrilaterals to an OCR sample, under the rules of the paper's A.4.
+
+Too small images, pages of too few or too many characters, and pages with characters of Latin Extended-A and -B
+or of the Private Use Areas are left out: in text that was extracted from files these are signs of fonts whose
+characters mean something else. The paper published no thresholds; here they are options. Lines of which
+nothing is on the page, such as those beyond its edge, are no lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from megatron_vl.data.image import encode_jpeg
+from megatron_vl.data.sample import ImageRef, Region, Sample
+from megatron_vl.data.sources.base import Source, clean_text
+from megatron_vl.data.sources.boxes import quad_from_points
+from megatron_vl.errors import SkipSample
+
+Point = tuple[float, float]
+
+LATIN_EXTENDED = re.compile("[\u0100-\u024f]")
+PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
+UNMAPPED = re.compile("[\x00-\x08\x0e-\x1f\ufffd-\uffff]")
+"""What extraction gives where it does not know the character."""
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class TextLine:
+    """A line of text and its quadrilateral in pixels, clockwise from the top-left corner of the text."""
+
+    text: str
+    quad: tuple[Point, Point, Point, Point]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSource(Source):
+    """Options of every reader of pages."""
+
+    min_side: int = 224
+    """Pages whose shorter side has fewer pixels are left out."""
+    min_characters: int = 20
+    """Pages with fewer characters are left out."""
+    max_characters: int = 2000
+    """Pages with more characters are left out."""
+    latin_extended: bool = False
+    """Keep pages with letters of Latin Extended-A and -B."""
+    private_use: bool = False
+    """Keep pages with characters of the Private Use Areas."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the pages."""
+
+    def page_sample(self, key: str, image: Image.Image, lines: Iterable[TextLine]) -> Sample:
+        """The sample of a page; raises SkipSample where a rule says so."""
+        self.check_size(*image.size)
+        regions = [region for line in lines if (region := _region(line, image.size)) is not None]
+        self.check_text("".join(region.text for region in regions))
+        if not regions:
+            raise SkipSample("no_lines", "no line of text is on the page")
+        ref = ImageRef(key, encode_jpeg(image.convert("RGB"), JPEG_QUALITY))
+        text = " ".join(region.text for region in regions)
+        return Sample(key, self.name, "ocr", self.language, (ref,), text=text, regions=tuple(regions))
+
+    def check_size(self, width: float, height: float) -> None:
+        """Raise SkipSample if a page of so many pixels is too small."""
+        if min(width, height) < self.min_side:
+            raise SkipSample("image_too_small", f"{width:g} x {height:g} pixels, the least side is {self.min_side}")
+
+    def check_text(self, text: str) -> None:
+        """Raise SkipSample if a page's text breaks a rule."""
+        if len(text) < self.min_characters:
+            raise SkipSample("too_few_characters", f"{len(text)}, at least {self.min_characters}")
+        if len(text) > self.max_characters:
+            raise SkipSample("too_many_characters", f"{len(text)}, at most {self.max_characters}")
+        if match := UNMAPPED.search(text):
+            raise SkipSample("unmapped_characters", f"U+{ord(match[0]):04X}")
+        if not self.latin_extended and (match := LATIN_EXTENDED.search(text)):
+            raise SkipSample("latin_extended", f"{match[0]} (U+{ord(match[0]):04X})")
+        if not self.private_use and (match := PRIVATE_USE.search(text)):
+            raise SkipSample("private_use", f"U+{ord(match[0]):04X}")
+
+
+def _region(line: TextLine, size: tuple[int, int]) -> Region | None:
+    """The line in fractions of the page, or nothing if it has no text or no place on it."""
+    text = " ".join(line.text.split())
+    if not text:
+        return None
+    quad = quad_from_points(line.quad, *size)
+    if min(max(quad[axis::2]) - min(quad[axis::2]) for axis in (0, 1)) <= 0:
+        return None
+    return Region(clean_text(text, "text of a line"), quads=(quad,))

@@ -1,0 +1,137 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as the refer toolkit ships them: ``refs(unc).p`` beside ``instances.json``.
+
+The pickle lists references: an annotation, an image, a split, and some sentences, each an expression for the
+same box. A record is a sentence. Boxes and sizes are in ``instances.json``, a COCO dictionary; so is the real
+name of the image, since the pickle's ``file_name`` carries a number too many. All splits show images of COCO
+train2014. RefCOCOg is best taken by its ``umd`` split, whose images are disjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vl.data.sample import Region, Sample
+from megatron_vl.data.sources.base import (
+    Json,
+    Shard,
+    Skipped,
+    Source,
+    clean_text,
+    field,
+    range_shards,
+    skipped,
+    slice_of,
+)
+from megatron_vl.data.sources.boxes import about_region, box_from_xywh
+from megatron_vl.data.sources.images import read_image, require_images
+from megatron_vl.data.sources.json_stream import iter_array
+from megatron_vl.data.sources.pickles import load_plain_pickle, plain_text
+from megatron_vl.data.sources.refexp import identity
+from megatron_vl.errors import DataError, SkipSample
+
+
+@dataclass(frozen=True)
+class RefCOCO(Source):
+    """Referring expressions from the refer toolkit's files."""
+
+    path: Path
+    """Folder with instances.json and refs(...).p, such as refer/data/refcoco+."""
+    image_root: Path
+    """Folder of COCO's train2014 images."""
+    split_by: Literal["unc", "umd", "google"] = "unc"
+    """Whose division into splits, and with it which pickle."""
+    split: Literal["train", "val", "test", "testA", "testB"] = "train"
+    """References to read."""
+    expression: Literal["sent", "raw"] = "sent"
+    """The cleaned expression or what was typed."""
+    task: Literal["referring", "region_caption"] = "referring"
+    """Learn the box of an expression, or the expression of a box."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the expressions."""
+    records_per_shard: int = 50_000
+    """References in a unit of work; each unit reads both files."""
+
+    def shards(self) -> list[Shard]:
+        require_images(self.image_root)
+        references = self._references()
+        if not references:
+            found = sorted({str(reference["split"]) for reference in load_references(self._pickle)})
+            raise DataError(f"{self._pickle}: no reference has split {self.split!r}; found {', '.join(found)}")
+        return range_shards(self._pickle, len(references), self.records_per_shard)
+
+    def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
+        chosen = list(slice_of(self._references(), shard))
+        boxes = _by_id(self.path / "instances.json", "annotations", {identity(item, "ann_id") for _, item in chosen})
+        images = _by_id(self.path / "instances.json", "images", {identity(item, "image_id") for _, item in chosen})
+        for index, reference in chosen:
+            key = f"{shard.path.name}#{self.split}{index}"
+            try:
+                place = _find(boxes, reference, "ann_id")
+                image = _find(images, reference, "image_id")
+                sentences = field(reference, "sentences", list)
+                if not sentences:
+                    raise SkipSample("empty_text", "'sentences' is empty")
+            except SkipSample as error:
+                yield skipped(key, error)
+                continue
+            for number, sentence in enumerate(sentences):
+                try:
+                    yield self._sample(f"{key}.{number}", sentence, place, image)
+                except SkipSample as error:
+                    yield skipped(f"{key}.{number}", error)
+
+    @property
+    def _pickle(self) -> Path:
+        return self.path / f"refs({self.split_by}).p"
+
+    def _references(self) -> list[Json]:
+        return [reference for reference in load_references(self._pickle) if reference["split"] == self.split]
+
+    def _sample(self, key: str, sentence: Json, annotation: Json, image: Json) -> Sample:
+        expression = clean_text(plain_text(field(sentence, self.expression, str)), self.expression)
+        size = field(image, "width", int), field(image, "height", int)
+        box = box_from_xywh(field(annotation, "bbox", list), *size)
+        picture = read_image(self.image_root, field(image, "file_name", str))
+        sample = Sample(key, self.name, self.task, self.language, (picture,))
+        return about_region(sample, Region(expression, (box,)))
+
+
+def load_references(path: Path) -> list[Json]:
+    """The references of a ``refs(...).p``, each with a ``split``; raises DataError."""
+    references = load_plain_pickle(path)
+    if not isinstance(references, list) or not all(isinstance(r, dict) and "split" in r for r in references):
+        raise DataError(f"{path}: expected a list of references, each with a 'split'; is it the refer toolkit's file?")
+    return references
+
+
+def evaluation_images(root: Path) -> frozenset[int]:
+    """COCO ids of the images in every split but ``train`` of all ``*/refs(*).p`` under ``root``."""
+    files = sorted(root.glob("*/refs(*).p"))
+    if not files:
+        raise DataError(f"{root}: found no */refs(*).p; expected the folder with refcoco, refcoco+ and refcocog")
+    return frozenset(
+        reference["image_id"]
+        for path in files
+        for reference in load_references(path)
+        if reference["split"] != "train" and isinstance(reference.get("image_id"), int)
+    )
+
+
+def _by_id(path: Path, key: str, wanted: set[Any]) -> dict[int, Json]:
+    """The records of a COCO dictionary whose ids are wanted, without the outlines."""
+    found: dict[int, Json] = {}
+    for element in iter_array(path, key):
+        number = identity(element.value)
+        if isinstance(number, int) and number in wanted:
+            found[number] = {name: value for name, value in element.value.items() if name != "segmentation"}
+    return found
+
+
+def _find(records: dict[int, Json], reference: Json, name: str) -> Json:
+    number = field(reference, name, int)
+    if number not in records:
+        raise SkipSample("no_annotation", f"{name} {number} is not in instances.json")
+    return records[number]

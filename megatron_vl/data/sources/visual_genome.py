@@ -1,0 +1,137 @@
+"""Regions of Visual Genome: ``region_descriptions.json`` and ``image_data.json``, as published.
+
+A record is a region: a phrase, and x, y, width, height in pixels. The images lie in two folders, VG_100K and
+VG_100K_2; which one is only told by the image's url. The regions overlap heavily and repeat themselves, so one
+that says the same of nearly the same box as an earlier one of its image is dropped. Half of the images are
+COCO's, and with them images of RefCOCO's validation and test splits, which can be left out by their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from megatron_vl.data.sample import ImageRef, Region, Sample
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.boxes import Box, about_region, box_from_xywh, overlap
+from megatron_vl.data.sources.images import read_first_image, require_images
+from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
+from megatron_vl.data.sources.refcoco import evaluation_images
+from megatron_vl.errors import DataError, SkipSample
+
+ZIPS = {"VG_100K": "images.zip", "VG_100K_2": "images2.zip"}
+"""The archives in which the two folders are published."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What image_data.json says of an image."""
+
+    name: str
+    """Folder and file."""
+    width: int
+    height: int
+    coco_id: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Where the image may be: in its folder, or in the zip of the folder."""
+        return [self.name, f"{ZIPS.get(self.name.partition('/')[0], 'images.zip')}/{self.name}"]
+
+
+@dataclass(frozen=True)
+class VisualGenome(Source):
+    """Regions from Visual Genome's files."""
+
+    regions: Path
+    """region_descriptions.json."""
+    images: Path
+    """image_data.json."""
+    image_root: Path
+    """Folder that holds VG_100K and VG_100K_2, or the zips of them."""
+    task: Literal["referring", "region_caption"] = "referring"
+    """Learn the box of a phrase, or the phrase of a box."""
+    duplicate_iou: float = 0.5
+    """Drop a region whose phrase an earlier one has with a box that overlaps by more than this (1: none)."""
+    refcoco_root: Path | None = None
+    """Folder with refcoco, refcoco+ and refcocog: leave out the images of their other splits than train."""
+    records_per_shard: int = 2_000
+    """Images in a unit of work."""
+
+    def shards(self) -> list[Shard]:
+        require_images(self.image_root)
+        if not 0 <= self.duplicate_iou <= 1:
+            raise DataError(f"{self.name}: duplicate_iou is {self.duplicate_iou}, expected 0 to 1")
+        return array_shards(self.regions, self.records_per_shard)
+
+    def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
+        pictures = self._pictures()
+        excluded = evaluation_images(self.refcoco_root) if self.refcoco_root else frozenset()
+        for element in read_array(shard):
+            key = f"{shard.path.name}#{element.index}"
+            try:
+                records = field(element.value, "regions", list)
+            except SkipSample as error:
+                yield skipped(key, error)
+                continue
+            yield from self._regions(key, records, self._image(element.value, pictures, excluded))
+
+    def _pictures(self) -> dict[int, Picture]:
+        pictures = {}
+        for element in iter_array(self.images):
+            try:
+                number = _image_id(element.value)
+                name = "/".join(PurePosixPath(urlsplit(field(element.value, "url", str)).path).parts[-2:])
+                size = field(element.value, "width", int), field(element.value, "height", int)
+            except SkipSample as error:
+                raise DataError(f"{self.images}: element {element.index}: {error.detail}") from error
+            pictures[number] = Picture(name, *size, element.value.get("coco_id"))
+        return pictures
+
+    def _image(
+        self, record: Json, pictures: dict[int, Picture], excluded: frozenset[int]
+    ) -> tuple[Picture, ImageRef] | SkipSample:
+        """The image of all regions of a record, or why there is none."""
+        try:
+            number = _image_id(record)
+            if number not in pictures:
+                raise SkipSample("missing_image", f"image {number} is not in {self.images.name}")
+            picture = pictures[number]
+            if picture.coco_id in excluded:
+                raise SkipSample("evaluation_image", f"image {number} is COCO's {picture.coco_id}")
+            return picture, read_first_image(self.image_root, picture.names)
+        except SkipSample as error:
+            return error
+
+    def _regions(
+        self, key: str, records: list[Any], found: tuple[Picture, ImageRef] | SkipSample
+    ) -> Iterator[Sample | Skipped]:
+        if isinstance(found, SkipSample):
+            yield from (skipped(f"{key}.{number}", found) for number in range(len(records)))
+            return
+        picture, image = found
+        earlier: dict[str, list[Box]] = {}
+        for number, record in enumerate(records):
+            try:
+                region = _region(record, picture)
+                boxes = earlier.setdefault(region.text.lower(), [])
+                if any(overlap(box, region.boxes[0]) > self.duplicate_iou for box in boxes):
+                    raise SkipSample("duplicate_region", f"{region.text!r:.60} was said of this place before")
+                boxes.append(region.boxes[0])
+                yield about_region(Sample(f"{key}.{number}", self.name, self.task, "en", (image,)), region)
+            except SkipSample as error:
+                yield skipped(f"{key}.{number}", error)
+
+
+def _image_id(record: Json) -> int:
+    """Files of different versions name it differently."""
+    return int(field(record, "image_id" if isinstance(record, dict) and "image_id" in record else "id", int))
+
+
+def _region(record: Json, picture: Picture) -> Region:
+    phrase = clean_text(" ".join(field(record, "phrase", str).split()), "phrase")
+    xywh = [field(record, side, (int, float)) for side in ("x", "y", "width", "height")]
+    return Region(phrase, (box_from_xywh(xywh, picture.width, picture.height),))
