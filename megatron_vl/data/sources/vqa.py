@@ -1,100 +1,168 @@
-"""Visual question answering in VQAv2's format: a questions file, an annotations file, a folder of images.
+"""Questions about images: VQAv2's format, and the sets that differ from it in names and nesting.
 
-A record is a question. Its answer is the one with the highest confidence over the annotators (yes 1, maybe
-1/2, no 0), then the most frequent, then the first (paper, A.2); sets without single answers fall back to
-``multiple_choice_answer``.
+A record is a question. The options say where its parts stand, and ``data_sets.DATA_SETS`` holds them for each
+published set:
+
+    VQAv2             {"questions": [{image_id, question, question_id}]}, answers in a second file
+    GQA               {ID: {imageId, question, answer, fullAnswer}}
+    Visual Genome     [{"qas": [{image_id, qa_id, question, answer}]}]            unfolded
+    DVQA, ChartQA     [{image, question, answer}], [{imgname, query, label}]
+    DocVQA, TextVQA   {"data": [{image or image_id, question, answers}]}
+    OCR-VQA           {ID: {questions: [...], answers: [...], split}}             parallel lists
+
+Of several answers the one with the highest confidence over the annotators is learnt (yes 1, maybe 1/2, no 0),
+then the most frequent, then the first (paper, A.2). Texts are left as they were published.
+
+The files are streamed; what is kept in memory of a second file is one answer to each question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    json_list,
-    load_json,
-    range_shards,
-    require_folder,
-    skipped,
-    slice_of,
-)
-from megatron_vl.data.sources.images import read_image
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
+from megatron_vl.data.sources.json_stream import Element, array_shards, iter_array, read_array
 from megatron_vl.errors import DataError, SkipSample
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.0}
+Answers = Mapping[int | str, str | SkipSample]
 
 
 @dataclass(frozen=True)
 class VQA(Source):
-    """Questions and answers in VQAv2's format."""
+    """Questions and answers in VQAv2's format, or one like it."""
 
     questions: Path
-    """JSON file with ``questions``."""
-    annotations: Path
-    """JSON file with ``annotations``."""
+    """JSON file with the questions, or a folder of such files; it may lie in a zip."""
     image_root: Path
-    """Folder of the images."""
-    image_pattern: str = "COCO_train2014_{image_id:012d}.jpg"
-    """File name of an image from its ``image_id``."""
+    """Folder, or zip, of the images."""
+    annotations: Path | None = None
+    """JSON file whose ``annotations`` hold the answers by ``question_id``, if the questions do not."""
+    image_pattern: tuple[str, ...] = ("COCO_train2014_{image_id:012d}.jpg",)
+    """Name of an image from the fields of its question; of several the first that exists. ``key`` is the key of
+    the record where the document is a dictionary."""
+    records: str = "questions"
+    """Key of the list of questions; empty: the document itself is the list, or a dictionary of them."""
+    unfold: str = ""
+    """Field of a record that lists its questions."""
+    id_field: str = "question_id"
+    """Field that identifies a question."""
+    question_field: str = "question"
+    """Field of the question, or of a list of questions."""
+    answer_field: str = "answers"
+    """Field of the answer, of several answers to the question, or of one answer to each of the questions."""
+    strip_period: bool = False
+    """Learn answers without the period at their end."""
+    split_field: str = ""
+    """Field that names the split of a record, if one file holds all."""
+    splits: tuple[str, ...] = ()
+    """What to read of it."""
     language: Literal["en", "zh"] = "en"
     """Language of questions and answers."""
     records_per_shard: int = 100_000
-    """Questions in a unit of work; each unit parses both files."""
+    """Records in a unit of work; each unit goes through the annotations."""
 
     def shards(self) -> list[Shard]:
-        require_folder(self.image_root, "the folder of the images (image_root)")
-        self._image_name(0)
-        return range_shards(self.questions, len(self._questions()), self.records_per_shard)
+        require_images(self.image_root)
+        check_patterns(self.image_pattern, self.name)
+        shards = [array_shards(file, self.records_per_shard, self.records or None) for file in self._files()]
+        return list(itertools.chain.from_iterable(shards))
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        answers = self._answers()
-        for index, record in slice_of(self._questions(), shard):
-            key = f"{self.questions.name}#{index}"
+        answers = self._annotated_answers()
+        for element in read_array(shard):
+            key = f"{shard.path.name}#{element.key or element.index}"
             try:
-                question_id = field(record, "question_id", (int, str))
-                key = f"question {question_id}"
-                question = clean_text(field(record, "question", str), "question")
-                if question_id not in answers:
-                    raise SkipSample("no_annotation", f"{question_id} is not in {self.annotations.name}")
-                answer = clean_text(best_answer(answers[question_id]), "answer")
-                image = read_image(self.image_root, self._image_name(field(record, "image_id", int)))
-                yield Sample(key, self.name, "vqa", self.language, (image,), question=question, text=answer)
+                questions = self._questions(element)
             except SkipSample as error:
                 yield skipped(key, error)
+                continue
+            for index, question in enumerate(questions):
+                yield self._sample(question, answers, key if len(questions) == 1 else f"{key}.{index}")
 
-    def _questions(self) -> list[Json]:
-        return json_list(load_json(self.questions, dict), "questions", self.questions)
+    def _files(self) -> list[Path]:
+        if not self.questions.is_dir():
+            return [self.questions]
+        files = sorted(self.questions.glob("*.json"))
+        if not files:
+            raise DataError(f"{self.questions}: no .json file in this folder; expected the questions")
+        return files
 
-    def _answers(self) -> dict[int | str, Json]:
-        records = json_list(load_json(self.annotations, dict), "annotations", self.annotations)
-        return {record["question_id"]: record for record in records if "question_id" in record}
+    def _annotated_answers(self) -> Answers | None:
+        """The answer to each question of the second file, if there is one."""
+        if self.annotations is None:
+            return None
+        answers: dict[int | str, str | SkipSample] = {}
+        for element in iter_array(self.annotations, "annotations"):
+            record = element.value
+            question_id = record.get(self.id_field) if isinstance(record, dict) else None
+            if isinstance(question_id, (int, str)):  # of an annotation without it, no question will be found
+                try:
+                    answers[question_id] = best_answer(record, self.answer_field)
+                except SkipSample as error:
+                    answers[question_id] = error
+        return answers
 
-    def _image_name(self, image_id: int) -> str:
+    def _questions(self, element: Element) -> list[Json]:
+        """The record's questions one by one, each with the fields that they share."""
+        record = element.value
+        if self.unfold:
+            nested = field(record, self.unfold, list)
+            return [{**record, **question} if isinstance(question, dict) else record for question in nested]
+        texts = field(record, self.question_field, (str, list))
+        record = {**record, "key": element.key} if element.key else record
+        if isinstance(texts, str):
+            return [record]
+        answers = field(record, self.answer_field, list)
+        pairs = itertools.zip_longest(texts, answers)
+        return [{**record, self.question_field: text, self.answer_field: answer} for text, answer in pairs]
+
+    def _sample(self, record: Json, answers: Answers | None, key: str) -> Sample | Skipped:
         try:
-            return self.image_pattern.format(image_id=image_id)
-        except (ValueError, KeyError, IndexError) as error:
-            raise DataError(
-                f"{self.name}: image_pattern {self.image_pattern!r} is no format of image_id: {error!r}; "
-                "expected for example 'COCO_train2014_{image_id:012d}.jpg'"
-            ) from error
+            if self.id_field in record:
+                key = f"question {field(record, self.id_field, (int, str))}"
+            if self.splits and str(record.get(self.split_field)) not in self.splits:
+                raise SkipSample("other_split", f"{self.split_field} is {record.get(self.split_field)!r}")
+            question = clean_text(field(record, self.question_field, str), "question")
+            answer = self._answer(record, answers)
+            image = read_first_image(self.image_root, image_names(self.image_pattern, record))
+        except SkipSample as error:
+            return skipped(key, error)
+        return Sample(key, self.name, "vqa", self.language, (image,), question=question, text=answer)
+
+    def _answer(self, record: Json, answers: Answers | None) -> str:
+        if answers is None:
+            answer = best_answer(record, self.answer_field)
+        else:
+            found = answers.get(field(record, self.id_field, (int, str)))
+            if not isinstance(found, str):
+                reason, detail = (found.reason, found.detail) if found else ("no_annotation", str(self.annotations))
+                raise SkipSample(reason, detail)
+            answer = found
+        return clean_text(answer.strip().removesuffix(".") if self.strip_period else answer, "answer")
 
 
-def best_answer(annotation: Json) -> str:
-    """The answer to learn: highest summed confidence, then most frequent, then first; raises SkipSample."""
+def best_answer(record: Json, name: str = "answers") -> str:
+    """The answer to learn: highest summed confidence, then most frequent, then first; raises SkipSample.
+
+    ``record[name]`` is one answer, or a list of texts or of VQAv2's objects with ``answer`` and
+    ``answer_confidence``; where it is empty or absent, ``multiple_choice_answer`` counts.
+    """
+    answers = record.get(name) or record.get("multiple_choice_answer")
+    if not answers and name in record:
+        raise SkipSample("no_annotation", f"{name!r} is empty")
+    if isinstance(answers, str):
+        return answers
     scores: dict[str, tuple[float, int]] = {}
-    for answer in annotation.get("answers") or []:
-        text = field(answer, "answer", str).strip()
-        confidence, count = scores.get(text, (0.0, 0))
-        scores[text] = (confidence + CONFIDENCE.get(str(answer.get("answer_confidence")), 0.0), count + 1)
-    if not scores:
-        return str(field(annotation, "multiple_choice_answer", str))
+    for answer in field(record, name, list):
+        text = (answer if isinstance(answer, str) else field(answer, "answer", str)).strip()
+        confidence = 0.0 if isinstance(answer, str) else CONFIDENCE.get(str(answer.get("answer_confidence")), 0.0)
+        total, count = scores.get(text, (0.0, 0))
+        scores[text] = (total + confidence, count + 1)
     return max(scores, key=lambda text: scores[text])

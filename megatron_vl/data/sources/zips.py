@@ -1,7 +1,7 @@
 """Paths that lead into a zip archive: ``coco/train2014.zip/train2014/COCO_train2014_000000000009.jpg``.
 
 Data sets of hundreds of thousands of small files are published as zips, which can be read in place: the
-directory of an archive is read once (some 500 bytes a member), then each member on its own. Nothing is
+directory of an archive is read once (some 700 bytes a member), then each member on its own. Nothing is
 unpacked. A member is found by its exact name, so a name with ``..`` in the archive can only be asked for, and
 that is refused; links, encrypted members and members above a size cap are refused too, and sizes are not
 believed but counted. A file whose name ends in ``.zip`` and is none, or is cut off, is a DataError.

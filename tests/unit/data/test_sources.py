@@ -19,73 +19,8 @@ from megatron_vl.data.sources.qwen_vl_chat import QwenVLChat
 from megatron_vl.data.sources.refexp import RefExp
 from megatron_vl.data.sources.registry import SOURCES, build_source
 from megatron_vl.data.sources.text import Text
-from megatron_vl.data.sources.vqa import VQA, best_answer
-from megatron_vl.errors import ConfigError, DataError, SkipSample
+from megatron_vl.errors import ConfigError, DataError
 from tests.unit.data.reading import JPEG, kept, read_all, reasons, write_json
-
-# VQA
-
-
-def write_vqa(folder: Path, count: int) -> VQA:
-    (folder / "images").mkdir()
-    questions, annotations = [], []
-    for i in range(count):
-        (folder / "images" / f"{i:012d}.jpg").write_bytes(JPEG)
-        questions.append({"image_id": i, "question": f"q {i}?", "question_id": i * 1000})
-        answers = [{"answer": f"a {i}", "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
-        annotations.append({"question_id": i * 1000, "image_id": i, "answers": answers, "multiple_choice_answer": "m"})
-    write_json(folder / "q.json", {"questions": questions})
-    write_json(folder / "a.json", {"annotations": annotations})
-    return VQA(
-        "vqa",
-        folder / "q.json",
-        folder / "a.json",
-        folder / "images",
-        "{image_id:012d}.jpg",
-        records_per_shard=3,
-    )
-
-
-def test_vqa_joins_questions_with_answers_in_shards(tmp_path: Path) -> None:
-    source = write_vqa(tmp_path, 7)
-    assert [shard.name for shard in source.shards()] == ["q.json:0", "q.json:3", "q.json:6"]
-    items = read_all(source)
-    assert [(s.question, s.text, s.images[0].key) for s in kept(items)] == [
-        (f"q {i}?", f"a {i}", f"{i:012d}.jpg") for i in range(7)
-    ]
-
-
-def test_vqa_skips_are_counted_by_reason(tmp_path: Path) -> None:
-    source = write_vqa(tmp_path, 5)
-    questions = json.loads(source.questions.read_text())["questions"]
-    questions[0]["question_id"] = 77
-    del questions[1]["question"]
-    questions[2]["image_id"] = 99
-    questions[3] = "nonsense"
-    write_json(source.questions, {"questions": questions})
-    items = read_all(source)
-    assert reasons(items) == {"no_annotation": 1, "missing_field": 1, "missing_image": 1, "wrong_field": 1}
-    assert len(items) == 5
-
-
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [
-        ([("cat", "maybe"), ("cat", "maybe"), ("cat", "maybe"), ("dog", "yes")], "cat"),
-        ([("cat", "maybe"), ("dog", "yes")], "dog"),
-        ([("cat", "no"), ("cat", "no"), ("dog", "no")], "cat"),
-        ([("dog", "yes"), ("cat", "yes")], "dog"),
-    ],
-)
-def test_best_answer_goes_by_confidence_then_frequency_then_order(answers: list[Any], expected: str) -> None:
-    assert best_answer({"answers": [{"answer": a, "answer_confidence": c} for a, c in answers]}) == expected
-
-
-def test_best_answer_falls_back_to_the_multiple_choice_answer() -> None:
-    assert best_answer({"multiple_choice_answer": "two"}) == "two"
-    with pytest.raises(SkipSample, match="missing_field"):
-        best_answer({"answers": []})
-
 
 # images named by path
 
@@ -145,24 +80,59 @@ def test_refexp_gives_both_directions(tmp_path: Path) -> None:
 # OCR, text, chat
 
 
-def test_ocr_reads_lines_and_skips_plain_synthdog(tmp_path: Path) -> None:
-    (tmp_path / "p.jpg").write_bytes(JPEG)
+def plain_page(name: str, text: str) -> dict[str, Any]:
+    """A line of SynthDoG's metadata."""
+    return {"file_name": name, "ground_truth": json.dumps({"gt_parse": {"text_sequence": text}}, ensure_ascii=False)}
+
+
+def write_metadata(folder: Path, records: list[Any]) -> None:
+    for record in records:
+        (folder / str(record["file_name"])).write_bytes(JPEG)
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_ocr_reads_the_extended_form(tmp_path: Path) -> None:
     quad = [[0, 0], [50, 0], [50, 20], [0, 20]]
-    plain = {"file_name": "p.jpg", "ground_truth": json.dumps({"gt_parse": {"text_sequence": "a b"}})}
-    good = {
-        **plain,
-        "size": [100, 40],
-        "lang": "zh",
-        "lines": [{"text": "你好", "quad": quad}, {"text": "b", "quad": quad}],
-    }
-    bad = {**plain, "size": [100, 40], "lines": [{"text": "a", "quad": quad[:3]}]}
-    lines = [json.dumps(record) for record in (good, plain, bad, {**good, "lines": []}, {**good, "size": [100]})]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    lines = [{"text": "你好", "quad": quad}, {"text": "b", "quad": quad}]
+    good = {"size": [100, 40], "lang": "zh", "lines": lines}
+    others: list[dict[str, Any]] = [
+        {"lines": [{"text": "a", "quad": quad[:3]}]},
+        {"lines": [{"text": "a", "quad": [*quad[:3], [0, None]]}]},
+        {"lines": [{"text": None, "quad": quad}]},
+        {"lines": []},
+        {"size": [100]},
+        {"size": [0, 0]},
+    ]
+    records = [{**plain_page(f"image_{i}.jpg", "a b"), **good, **other} for i, other in enumerate([{}, *others])]
+    write_metadata(tmp_path, records)
     items = read_all(OCR("synthdog", tmp_path))
     (sample,) = kept(items)
-    assert (sample.text, sample.language) == ("你好 b", "zh")
+    assert (sample.text, sample.language, sample.images[0].key) == ("你好 b", "zh", "image_0.jpg")
     assert sample.regions[0].quads == ((0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 0.0, 0.5),)
-    assert reasons(items) == {"no_lines": 2, "bad_quad": 1, "bad_size": 1}
+    assert reasons(items) == {"no_lines": 1, "bad_quad": 2, "bad_size": 2, "wrong_field": 1}
+
+
+def test_ocr_asks_about_plain_synthdog_on_request(tmp_path: Path) -> None:
+    records = [
+        plain_page("image_17.jpg", "ural movement that is sceptical"),
+        plain_page("image_3.jpg", "数学，是研究數量"),
+    ]
+    broken = [{"file_name": "image_4.jpg", "ground_truth": "{"}, {"file_name": "image_5.jpg", "ground_truth": "{}"}]
+    write_metadata(tmp_path, [*records, *broken, plain_page("image_6.jpg", " ")])
+    assert reasons(read_all(OCR("s", tmp_path))) == {"no_lines": 2, "bad_json": 1, "missing_field": 1, "empty_text": 1}
+    items = read_all(OCR("s", tmp_path, language="zh", question="图中写了什么？"))
+    assert [(s.task, s.language, s.question, s.text, s.images[0].key) for s in kept(items)] == [
+        ("vqa", "zh", "图中写了什么？", "ural movement that is sceptical", "image_17.jpg"),
+        ("vqa", "zh", "图中写了什么？", "数学，是研究數量", "image_3.jpg"),
+    ]
+    assert reasons(items) == {"bad_json": 1, "missing_field": 1, "empty_text": 1}
+
+
+def test_ocr_refuses_the_metadata_of_two_runs(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [plain_page(f"image_{i}.jpg", "x") for i in (0, 1, 2, 1)])
+    with pytest.raises(DataError, match=r"metadata\.jsonl: lines 2 and 4 both name 'image_1\.jpg'; the generator app"):
+        OCR("s", tmp_path).shards()
 
 
 def test_text_tolerates_bom_and_blank_lines_and_names_bad_ones(tmp_path: Path) -> None:
@@ -216,39 +186,12 @@ def test_shards_of_lines_cover_the_file_once_in_order(
     assert [item.number for item in found if isinstance(item, Line)] == [i + 1 for i, b in enumerate(blanks) if not b]
 
 
-def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"id": "x", "conversations": [{"from": role, "value": value} for role, value in turns]}
-
-
-def test_chat_reads_images_in_order_and_checks_turns(tmp_path: Path) -> None:
-    (tmp_path / "1.jpg").write_bytes(b"one")
-    (tmp_path / "2.jpg").write_bytes(b"two")
-    dialogues = [
-        chat(
-            ("user", "Picture 1: <img>2.jpg</img>\nPicture 2: <img>1.jpg</img>\n框出图1中的猫"),
-            ("assistant", "好"),
-        ),
-        chat(("assistant", "dropped"), ("user", "hi"), ("assistant", "hello"), ("user", "unanswered")),
-        chat(("user", "hi"), ("gpt", "hello")),
-        chat(("user", "hi")),
-        chat(("user", "<img>1.jpg"), ("assistant", "x")),
-        chat(("user", "a"), ("user", "b"), ("assistant", "x")),
-        {"id": 3},
-    ]
-    items = read_all(QwenVLChat("sft", write_json(tmp_path / "c.json", dialogues), tmp_path))
-    first, second = kept(items)
-    assert [image.data for image in first.images] == [b"two", b"one"]
-    assert [(t.role, t.text) for t in second.turns] == [("user", "hi"), ("assistant", "hello")]
-    expected = ("unknown_role", "no_answer", "unbalanced_image_tag", "turns_out_of_order", "missing_field")
-    assert reasons(items) == dict.fromkeys(expected, 1)
-
-
 # files and recipes that cannot work
 
 
 def test_files_of_another_format_are_named(tmp_path: Path) -> None:
     path = write_json(tmp_path / "list.json", [1])
-    with pytest.raises(DataError, match=r"list\.json: found a JSON list at the top, expected a dict"):
+    with pytest.raises(DataError, match=r"list\.json: found '\[1\]', expected an object with 'images' at the top"):
         RefExp("r", path, tmp_path).shards()
     with pytest.raises(DataError, match="expected a list under 'images'; found the keys .*'a'"):
         RefExp("r", write_json(tmp_path / "o.json", {"a": 1}), tmp_path).shards()
@@ -259,8 +202,6 @@ def test_files_of_another_format_are_named(tmp_path: Path) -> None:
         QwenVLChat("c", tmp_path / "gone.json", tmp_path).shards()
     with pytest.raises(DataError, match=r"pictures: no such folder; expected .*image_root"):
         QwenVLChat("c", path, tmp_path / "pictures").shards()
-    with pytest.raises(DataError, match=r"image_pattern"):
-        VQA("v", path, path, tmp_path, image_pattern="{id}.jpg").shards()
 
 
 def test_build_source_fills_the_reader(tmp_path: Path) -> None:

@@ -52,13 +52,12 @@ def test_img2dataset_reads_gaps_unsorted_keys_and_missing_members(tmp_path: Path
     assert kept(items)[0].images[0].data == JPEG
     assert kept(items)[0].task == "caption"
     assert reasons(items) == {
-        "no_caption": 1,
+        "no_caption": 2,
         "no_image": 1,
         "empty_image": 1,
-        "empty_text": 1,
         "bad_unicode": 1,
     }
-    synthetic = kept(read_all(Img2Dataset("coco", tmp_path, caption_field="top_caption")))
+    synthetic = kept(read_all(Img2Dataset("coco", tmp_path, caption_field=("top_caption",))))
     assert [s.text for s in synthetic] == ["from model", "x"]
 
 
@@ -69,7 +68,7 @@ def test_shards_are_the_tars_in_order(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
         Img2Dataset("s", tmp_path / "nowhere").shards()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no \.tar file"):
+    with pytest.raises(DataError, match=r"empty: no \.tar, no \.parquet and no folder"):
         Img2Dataset("s", tmp_path / "empty").shards()
 
 
