@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.manifest import Manifest
+from megatron_vl.data.manifest import CountEntry, Manifest
 from megatron_vl.data.rows import RowStore
 
 SCANNED_ROWS = 100_000
@@ -40,17 +40,12 @@ class Overview:
         """float64[those rows]: share of each row that is not padding."""
         return self.row_lengths / self.manifest.seq_length
 
-
-@dataclass(frozen=True)
-class Share:
-    """What one source gives for one task, and how much of all tokens that is."""
-
-    source: str
-    task: str
-    samples: int
-    tokens: int
-    images: int
-    share: float
+    @property
+    def kept(self) -> tuple[tuple[CountEntry, float], ...]:
+        """What each source gave for each task, and its share of all tokens."""
+        counts = self.manifest.counts
+        total = max(sum(entry.tokens for entry in counts), 1)
+        return tuple((entry, entry.tokens / total) for entry in counts)
 
 
 def read_overview(store: RowStore, *, scanned_rows: int = SCANNED_ROWS) -> Overview:
@@ -64,13 +59,4 @@ def read_overview(store: RowStore, *, scanned_rows: int = SCANNED_ROWS) -> Overv
         num_scanned=count,
         segment_lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int32)]).astype(np.int64),
         row_lengths=np.array([int(row.sum()) for row in lengths], dtype=np.int64),
-    )
-
-
-def shares(manifest: Manifest) -> tuple[Share, ...]:
-    """What was kept, in the order of the recipe."""
-    total = max(sum(entry.tokens for entry in manifest.counts), 1)
-    return tuple(
-        Share(entry.source, entry.task, entry.samples, entry.tokens, entry.images, entry.tokens / total)
-        for entry in manifest.counts
     )

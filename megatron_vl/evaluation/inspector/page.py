@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from megatron_vl.data.manifest import SkipEntry
 from megatron_vl.data.rows import RowStore
 from megatron_vl.evaluation.figures import histogram_figure
 from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
 from megatron_vl.evaluation.inspector.opening import Vocabulary
-from megatron_vl.evaluation.inspector.overview import Overview, Share, read_overview, shares
+from megatron_vl.evaluation.inspector.overview import Overview, read_overview
 from megatron_vl.evaluation.inspector.row_view import RowReader, RowView
 from megatron_vl.evaluation.inspector.text import printable
 from megatron_vl.evaluation.inspector.thumbnails import Thumbnail, make_thumbnails
@@ -40,8 +39,6 @@ class DataPage:
     overview: Overview
     figures: dict[str, str]
     """Title and <svg> element of each histogram."""
-    kept: tuple[Share, ...]
-    left_out: tuple[SkipEntry, ...]
     chosen: str
     """How the rows were chosen."""
     rows: tuple[RowView, ...]
@@ -72,8 +69,6 @@ def read_page(store: RowStore, vocabulary: Vocabulary, choice: Choice, *, max_im
         name=Path(store.prefix).name,
         overview=overview,
         figures=_figures(overview),
-        kept=shares(manifest),
-        left_out=manifest.skips,
         chosen=choice.described,
         rows=rows,
         thumbnails=make_thumbnails(store, image_ids, max_image_side),

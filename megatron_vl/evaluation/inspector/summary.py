@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.evaluation.inspector.overview import Overview, shares
+from megatron_vl.evaluation.inspector.overview import Overview
 from megatron_vl.evaluation.inspector.text import printable
 from megatron_vl.evaluation.tables import format_table
 
@@ -72,10 +72,10 @@ def _quantiles(values: npt.NDArray[np.int64] | npt.NDArray[np.float64], form: st
 def _kept(overview: Overview) -> list[tuple[str, ...]]:
     return [
         (
-            printable(share.source),
-            printable(share.task),
-            *(f"{count:,}" for count in (share.samples, share.tokens, share.images)),
-            f"{100 * share.share:.1f} %",
+            printable(entry.source),
+            printable(entry.task),
+            *(f"{count:,}" for count in (entry.samples, entry.tokens, entry.images)),
+            f"{100 * share:.1f} %",
         )
-        for share in shares(overview.manifest)
+        for entry, share in overview.kept
     ]

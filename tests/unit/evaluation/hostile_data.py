@@ -34,10 +34,11 @@ CHATS = (
 
 
 def make_hostile_data_set(folder: Path) -> str:
-    """Prepare the data set and return its prefix."""
+    """Prepare the data set and return its prefix; one caption and one document are left out."""
     members = []
     for i, caption in enumerate(CAPTIONS):
         members += [(f"{i}<i>'&.png", png(40 * i)), (f"{i}<i>'&.txt", caption.encode())]
+    members += [("9<i>'&.png", b"no image"), ("9<i>'&.txt", b"left out")]
     write_tar(folder / "captions" / "00000.tar", members)
     for i in range(3):
         (folder / f"{i}.png").write_bytes(png(100 + 40 * i, side=200))
@@ -48,7 +49,7 @@ def make_hostile_data_set(folder: Path) -> str:
     (folder / "chat.json").write_text(json.dumps(chats), encoding="utf-8")
     documents = ["汉字" * 700, "tab\tand\r\nline\n\n end ", f"a document {SCRIPT}"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "text.jsonl").write_text(lines + "{broken\n", encoding="utf-8")
     recipe = {
         "sources": [
             {"name": SOURCE, "type": "img2dataset", "path": "captions"},

@@ -103,6 +103,19 @@ def test_hostile_texts_are_shown_as_they_are(page: str) -> None:
     assert any("<i>'&" in values.get("data-key", "") for values in tags.attributes)
 
 
+def test_what_was_left_out_is_named(prefix: str, page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = Tags(page).texts["td."]
+    for skip in RowStore(prefix).manifest.skips:
+        place = cells.index(skip.reason)
+        assert cells[place - 1] == skip.source and skip.count == 1
+    examples = [text for text in Tags(page).texts["div."] if "9<i>'&" in text]
+    assert len(examples) == 1
+    assert main([prefix, "--summary"]) == 0
+    table = capsys.readouterr().out.rpartition("\n\n")[2]
+    assert re.search(rf"{re.escape(SOURCE)} +unreadable_image +1  00000\.tar/9<i>'&", table)
+    assert re.search(r"documents +bad_json +1  ", table)
+
+
 def test_supervised_runs_are_marked(prefix: str, page: str) -> None:
     learnt = [values for values in Tags(page).attributes if "learnt" in values.get("class", "").split()]
     titles = [values["title"] for values in learnt if "title" in values]
