@@ -6,10 +6,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.errors import MegatronVLError
 from megatron_vl.log import write_line
+
+if TYPE_CHECKING:
+    from megatron_vl.data.pool import Pool
 
 EXIT_USER_ERROR = 2
 
@@ -43,12 +47,19 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--root", type=Path, help="folder from which relative paths count (default: the recipe's folder)"
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, help="processes (default: one per core); under mpirun the other ranks work instead"
+    )
     parser.add_argument(
         "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_ranks of this model preset"
     )
     parser.add_argument(
         "--verify", action="store_true", help="do not prepare: check the files of a finished data set"
+    )
+    parser.add_argument(
+        "--keep-parts",
+        action="store_true",
+        help="keep the tokenized parts, so that a run with other weights, amounts or packing does not tokenize again",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -57,18 +68,27 @@ def _build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     # Imported late, so that --help does not wait for the readers and their libraries.
     from megatron_vl.data.manifest import verify_files
-    from megatron_vl.data.prepare import prepare, summary_lines
-    from megatron_vl.data.recipe import load_recipe
+    from megatron_vl.data.pool import open_pool
 
     prefix = output_prefix(options.output, options.recipe)
     if options.verify:
         verify_files(prefix)
         write_line(f"{prefix}: all files are as the manifest says")
         return
+    with open_pool(options.workers) as pool:
+        if pool is not None:  # else this rank has worked, and another one has the result
+            _prepare(options, prefix, pool)
+
+
+def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
+    from megatron_vl.data.prepare import prepare
+    from megatron_vl.data.recipe import load_recipe
+    from megatron_vl.data.summary import summary_lines
+
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
-    manifest = prepare(recipe, prefix, workers=options.workers, progress=not options.quiet)
+    manifest = prepare(recipe, prefix, pool=pool, progress=not options.quiet, keep_parts=options.keep_parts)
     for line in summary_lines(manifest):
         write_line(line)
     write_line(f"prepared {prefix}")

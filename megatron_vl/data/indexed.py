@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,8 +60,8 @@ class IndexedWriter:
         self._bin_path, self._idx_path = paths_of(prefix)
         self._file = self._bin_path.open("wb")
         self._hash = hashlib.sha256()
-        self._lengths: list[int] = []
-        self._modes: list[int] | None = [] if with_modes else None
+        self._lengths = array("i")  # not lists: there may be a billion of them
+        self._modes = array("b") if with_modes else None
 
     def __len__(self) -> int:
         return len(self._lengths)

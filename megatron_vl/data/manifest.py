@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_vl.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_EXAMPLES = 5
 """Keys of skipped samples that the manifest names for each source and reason."""
 
@@ -43,6 +43,17 @@ class CountEntry:
     samples: int
     tokens: int
     images: int
+
+
+@dataclass(frozen=True)
+class SourceTotals:
+    """What became of all records of one source."""
+
+    source: str
+    read: int
+    """Records that were read; each was kept, or left out for a reason."""
+    kept: int
+    """Different samples in the rows."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,20 @@ class Manifest:
     num_stored_images: int
     images_per_row: tuple[int, ...]
     """Histogram: rows with 0, 1, 2, ... images."""
+    sources: tuple[SourceTotals, ...]
     counts: tuple[CountEntry, ...]
     skips: tuple[SkipEntry, ...]
     files: tuple[FileEntry, ...]
+
+    def __post_init__(self) -> None:
+        """Nothing is lost without a reason: kept + left out = read, for every source. Raises ValueError."""
+        for totals in self.sources:
+            left_out = sum(skip.count for skip in self.skips if skip.source == totals.source)
+            if totals.kept + left_out != totals.read:
+                raise ValueError(
+                    f"source {totals.source!r}: {totals.read} records were read, but {totals.kept} kept and {left_out} "
+                    "left out"
+                )
 
     @property
     def packed(self) -> bool:

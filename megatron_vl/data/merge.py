@@ -1,23 +1,25 @@
 """The second half of preparation: parts -> packed rows -> one data set.
 
-Samples are numbered in the order of the parts, repeated by the weight of their source, packed (numbers only),
-and then written row by row. An image is stored when a row first uses it, so the images of neighbouring rows
-lie together, and once, whoever else uses it. All files are written under temporary names; an old manifest
-goes before the files are renamed, the new one comes last. So whatever happens, there is a whole data set
-under the prefix, or none.
+The samples are numbered in the order of the parts (gather.py), some are dropped for their images (image_drops.py), the
+rest are used as often as the mixture says (mixture.py), packed (numbers only), and then written row by row. An image is
+stored when a row first uses it, so the images of neighbouring rows lie together, and once, whoever else uses it. All
+files are written under temporary names; an old manifest goes before the files are renamed, the new one comes last. So
+whatever happens, there is a whole data set under the prefix, or none.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vl.data.gather import Gathered, Samples, gather
+from megatron_vl.data.image_drops import image_drops
 from megatron_vl.data.indexed import IndexedWriter, WrittenFile, paths_of
 from megatron_vl.data.manifest import (
     FORMAT_VERSION,
@@ -26,11 +28,15 @@ from megatron_vl.data.manifest import (
     FileEntry,
     Manifest,
     SkipEntry,
+    SourceTotals,
     manifest_path,
     write_manifest,
 )
-from megatron_vl.data.packing import IntArray, Items, Packing, PackLimits, one_per_row, pack, pack_by_group
-from megatron_vl.data.parts import TASKS, Part
+from megatron_vl.data.mixture import Supply, copies_of, drawn_samples
+from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
+from megatron_vl.data.part_files import PartIndex
+from megatron_vl.data.part_reader import PartReader
+from megatron_vl.data.parts import TASKS
 from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.data.rows import SegmentKey, encode_keys, encode_row
 from megatron_vl.data.sample import PackedRow
@@ -39,124 +45,135 @@ from megatron_vl.errors import DataError
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and the number of all rows."""
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """All samples of all parts as arrays, one entry each, repeated by weight."""
+class FinishedPart:
+    """A part that takes part in the merge."""
 
-    part: IntArray
-    """int64[n]: part of the sample."""
-    index: IntArray
-    """int64[n]: index within the part."""
-    length: IntArray
-    images: IntArray
-    task: IntArray
-    """int64[n]: index into TASKS."""
-
-    @property
-    def is_text(self) -> npt.NDArray[np.bool_]:
-        return self.task == TASKS.index("text")
+    source: int
+    prefix: Path
+    index: PartIndex
 
 
-def merge_parts(recipe: DataRecipe, parts: Sequence[Part], prefix: Path, progress: Progress | None = None) -> Manifest:
+def merge_parts(
+    recipe: DataRecipe, parts: Iterable[FinishedPart], prefix: Path, progress: Progress | None = None
+) -> Manifest:
     """Pack the samples of all parts into the data set at ``prefix`` and return its manifest.
 
     ``parts`` are in the order of the units. Raises DataError if no sample is left.
     """
-    samples = _gather(recipe, parts)
-    if not len(samples.part):
-        reasons = sorted({reason for part in parts for reason in part.index.skips})
-        raise DataError(
-            f"{prefix}: no sample is left to write; skipped for "
-            f"{', '.join(reasons) or 'no reason: the sources are empty'}"
-        )
-    packing = _pack(recipe, samples)
-    writer = _RowWriter(prefix, parts, samples)
+    prefixes: list[Path] = []
+
+    def indices() -> Iterable[tuple[int, PartIndex]]:
+        for part in parts:
+            prefixes.append(part.prefix)
+            yield part.source, part.index
+
+    gathered = gather(indices(), len(recipe.sources))
+    reader = PartReader(prefixes, gathered.samples, gathered.images)
     try:
-        for row in range(packing.num_rows):
-            writer.add_row(packing, row)
-            if progress is not None:
-                progress(row + 1, packing.num_rows)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
-    manifest = _manifest(recipe, parts, samples, packing=packing, writer=writer)
+        chosen = _choose(recipe, gathered, reader)
+        if not len(chosen):
+            raise DataError(f"{prefix}: no sample is left to write; {_all_reasons(gathered)}")
+        packing = _pack(recipe, gathered.samples, chosen)
+        writer = _RowWriter(prefix, recipe, gathered.samples, reader)
+        try:
+            for row in range(packing.num_rows):
+                writer.add_row(packing, row, chosen)
+                if progress is not None:
+                    progress(row + 1, packing.num_rows)
+            writer.finish()
+        except BaseException:
+            writer.discard()
+            raise
+    finally:
+        reader.close()
+    manifest = _manifest(recipe, gathered, chosen, packing=packing, writer=writer)
     _commit(prefix, manifest)
     return manifest
 
 
-def _gather(recipe: DataRecipe, parts: Sequence[Part]) -> _Samples:
-    """Number the samples; within a source, sample i occurs floor((i + 1) weight) - floor(i weight) times."""
-    weights = {entry.source.name: entry.weight for entry in recipe.sources}
-    sizes = np.array([len(part.index.keys) for part in parts], dtype=np.int64)
-    copies = []
-    seen: Counter[str] = Counter()
-    for part, size in zip(parts, sizes.tolist(), strict=True):
-        source = part.index.source
-        steps = np.floor(np.arange(seen[source], seen[source] + size + 1) * weights[source])
-        copies.append(np.diff(steps).astype(np.int64))
-        seen[source] += size
-    repeat = np.repeat(np.arange(sizes.sum()), np.concatenate([*copies, np.zeros(0, dtype=np.int64)]))
-    task_ids = {task: i for i, task in enumerate(TASKS)}
+def _choose(recipe: DataRecipe, gathered: Gathered, reader: PartReader) -> IntArray:
+    """The samples that go into rows, in order, as often as they are used; what is left out is tallied."""
+    samples = gathered.samples
+    left = np.ones(len(samples), dtype=np.bool_)
 
-    def column(values: Callable[[Part], list[int]]) -> IntArray:
-        return np.array([value for part in parts for value in values(part)], dtype=np.int64)[repeat]
+    def leave_out(reason: str, dropped: npt.NDArray[np.bool_]) -> None:
+        for source, tally in enumerate(gathered.tallies):
+            mine = np.flatnonzero(dropped & (samples.source == source))
+            tally.skip(reason, len(mine), [reader.key(sample) for sample in mine[:NUM_EXAMPLES].tolist()])
+        left[dropped] = False
 
-    return _Samples(
-        part=np.repeat(np.arange(len(parts)), sizes)[repeat],
-        index=column(lambda part: list(range(len(part.index.keys)))),
-        length=column(lambda part: part.index.lengths),
-        images=column(lambda part: [len(images) for images in part.index.images]),
-        task=column(lambda part: [task_ids[task] for task in part.index.tasks]),
-    )
+    for reason, dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]).items():
+        leave_out(reason, dropped)
+    members = [np.flatnonzero(left & (samples.source == source)) for source in range(len(recipe.sources))]
+    supplies = [
+        Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)
+    ]
+    drawn = drawn_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats)
+    copies = np.zeros(len(samples), dtype=np.int64)
+    for mine, count in zip(members, drawn, strict=True):
+        copies[mine] = copies_of(len(mine), count)
+    leave_out("not_drawn", left & (copies == 0))
+    return np.repeat(np.arange(len(samples)), copies)
 
 
-def _pack(recipe: DataRecipe, samples: _Samples) -> Packing:
-    options = recipe.pack
+def _all_reasons(gathered: Gathered) -> str:
+    reasons = sorted({reason for tally in gathered.tallies for reason in tally.skips})
+    return f"left out for {', '.join(reasons)}" if reasons else "the sources are empty"
+
+
+def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
+    options, tasks = recipe.pack, samples.task[chosen]
     limits = PackLimits(recipe.seq_length, options.max_images, options.min_piece)
-    items = Items(samples.length, samples.images, samples.is_text)
+    items = Items(
+        samples.length[chosen].astype(np.int64), samples.image_counts[chosen], tasks == TASKS.index("text")
+    )
     if options.mode == "none":
         return one_per_row(items, limits=limits)
     if options.mode == "task":
-        return pack_by_group(items, samples.task, limits=limits, seed=options.seed)
+        return pack_by_group(items, tasks.astype(np.int64), limits=limits, seed=options.seed)
     return pack(items, limits=limits, seed=options.seed)
 
 
 class _RowWriter:
     """Writes rows, their images and their keys under temporary names."""
 
-    def __init__(self, prefix: Path, parts: Sequence[Part], samples: _Samples) -> None:
+    def __init__(self, prefix: Path, recipe: DataRecipe, samples: Samples, reader: PartReader) -> None:
         self._prefix = prefix
-        self._parts = parts
         self._samples = samples
+        self._reader = reader
+        self._names = [entry.source.name for entry in recipe.sources]
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._writers = {
             ".tokens": IndexedWriter(_temporary(prefix, ".tokens"), "int32", with_modes=True),
             ".images": IndexedWriter(_temporary(prefix, ".images"), "uint8"),
             ".keys": IndexedWriter(_temporary(prefix, ".keys"), "uint8"),
         }
-        self._image_by_hash: dict[str, int] = {}
+        self._stored = np.full(int(samples.image_ids.max(initial=-1)) + 1, -1, dtype=np.int64)
+        """int64[different images]: where each is stored, -1 as long as no row has used it."""
         self.images_per_row: Counter[int] = Counter()
         self.files: tuple[FileEntry, ...] = ()
 
     @property
     def num_stored_images(self) -> int:
-        return len(self._image_by_hash)
+        return len(self._writers[".images"])
 
-    def add_row(self, packing: Packing, row: int) -> None:
-        """Write one row of the packing."""
+    def add_row(self, packing: Packing, row: int, chosen: IntArray) -> None:
+        """Write one row of the packing, whose samples are positions in ``chosen``."""
         tokens: list[npt.NDArray[np.int32]] = []
         image_ids: list[int] = []
         keys: list[SegmentKey] = []
-        for piece in range(int(packing.row_splits[row]), int(packing.row_splits[row + 1])):
-            sample = int(packing.samples[piece])
-            start, stop = int(packing.starts[piece]), int(packing.stops[piece])
-            part, index = self._parts[int(self._samples.part[sample])], int(self._samples.index[sample])
-            tokens.append(_read_piece(part, index, start=start, stop=stop))
-            image_ids += [self._image_id(part, image) for image in part.index.images[index]]
-            keys.append(SegmentKey(part.index.source, part.index.tasks[index], part.index.keys[index], start, stop))
+        pieces = slice(int(packing.row_splits[row]), int(packing.row_splits[row + 1]))
+        columns = (chosen[packing.samples[pieces]], packing.starts[pieces], packing.stops[pieces])
+        for sample, start, stop in zip(*(column.tolist() for column in columns), strict=True):
+            tokens.append(self._piece(sample, start=start, stop=stop))
+            images = slice(int(self._samples.image_splits[sample]), int(self._samples.image_splits[sample + 1]))
+            image_ids += [self._image_id(image) for image in self._samples.image_ids[images].tolist()]
+            source, task = self._names[self._samples.source[sample]], TASKS[self._samples.task[sample]]
+            keys.append(SegmentKey(source, task, self._reader.key(sample), start, stop))
         joined = np.concatenate(tokens)
         packed = PackedRow(
             tokens=joined ^ (joined >> 31),
@@ -182,20 +199,19 @@ class _RowWriter:
             for path in paths_of(_temporary(self._prefix, suffix)):
                 path.unlink(missing_ok=True)
 
-    def _image_id(self, part: Part, image: int) -> int:
-        digest = part.index.hashes[image]
-        if digest not in self._image_by_hash:
-            self._image_by_hash[digest] = self._writers[".images"].add(part.images.read_bytes(image))
-        return self._image_by_hash[digest]
+    def _image_id(self, image: int) -> int:
+        if self._stored[image] < 0:
+            self._stored[image] = self._writers[".images"].add(self._reader.image(image))
+        return int(self._stored[image])
 
-
-def _read_piece(part: Part, index: int, *, start: int, stop: int) -> npt.NDArray[np.int32]:
-    """Stored tokens [start, stop) of a sample; a text document's continuation does not predict its own first
-    token, since what stands before it in the row is another segment."""
-    piece = np.frombuffer(part.tokens.read_bytes(index, start=start, stop=stop), dtype=np.int32).copy()
-    if start > 0:
-        piece[0] ^= piece[0] >> 31
-    return piece
+    def _piece(self, sample: int, *, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Stored tokens [start, stop) of a sample; a text document's continuation does not predict its own first
+        token, since what stands before it in the row is another segment."""
+        piece = self._reader.tokens(sample, start=start, stop=stop)
+        if start > 0:
+            piece = piece.copy()
+            piece[0] ^= piece[0] >> 31
+        return piece
 
 
 def _temporary(prefix: Path, suffix: str) -> Path:
@@ -213,14 +229,11 @@ def _commit(prefix: Path, manifest: Manifest) -> None:
 
 
 def _manifest(
-    recipe: DataRecipe,
-    parts: Sequence[Part],
-    samples: _Samples,
-    *,
-    packing: Packing,
-    writer: _RowWriter,
+    recipe: DataRecipe, gathered: Gathered, chosen: IntArray, *, packing: Packing, writer: _RowWriter
 ) -> Manifest:
     histogram = writer.images_per_row
+    names = [entry.source.name for entry in recipe.sources]
+    tallies = list(zip(names, gathered.tallies, strict=True))
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256=QWEN_SHA256,
@@ -230,36 +243,37 @@ def _manifest(
         max_sample_length=recipe.longest_sample,
         packing=recipe.pack.mode,
         num_rows=packing.num_rows,
-        num_samples=len(samples.part),
+        num_samples=len(chosen),
         num_segments=len(packing.samples),
         num_tokens=int((packing.stops - packing.starts).sum()),
         num_images=sum(images * rows for images, rows in histogram.items()),
         num_stored_images=writer.num_stored_images,
         images_per_row=tuple(histogram[images] for images in range(max(histogram) + 1)),
-        counts=_counts(recipe, parts, samples),
-        skips=_skips(recipe, parts),
+        sources=tuple(
+            SourceTotals(name, tally.read, int(kept))
+            for (name, tally), kept in zip(tallies, _kept(gathered.samples, chosen, len(names)), strict=True)
+        ),
+        counts=_counts(names, gathered.samples, chosen),
+        skips=tuple(
+            SkipEntry(name, reason, tally.skips[reason], tuple(tally.examples[reason]))
+            for name, tally in tallies
+            for reason in sorted(tally.skips)
+        ),
         files=writer.files,
     )
 
 
-def _counts(recipe: DataRecipe, parts: Sequence[Part], samples: _Samples) -> tuple[CountEntry, ...]:
-    names = [entry.source.name for entry in recipe.sources]
-    source = np.array([names.index(part.index.source) for part in parts], dtype=np.int64)[samples.part]
-    entries = []
-    for group in np.unique(source * len(TASKS) + samples.task).tolist():
-        source_id, task_id = divmod(group, len(TASKS))
-        mine = (source == source_id) & (samples.task == task_id)
-        length, images = int(samples.length[mine].sum()), int(samples.images[mine].sum())
-        entries.append(CountEntry(names[source_id], TASKS[task_id], int(mine.sum()), length, images))
-    return tuple(entries)
+def _kept(samples: Samples, chosen: IntArray, num_sources: int) -> IntArray:
+    """int64[sources]: different samples in the rows, counted from the rows and not from what was left out."""
+    return np.bincount(samples.source[np.unique(chosen)], minlength=num_sources)
 
 
-def _skips(recipe: DataRecipe, parts: Sequence[Part]) -> tuple[SkipEntry, ...]:
-    entries = []
-    for name in (entry.source.name for entry in recipe.sources):
-        mine = [part.index for part in parts if part.index.source == name]
-        for reason in sorted({reason for index in mine for reason in index.skips}):
-            count = sum(index.skips.get(reason, 0) for index in mine)
-            examples = [example for index in mine for example in index.examples.get(reason, ())]
-            entries.append(SkipEntry(name, reason, count, tuple(examples[:NUM_EXAMPLES])))
-    return tuple(entries)
+def _counts(names: list[str], samples: Samples, chosen: IntArray) -> tuple[CountEntry, ...]:
+    group = samples.source[chosen].astype(np.int64) * len(TASKS) + samples.task[chosen]
+    counts = np.bincount(group)
+    tokens = np.bincount(group, weights=samples.length[chosen])
+    images = np.bincount(group, weights=samples.image_counts[chosen])
+    return tuple(
+        CountEntry(names[i // len(TASKS)], TASKS[i % len(TASKS)], int(counts[i]), int(tokens[i]), int(images[i]))
+        for i in np.flatnonzero(counts).tolist()
+    )

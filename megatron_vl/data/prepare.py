@@ -1,117 +1,171 @@
-"""The offline job: a recipe -> a data set, over processes.
+"""The offline job: a recipe -> a data set, over processes or MPI ranks.
 
-    plan_units      what there is to do, in a fixed order                       here, once write_part
-    read, check and tokenize one unit                           in worker processes, in any order merge_parts
-    number, pack and write, in the order of the units           here, once
+    plan_units      what there is to do, in a fixed order                       here, once
+    write_part      read, clean, check and tokenize one unit                    in workers, in any order
+    merge_parts     number, drop, draw, pack and write, in the order of units   here, once
 
-The output depends on the recipe and the raw files only: any number of workers gives the same bytes. Other
-ways of distributing the middle step (MPI ranks, resumable shards) need only to fill the same folder of parts.
+The output depends on the recipe and the raw files only: any number of workers gives the same bytes. Finished parts lie
+in ``<prefix>.parts`` until the data set is complete; what was killed goes on from them when it is started again.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vl.data.gather import cut
 from megatron_vl.data.manifest import Manifest
-from megatron_vl.data.merge import merge_parts
-from megatron_vl.data.parts import Unit, open_part, plan_units, write_part
+from megatron_vl.data.merge import FinishedPart, merge_parts
+from megatron_vl.data.part_files import data_path, index_path, read_index
+from megatron_vl.data.parts import Unit, part_prefix, plan_units, write_part
+from megatron_vl.data.pool import Pool, this_process
 from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.errors import DataError
 
+_LOCK = "lock"
+
 
 def prepare(
-    recipe: DataRecipe, prefix: Path, *, workers: int | None = None, progress: bool = True
+    recipe: DataRecipe, prefix: Path, *, pool: Pool | None = None, progress: bool = True, keep_parts: bool = False
 ) -> Manifest:
     """Prepare the data set of a recipe at ``prefix`` and return its manifest.
 
-    ``workers``: processes (default: one per core, as far as there is work; 1 works in this process).
-    ``progress``: show a bar on standard error where that is a terminal. Raises DataError if files are missing
-    or nothing is left.
+    ``pool``: who works, by default this process. ``progress``: show bars on standard error where that is a terminal.
+    ``keep_parts``: leave the tokenized parts, so that the next run over the same files only draws, packs and writes.
+    Raises DataError if files are missing, nothing is left, or the same prefix is being prepared already.
     """
     units = plan_units(recipe)
     folder = prefix.with_name(prefix.name + ".parts")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     hide = None if progress else True  # None: tqdm hides the bar unless it is on a terminal
-    try:
+    with _locked(folder):
+        _remove_others(folder, units)
         with tqdm(total=len(units), desc="tokenizing", unit="shard", disable=hide) as bar:
-            for kept in _write_parts(recipe, units, folder, workers=workers or os.cpu_count() or 1):
-                bar.update()
-                bar.set_postfix(samples=kept)
-        parts = [open_part(_part_prefix(folder, unit)) for unit in units]
-        try:
-            with tqdm(desc="packing", unit="row", disable=hide) as bar:
+            _make_parts(recipe, units, folder, pool=pool or this_process(), bar=bar)
+        with tqdm(desc="packing", unit="row", disable=hide) as bar:
 
-                def report(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
+            def report(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
 
-                return merge_parts(recipe, parts, prefix, report)
-        finally:
-            for part in parts:
-                part.close()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            manifest = merge_parts(recipe, _finished_parts(recipe, units, folder), prefix, report)
+        if not keep_parts:
+            shutil.rmtree(folder, ignore_errors=True)
+    return manifest
 
 
-def summary_lines(manifest: Manifest) -> list[str]:
-    """What was kept and what was left out, as the lines of a table."""
-    lines = [f"{'source':<24} {'task / reason':<24} {'samples':>10} {'tokens':>12} {'images':>10}"]
-    for count in manifest.counts:
-        name, task = count.source, count.task
-        lines.append(f"{name:<24} {task:<24} {count.samples:>10} {count.tokens:>12} {count.images:>10}")
-    for skip in manifest.skips:
-        lines.append(
-            f"{skip.source:<24} {'skipped: ' + skip.reason:<24} {skip.count:>10}   {skip.examples[0]:.60}"
-        )
-    lines.append(
-        f"{manifest.num_rows} rows of at most {manifest.seq_length} tokens, {100 * manifest.fill:.1f} % "
-        "filled; "
-        f"{manifest.samples_per_row:.2f} samples and {manifest.num_images / manifest.num_rows:.2f} images a "
-        "row; "
-        f"{manifest.num_stored_images} images stored"
-    )
-    return lines
+class _Progress:
+    """How many samples the units have given, and which units are still wanted."""
 
-
-def _write_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, workers: int) -> Iterator[int]:
-    """Make all parts; yields the number of samples so far after each."""
-    kept = 0
-    if min(workers, len(units)) <= 1:
+    def __init__(self, recipe: DataRecipe, units: Sequence[Unit]) -> None:
+        self.num_kept = 0
+        self._limits = [entry.limit for entry in recipe.sources]
+        self._waiting: defaultdict[int, deque[Unit]] = defaultdict(deque)
         for unit in units:
-            kept += write_part(recipe, unit, _part_prefix(folder, unit))
-            yield kept
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(min(workers, len(units)), mp_context=context) as pool:
-        pending = {pool.submit(write_part, recipe, unit, _part_prefix(folder, unit)) for unit in units}
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    kept += _result(future)
-                    yield kept
-        finally:
-            for future in pending:
-                future.cancel()
+            self._waiting[unit.source_index].append(unit)
+        self._kept: dict[Unit, int] = {}
+        self._given = [0] * len(recipe.sources)
+        """Of each source: samples of its units up to the first that is not finished."""
+
+    def is_wanted(self, unit: Unit) -> bool:
+        """False once the units before it have given all samples that its source may give."""
+        limit = self._limits[unit.source_index]
+        return limit is None or self._given[unit.source_index] < limit
+
+    def finish(self, unit: Unit, kept: int) -> None:
+        """Note what a unit has given."""
+        self.num_kept += kept
+        self._kept[unit] = kept
+        waiting = self._waiting[unit.source_index]
+        while waiting and waiting[0] in self._kept:
+            self._given[unit.source_index] += self._kept.pop(waiting.popleft())
 
 
-def _result(future: Future[int]) -> int:
+def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool: Pool, bar: tqdm[Any]) -> None:
+    """Make all parts that are wanted and not there."""
+    progress = _Progress(recipe, units)
+    pending: dict[Future[int], Unit] = {}
+
+    def finish(unit: Unit, kept: int) -> None:
+        progress.finish(unit, kept)
+        bar.update()
+        bar.set_postfix(samples=progress.num_kept, refresh=False)
+
     try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed (out of memory?); start again with fewer --workers"
-        ) from error
+        for unit in units:
+            if not progress.is_wanted(unit):
+                bar.update()
+                continue
+            index = read_index(part_prefix(folder, unit))
+            if index is not None:
+                finish(unit, index.num_samples)
+                continue
+            pending[pool.executor.submit(write_part, recipe, unit, folder)] = unit
+            while len(pending) >= (2 * pool.size if pool.size > 1 else 1):
+                _collect(pending, finish)
+        while pending:
+            _collect(pending, finish)
+    finally:
+        for future in pending:
+            future.cancel()
 
 
-def _part_prefix(folder: Path, unit: Unit) -> Path:
-    return folder / f"{unit.index:06d}"
+def _collect(pending: dict[Future[int], Unit], finish: Callable[[Unit, int], None]) -> None:
+    """Wait until something is finished, and note it."""
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        try:
+            finish(pending.pop(future), future.result())
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed (out of memory?); start again with fewer --workers: it goes on from the "
+                "shards that are finished"
+            ) from error
+
+
+def _finished_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path) -> Iterator[FinishedPart]:
+    """The parts in the order of the units; of a source with a limit, up to its last sample."""
+    left = [entry.limit for entry in recipe.sources]
+    for unit in units:
+        most = left[unit.source_index]
+        if most == 0:
+            continue
+        index = read_index(part_prefix(folder, unit))
+        if index is None:
+            raise DataError(f"{part_prefix(folder, unit)}: the part of {unit.shard.path} is gone; start again")
+        if most is not None:
+            index = cut(index, most)
+            left[unit.source_index] = most - index.num_samples
+        yield FinishedPart(unit.source_index, part_prefix(folder, unit), index)
+
+
+def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
+    """Remove what no unit asks for: parts of other recipes or older files, and what was not finished."""
+    prefixes = [part_prefix(folder, unit) for unit in units]
+    wanted = {_LOCK, *(path(prefix).name for prefix in prefixes for path in (data_path, index_path))}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second preparation; the lock goes with the process, however it ends."""
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder}: another preparation is at work here; wait for it, or choose another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield

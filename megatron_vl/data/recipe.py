@@ -7,24 +7,29 @@
     num_queries: 256          # these two may come from --model-preset
     num_ranks: 151643
     pack: {mode: mixed, max_images: 7}
+    filters: {min_side: 64, drop_emoji: true}
+    mixture: {groups: {captioning: 19.7M}, max_repeats: 2}
 
 ``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first
-samples; all other keys of a source are options of its reader. Unknown keys are errors that name their nearest
-neighbour.
+samples, ``samples`` or ``group`` give it an amount (mixture.py), ``filters`` its own thresholds; all other keys of a
+source are options of its reader. Unknown keys are errors that name their nearest neighbour.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from megatron_vl.data.chat_prompts import ChatStyle
+from megatron_vl.data.filters.options import FilterOptions, read_filters
 from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.registry import build_source
@@ -47,11 +52,25 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source and how much of it is used."""
+    """One source, how it is cleaned, and how much of it is used."""
 
     source: Source
     weight: float = 1.0
     limit: int | None = None
+    """Samples to read at most: the first that pass the filters of single samples."""
+    group: str | None = None
+    """Group of the mixture, where amounts are given; a source with ``samples`` is a group of its own."""
+    filters: FilterOptions = field(default_factory=FilterOptions)
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """Amounts that the groups of sources are to have, see mixture.py."""
+
+    groups: dict[str, int] = field(default_factory=dict)
+    """Samples of each group; only their proportions matter where there is less."""
+    max_repeats: float = 1.0
+    """How often the samples of a group may be used."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,9 @@ class DataRecipe:
     chat_style: ChatStyle = "paper"
     vocab_file: str | None = None
     pack: PackOptions = field(default_factory=PackOptions)
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    """For all sources; a source's own entries replace these."""
+    mixture: MixtureOptions = field(default_factory=MixtureOptions)
 
     @property
     def longest_sample(self) -> int:
@@ -96,42 +118,112 @@ def load_recipe(
         if key not in values:
             hint = "" if key == "sources" else " (or give --model-preset)"
             raise ConfigError(f"{path}: {key} is missing{hint}")
+    root = root or path.parent
+    filters = read_filters(values.get("filters", {}), f"{path}: filters", root=root)
+    sources, amounts = _sources(values["sources"], path, root, filters)
     recipe = DataRecipe(
         **{
             **values,
-            "sources": _sources(values["sources"], path, root or path.parent),
+            "sources": sources,
             "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
+            "filters": filters,
+            "mixture": _mixture(values.get("mixture", {}), amounts, f"{path}: mixture"),
         }
     )
     _check_values(recipe, str(path))
+    _check_groups(recipe, str(path))
     return recipe
 
 
-def _sources(entries: Any, path: Path, root: Path) -> tuple[SourceEntry, ...]:
+def read_amount(value: Any, where: str) -> int:
+    """A number of samples: an integer, or a number with K, M or B behind it; raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value)) if type(value) in (int, str) else None
+    amount = Decimal(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else Decimal(0)
+    if amount < 1 or amount != int(amount):
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a number of samples such as 350000, 350K or 19.7M")
+    return int(amount)
+
+
+def _sources(
+    entries: Any, path: Path, root: Path, filters: FilterOptions
+) -> tuple[tuple[SourceEntry, ...], dict[str, int]]:
+    """The sources, and the amounts of those that have one of their own."""
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: sources: expected a list of mappings with 'name' and 'type'")
-    built = tuple(_source(entry, f"{path}: sources[{i}]", root) for i, entry in enumerate(entries))
+    built = tuple(_source(entry, f"{path}: sources[{i}]", root, filters) for i, entry in enumerate(entries))
     names = [entry.source.name for entry in built]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
                 f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique"
             )
-    return built
+    amounts = {
+        entry["name"]: read_amount(entry["samples"], f"{path}: sources[{i}].samples")
+        for i, entry in enumerate(entries)
+        if "samples" in entry
+    }
+    return built, amounts
 
 
-def _source(entry: Any, where: str, root: Path) -> SourceEntry:
+_ENTRY_KEYS = ("weight", "limit", "samples", "group", "filters")
+"""Keys of a source that its reader does not see."""
+
+
+def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> SourceEntry:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
-    weight, limit = entry.get("weight", 1.0), entry.get("limit")
+    weight, limit, group = entry.get("weight", 1.0), entry.get("limit"), entry.get("group")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
         raise ConfigError(
             f"{where}.weight: found {weight!r}, expected a number above 0 (2 uses every sample twice)"
         )
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ConfigError(f"{where}.limit: found {limit!r}, expected a number of samples")
-    options = {key: value for key, value in entry.items() if key not in ("weight", "limit")}
-    return SourceEntry(build_source(options, where=where, root=root), float(weight), limit)
+    if "samples" in entry and group is not None:
+        raise ConfigError(f"{where}: 'samples' and 'group' exclude each other; the group has an amount already")
+    if group is not None and not isinstance(group, str):
+        raise ConfigError(f"{where}.group: found {group!r:.60}, expected a name of mixture.groups")
+    source = build_source({key: entry[key] for key in entry if key not in _ENTRY_KEYS}, where=where, root=root)
+    return SourceEntry(
+        source,
+        weight=float(weight),
+        limit=None if limit is None else read_amount(limit, f"{where}.limit"),
+        group=source.name if "samples" in entry else group,
+        filters=read_filters(entry.get("filters", {}), f"{where}.filters", root=root, base=filters),
+    )
+
+
+def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
+    _check_keys(values, MixtureOptions, where)
+    groups, repeats = values.get("groups", {}), values.get("max_repeats", 1.0)
+    if not isinstance(groups, dict):
+        raise ConfigError(f"{where}.groups: found {groups!r:.60}, expected names and numbers of samples")
+    if isinstance(repeats, bool) or not isinstance(repeats, (int, float)) or not 0 < repeats <= 1000:
+        raise ConfigError(f"{where}.max_repeats: found {repeats!r}, expected a number above 0")
+    for name in amounts:
+        if name in groups:
+            raise ConfigError(f"{where}.groups: {name!r} is the name of a source that has its own 'samples'")
+    named = {str(name): read_amount(value, f"{where}.groups.{name}") for name, value in groups.items()}
+    return MixtureOptions({**named, **amounts}, float(repeats))
+
+
+def _check_groups(recipe: DataRecipe, where: str) -> None:
+    """Amounts for all sources or for none, and no amount for nothing."""
+    amounts = recipe.mixture.groups
+    for index, entry in enumerate(recipe.sources):
+        if entry.group is not None and entry.group not in amounts:
+            known = f"known are {', '.join(amounts)}" if amounts else "there is no such entry"
+            raise ConfigError(
+                f"{where}: sources[{index}].group: {entry.group!r} has no amount in mixture.groups; {known}"
+            )
+        if entry.group is None and amounts:
+            raise ConfigError(
+                f"{where}: sources[{index}] ({entry.source.name}) has neither 'samples' nor 'group', but other sources "
+                "have amounts; give all sources one, or none"
+            )
+    for name in amounts:
+        if not any(entry.group == name for entry in recipe.sources):
+            raise ConfigError(f"{where}: mixture.groups.{name}: no source is in this group; remove it")
 
 
 def _pack_options(values: Any, where: str) -> PackOptions:

@@ -61,7 +61,7 @@ def make_data_set(folder: Path, name: str = "set", **changes: Any) -> str:
     """Prepare the raw data of ``folder`` (written if absent) and return the prefix."""
     if not (folder / "captions").exists():
         write_raw(folder)
-    prepare(load_recipe(write_recipe(folder, **changes)), folder / name, workers=1, progress=False)
+    prepare(load_recipe(write_recipe(folder, **changes)), folder / name, progress=False)
     return str(folder / name)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry, write_manifest
+from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry, SourceTotals, write_manifest
 
 LAYOUTS = {
     "stage0": ("TP 1 x PP 1 x DP 2", None),
@@ -155,7 +155,7 @@ def _write_findings(folder: Path) -> None:
 
 def _manifest() -> Manifest:
     return Manifest(
-        format_version=1,
+        format_version=2,
         tokenizer_sha256="0" * 64,
         num_ranks=2048,
         num_queries=16,
@@ -169,6 +169,7 @@ def _manifest() -> Manifest:
         num_images=12000,
         num_stored_images=12000,
         images_per_row=(0, 1200),
+        sources=(SourceTotals("captions", 12002, 12000), SourceTotals("text", 20000, 20000)),
         counts=(
             CountEntry("captions", "caption", 12000, 300_000, 12000),
             CountEntry("text", "text", 20000, 300_000, 0),

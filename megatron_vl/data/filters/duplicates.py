@@ -1,0 +1,77 @@
+"""Images that look alike, by a 64-bit perceptual hash.
+
+The hash (dHash) says for 8 x 8 places of the image whether it gets darker to the right; it survives scaling and
+recompression, and changes with crops and flips. An image without any such step (a plain colour) has hash 0, which
+says nothing, so 0 is never like anything.
+
+Pairs within a distance of d bits agree wholly in at least one of d + 1 bands of bits; so only images that share a
+band are compared. The bands are interleaved, because neighbouring bits depend on each other (a white border makes
+whole rows zero).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Hashes = npt.NDArray[np.uint64]
+IntArray = npt.NDArray[np.int64]
+
+
+def looks_of(image: Image.Image) -> int:
+    """The perceptual hash of an image."""
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(small[:, :-1] > small[:, 1:]).tobytes(), "big")
+
+
+def like_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
+    """Pairs of different hashes within a distance in bits, as indices (i, j) with i < j, in order of j.
+
+    ``hashes`` are distinct.
+    """
+    firsts, seconds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for band in range(distance + 1):
+        bits = hashes & np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1)))
+        order = np.argsort(bits, kind="stable")
+        begins = np.arange(len(order) - 1)
+        step = 1
+        while len(begins):
+            begins = begins[begins + step < len(order)]
+            begins = begins[bits[order[begins]] == bits[order[begins + step]]]
+            i, j = order[begins], order[begins + step]
+            near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
+            firsts.append(np.minimum(i, j)[near])
+            seconds.append(np.maximum(i, j)[near])
+            step += 1
+    pairs = np.unique(np.stack([np.concatenate(seconds), np.concatenate(firsts)]), axis=1)
+    return pairs[1], pairs[0]
+
+
+def repeated(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
+    """Which of the images, in their order, look like an earlier one that is not itself such a repetition."""
+    dropped = np.zeros(len(hashes), dtype=np.bool_)
+    with_looks = np.flatnonzero(hashes)
+    values, first, inverse = np.unique(hashes[with_looks], return_index=True, return_inverse=True)
+    in_order = np.argsort(first, kind="stable")
+    kept = np.ones(len(values), dtype=np.bool_)
+    for i, j in zip(*(pair.tolist() for pair in like_pairs(values[in_order], distance)), strict=True):
+        if kept[i]:
+            kept[j] = False
+    survives = np.empty(len(values), dtype=np.bool_)
+    survives[in_order] = kept
+    dropped[with_looks] = ~survives[inverse] | (first[inverse] != np.arange(len(with_looks)))
+    return dropped
+
+
+def like_any(hashes: Hashes, others: Hashes, distance: int) -> npt.NDArray[np.bool_]:
+    """Which of the hashes are within a distance of one of ``others``."""
+    others = np.unique(others[others != 0])
+    found = np.isin(hashes, others)
+    fresh, inverse = np.unique(np.where(found, 0, hashes), return_inverse=True)
+    like = np.zeros(len(fresh), dtype=np.bool_)
+    with_looks = np.flatnonzero(fresh)
+    firsts, seconds = like_pairs(np.concatenate([others, fresh[with_looks]]), distance)
+    hits = seconds[(firsts < len(others)) & (seconds >= len(others))] - len(others)
+    like[with_looks[hits]] = True
+    return found | like[inverse]

