@@ -7,7 +7,6 @@ folder, a file of another format): ``DataError`` names the file, what was found 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -102,26 +101,6 @@ def require_folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; expected {what}")
     return path
-
-
-def load_json(path: Path, expected: type[list[Any] | dict[str, Any]]) -> Any:
-    """The JSON document in ``path``, checked to be of the ``expected`` type at the top; raises DataError."""
-    require_file(path, "a JSON file")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
-    if not isinstance(value, expected):
-        raise DataError(f"{path}: found a JSON {type(value).__name__} at the top, expected a {expected.__name__}")
-    return value
-
-
-def json_list(document: Json, name: str, path: Path) -> list[Any]:
-    """The list ``document[name]``; DataError names the file if it is absent."""
-    value = document.get(name)
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a list under {name!r}; found the keys {sorted(document)[:8]}")
-    return value
 
 
 def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[Shard]:

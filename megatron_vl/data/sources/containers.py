@@ -15,13 +15,13 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.sources.base import Shard, Skipped, skipped
 from megatron_vl.data.sources.images import read_bytes
-from megatron_vl.data.sources.parquet import read_rows
-from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, TEXT_SUFFIXES, TarRecord, read_tar
+from megatron_vl.data.sources.parquet import read_rows, require_images_in
+from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, TEXT_SUFFIXES, TarRecord, read_tar, split_name
 from megatron_vl.errors import DataError, SkipSample
 
 
@@ -38,10 +38,15 @@ class Pair:
 
 def pair_shards(path: Path) -> list[Shard]:
     """A shard for each tar, folder or parquet file of a folder, or for the file itself; raises DataError."""
-    if path.is_file():
-        return [Shard(path.name, path)]
-    if not path.is_dir():
+    if not path.is_dir() and not path.is_file():
         raise DataError(f"{path}: no such file or folder; expected img2dataset's output or one of its shards")
+    found = _shards_in(path) if path.is_dir() else [path]
+    if found[0].suffix == ".parquet":
+        require_images_in(found[0], IMAGE_SUFFIXES)
+    return [Shard(item.name, item) for item in found]
+
+
+def _shards_in(path: Path) -> list[Path]:
     tars = sorted(file for file in path.glob("*.tar") if file.is_file())
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and _has_image(folder))
     if _has_image(path):
@@ -51,7 +56,7 @@ def pair_shards(path: Path) -> list[Shard]:
     found = tars or folders or sorted(file for file in path.glob("*.parquet") if file.is_file())
     if not found:
         raise DataError(f"{path}: no .tar, no .parquet and no folder of images; expected img2dataset's output")
-    return [Shard(item.name, item) for item in found]
+    return found
 
 
 def read_pairs(shard: Shard) -> Iterator[Pair | Skipped]:
@@ -101,25 +106,18 @@ def _decode(data: bytes, what: str) -> str:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(_suffix(entry.name) in IMAGE_SUFFIXES for entry in folder.iterdir())
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).name.partition(".")[2].lower()
+    return any(split_name(entry.name)[1] in IMAGE_SUFFIXES for entry in folder.iterdir())
 
 
 def _read_folder(folder: Path) -> Iterator[TarRecord]:
     """Records of a folder by key; the names of its files are held in memory."""
-    names = sorted(entry.name for entry in folder.iterdir() if _suffix(entry.name) in IMAGE_SUFFIXES + TEXT_SUFFIXES)
-    for key, group in itertools.groupby(sorted(names, key=_stem), key=_stem):
+    members = sorted((*split_name(entry.name), entry.name) for entry in folder.iterdir())
+    members = [member for member in members if member[1] in IMAGE_SUFFIXES + TEXT_SUFFIXES]
+    for key, group in itertools.groupby(members, key=lambda member: member[0]):
         try:
-            yield TarRecord(key, {_suffix(name): read_bytes(folder, name) for name in group})
+            yield TarRecord(key, {suffix: read_bytes(folder, name) for _, suffix, name in group})
         except SkipSample as error:
             yield TarRecord(key, problem=error.reason, detail=error.detail)
-
-
-def _stem(name: str) -> str:
-    return name.partition(".")[0]
 
 
 def _pair_of_row(shard: Shard, row: Mapping[str, Any] | Skipped) -> Pair | Skipped:
@@ -129,6 +127,8 @@ def _pair_of_row(shard: Shard, row: Mapping[str, Any] | Skipped) -> Pair | Skipp
     data = next((row[suffix] for suffix in IMAGE_SUFFIXES if row.get(suffix) is not None), None)
     if data is None:
         return Skipped(key, "not_downloaded", f"{row.get('status')}: {row.get('error_message')}")
+    if not isinstance(data, bytes):
+        return Skipped(key, "wrong_field", f"the image is {type(data).__name__}")
     if not data:
         return Skipped(key, "empty_image", "zero bytes")
     return Pair(key, data, row)

@@ -2,8 +2,8 @@
 
 Columns are decoded page by page (no buffer over a whole row group), so that memory does not grow with the
 size of a file or of its row groups. A file that is no parquet is one skipped record, as a tar that is none;
-of a damaged row group every row is one. A file without a column of images is a list of addresses, and an
-error.
+of a damaged row group every row is one. A file without a column of images is a list of addresses: an error if
+the first file of a folder is one, a skipped record later on.
 """
 
 from __future__ import annotations
@@ -20,37 +20,67 @@ BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
 
 
-def read_rows(path: Path, image_columns: Sequence[str]) -> Iterator[dict[str, Any] | Skipped]:
-    """The rows as dictionaries, each with a ``key`` (its number where the file has none).
-
-    Raises DataError if pyarrow is missing, or the file, or a binary column named as one of ``image_columns``.
-    """
-    require_file(path, "a parquet file")
-    arrow, parquet = _load_pyarrow()
-    try:
-        file = parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except (arrow.ArrowException, OSError) as error:
-        yield Skipped(path.name, "bad_parquet", f"{path}: {error}")
+def require_images_in(path: Path, columns: Sequence[str]) -> None:
+    """Raise DataError if pyarrow is missing, or a readable file has no column of images, named as one of
+    ``columns``."""
+    file = _open(require_file(path, "a parquet file"))
+    if isinstance(file, Skipped):
         return
     with file:
-        names = file.schema_arrow.names
-        if not set(names) & set(image_columns):
-            raise DataError(
-                f"{path}: no column of images ({', '.join(image_columns)}); found {', '.join(names)[:200]}. "
-                "A list of addresses has to be downloaded first, for example with img2dataset"
-            )
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            end = first + file.metadata.row_group(group).num_rows
-            number = first
-            try:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
-                    yield from _rows_of(batch, path, number)
-                    number += batch.num_rows
-            except (arrow.ArrowException, OSError) as error:
-                for lost in range(number, end):
-                    yield Skipped(f"{path.name}/{lost}", "bad_parquet", f"{path}: row group {group}: {error}")
-            first = end
+        problem = _no_images(file, columns)
+    if problem:
+        raise DataError(
+            f"{path}: {problem}. A list of addresses has to be downloaded first, for example with img2dataset"
+        )
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any] | Skipped]:
+    """The rows as dictionaries, each with a ``key`` (its number where the file has none).
+
+    Raises DataError if pyarrow or the file is missing.
+    """
+    file = _open(require_file(path, "a parquet file"))
+    if isinstance(file, Skipped):
+        yield file
+        return
+    with file:
+        problem = _no_images(file, columns)
+        if problem:
+            yield Skipped(path.name, "bad_parquet", f"{path}: {problem}")
+            return
+        yield from _rows_of_file(file, path)
+
+
+def _open(path: Path) -> Any:
+    """pyarrow's ParquetFile, or ``Skipped`` if it is none."""
+    arrow, parquet = _load_pyarrow()
+    try:
+        return parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    except (arrow.ArrowException, OSError) as error:
+        return Skipped(path.name, "bad_parquet", f"{path}: {error}")
+
+
+def _no_images(file: Any, columns: Sequence[str]) -> str:
+    names = file.schema_arrow.names
+    if set(names) & set(columns):
+        return ""
+    return f"no column of images ({', '.join(columns)}); found {', '.join(names)[:200]}"
+
+
+def _rows_of_file(file: Any, path: Path) -> Iterator[dict[str, Any] | Skipped]:
+    arrow, _ = _load_pyarrow()
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        end = first + file.metadata.row_group(group).num_rows
+        number = first
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                yield from _rows_of(batch, path, number)
+                number += batch.num_rows
+        except (arrow.ArrowException, OSError) as error:
+            for lost in range(number, end):
+                yield Skipped(f"{path.name}/{lost}", "bad_parquet", f"{path}: row group {group}: {error}")
+        first = end
 
 
 def _rows_of(batch: Any, path: Path, first: int) -> Iterator[dict[str, Any] | Skipped]:

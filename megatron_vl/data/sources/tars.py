@@ -64,7 +64,7 @@ def read_tar(path: Path) -> Iterator[TarRecord]:
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in _members(archive):
-                key = _key(member.name)
+                key, _ = split_name(member.name)
                 if record is None or record.key != key:
                     if record is not None:
                         yield record
@@ -89,14 +89,12 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _key(name: str) -> str:
-    """The name without the suffix: all up to the first dot of the last component, as WebDataset has it."""
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member: what is before and behind the first dot of the last component, as WebDataset
+    has it."""
     folder, slash, base = _printable(name).removeprefix("./").rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition("/")[2].partition(".")[2].lower()
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
 def _printable(name: str) -> str:
@@ -109,7 +107,7 @@ def _add(record: TarRecord, archive: tarfile.TarFile, member: tarfile.TarInfo) -
     problem = _problem(member)
     if problem:
         return replace(record, problem=problem, detail=_printable(member.name))
-    suffix = _suffix(member.name)
+    _, suffix = split_name(member.name)
     if suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
         return record
     if member.size > MAX_MEMBER_BYTES:

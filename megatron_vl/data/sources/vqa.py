@@ -71,6 +71,7 @@ class VQA(Source):
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
         check_patterns(self.image_pattern, self.name)
+        self._annotated_answers()  # a damaged file is refused now, not in the middle of the work
         shards = [array_shards(file, self.records_per_shard, self.records or None) for file in self._files()]
         return list(itertools.chain.from_iterable(shards))
 

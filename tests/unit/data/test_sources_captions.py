@@ -167,6 +167,15 @@ def test_coco_caption(tmp_path: Path) -> None:
     assert len(items) == 8, "every sentence is accounted for"
 
 
+def test_flickr30k_names_neither_folder_nor_coco_id(tmp_path: Path) -> None:
+    sentence = {"raw": "Two friends stand in a yard.", "imgid": 0, "sentid": 0, "tokens": ["two", "friends"]}
+    image = {"sentids": [0], "imgid": 0, "sentences": [sentence], "split": "train", "filename": "1000092795.jpg"}
+    write_json(tmp_path / "dataset_flickr30k.json", {"images": [image], "dataset": "flickr30k"})
+    (tmp_path / "1000092795.jpg").write_bytes(JPEG)
+    items = read_all(source_of("karpathy", tmp_path, path="dataset_flickr30k.json", image_root="."))
+    assert [(s.key, s.text) for s in kept(items)] == [("1000092795.jpg", "Two friends stand in a yard.")]
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [("longest", "a longer one"), ("first", "one"), ("all", ["one", "a longer one", "a long one"])],

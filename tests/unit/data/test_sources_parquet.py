@@ -22,13 +22,22 @@ def source(folder: Path) -> Img2Dataset:
     return Img2Dataset("set", folder)
 
 
+def write_addresses(path: Path) -> None:
+    row = {"SAMPLE_ID": 2160049015678, "URL": "http://shop.ex/a.jpg", "TEXT": None, "WIDTH": 450.0, "similarity": 0.3}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+
+
 def test_a_list_of_addresses_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    rows = [
-        {"SAMPLE_ID": 2160049015678, "URL": "http://shop.ex/a.jpg", "TEXT": None, "WIDTH": 450.0, "similarity": 0.3}
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "part-00000-c000.snappy.parquet")
+    write_addresses(tmp_path / "part-00000-c000.snappy.parquet")
     with pytest.raises(DataError, match=r"no column of images .*found SAMPLE_ID, URL.*has to be downloaded first"):
-        read_all(source(tmp_path))
+        source(tmp_path).shards()
+
+
+def test_a_stray_list_of_addresses_does_not_end_the_work(tmp_path: Path) -> None:
+    write_parquet(tmp_path, [Download(0, "a caption")])
+    write_addresses(tmp_path / "metadata.parquet")
+    items = read_all(source(tmp_path))
+    assert (len(kept(items)), reasons(items)) == (1, {"bad_parquet": 1})
 
 
 @pytest.mark.parametrize("damage", ["cut", "no parquet", "empty"])
@@ -70,11 +79,13 @@ def test_text_that_is_no_utf8_is_the_fault_of_its_row(tmp_path: Path) -> None:
 
 
 def test_rows_without_keys_or_images(tmp_path: Path) -> None:
+    table = pa.table({"caption": ["a"], "jpg": ["text"]})
+    pq.write_table(table, tmp_path / "00001.parquet")
     table = pa.table({"caption": ["a", "b", "c"], "png": pa.array([picture(1, "PNG"), None, b""], pa.binary())})
     pq.write_table(table, tmp_path / "00000.parquet")
     items = read_all(source(tmp_path))
     assert [sample.key for sample in kept(items)] == ["00000.parquet/0"]
-    assert reasons(items) == {"not_downloaded": 1, "empty_image": 1}
+    assert reasons(items) == {"not_downloaded": 1, "empty_image": 1, "wrong_field": 1}
 
 
 def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:

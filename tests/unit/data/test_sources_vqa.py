@@ -313,12 +313,12 @@ def test_a_cut_document_is_refused_before_any_question_is_used(tmp_path: Path, n
         source_of(name, tmp_path, **options).shards()
 
 
-def test_a_cut_file_of_annotations_is_refused(tmp_path: Path) -> None:
+def test_a_cut_file_of_annotations_is_refused_before_any_question_is_used(tmp_path: Path) -> None:
     published.write_vqav2(tmp_path)
     path = tmp_path / VQAV2["annotations"]
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match="annotations.json: not valid JSON"):
-        read_all(source_of("vqav2", tmp_path, **SETS["vqav2"][1]))
+        source_of("vqav2", tmp_path, **SETS["vqav2"][1]).shards()
 
 
 @pytest.mark.parametrize(
