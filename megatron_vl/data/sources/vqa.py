@@ -155,7 +155,9 @@ def best_answer(record: Json, name: str = "answers") -> str:
     ``record[name]`` is one answer, or a list of texts or of VQAv2's objects with ``answer`` and
     ``answer_confidence``; where it is empty or absent, ``multiple_choice_answer`` counts.
     """
-    answers = record.get(name) or record.get("multiple_choice_answer")
+    answers = record.get(name)
+    if not answers and isinstance(record.get("multiple_choice_answer"), str):
+        answers = record["multiple_choice_answer"]
     if not answers and name in record:
         raise SkipSample("no_annotation", f"{name!r} is empty")
     if isinstance(answers, str):

@@ -258,7 +258,9 @@ def test_best_answer_falls_back_to_the_multiple_choice_answer() -> None:
     assert best_answer({"multiple_choice_answer": "two"}) == "two"
     assert best_answer({"answers": [], "multiple_choice_answer": "two"}) == "two"
     with pytest.raises(SkipSample, match="no_annotation"):
-        best_answer({"answers": []})
+        best_answer({"answers": [], "multiple_choice_answer": ["two"]})
+    with pytest.raises(SkipSample, match="missing_field"):
+        best_answer({"multiple_choice_answer": None})
     with pytest.raises(SkipSample, match="wrong_field"):
         best_answer({"answers": [3]})
 
