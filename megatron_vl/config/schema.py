@@ -170,6 +170,9 @@ class TrainingConfig:
     """Do not train the resampler (with its ln_post and proj)."""
     freeze_language_model: bool = False
     """Do not train the language model."""
+    legacy_finetune_freezing: bool = False
+    """With freeze_vision: freeze what the released fine-tuning script froze. Unlike in the paper, the resampler's
+    ln_post and proj then stay as they are, and its position table, which otherwise never changes, trains."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or the attention core only."""
     eval_interval: int = 0

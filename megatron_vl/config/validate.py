@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.fields import iterate_fields
-from megatron_vl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_vl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.errors import ConfigError
 
@@ -46,6 +46,7 @@ def validate(config: RunConfig, *, world_size: int, cuda: bool) -> None:
     check_backend(config, cuda=cuda)
     check_row(config)
     check_trainable(config)
+    check_legacy_freezing(config.training)
     check_schedule(config)
     check_checkpoints(config)
     check_validation(config)
@@ -227,6 +228,21 @@ def check_trainable(config: RunConfig) -> None:
         raise ConfigError(
             "training.freeze_vision, training.freeze_resampler and training.freeze_language_model are all true: "
             "nothing is left to train"
+        )
+
+
+def check_legacy_freezing(training: TrainingConfig) -> None:
+    """The released fine-tuning script's choice belongs to stage 3, which freezes the vision tower alone."""
+    if not training.legacy_finetune_freezing:
+        return
+    expected = {"freeze_vision": True, "freeze_resampler": False, "freeze_language_model": False}
+    wrong = [f"training.{name} is {str(not value).lower()}" for name, value in expected.items()
+             if getattr(training, name) != value]  # fmt: skip
+    if wrong:
+        raise ConfigError(
+            "training.legacy_finetune_freezing stands for what the released fine-tuning script trained: the language "
+            "model and the resampler without its ln_post and proj, but with its position table; the vision tower is "
+            f"frozen. But {' and '.join(wrong)}. Set freeze_vision alone of the three, or leave the option out"
         )
 
 

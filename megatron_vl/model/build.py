@@ -14,7 +14,9 @@ from megatron_vl.model.initialize import initialize, mark_tensor_parallel
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.model.rotary import LongContext
 from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
+from megatron_vl.planning.parameters import POSITION_TABLE, trains
 
 
 def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> list[QwenVL]:
@@ -56,6 +58,7 @@ def _context(config: RunConfig, topology: Topology) -> BuildContext:
         backend=backend,
         groups=topology.groups,
         recompute_layers=config.training.recompute_granularity == "full",
+        trains_position_table=trains(POSITION_TABLE, FrozenParts.of(config.training)),
     )
 
 

@@ -26,6 +26,8 @@ class BuildContext:
     groups: ProcessGroupCollection
     recompute_layers: bool
     """Recompute whole layers in the backward pass."""
+    trains_position_table: bool
+    """The resampler's ``pos_embed`` is a parameter."""
 
     @property
     def sequence_parallel(self) -> bool:

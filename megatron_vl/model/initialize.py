@@ -14,6 +14,7 @@ Who gets which distribution (``visual.py`` and ``modeling_qwen.py`` of the publi
     resampler query, kv_proj, out_proj      N(0, 0.02), cut at +-2 as its ``trunc_normal_`` does
     resampler in_proj                       uniform, Xavier
     resampler proj                          N(0, 1 / sqrt(width))
+    resampler pos_embed, where it trains    its sin-cos table
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import ModelConfig
+from megatron_vl.model.resampler import sincos_positions
+from megatron_vl.planning.parameters import POSITION_TABLE
 
 
 def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: ProcessGroupCollection) -> None:
@@ -79,6 +82,8 @@ def draw(name: str, shape: Sequence[int], *, model: ModelConfig, seed: int) -> T
     shape = list(shape)
     # The generator looks at the lower 32 bits of its seed only, so both have to be in these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
+    if name == POSITION_TABLE:
+        return sincos_positions(round(shape[0] ** 0.5), shape[1])
     if _is_norm(name):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith("bias"):

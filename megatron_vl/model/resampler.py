@@ -2,8 +2,9 @@
 
 * Sin-cos positions are added to queries and keys, never to values; so keys and values are projected from different
   inputs, and Megatron-Core's cross-attention, which has one input for both, does not serve.
-* The position table is stored in the checkpoint, does not train, and is interpolated (not recomputed) to the patch
-  grid. Its first half encodes the column, its second half the row.
+* The position table is stored in the checkpoint and interpolated (not recomputed) to the patch grid. Its first half
+  encodes the column, its second half the row. It is a buffer, and a parameter of the same name where it trains: under
+  ``training.legacy_finetune_freezing``.
 * No residual, no MLP; ``ln_post`` and ``proj`` come after it and are part of what the paper calls the adapter.
 * It is replicated over tensor-parallel ranks: 0.9 % of the model's weights and 3 % of the vision tower's work.
 """
@@ -73,7 +74,11 @@ class Resampler(ShardedModule):
         self.grid = model.patch_grid
         self.sequence_parallel = context.sequence_parallel
         self.query = nn.Parameter(torch.empty(queries, width, dtype=dtype))
-        self.register_buffer("pos_embed", sincos_positions(round(queries**0.5), width).to(dtype))
+        table = sincos_positions(round(queries**0.5), width).to(dtype)
+        if context.trains_position_table:
+            self.pos_embed = nn.Parameter(table)
+        else:
+            self.register_buffer("pos_embed", table)
         self.kv_proj = nn.Linear(model.vision.hidden_size, width, bias=False, dtype=dtype)
         self.ln_q = nn.LayerNorm(width, eps=epsilon, dtype=dtype)
         self.ln_kv = nn.LayerNorm(width, eps=epsilon, dtype=dtype)

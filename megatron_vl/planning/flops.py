@@ -31,11 +31,18 @@ class FrozenParts:
     vision: bool = False
     resampler: bool = False
     language_model: bool = False
+    resampler_output: bool = False
+    """Of a resampler that trains, ln_post and proj: the choice of ``training.legacy_finetune_freezing``."""
 
     @classmethod
     def of(cls, training: TrainingConfig) -> FrozenParts:
         """The frozen parts of a run."""
-        return cls(training.freeze_vision, training.freeze_resampler, training.freeze_language_model)
+        return cls(
+            vision=training.freeze_vision,
+            resampler=training.freeze_resampler,
+            language_model=training.freeze_language_model,
+            resampler_output=training.legacy_finetune_freezing,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,13 @@ def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> flo
     passes = _passes(weight=own_trained, upstream=tower_trained or own_trained)
     keys_values = 2 * patches * 2 * hidden**2
     queries_in = 2 * queries * hidden**2
-    outputs = 2 * queries * 2 * hidden**2  # attention's output projection and the projection after ln_post
+    output = 2 * queries * hidden**2  # attention's output projection, and again the projection after ln_post
     per_image = (
         _passes(weight=own_trained, upstream=tower_trained) * 2 * patches * model.vision.hidden_size * hidden
     )
     per_image += _passes(weight=own_trained, upstream=own_trained) * queries_in
-    per_image += passes * (keys_values + outputs)
+    per_image += passes * (keys_values + output)
+    per_image += (passes - (own_trained and frozen.resampler_output)) * output
     per_image += _attention_passes(tower_trained or own_trained) * 4 * queries * patches * hidden
     return work.num_images * per_image
 

@@ -6,7 +6,8 @@ check of a checkpoint and the conversion all read it, and a test compares it wit
 Names count layers globally and shapes are unsharded. Tensor parallelism splits the transformer layers (except
 their norms and the biases that follow a row-parallel product), the word embedding and the output layer; the
 patch embedding, positions, the resampler and all norms are replicated. ``resampler.pos_embed`` is a stored
-buffer: it is in every checkpoint and never trains, so it is in no count of parameters.
+buffer: it is in every checkpoint and in no count of parameters, since it does not train, except by the choice of
+``training.legacy_finetune_freezing``; :func:`trains` is the one place that says so, for counts and for the model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from megatron_vl.planning.vocabulary import padded_vocab_size
 
 Part = Literal["vision", "resampler", "language_model"]
 
+POSITION_TABLE = "resampler.pos_embed"
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -34,17 +37,14 @@ class TensorSpec:
     split_axis: int | None = None
     """Axis that tensor parallelism splits; none if every tensor-parallel rank holds the whole tensor."""
     is_buffer: bool = False
-    """Stored, never trained."""
+    """Stored, and not trained (see :func:`trains` for the exception)."""
     is_vocabulary: bool = False
     """Its rows are the vocabulary's, which tensor parallelism pads."""
 
     @property
     def part(self) -> Part:
-        """The part that is frozen or trained as a whole."""
-        for part in ("vision", "resampler"):
-            if self.name.startswith(part):
-                return part
-        return "language_model"
+        """The part that it belongs to."""
+        return _part(self.name)
 
     @property
     def module(self) -> str:
@@ -155,19 +155,36 @@ def check_tensor_split(model: ModelConfig, tensor_size: int) -> None:
         )
 
 
-def is_frozen(part: Part, frozen: FrozenParts) -> bool:
-    """Whether a part of the model is frozen."""
-    return bool(getattr(frozen, part))
+def trains(name: str, frozen: FrozenParts) -> bool:
+    """Whether the tensor of this name trains.
+
+    Each of the three parts trains as a whole or not at all (paper, Figure 3), but for the choice of the released
+    fine-tuning script: it unfroze the module that holds the position table, and not the two behind it.
+    """
+    if name == POSITION_TABLE:
+        return frozen.resampler_output
+    if frozen.resampler_output and name.startswith(("resampler.ln_post.", "resampler.proj")):
+        return False
+    return not getattr(frozen, _part(name))
+
+
+def _part(name: str) -> Part:
+    for part in ("vision", "resampler"):
+        if name.startswith(part):
+            return part
+    return "language_model"
 
 
 def _trained_and_frozen(
     specs: Iterable[TensorSpec], frozen: FrozenParts, tensor_size: int
 ) -> tuple[int, int]:
+    """Elements of what trains, and of the parameters that do not."""
     sizes = {True: 0, False: 0}
     for spec in specs:
-        if not spec.is_buffer:
-            sizes[is_frozen(spec.part, frozen)] += spec.local_size(tensor_size)
-    return sizes[False], sizes[True]
+        trained = trains(spec.name, frozen)
+        if trained or not spec.is_buffer:
+            sizes[trained] += spec.local_size(tensor_size)
+    return sizes[True], sizes[False]
 
 
 def _norm(name: str, size: int) -> list[TensorSpec]:
@@ -211,7 +228,7 @@ def _resampler(model: ModelConfig) -> list[TensorSpec]:
     hidden, queries = model.language.hidden_size, model.resampler.num_queries
     return [
         TensorSpec("resampler.query", (queries, hidden)),
-        TensorSpec("resampler.pos_embed", (queries, hidden), is_buffer=True),
+        TensorSpec(POSITION_TABLE, (queries, hidden), is_buffer=True),
         TensorSpec("resampler.kv_proj.weight", (hidden, model.vision.hidden_size)),
         *_norm("resampler.ln_q", hidden),
         *_norm("resampler.ln_kv", hidden),

@@ -2,7 +2,8 @@
 
 The schedule is a pure function of the step, so resuming it needs no state. Layer-wise decay follows BEiT: with D
 vision layers, layer i (from 0) learns at lr x decay^(D - i), the patch and position embeddings at lr x decay^(D + 1),
-everything behind the tower at lr. Vectors (norms, biases) have no weight decay.
+everything behind the tower at lr. Vectors (norms, biases) have no weight decay; tables have, as in the released script,
+also the resampler's position table where it trains.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 BATCHES = 8
 STAGE_1 = {"freeze_language_model": True}
 STAGE_3 = {"freeze_vision": True}
+LEGACY = {"freeze_vision": True, "legacy_finetune_freezing": True}
 TEXT_ONLY = {"freeze_vision": True, "freeze_resampler": True}
 
 
@@ -108,7 +109,7 @@ def _gradients(results: list[RankGradients]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def references(ranks: RankPools) -> dict[Any, list[RankGradients]]:
     """One process, for each set of frozen parts and each attention span."""
-    freezes: list[dict[str, Any]] = [{}, STAGE_1, STAGE_3, TEXT_ONLY]
+    freezes: list[dict[str, Any]] = [{}, STAGE_1, STAGE_3, LEGACY, TEXT_ONLY]
     found = {(tuple(frozen), "segment"): _run(ranks, Layout(), **frozen) for frozen in freezes}
     found[(), "row"] = _run(ranks, Layout(), span="row")
     return found
@@ -138,7 +139,7 @@ def test_whole_row_attention_equals_one_process(ranks: RankPools, references: An
     _assert_equal(_run(ranks, layout, span="row"), references[(), "row"])
 
 
-@pytest.mark.parametrize("frozen", [STAGE_1, STAGE_3, TEXT_ONLY], ids=["stage1", "stage3", "text"])
+@pytest.mark.parametrize("frozen", [STAGE_1, STAGE_3, LEGACY, TEXT_ONLY], ids=["stage1", "stage3", "legacy", "text"])
 @pytest.mark.parametrize(
     "layout",
     [

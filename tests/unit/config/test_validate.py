@@ -61,6 +61,21 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         1,
         ["freeze_vision", "freeze_resampler", "freeze_language_model", "nothing is left"],
     ),
+    (
+        {"training.legacy_finetune_freezing": True},
+        1,
+        ["released fine-tuning script", "training.freeze_vision is false", "Set freeze_vision alone"],
+    ),
+    (
+        {"training.legacy_finetune_freezing": True, "training.freeze_vision": True, "training.freeze_resampler": True},
+        1,
+        ["But training.freeze_resampler is true.", "position table"],
+    ),
+    (
+        {"training.legacy_finetune_freezing": True, "training.freeze_language_model": True},
+        1,
+        ["training.freeze_vision is false and training.freeze_language_model is true"],
+    ),
     ({"optimizer.lr_warmup_iters": 1001}, 1, ["lr_warmup_iters 1001", "train_iters 1000"]),
     (
         {"optimizer.lr_warmup_iters": 101, "optimizer.lr_decay_iters": 100},

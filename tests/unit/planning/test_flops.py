@@ -108,3 +108,11 @@ def test_frozen_parts_of_a_run() -> None:
     assert FrozenParts.of(TrainingConfig(freeze_vision=True, freeze_resampler=True)) == FrozenParts(
         True, True
     )
+
+
+def test_the_released_script_s_frozen_projection_has_no_weight_gradient() -> None:
+    paper = training_flops(QWEN_VL, FrozenParts(vision=True), row(3))
+    legacy = training_flops(QWEN_VL, FrozenParts(vision=True, resampler_output=True), row(3))
+    assert paper.resampler - legacy.resampler == 3 * 2 * 256 * 4096**2
+    assert replace(legacy, resampler=paper.resampler) == paper
+    assert FrozenParts.of(TrainingConfig(freeze_vision=True, legacy_finetune_freezing=True)).resampler_output

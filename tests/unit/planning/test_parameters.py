@@ -5,8 +5,9 @@ import pytest
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.errors import ConfigError
+from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.layout import PipelineLayout, parse_layout
-from megatron_vl.planning.parameters import count_parameters, model_tensors, parameters_by_rank, stage_tensors
+from megatron_vl.planning.parameters import count_parameters, model_tensors, parameters_by_rank, stage_tensors, trains
 from megatron_vl.planning.vocabulary import padded_vocab_size
 
 QWEN_VL = PRESETS["qwen_vl_7b"]
@@ -52,6 +53,23 @@ def test_trained_and_frozen_over_pipeline_ranks(training: TrainingConfig, traine
     assert sum(rank.trained for rank in ranks) == expected
     assert sum(rank.trained + rank.frozen for rank in ranks) == 9_655_886_592
     assert [rank.pipeline_rank for rank in ranks] == [0, 1, 2, 3]
+
+
+def test_the_released_script_trains_the_position_table_and_not_what_follows_the_resampler() -> None:
+    paper = FrozenParts.of(TrainingConfig(freeze_vision=True))
+    legacy = FrozenParts.of(TrainingConfig(freeze_vision=True, legacy_finetune_freezing=True))
+    changed = {spec.name: trains(spec.name, legacy) for spec in model_tensors(QWEN_VL)
+               if trains(spec.name, legacy) != trains(spec.name, paper)}  # fmt: skip
+    assert changed == {
+        "resampler.pos_embed": True,
+        "resampler.ln_post.weight": False,
+        "resampler.ln_post.bias": False,
+        "resampler.proj": False,
+    }
+    config = RunConfig(model=QWEN_VL, training=TrainingConfig(freeze_vision=True, legacy_finetune_freezing=True))
+    (rank,) = parameters_by_rank(config, PipelineLayout.whole(QWEN_VL))
+    assert rank.trained == 7_721_324_544 + 76_054_528, "the language model, and the resampler with its table"
+    assert rank.frozen == 1_842_770_688 + 16_785_408, "the vision tower, ln_post and proj"
 
 
 def test_virtual_stages_count_for_their_rank() -> None:

@@ -92,6 +92,16 @@ def test_the_built_optimizer_applies_them(ranks: RankPools, decay: float) -> Non
     assert (found["vision.positional_embedding"][0] < 0.1) == (decay == 0.5)
 
 
+def test_a_position_table_that_trains_decays_and_learns_like_the_resampler(ranks: RankPools) -> None:
+    config = tiny_config(
+        training={"freeze_vision": True, "legacy_finetune_freezing": True},
+        optimizer={"lr": 1.0, "weight_decay": 0.1, "vision_layer_decay": 0.5},
+    )
+    found = ranks(1).run(_settings_on_rank, config, 0)[0]
+    assert found["resampler.pos_embed"] == found["resampler.query"] == (1.0, 0.1)
+    assert not {"resampler.proj", "resampler.ln_post.weight", "resampler.ln_post.bias"} & found.keys()
+
+
 def test_frozen_parameters_are_in_no_group(ranks: RankPools) -> None:
     config = tiny_config(training={"freeze_vision": True, "freeze_resampler": True})
     names = ranks(1).run(_settings_on_rank, config, 0)[0].keys() - {""}
