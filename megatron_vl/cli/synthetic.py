@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"images of a family, may be repeated; families: {', '.join(FAMILIES)} (text: documents)",
     )
     parser.add_argument("--font-dir", action="append", default=[], help="folder of fonts to use before the system's")
+    parser.add_argument("--background-dir", default="", help="folder of pictures to lay the paper of pages on")
+    parser.add_argument("--corpus-en", default="", help="text file whose words English pages show (profile full)")
+    parser.add_argument("--corpus-zh", default="", help="the same for Chinese pages")
     parser.add_argument("--num-workers", type=int, default=1, help="processes that render")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser
@@ -83,6 +86,10 @@ def resolve(args: argparse.Namespace) -> SyntheticConfig:
         if family not in FAMILIES or not number.isdigit():
             raise ConfigError(f"--count {item!r}: expected FAMILY=N with a family of {', '.join(FAMILIES)}")
         chosen[family] = int(number)
-    return dataclasses.replace(
-        config, split=args.split, seed=args.seed, font_dirs=tuple(args.font_dir), counts=tuple(chosen.items())
+    paths = (
+        str(Path(file).resolve()) if file else "" for file in (args.background_dir, args.corpus_en, args.corpus_zh)
     )
+    background_dir, corpus_en, corpus_zh = paths
+    page = dataclasses.replace(config.page, background_dir=background_dir, corpus_en=corpus_en, corpus_zh=corpus_zh)
+    config = dataclasses.replace(config, page=page, font_dirs=tuple(args.font_dir), counts=tuple(chosen.items()))
+    return dataclasses.replace(config, split=args.split, seed=args.seed)

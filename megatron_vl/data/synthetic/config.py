@@ -69,22 +69,46 @@ class PageConfig:
     """Words only: width of a word per letter."""
     step: int = 14
     """Words only: lines begin at multiples of this."""
+    max_blocks: int = 1
+    """Lines only: greatest number of blocks below one another."""
     max_columns: int = 1
-    """Lines only: greatest number of columns."""
+    """Lines only: greatest number of columns in a block."""
+    alignments: tuple[Literal["left", "center", "right"], ...] = ("left",)
+    """Lines only: one is chosen for each column."""
+    vertical_share: float = 0.0
+    """Lines only: share of Chinese columns that are written downwards."""
+    corpus_en: str = ""
+    """Lines only: text file whose words the English pages show; by default sentences of our own."""
+    corpus_zh: str = ""
+    """The same for Chinese pages."""
     perspective: tuple[float, float] = (0.0, 7.0)
     """Words: a corner moves by one of these two values. Lines: by any value between them."""
+    rotation: float = 0.0
+    """Lines only: greatest angle in degrees by which the paper is turned, either way."""
+    paper_scale: tuple[float, float] = (1.0, 1.0)
+    """Lines only: least and greatest size of the paper, as a share of what fits into the image."""
+    elastic: float = 0.0
+    """Greatest distance in pixels by which uneven paper shifts what is on it."""
     num_fonts: int = 3
     """Fonts to use of those found, the most legible first."""
     max_blur: float = 0.0
     """Greatest radius of the Gaussian blur."""
+    motion_blur: int = 0
+    """Greatest length in pixels of a motion blur, which half of the pages have; 0 or 1 for none."""
     max_noise: float = 6.0
     """Greatest standard deviation of the pixel noise, in levels of 255."""
+    tint: float = 0.0
+    """Greatest share by which a colour is stronger or weaker, in a fifth of the pages."""
     contrast: float = 0.1
     """Contrast and brightness vary by this share."""
     shadow: float = 0.0
     """Greatest strength of a shadow falling across the page, 0 to 1."""
     background: bool = False
-    """Lay the paper on a textured ground with a margin, instead of filling the image with it."""
+    """Lay the paper on a textured ground, instead of one like the paper."""
+    background_dir: str = ""
+    """Folder of pictures to lay the paper on instead (SynthDoG; the paper took COCO's)."""
+    background_blur: float = 10.0
+    """Greatest radius of the blur of these pictures."""
     chinese_share: float = 0.0
     """Share of Chinese pages, where a font for them is found."""
     jpeg_quality: tuple[int, int] = (88, 95)
@@ -163,10 +187,18 @@ FULL = SyntheticConfig(
         layout="lines",
         num_lines=(3, 12),
         line_height=(24, 52),
-        max_columns=2,
+        max_blocks=4,
+        max_columns=3,
+        alignments=("left", "left", "center", "right"),
+        vertical_share=0.2,
         perspective=(0.0, 60.0),
+        rotation=4.0,
+        paper_scale=(0.7, 1.0),
+        elastic=1.5,
         num_fonts=40,
         max_blur=1.5,
+        motion_blur=5,
+        tint=0.15,
         max_noise=12.0,
         contrast=0.25,
         shadow=0.5,

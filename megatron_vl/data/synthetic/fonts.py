@@ -51,6 +51,13 @@ class Font:
             return font
         return ImageFont.truetype(self.path, size, layout_engine=ImageFont.Layout.BASIC)
 
+    def drawable(self, text: str) -> str:
+        """``text`` without the characters that the font has no shape for."""
+        loaded = self.load(24)
+        missing = bytes(loaded.getmask(MISSING))
+        unknown = {letter for letter in set(text) if not letter.isspace() and bytes(loaded.getmask(letter)) == missing}
+        return "".join(letter for letter in text if letter not in unknown)
+
     def load_height(self, height: int) -> LoadedFont:
         """The font at the size whose lines, ascender to descender, are ``height`` pixels high."""
         ascent, descent = self.load(100).getmetrics()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from megatron_vl.data.synthetic.config import FAMILIES, SyntheticConfig
 from megatron_vl.data.synthetic.families import FINISH, MAKE, Json, Part
 from megatron_vl.data.synthetic.fonts import find_fonts
+from megatron_vl.data.synthetic.geometry import MAX_ELASTIC
 from megatron_vl.data.synthetic.photos import PHOTOS, find_photos
 from megatron_vl.data.synthetic.writers import write_json
 from megatron_vl.errors import ConfigError
@@ -87,6 +88,8 @@ def check(config: SyntheticConfig) -> None:
         raise ConfigError(f"heldout_percent is {config.heldout_percent}, expected 1 to 99")
     if config.samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard is {config.samples_per_shard}, expected at least 1")
+    if not 0 <= config.page.elastic < MAX_ELASTIC:
+        raise ConfigError(f"page.elastic is {config.page.elastic}, expected 0 to less than {MAX_ELASTIC:g} pixels")
     for name, side in config.scene.sizes:
         if not 0 < side <= config.scene.image_size:
             raise ConfigError(f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}")

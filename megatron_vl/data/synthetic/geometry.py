@@ -1,12 +1,16 @@
-"""The perspective under which a page is seen, for pixels and for quadrilaterals alike.
+"""How a page is seen, for pixels and for quadrilaterals alike: in perspective, and on paper that is not quite flat.
 
 A homography takes the paper's rectangle to four given corners. Pillow wants its inverse (from the output's
 pixel to the input's), the tracked quadrilaterals want it as it is; both come from one matrix, so text and
-label cannot drift apart.
+label cannot drift apart. An elastic field is given as shifts at the nodes of a grid, bilinear in between,
+which is exactly what Pillow's mesh does; its inverse is found by iteration. An edge that has become crooked is
+no side of a quadrilateral, so a label is the quadrilateral that encloses the whole outline.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +19,13 @@ from PIL import Image
 
 Point = tuple[float, float]
 Quad = tuple[Point, Point, Point, Point]
+Points = npt.NDArray[np.float64]
+"""float64[n, 2]"""
+
+CELL = 48
+"""Distance in pixels of the nodes of an elastic field."""
+MAX_ELASTIC = CELL / 4
+"""Shifts of this many pixels could fold the paper."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +34,10 @@ class Perspective:
 
     matrix: npt.NDArray[np.float64]
 
-    def point(self, x: float, y: float) -> Point:
-        """Where the point is seen."""
-        u, v, w = self.matrix @ (x, y, 1.0)
-        return float(u / w), float(v / w)
-
-    def rectangle(self, x: float, y: float, width: float, height: float) -> Quad:
-        """Where an upright rectangle is seen: its corners clockwise from top-left."""
-        right, bottom = x + width, y + height
-        return self.point(x, y), self.point(right, y), self.point(right, bottom), self.point(x, bottom)
+    def points(self, points: Points) -> Points:
+        """Where the points are seen."""
+        seen = np.array([self.matrix @ (x, y, 1.0) for x, y in points])
+        return np.asarray(seen[:, :2] / seen[:, 2:])
 
     def warp(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """The image as it is seen, on a canvas of ``size``; 0 where it is not."""
@@ -49,3 +55,93 @@ def perspective(width: float, height: float, corners: Quad) -> Perspective:
         values += [u, v]
     solution = np.linalg.solve(np.array(rows, dtype=np.float64), np.array(values, dtype=np.float64))
     return Perspective(np.append(solution, 1.0).reshape(3, 3))
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A pixel (x, y) of the output shows what was at (x, y) + shift(x, y)."""
+
+    cell: int
+    """Distance of the nodes in pixels."""
+    shifts: npt.NDArray[np.float64]
+    """float64[rows + 1, columns + 1, 2]: shift in x and y at each node."""
+
+    def shift(self, points: Points) -> Points:
+        """The shifts at points of the output."""
+        rows, columns = self.shifts.shape[0] - 1, self.shifts.shape[1] - 1
+        x = np.clip(points[:, 0] / self.cell, 0, columns)
+        y = np.clip(points[:, 1] / self.cell, 0, rows)
+        column, row = np.minimum(x.astype(int), columns - 1), np.minimum(y.astype(int), rows - 1)
+        u, v = (x - column)[:, None], (y - row)[:, None]
+        top = self.shifts[row, column] * (1 - u) + self.shifts[row, column + 1] * u
+        bottom = self.shifts[row + 1, column] * (1 - u) + self.shifts[row + 1, column + 1] * u
+        return np.asarray(top * (1 - v) + bottom * v)
+
+    def points(self, points: Points) -> Points:
+        """Where points of the input are seen."""
+        seen = points
+        for _ in range(30):  # a contraction, since shifts differ by less than the distance of their nodes
+            seen = points - self.shift(seen)
+        return seen
+
+    def warp(self, image: Image.Image) -> Image.Image:
+        """The image as it is seen; edges are repeated beyond the image."""
+        rows, columns = self.shifts.shape[0] - 1, self.shifts.shape[1] - 1
+        y, x = np.mgrid[0 : rows + 1, 0 : columns + 1] * float(self.cell)
+        sources = np.stack([x, y], axis=-1) + self.shifts
+        margin = self.cell
+        padded = _repeat_edges(image, margin)
+        mesh = [
+            (
+                (column * self.cell, row * self.cell, (column + 1) * self.cell, (row + 1) * self.cell),
+                (sources[[row, row + 1, row + 1, row], [column, column, column + 1, column + 1]] + margin).ravel(),
+            )
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        canvas = (columns * self.cell, rows * self.cell)
+        plain = [(box, tuple(quad.tolist())) for box, quad in mesh]
+        return padded.transform(canvas, Image.Transform.MESH, plain, Image.Resampling.BILINEAR).crop(
+            (0, 0, *image.size)
+        )
+
+
+def elastic(size: tuple[int, int], amplitude: float, rng: np.random.Generator) -> Elastic:
+    """A random field for an image of ``size`` that moves nothing by more than ``amplitude`` pixels."""
+    if not 0 <= amplitude < MAX_ELASTIC:
+        raise ValueError(f"an amplitude of {amplitude} folds the paper; expected less than {MAX_ELASTIC}")
+    columns, rows = (math.ceil(side / CELL) for side in size)
+    angle = rng.uniform(0, 2 * math.pi, (rows + 1, columns + 1))
+    length = rng.uniform(0, amplitude, (rows + 1, columns + 1))
+    return Elastic(CELL, np.stack([length * np.cos(angle), length * np.sin(angle)], axis=-1))
+
+
+def outline(x: float, y: float, width: float, height: float, step: float = 8.0) -> list[Points]:
+    """The sides of an upright rectangle, clockwise from the top-left corner, as points about ``step`` apart."""
+    corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)], dtype=np.float64)
+    sides = []
+    for start, end in zip(corners[:-1], corners[1:], strict=True):
+        count = max(2, math.ceil(float(np.abs(end - start).sum()) / step) + 1)
+        sides.append(start + np.linspace(0, 1, count)[:, None] * (end - start))
+    return sides
+
+
+def enclose(sides: Sequence[Points]) -> Quad:
+    """The quadrilateral that has each of the four sides (clockwise) inside, its edges along theirs."""
+    lines = []
+    for side in sides:
+        along = (side[-1] - side[0]) / np.linalg.norm(side[-1] - side[0])
+        outward = np.array([along[1], -along[0]])
+        lines.append((outward, float((side @ outward).max())))
+    corners = [
+        np.linalg.solve(np.array([lines[i - 1][0], lines[i][0]]), np.array([lines[i - 1][1], lines[i][1]]))
+        for i in range(4)
+    ]
+    a, b, c, d = ((float(x), float(y)) for x, y in corners)
+    return a, b, c, d
+
+
+def _repeat_edges(image: Image.Image, margin: int) -> Image.Image:
+    pixels = np.asarray(image)
+    widths = [(margin, margin), (margin, margin), (0, 0)][: pixels.ndim]
+    return Image.fromarray(np.pad(pixels, widths, mode="edge"))

@@ -1,19 +1,28 @@
-"""Where text stands on a page before anything is drawn: one word to a box on a coarse grid, or columns of
-lines.
+"""Where text stands on a page before anything is drawn: one word to a box on a coarse grid, or blocks of lines.
 
-The plan of a page is complete (texts, boxes, corners, font), so its key, and with it its side of the split,
+Lines follow SynthDoG: a page is a stack of blocks, each of one to some columns; a column has a font, a size,
+an alignment and running text that is cut into lines where the width is full. Chinese may also be written
+downwards, lines from right to left.
+
+The plan of a page is complete (texts, boxes, corners, fonts), so its key, and with it its side of the split,
 is known before a pixel is drawn.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from megatron_vl.data.synthetic.config import PageConfig
 from megatron_vl.data.synthetic.fonts import Font, Language, LoadedFont
 from megatron_vl.data.synthetic.geometry import Quad
-from megatron_vl.data.synthetic.lexicon import WORDS, paragraph
+from megatron_vl.data.synthetic.lexicon import WORDS
+
+Write = Callable[[Random, int, Language], str]
+"""Running text of at least so many characters in a language."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,9 @@ class LineBox:
     y: int
     width: int
     height: int
+    font: Font = Font("Pillow", None)
+    vertical: bool = False
+    """Written downwards, a letter to a square."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,6 @@ class PagePlan:
     lines: tuple[LineBox, ...]
     corners: Quad
     """Where the corners of the paper are seen."""
-    font: Font
     language: Language
 
     @property
@@ -44,6 +55,16 @@ class PagePlan:
         """Canonical content: texts, places and perspective (not font, ink, paper, noise)."""
         lines = "|".join(f"{line.text} {line.x},{line.y}" for line in self.lines)
         return f"{lines}|{self.corners}"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Where a column may write."""
+
+    x: int
+    y: int
+    width: int
+    bottom: int
 
 
 def plan_words(rng: Random, config: PageConfig, font: Font) -> PagePlan | None:
@@ -59,47 +80,70 @@ def plan_words(rng: Random, config: PageConfig, font: Font) -> PagePlan | None:
         if room < 0:
             return None
         x = rng.randrange(0, room + 1, config.step)
-        lines.append(LineBox(word, x, y, config.letter_width * len(word), line_height))
+        lines.append(LineBox(word, x, y, config.letter_width * len(word), line_height, font))
     corners = _lean(width, height, rng.choice(config.perspective), rng)
-    return PagePlan(width, height, tuple(lines), corners, font, "en")
+    return PagePlan(width, height, tuple(lines), corners, "en")
 
 
-def plan_lines(rng: Random, config: PageConfig, font: Font, language: Language) -> PagePlan:
-    """Columns of running text, cut into lines where the width is full."""
+def plan_lines(rng: Random, config: PageConfig, fonts: Sequence[Font], language: Language, write: Write) -> PagePlan:
+    """Blocks of columns of running text."""
     width, height = rng.randint(*config.width), rng.randint(*config.height)
-    columns = rng.randint(1, config.max_columns)
     margin, gap = round(width * rng.uniform(0.04, 0.1)), round(width * 0.04)
-    room = (width - 2 * margin - (columns - 1) * gap) // columns
     lines: list[LineBox] = []
-    for column in range(columns):
-        size = rng.randint(*config.line_height)
-        count = rng.randint(*config.num_lines)
-        y = margin + rng.randint(0, 2 * size)
-        spacing = round(size * rng.uniform(1.05, 1.6))
-        loaded = font.load_height(size)
-        text = paragraph(rng, 80 * count, language)
-        x = margin + column * (room + gap)
-        for piece in wrap(text, loaded, room, language)[:count]:
-            if y + size > height - margin:
-                break
-            lines.append(LineBox(piece, x, y, max(1, round(loaded.getlength(piece))), size))
+    y = margin
+    for _ in range(rng.randint(1, config.max_blocks)):
+        columns = rng.randint(1, config.max_columns)
+        room = (width - 2 * margin - (columns - 1) * gap) // columns
+        bottom = y
+        for number in range(columns):
+            column = _Column(margin + number * (room + gap), y, room, height - margin)
+            found = list(_plan_column(rng, config, column, rng.choice(fonts), (language, write)))
+            lines += found
+            bottom = max([bottom, *(line.y + line.height for line in found)])
+        y = bottom + gap
+    return PagePlan(width, height, tuple(lines), _corners(width, height, config, rng), language)
+
+
+def _plan_column(
+    rng: Random, config: PageConfig, column: _Column, font: Font, text: tuple[Language, Write]
+) -> Iterator[LineBox]:
+    language, write = text
+    size, count = rng.randint(*config.line_height), rng.randint(*config.num_lines)
+    spacing = round(size * rng.uniform(1.05, 1.6))
+    alignment = rng.choice(config.alignments)
+    words = font.drawable(write(rng, 80 * count, language))
+    if language == "zh" and rng.random() < config.vertical_share:
+        length = (column.bottom - column.y) // size
+        for number in range(min(count, column.width // spacing) if length > 1 else 0):
+            x = column.x + column.width - number * spacing - size
+            if piece := words[number * length : (number + 1) * length]:
+                yield LineBox(piece, x, column.y, size, len(piece) * size, font, vertical=True)
+        return
+    loaded = font.load_height(size)
+    y = column.y
+    for piece in itertools.islice(wrap(words, loaded, column.width, language), count):
+        length = max(1, round(loaded.getlength(piece)))
+        if y + size > column.bottom:
+            return
+        if length <= column.width:
+            x = column.x + {"left": 0, "center": 1, "right": 2}[alignment] * (column.width - length) // 2
+            yield LineBox(piece, x, y, length, size, font)
             y += spacing
-    return PagePlan(width, height, tuple(lines), _corners(width, height, config, rng), font, language)
 
 
-def wrap(text: str, font: LoadedFont, width: int, language: Language) -> list[str]:
+def wrap(text: str, font: LoadedFont, width: int, language: Language) -> Iterator[str]:
     """``text`` in lines no wider than ``width`` pixels, broken at blanks (Chinese: anywhere)."""
     units, glue = (text.split(" "), " ") if language == "en" else (list(text), "")
-    lines = []
     line = ""
     for unit in units:
         longer = f"{line}{glue}{unit}" if line else unit
         if line and font.getlength(longer) > width:
-            lines.append(line)
+            yield line
             line = unit
         else:
             line = longer
-    return [*lines, line] if line else lines
+    if line:
+        yield line
 
 
 def _lean(width: int, height: int, by: float, rng: Random) -> Quad:
@@ -113,12 +157,17 @@ def _lean(width: int, height: int, by: float, rng: Random) -> Quad:
 
 
 def _corners(width: int, height: int, config: PageConfig, rng: Random) -> Quad:
-    """Every corner moved inwards by its own amount."""
+    """Every corner moved inwards by its own amount; then all turned, shrunk and moved together, inside the image."""
     dx = [rng.uniform(*config.perspective) for _ in range(4)]
     dy = [rng.uniform(*config.perspective) for _ in range(4)]
-    return (
-        (dx[0], dy[0]),
-        (width - dx[1], dy[1]),
-        (width - dx[2], height - dy[2]),
-        (dx[3], height - dy[3]),
-    )
+    corners = ((dx[0], dy[0]), (width - dx[1], dy[1]), (width - dx[2], height - dy[2]), (dx[3], height - dy[3]))
+    angle = math.radians(rng.uniform(-config.rotation, config.rotation))
+    c, s = math.cos(angle), math.sin(angle)
+    turned = [(c * x - s * y, s * x + c * y) for x, y in corners]
+    left, top = (min(values) for values in zip(*turned, strict=True))
+    right, bottom = (max(values) for values in zip(*turned, strict=True))
+    scale = min(rng.uniform(*config.paper_scale), width / (right - left), height / (bottom - top))
+    shift_x = rng.uniform(0, max(0.0, width - scale * (right - left)))
+    shift_y = rng.uniform(0, max(0.0, height - scale * (bottom - top)))
+    a, b, c2, d = ((scale * (x - left) + shift_x, scale * (y - top) + shift_y) for x, y in turned)
+    return a, b, c2, d

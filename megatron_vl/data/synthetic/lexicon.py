@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Literal
+
+from megatron_vl.errors import ConfigError
 
 _WORDS = """
 time name data file work user type line view code day year list case word page book home life hand game test
@@ -48,3 +52,32 @@ def paragraph(rng: Random, num_characters: int, language: Literal["en", "zh"]) -
     while len(text) < num_characters:
         text += (" " if text and language == "en" else "") + sentence(rng, language)
     return text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Running text from a file, taken from a random place on and from the beginning again at the end."""
+
+    text: str
+
+    @classmethod
+    def read(cls, path: Path) -> Corpus:
+        """The words of a file of UTF-8 text; raises ConfigError."""
+        try:
+            text = " ".join(path.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"corpus: {path} cannot be read: {error}") from error
+        if not text:
+            raise ConfigError(f"corpus: {path} is empty")
+        return cls(text)
+
+    def paragraph(self, rng: Random, num_characters: int, language: Literal["en", "zh"]) -> str:
+        """Text of at least ``num_characters``, beginning at a word (Chinese: anywhere)."""
+        start = rng.randrange(len(self.text))
+        if language == "en":
+            start = self.text.rfind(" ", 0, start) + 1
+        joined = self.text[start:]
+        while len(joined) < num_characters:
+            joined += (" " if language == "en" else "") + self.text
+        end = joined.find(" ", num_characters) if language == "en" else num_characters
+        return joined[:end] if end > 0 else joined

@@ -1,28 +1,30 @@
 """Document pages in the manner of SynthDoG: text on paper, seen in perspective on a ground, with a camera's
 flaws.
 
-Order of things, and why the labels stay true: text is drawn on flat paper; paper and quadrilaterals go
-through one homography; everything after that (shadow, contrast, blur, noise, JPEG) changes values of pixels
-and moves nothing.
+Order of things, and why the labels stay true: text is drawn on flat paper; paper and outlines of the lines go
+through one homography and one elastic field; everything after that (blur, shadow, contrast, noise, JPEG)
+changes values of pixels and moves nothing. A label is the quadrilateral that encloses the outline.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.synthetic.config import PageConfig, Split
-from megatron_vl.data.synthetic.fonts import Font
-from megatron_vl.data.synthetic.geometry import Quad, perspective
+from megatron_vl.data.synthetic.effects import photograph
+from megatron_vl.data.synthetic.fonts import Font, Language
+from megatron_vl.data.synthetic.geometry import Elastic, Perspective, Quad, elastic, enclose, outline, perspective
 from megatron_vl.data.synthetic.layout import LineBox, PagePlan, plan_lines, plan_words
+from megatron_vl.data.synthetic.lexicon import Corpus, paragraph
 from megatron_vl.data.synthetic.scene import draw_until, split_of
-from megatron_vl.data.synthetic.texture import Color, random_crop, texture
+from megatron_vl.data.synthetic.texture import Color, blurred, find_pictures, random_crop, random_picture, texture
 
 PAPERS: tuple[Color, ...] = ((244, 242, 236), (235, 235, 238), (240, 232, 212), (226, 230, 224))
 DESKS: tuple[Color, ...] = ((92, 74, 58), (70, 78, 88), (112, 108, 100), (58, 72, 62))
@@ -62,6 +64,9 @@ class PageRenderer:
         self._papers = [texture(color, side, rng, fine=3.0, coarse=3.0) for color in PAPERS]
         coarse = 18.0 if config.background else 6.0
         self._desks = [texture(color, side, rng, fine=5.0, coarse=coarse) for color in DESKS]
+        self._pictures = find_pictures(Path(config.background_dir)) if config.background_dir else ()
+        files: dict[Language, str] = {"en": config.corpus_en, "zh": config.corpus_zh}
+        self._corpora = {language: Corpus.read(Path(file)) for language, file in files.items() if file}
 
     def draw(self, rng: Random, *, split: Split, heldout_percent: int) -> Page:
         """A random page of ``split``; raises ConfigError if the configuration leaves no room for one."""
@@ -78,61 +83,62 @@ class PageRenderer:
         paper = random_crop(rng.choice(self._papers), *size, rng)
         ink = rng.choice(INKS)
         for line in plan.lines:
-            paper.paste(ink, (line.x, line.y), self._mask(plan, line))
+            paper.paste(ink, (line.x, line.y), self._mask(line))
         view = perspective(*size, plan.corners)
-        desk = random_crop(rng.choice(self._desks), *size, rng)
-        desk.paste(view.warp(paper, size), (0, 0), view.warp(Image.new("L", size, 255), size))
-        image = self._flaws(desk, rng)
-        lines = tuple(PageLine(b.text, view.rectangle(b.x, b.y, b.width, b.height)) for b in plan.lines)
+        image = self._ground(size, rng)
+        image.paste(view.warp(paper, size), (0, 0), view.warp(Image.new("L", size, 255), size))
+        field = None
+        if self._config.elastic:
+            field = elastic(size, self._config.elastic, np.random.default_rng(rng.getrandbits(64)))
+            image = field.warp(image)
+        image = photograph(image, self._config, rng)
+        lines = tuple(PageLine(line.text, track(line, view, field)) for line in plan.lines)
         encoded = encode_jpeg(image, rng.randint(*self._config.jpeg_quality))
         return Page(encoded, *size, lines, plan.language)
+
+    def _ground(self, size: tuple[int, int], rng: Random) -> Image.Image:
+        if self._pictures:
+            return blurred(random_picture(self._pictures, size, rng), self._config.background_blur, rng)
+        return random_crop(rng.choice(self._desks), *size, rng)
 
     def _plan(self, rng: Random) -> PagePlan | None:
         config = self._config
         if config.layout == "words":
             return plan_words(rng, config, rng.choice(self._fonts["en"]))
-        if self._fonts["zh"] and rng.random() < config.chinese_share:
-            return plan_lines(rng, config, rng.choice(self._fonts["zh"]), "zh")
-        return plan_lines(rng, config, rng.choice(self._fonts["en"]), "en")
+        language: Language = "zh" if self._fonts["zh"] and rng.random() < config.chinese_share else "en"
+        corpus = self._corpora.get(language)
+        return plan_lines(rng, config, self._fonts[language], language, corpus.paragraph if corpus else paragraph)
 
-    def _mask(self, plan: PagePlan, line: LineBox) -> Image.Image:
+    def _mask(self, line: LineBox) -> Image.Image:
         """Coverage of a line's letters, its whole line height stretched to the line's box."""
         if self._config.layout == "lines":
-            return draw_line(plan.font, line)
-        key = (line.text, plan.font, line.width, line.height)
+            return draw_line(line)
+        key = (line.text, line.font, line.width, line.height)
         if key not in self._masks:
-            self._masks[key] = draw_line(plan.font, line)
+            self._masks[key] = draw_line(line)
         return self._masks[key]
 
-    def _flaws(self, image: Image.Image, rng: Random) -> Image.Image:
-        config = self._config
-        if config.max_blur:
-            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, config.max_blur)))
-        levels = np.asarray(image, dtype=np.float32)
-        if config.shadow:
-            levels = levels * _shadow(levels.shape[1], levels.shape[0], config.shadow * rng.random(), rng)
-        contrast = 1 + rng.uniform(-config.contrast, config.contrast)
-        brightness = 128 * rng.uniform(-config.contrast, config.contrast)
-        levels = (levels - 128) * contrast + 128 + brightness
-        if config.max_noise:
-            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(levels.shape[:2], dtype=np.float32)
-            levels += rng.uniform(0, config.max_noise) * noise[:, :, None]
-        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+
+def track(line: LineBox, view: Perspective, field: Elastic | None) -> Quad:
+    """The quadrilateral that encloses a line as it is seen."""
+    sides = [view.points(side) for side in outline(line.x, line.y, line.width, line.height)]
+    if field is None:  # straight edges stay straight
+        a, b, c, d = ((float(side[0, 0]), float(side[0, 1])) for side in sides)
+        return a, b, c, d
+    return enclose([field.points(side) for side in sides])
 
 
-def draw_line(font: Font, line: LineBox) -> Image.Image:
-    """Coverage (mode L) of a line of text, ascender to descender, as large as its box."""
-    loaded = font.load_height(line.height)
+def draw_line(line: LineBox) -> Image.Image:
+    """Coverage (mode L) of a line of text as large as its box: ascender to descender, or a letter to a square."""
+    if line.vertical:
+        mask = Image.new("L", (line.width, line.height), 0)
+        draw, loaded = ImageDraw.Draw(mask), line.font.load_height(line.width)
+        for number, letter in enumerate(line.text):
+            middle = line.width / 2, (number + 0.5) * line.width
+            draw.text(middle, letter, fill=255, font=loaded, anchor="mm")
+        return mask
+    loaded = line.font.load_height(line.height)
     ascent, descent = loaded.getmetrics()
     mask = Image.new("L", (max(1, math.ceil(loaded.getlength(line.text))), ascent + descent), 0)
     ImageDraw.Draw(mask).text((0, 0), line.text, fill=255, font=loaded)
     return mask.resize((line.width, line.height), Image.Resampling.BILINEAR)
-
-
-def _shadow(width: int, height: int, strength: float, rng: Random) -> npt.NDArray[np.float32]:
-    """float32[height, width, 1]: a soft edge of shadow across the page in a random direction."""
-    angle = rng.uniform(0, 2 * math.pi)
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :] * math.cos(angle)
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * math.sin(angle)
-    edge = 1 / (1 + np.exp(-4 * (x + y + rng.uniform(-0.8, 0.8))))
-    return np.asarray(1 - strength * edge, dtype=np.float32)[:, :, None]

@@ -1,11 +1,16 @@
-"""Prepared tiles of ground and paper, larger than any image, from which images take random crops."""
+"""Grounds and papers: prepared tiles, larger than any image, of which images take random crops; and pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
+
+from megatron_vl.data.image import decode_image
+from megatron_vl.errors import ConfigError, SkipSample
 
 Color = tuple[int, int, int]
 
@@ -23,3 +28,29 @@ def random_crop(tile: Image.Image, width: int, height: int, rng: Random) -> Imag
     """A crop of ``width`` x ``height`` at a random place of a tile at least as large."""
     left, top = rng.randint(0, tile.width - width), rng.randint(0, tile.height - height)
     return tile.crop((left, top, left + width, top + height))
+
+
+def find_pictures(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder and all below it, in the order of their names; raises ConfigError if none."""
+    wanted = (".jpg", ".jpeg", ".png", ".webp")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file())
+    if not found:
+        raise ConfigError(f"background_dir: {folder} holds no picture ({', '.join(wanted)})")
+    return tuple(found)
+
+
+def random_picture(paths: Sequence[Path], size: tuple[int, int], rng: Random) -> Image.Image:
+    """One of the pictures, cut to ``size``; raises ConfigError if several in a row are not readable."""
+    problem = ""
+    for _ in range(10):
+        path = rng.choice(paths)
+        try:
+            return ImageOps.fit(decode_image(path.read_bytes()), size, Image.Resampling.BILINEAR)
+        except (SkipSample, OSError) as error:
+            problem = f"{path}: {error}"
+    raise ConfigError(f"background_dir: ten unreadable pictures in a row, the last {problem}")
+
+
+def blurred(image: Image.Image, greatest: float, rng: Random) -> Image.Image:
+    """The image blurred by a random radius."""
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, greatest))) if greatest else image

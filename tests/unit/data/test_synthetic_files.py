@@ -10,11 +10,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_vl.cli.synthetic import main
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.registry import build_source
-from megatron_vl.data.synthetic.config import FULL, TINY, SyntheticConfig, scaled
+from megatron_vl.data.synthetic.config import FAMILIES, FULL, TINY, SyntheticConfig, scaled
 from megatron_vl.data.synthetic.generate import generate
 from megatron_vl.errors import ConfigError
 from tests.unit.data.reading import read_all
@@ -190,6 +191,7 @@ def test_wrong_configurations_are_named(tmp_path: Path) -> None:
         ({"counts": (("caption", -1),)}, "counts.caption is -1"),
         ({"heldout_percent": 0}, "heldout_percent is 0"),
         ({"samples_per_shard": 0}, "samples_per_shard is 0"),
+        ({"page": dataclasses.replace(TINY.page, elastic=12.0)}, r"page\.elastic is 12\.0, expected 0 to less than 12"),
         (
             {"scene": dataclasses.replace(TINY.scene, sizes=(("huge", 99),))},
             "'huge' is 99 pixels in an image of 84",
@@ -204,6 +206,17 @@ def test_scaled_counts_keep_proportions() -> None:
     counts = dict(scaled(TINY.counts, 2100))
     assert sum(n for family, n in counts.items() if family not in ("text", "photos")) == pytest.approx(2100, abs=3)
     assert counts["text"] == round(20000 / 10) and counts["photos"] == 1
+
+
+def test_the_command_takes_pictures_and_words_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("alpha beta gamma delta", encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (60, 40), (200, 30, 30)).save(tmp_path / "pictures" / "red.png")
+    counts = [f"--count={family}={int(family == 'ocr')}" for family in FAMILIES]
+    files = ["--corpus-en", str(tmp_path / "words.txt"), "--background-dir", str(tmp_path / "pictures")]
+    assert main([str(tmp_path / "d"), "--profile", "full", *counts, *files, "--no-progress"]) == 0
+    (sample,) = read_family(tmp_path / "d", "ocr")
+    assert set(sample.text.split()) <= {"alpha", "beta", "gamma", "delta"}
 
 
 def test_the_command_writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
