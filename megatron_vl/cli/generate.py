@@ -1,9 +1,13 @@
 """``tools/generate.py``: answers of a checkpoint to a file of questions, also under torchrun with any layout.
 
 A question is a JSON line ``{"key", "task", "image", "prompt", "reference"}``: ``image`` is a path (relative to the
-file) or a list of them, put before the prompt in order; ``prompt`` is the text after the images, in which ``<ref>``,
-``<box>`` and ``<quad>`` markers count as such. The output has the same lines with ``prediction`` added, in the same
-order.
+file) or a list of them, ``prompt`` is the text, in which ``<ref>``, ``<box>`` and ``<quad>`` markers count as such. The
+output has the same lines with ``prediction`` added, in the same order.
+
+``--chat-format raw`` puts the images before the prompt and goes on from there, as a base model does. ``chatml`` makes a
+dialogue of it: a line may have ``system`` and ``history``, a list of ``[query, reply]``; ``<img>PATH</img>`` in a query
+is an image; ``prompt`` may be a list of ``{"image": path}``, ``{"text": words}`` and ``{"ref": phrase, "box": [[x1, y1,
+x2, y2]]}``. Images of ``image`` and ``prompt`` are called ``Picture k``, counted on from those of the history.
 """
 
 from __future__ import annotations
@@ -13,16 +17,24 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.schema import ModelConfig
+from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
+from megatron_vl.data.markup import GROUNDING, count_images, join_parts
+from megatron_vl.data.tokenize import image_span
+from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, MegatronVLError, SkipSample
-from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
+from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
+from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
+
+if TYPE_CHECKING:
+    from megatron_vl.generation.engine import Prompt
 
 EXIT_USER_ERROR = 2
-GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-"""The markers that a prompt may contain; any other special token's text stays plain text."""
+Json = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +55,14 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is put")
+    parser.add_argument(
+        "--max-window-size",
+        type=int,
+        default=MAX_WINDOW_SIZE,
+        metavar="N",
+        help="tokens of the system text and the history of a dialogue; older exchanges are left out",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered together")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -53,7 +73,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    questions = read_questions(options.inputs)
+    questions = read_questions(options.inputs, options.chat_format)
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.parallel.topology import Topology
 
@@ -65,24 +85,26 @@ def _run(options: argparse.Namespace) -> None:
                 json.dumps({**question, "prediction": prediction}, ensure_ascii=False)
                 for question, prediction in zip(questions, predictions, strict=True)
             ]
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_whole(options.output, "\n".join(lines) + "\n")
 
 
-def _predictions(questions: list[dict[str, Any]], options: argparse.Namespace, topology: Any) -> list[str]:
+def _predictions(questions: list[Json], options: argparse.Namespace, topology: Any) -> list[str]:
     """The answer to each question, the same on every rank."""
-    from megatron_vl.data.tokenizer import QwenTokenizer
     from megatron_vl.generation.engine import Engine, GenerationOptions
 
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
     tokenizer = QwenTokenizer(engine.model.num_ranks, options.vocab_file)
     prompts = [_prompt(question, tokenizer, engine.model, options) for question in questions]
-    limits = GenerationOptions(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    limits = GenerationOptions(
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        stop_sequences=stop_sequences(options.chat_format, tokenizer),
+    )
     return [tokenizer.decode(tokens).strip() for tokens in engine.generate(prompts, limits)]
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def read_questions(path: Path, chat_format: str = "raw") -> list[Json]:
     """The lines of a file of questions.
 
     Raises:
@@ -98,13 +120,30 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             question = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(question, dict) or not isinstance(question.get("prompt"), str):
-            raise DataError(f"{path}, line {number}: expected an object with a text 'prompt', found {line[:80]!r}")
+        try:
+            _check_question(question, chat_format)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}; found {line[:80]!r}") from error
         questions.append(question)
     return questions
 
 
-def _prompt(question: dict[str, Any], tokenizer: Any, model: ModelConfig, options: argparse.Namespace) -> Any:
+def _check_question(question: Any, chat_format: str) -> None:
+    """Raises DataError for what is no question; the parts of a prompt are looked at when it is put together."""
+    prompts = (str, list) if chat_format == "chatml" else str
+    if not isinstance(question, dict) or not isinstance(question.get("prompt"), prompts):
+        raise DataError("expected an object with a text 'prompt' (a list of parts needs --chat-format chatml)")
+    images = question.get("image") or []
+    if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(item, str) for item in images)):
+        raise DataError("'image' should be a path or a list of them")
+    if chat_format == "raw" and (question.get("history") or question.get("system")):
+        raise DataError("'history' and 'system' need --chat-format chatml")
+    if not isinstance(question.get("system") or "", str):
+        raise DataError("'system' should be a text")
+    read_history(question.get("history"))
+
+
+def _prompt(question: Json, tokenizer: QwenTokenizer, model: ModelConfig, options: argparse.Namespace) -> Prompt:
     import numpy as np
     import torch
 
@@ -113,22 +152,45 @@ def _prompt(question: dict[str, Any], tokenizer: Any, model: ModelConfig, option
 
     images = question.get("image") or []
     paths = [images] if isinstance(images, str) else list(images)
-    special, tokens = tokenizer.special, []
-    for _ in paths:
-        tokens += [special.img_start, *[special.img_pad] * model.resampler.num_queries, special.img_end]
-    tokens += tokenizer.encode_with_specials(question["prompt"], GROUNDING)
+    if options.chat_format == "chatml":
+        encoder = ChatEncoder(tokenizer, model.resampler.num_queries, options.max_window_size)
+        tokens, paths = _chat(question, paths, encoder)
+    else:
+        tokens = _raw(question["prompt"], len(paths), tokenizer, model.resampler.num_queries)
     if not paths:
-        return Prompt(tuple(tokens))
+        return Prompt(tokens)
     if options.blank_images:
-        return Prompt(tuple(tokens), torch.from_numpy(blank_pixels(len(paths), model.image_size)))
+        return Prompt(tokens, torch.from_numpy(blank_pixels(len(paths), model.image_size)))
     pixels = [_pixels(options.inputs.parent / path, question, model.image_size) for path in paths]
-    return Prompt(tuple(tokens), torch.from_numpy(np.stack(pixels)))
+    return Prompt(tokens, torch.from_numpy(np.stack(pixels)))
 
 
-def _pixels(path: Path, question: dict[str, Any], image_size: int) -> Any:
+def _raw(text: str, num_images: int, tokenizer: QwenTokenizer, num_queries: int) -> tuple[int, ...]:
+    images = image_span(tokenizer, num_queries) * num_images
+    return (*images, *tokenizer.encode_with_specials(text, GROUNDING))
+
+
+def _chat(question: Json, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
+    """The tokens of a dialogue, and the paths of the images in it."""
+    text, system, history = question["prompt"], question.get("system"), read_history(question.get("history"))
+    parts = [*({"image": path} for path in paths), *([{"text": text}] if isinstance(text, str) else text)]
+    try:
+        query = join_parts(parts, images_before=sum(count_images(asked) for asked, _ in history))
+    except DataError as error:
+        raise DataError(f"question {question.get('key')!r}: {error}") from error
+    prompt = encoder.prompt(Dialogue(query, history, DEFAULT_SYSTEM if system is None else system))
+    if prompt.left_out:
+        log_rank_0(
+            f"question {question.get('key')!r}: the oldest {prompt.left_out} of {len(history)} exchanges do not fit "
+            f"--max-window-size {encoder.max_window_size}",
+        )
+    return prompt.tokens, list(prompt.images)
+
+
+def _pixels(path: Path, question: Json, image_size: int) -> Any:
     from megatron_vl.data.image import to_pixels
 
     try:
         return to_pixels(path.read_bytes(), image_size)
-    except (OSError, SkipSample) as error:
+    except (OSError, ValueError, SkipSample) as error:  # ValueError: a path with a zero byte
         raise DataError(f"question {question.get('key')!r}: image {path} cannot be used: {error}") from error

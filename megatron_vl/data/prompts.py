@@ -30,7 +30,7 @@ class Piece:
 
     kind: Literal["text", "special", "image"]
     text: str = ""
-    """Plain text, or the surface form of one special token; empty for an image."""
+    """Plain text, the surface form of one special token, or the path of an image where a text names it."""
     supervised: bool = False
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.chat_prompts import ChatStyle, render_chat
+from megatron_vl.data.markup import parse_markup, stray_image_tag
 from megatron_vl.data.prompts import Piece, render
 from megatron_vl.data.sample import Sample, TokenizedSample
 from megatron_vl.data.tokenizer import QwenTokenizer
-from megatron_vl.errors import SkipSample
+from megatron_vl.errors import DataError, SkipSample
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,12 @@ def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeO
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_queries: int) -> EncodedPieces:
     """Ids of rendered pieces, in training and in generation alike."""
-    special = tokenizer.special
-    image_span = [special.img_start, *[special.img_pad] * num_queries, special.img_end]
+    span = image_span(tokenizer, num_queries)
     tokens: list[int] = []
     supervised: list[bool] = []
     for piece in pieces:
         if piece.kind == "image":
-            ids = image_span
+            ids = span
         elif piece.kind == "special":
             ids = [tokenizer.special_ids[piece.text]]
         else:
@@ -76,3 +76,27 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
         tokens += ids
         supervised += [piece.supervised] * len(ids)
     return EncodedPieces(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=np.bool_))
+
+
+def encode_text(text: str, tokenizer: QwenTokenizer, *, num_queries: int) -> list[int]:
+    """Ids of a text in which the surface form of every special token counts, as by default in the original.
+
+    For text of ours and to compare tokens; never for text from data.
+
+    Raises:
+        DataError: an image tag of the text belongs to no image.
+    """
+    stray = stray_image_tag(text)
+    if stray is not None:
+        raise DataError(f"found a {stray} that belongs to no image; expected <img>PATH</img>")
+    span = image_span(tokenizer, num_queries)
+    tokens: list[int] = []
+    for piece in parse_markup(text):
+        tokens += span if piece.kind == "image" else tokenizer.encode_with_specials(piece.text)
+    return tokens
+
+
+def image_span(tokenizer: QwenTokenizer, num_queries: int) -> list[int]:
+    """Ids of an image: its slots between the two markers."""
+    special = tokenizer.special
+    return [special.img_start, *[special.img_pad] * num_queries, special.img_end]

@@ -1,9 +1,17 @@
-"""Runs on a rank: answers that end at a stop sequence."""
+"""Runs on a rank: answers that end at a stop sequence, and the command that answers questions."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vl.cli.generate import main
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.generation.engine import Engine, GenerationOptions
+from megatron_vl.data.image import to_pixels
+from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import Start
 from tests.parallel.generating import prompts
@@ -19,3 +27,21 @@ def stop_on_rank(
         engine = Engine(build_model(config, topology), config, topology)
         options = GenerationOptions(max_new_tokens=LONG, batch_size=batch_size, stop_sequences=stop_sequences)
         return engine.generate(prompts(config), options)
+
+
+def answer_texts(start: Start, config: RunConfig, checkpoint: Path, texts: list[tuple[str, list[Path]]]) -> list[str]:
+    """Answers to prompts that are written out, slots and markers included, with their images."""
+    with start.topology(config.parallel) as topology:
+        engine = Engine.from_checkpoint(checkpoint, parallel=config.parallel, topology=topology)
+        tokenizer, size = QwenTokenizer(config.model.num_ranks), config.model.image_size
+        given = []
+        for text, images in texts:
+            pixels = torch.from_numpy(np.stack([to_pixels(path.read_bytes(), size) for path in images]))
+            given.append(Prompt(tuple(tokenizer.encode_with_specials(text)), pixels))
+        answers = engine.generate(given, GenerationOptions(max_new_tokens=LONG))
+        return [tokenizer.decode(answer).strip() for answer in answers]
+
+
+def run_generate(start: Start, *arguments: str) -> int:
+    """Exit status of ``tools/generate.py`` in a process of its own world."""
+    return main([*arguments, "--max-new-tokens", str(LONG)])

@@ -39,13 +39,22 @@ def test_ids_are_the_originals(full: QwenTokenizer, case: dict[str, Any]) -> Non
     assert full.encode_with_specials(text) == expand(case["ids_rle"])
 
 
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(st.text(max_size=40) | st.sampled_from(["<img>", "<|im_end|>", "a<|endoftext|>b", "<ref>x</ref>", "你好 🙂"]))
-def test_any_text_survives_a_cut_vocabulary_and_makes_no_special_token(text: str) -> None:
-    tokenizer = TINY
-    ids = tokenizer.encode(text)
-    assert all(token < tokenizer.special.num_ranks for token in ids)
-    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+TEXTS = st.text(max_size=60) | st.lists(
+    st.sampled_from(["<img>", "</img>", "<imgpad>", "<|im_end|>", "<|endoftext|>", "<ref>", "'ll", "12", " ", "\r\n"])
+    | st.sampled_from(["\u0338", "e\u0301", "\u1100", "\u1161", "\ufb01", "\u212b", "你好", "🙂", "👍🏽", "\x00"]),
+    max_size=12,
+).map("".join)
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(TEXTS)
+def test_any_text_comes_back_in_its_nfc_form_and_makes_no_special_token(full: QwenTokenizer, text: str) -> None:
+    for tokenizer in (full, TINY):
+        ids = tokenizer.encode(text)
+        assert all(token < tokenizer.special.num_ranks for token in ids)
+        assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+        parsed = tokenizer.encode_with_specials(text)
+        assert tokenizer.decode(parsed) == unicodedata.normalize("NFC", text)
 
 
 TINY = QwenTokenizer(256)

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""See ``python tools/tokenize_text.py --help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_vl.cli.tokenize_text import main
+
+if __name__ == "__main__":
+    sys.exit(main())
