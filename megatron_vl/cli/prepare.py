@@ -61,6 +61,11 @@ def _build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the tokenized parts, so that a run with other weights, amounts or packing does not tokenize again",
     )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out sources whose files are not there, and say so (a file that is there must be readable)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -82,12 +87,16 @@ def _run(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
     from megatron_vl.data.prepare import prepare
-    from megatron_vl.data.recipe import load_recipe
+    from megatron_vl.data.recipe import load_recipe, without_missing
     from megatron_vl.data.summary import summary_lines
 
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
+    if options.skip_missing:
+        recipe, missing = without_missing(recipe)
+        for line in missing:
+            write_line(line)
     manifest = prepare(recipe, prefix, pool=pool, progress=not options.quiet, keep_parts=options.keep_parts)
     for line in summary_lines(manifest):
         write_line(line)

@@ -10,6 +10,7 @@ Every image is decoded here once, so that training meets no unreadable one; what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -163,9 +164,9 @@ def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file or folder: what tells that it was changed."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+    """Size and time of a file or folder, or of the archive that a path leads into: what tells that it was changed."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            found = place.stat()
+            return found.st_size, found.st_mtime_ns
+    return None

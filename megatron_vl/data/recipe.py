@@ -135,6 +135,29 @@ def load_recipe(
     return recipe
 
 
+def without_missing(recipe: DataRecipe) -> tuple[DataRecipe, list[str]]:
+    """The recipe without sources whose files are not there, and a line about each of those.
+
+    Raises ConfigError if no source is left.
+    """
+    missing = {entry.source.name: _absent(entry.source) for entry in recipe.sources}
+    sources = tuple(entry for entry in recipe.sources if not missing[entry.source.name])
+    lines = [f"source {name} is left out: {paths[0]} is missing" for name, paths in missing.items() if paths]
+    if not sources:
+        raise ConfigError("the files of all sources are missing:\n  " + "\n  ".join(lines))
+    served = {entry.group for entry in sources}
+    groups = {name: amount for name, amount in recipe.mixture.groups.items() if name in served}
+    mixture = dataclasses.replace(recipe.mixture, groups=groups)
+    return dataclasses.replace(recipe, sources=sources, mixture=mixture), lines
+
+
+def _absent(source: Source) -> list[Path]:
+    """Paths of a source that neither exist nor lead into a file (a zip)."""
+    values = [getattr(source, item.name) for item in dataclasses.fields(source)]
+    paths = [value for value in values if isinstance(value, Path)]
+    return [path for path in paths if not path.exists() and not any(parent.is_file() for parent in path.parents)]
+
+
 def read_amount(value: Any, where: str) -> int:
     """A number of samples: an integer, or a number with K, M or B behind it; raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value)) if type(value) in (int, str) else None

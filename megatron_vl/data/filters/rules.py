@@ -67,7 +67,7 @@ class SampleFilter:
         if any(region.span for region in sample.regions):
             raise SkipSample("unclean_text", f"{sample.text:.60}")
         if not text:
-            raise SkipSample("empty_text", f"nothing is left of {sample.text:.60!r}")
+            raise SkipSample("empty_text", f"nothing is left of {sample.text!r:.60}")
         return replace(sample, text=text)
 
 
