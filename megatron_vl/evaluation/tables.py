@@ -136,5 +136,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _align(column: Sequence[str]) -> list[str]:
     width = max(len(cell) for cell in column)
-    numeric = all(_NUMBER.fullmatch(cell) for cell in column[1:])
+    cells = [cell for cell in column[1:] if cell]
+    numeric = bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
     return [cell.rjust(width) if numeric else cell.ljust(width) for cell in column]

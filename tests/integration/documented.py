@@ -80,6 +80,8 @@ RULES = (
     Rule(r"(python tools/make_synthetic_data\.py .*)", r"\1 --num-scenes 40 --num-workers 1 --no-progress"),
     Rule(r"(python tools/prepare_data\.py (?!.*--verify).*)", r"\1 --workers 1 --quiet", says="samples and"),
     Rule(r"(python tools/prepare_data\.py .* --verify)", r"\1", says="as the manifest says"),
+    Rule(r"(python tools/inspect_data\.py .* --output .*)", r"\1", says="Page: page.html"),
+    Rule(r"(python tools/inspect_data\.py .* --summary)", r"\1", says="left out"),
     Rule(r"(python tools/make_questions\.py .*)", r"\1 --limit 2"),
     Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
     Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
@@ -92,9 +94,16 @@ RULES = (
     Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
     Rule(r"(python tools/evaluate_loss\.py .*)", r"\1", says='"num_tokens"'),
     Rule(r"(python tools/generate\.py .*)", r"\1 --max-new-tokens 2"),
+    Rule(r"(python tools/tokenize_text\.py .*)", r"\1", says="12 tokenize, 4 sft, 2 chat"),
     Rule(r"python tools/make_report\.py runs/quickstart", r"python tools/make_report.py runs/finished", says="Report:"),
     Rule(r"(python tools/convert_checkpoint\.py check .*)", r"\1", says="sound"),
     Rule(r"(python tools/convert_checkpoint\.py export .*)", r"\1", says="bytes of weights"),
+    Rule(
+        r"(python tools/convert_checkpoint\.py import --vision .*)",  # there are no such files here
+        r"\1",
+        status=2,
+        says="open_clip_pytorch_model.bin: no such file",
+    ),
     Rule(r"(python tools/convert_checkpoint\.py import .*)", r"\1", says="iter_0000000"),
     Rule(r"(python -c .*megatron_vl\.checkpoint\.store.*)", r"\1"),
     # At the published sizes: up to the answer of a machine without GPU.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.manifest import CountEntry, Manifest
+from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry
 from megatron_vl.data.rows import RowStore
 
 SCANNED_ROWS = 100_000
@@ -46,6 +46,10 @@ class Overview:
         counts = self.manifest.counts
         total = max(sum(entry.tokens for entry in counts), 1)
         return tuple((entry, entry.tokens / total) for entry in counts)
+
+    def skips_of(self, source: str) -> tuple[SkipEntry, ...]:
+        """What a source lost, by reason."""
+        return tuple(skip for skip in self.manifest.skips if skip.source == source)
 
 
 def read_overview(store: RowStore, *, scanned_rows: int = SCANNED_ROWS) -> Overview:

@@ -15,20 +15,16 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 
 def format_summary(overview: Overview) -> str:
-    """Totals, spread, what was kept by source and task, and what was left out by source and reason."""
-    tables = [
-        format_table((printable(overview.prefix), ""), _totals(overview)),
-        format_table(("of a row or segment", *QUANTILES), _spread(overview)),
-        format_table(("source", "task", "samples", "tokens", "images", "of tokens"), _kept(overview)),
-    ]
+    """Totals, spread, what is in the rows by source and task, and what became of all records by source and reason."""
+    spread = format_table(("of a row or segment", *QUANTILES), _spread(overview))
     if overview.is_sampled:
-        tables[1] += f"\n(of {overview.num_scanned:,} rows, evenly spaced)"
-    left_out = [
-        (*map(printable, (skip.source, skip.reason)), f"{skip.count:,}", printable(next(iter(skip.examples), ""))[:60])
-        for skip in overview.manifest.skips
-    ]
-    header = ("source", "left out for", "samples", "the first")
-    tables.append(format_table(header, left_out) if left_out else "Nothing was left out.")
+        spread += f"\n(of {overview.num_scanned:,} rows, evenly spaced)"
+    tables = (
+        format_table((printable(overview.prefix), ""), _totals(overview)),
+        spread,
+        format_table(("source", "task", "samples", "tokens", "images", "of tokens"), _kept(overview)),
+        format_table(("source", "read", "kept", "left out", "for", "the first of them"), _left_out(overview)),
+    )
     return "\n\n".join(tables)
 
 
@@ -79,3 +75,15 @@ def _kept(overview: Overview) -> list[tuple[str, ...]]:
         )
         for entry, share in overview.kept
     ]
+
+
+def _left_out(overview: Overview) -> list[tuple[str, ...]]:
+    """A line for each source, then one for each reason for which it lost records."""
+    lines: list[tuple[str, ...]] = []
+    for totals in overview.manifest.sources:
+        counts = (f"{count:,}" for count in (totals.read, totals.kept, totals.read - totals.kept))
+        lines.append((printable(totals.source), *counts, "", ""))
+        for skip in overview.skips_of(totals.source):
+            first = printable(next(iter(skip.examples), ""))[:60]
+            lines.append(("", "", "", f"{skip.count:,}", printable(skip.reason), first))
+    return lines

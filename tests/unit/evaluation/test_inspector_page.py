@@ -103,17 +103,19 @@ def test_hostile_texts_are_shown_as_they_are(page: str) -> None:
     assert any("<i>'&" in values.get("data-key", "") for values in tags.attributes)
 
 
-def test_what_was_left_out_is_named(prefix: str, page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = Tags(page).texts["td."]
-    for skip in RowStore(prefix).manifest.skips:
-        place = cells.index(skip.reason)
-        assert cells[place - 1] == skip.source and skip.count == 1
-    examples = [text for text in Tags(page).texts["div."] if "9<i>'&" in text]
-    assert len(examples) == 1
+def test_what_became_of_all_records_is_told(prefix: str, page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [text for text in Tags(page).texts["td."] if text.strip()]
+    assert {"unreadable_image", "bad_json"} <= set(cells)
+    numbers = Tags(page).texts["td.number"]
     assert main([prefix, "--summary"]) == 0
     table = capsys.readouterr().out.rpartition("\n\n")[2]
-    assert re.search(rf"{re.escape(SOURCE)} +unreadable_image +1  00000\.tar/9<i>'&", table)
-    assert re.search(r"documents +bad_json +1  ", table)
+    for totals in RowStore(prefix).manifest.sources:
+        figures = [str(totals.read), str(totals.kept), str(totals.read - totals.kept)]
+        assert any(numbers[place : place + 3] == figures for place in range(len(numbers)))
+        assert re.search(rf"^{re.escape(totals.source)} +{' +'.join(figures)}\n", table, flags=re.MULTILINE)
+    assert [text for text in Tags(page).texts["div."] if "9<i>'&" in text]
+    assert re.search(r"^ +1  unreadable_image +00000\.tar/9<i>'&", table, flags=re.MULTILINE)
+    assert re.search(r"^ +1  bad_json  ", table, flags=re.MULTILINE)
 
 
 def test_supervised_runs_are_marked(prefix: str, page: str) -> None:
