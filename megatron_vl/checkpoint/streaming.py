@@ -41,6 +41,8 @@ from megatron_vl.checkpoint import store
 from megatron_vl.checkpoint.tensors import METADATA_FILE, read_ahead
 
 _DATA_FILE = "__0_0.distcp"
+_ALIGNMENT = 64
+"""torch aligns a tensor's bytes within an archive; aligned archives make them readable in place."""
 _HASHED_BESIDE = 2**16
 """Writes of at least so many bytes are hashed by another thread; for smaller ones that costs more than it saves."""
 
@@ -105,6 +107,7 @@ class _HashedFile:
 
     def append(self, item: object) -> _StorageInfo:
         """Add an item as torch saves it, and say where it lies."""
+        self.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
         start = self._stream.tell()
         with getattr(torch_serialization, "patch")({"save.compute_crc32": False}):  # the manifest's SHA-256 covers it
             torch.save(item, cast(IO[bytes], self))

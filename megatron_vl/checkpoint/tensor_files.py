@@ -2,8 +2,8 @@
 
 ``safetensors`` files, ``torch.save`` archives, and the data files of a distributed checkpoint, which are such archives
 end to end, hold each tensor's bytes in one uncompressed run. So a file is indexed first (names, shapes, types,
-offsets; no data), and a tensor is then read with one plain read into memory of its own. Memory stays at one tensor,
-whatever the file's size; a memory map would keep every page that was touched.
+offsets; no data), and a tensor is then a memory map of its own stretch. Memory stays at the tensors that are in use,
+whatever the file's size; a map of the whole file would keep every page that was touched.
 
 Nothing of a file is executed: archives are unpickled by torch's restricted unpickler (``weights_only=True``)
 under a fake mode that records the offsets, and safetensors headers are validated by the safetensors library.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
+import os
 import pickle
 import zipfile
 from dataclasses import dataclass, replace
@@ -46,17 +48,24 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own.
+        """The tensor, whose memory is a private map of its stretch of the file; it goes with the tensor.
 
         Raises:
             ConversionError: the file ends before the tensor does.
         """
-        data = np.fromfile(self.file, dtype=np.uint8, count=self.num_bytes, offset=self.offset)
-        if data.nbytes != self.num_bytes:
-            raise ConversionError(
-                f"{self.file}: truncated; a tensor of {self.num_bytes} bytes has {data.nbytes}"
-            )
-        return torch.from_numpy(data).view(self.dtype).reshape(self.shape)
+        if not self.num_bytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        end = self.offset + self.num_bytes
+        with self.file.open("rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) < end:
+                raise ConversionError(f"{self.file}: truncated; a tensor ends at byte {end}, the file at {size}")
+            mapped = mmap.mmap(stream.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start)
+        data = np.frombuffer(mapped, dtype=np.uint8, offset=self.offset - start)
+        tensor = torch.from_numpy(data)
+        if self.offset % self.dtype.itemsize:
+            tensor = tensor.clone()  # torch views bytes as wider numbers only where they are aligned
+        return tensor.view(self.dtype).reshape(self.shape)
 
 
 def index_shard(file: Path) -> dict[str, StoredTensor]:
