@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_vl.data.coordinates import format_points
-from megatron_vl.data.sample import Region, Sample
+from megatron_vl.data.sample import IMAGE_MARK, Region, Sample
 from megatron_vl.errors import SkipSample
 
 END = "<|endoftext|>"
@@ -82,11 +82,14 @@ class _Template:
 
 
 def render(sample: Sample) -> tuple[Piece, ...]:
-    """Prompt, target and end of a sample of one of the seven tasks, target and end supervised.
+    """Prompt, target and end of a sample of one of the seven tasks, target and end supervised; of an interleaved
+    document all but the images.
 
     Raises SkipSample if the sample lacks what its task needs (``no_image``, ``empty_text``, ``no_region``,
     ...).
     """
+    if sample.task == "interleaved":
+        return (*_interleaved(sample), Piece("special", END, supervised=True))
     target = _TEMPLATES[sample.task].target(sample, WORDINGS[sample.language])
     learnt = [replace(piece, supervised=True) for piece in [*target, Piece("special", END)]]
     return (*render_prompt(sample), *learnt)
@@ -140,6 +143,18 @@ def _first_region(sample: Sample) -> Region:
     if not sample.regions:
         raise SkipSample("no_region", f"task {sample.task} needs a region")
     return sample.regions[0]
+
+
+def _interleaved(sample: Sample) -> list[Piece]:
+    """Text and images in their order, the text supervised."""
+    _required(sample.text.replace(IMAGE_MARK, ""), "text")
+    first, *others = sample.text.split(IMAGE_MARK)
+    if len(others) != len(sample.images):
+        raise SkipSample("image_mismatch", f"{len(others)} places in the text for {len(sample.images)} images")
+    pieces = _text(first)
+    for text in others:
+        pieces += [Piece("image"), *_text(text)]
+    return [replace(piece, supervised=piece.kind == "text") for piece in pieces]
 
 
 def _learn_text(sample: Sample, words: Wording) -> list[Piece]:

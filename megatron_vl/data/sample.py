@@ -12,9 +12,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Task = Literal["caption", "vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat"]
-"""The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region) and
-chat."""
+Task = Literal[
+    "caption", "vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat", "interleaved"
+]
+"""The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region), chat, and
+documents of text and images in their order."""
+
+IMAGE_MARK = "\ufffc"
+"""Stands in the text of an interleaved document for its next image (Unicode's object replacement character)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Sample:
     question: str = ""
     """VQA: the question. Referring: the expression. Otherwise empty."""
     text: str = ""
-    """Caption, answer, document: what is to be learnt, as plain text."""
+    """Caption, answer, document: what is to be learnt, as plain text. Interleaved: an IMAGE_MARK for each image."""
     regions: tuple[Region, ...] = ()
     """Grounded caption, referring, region caption: phrases with boxes. OCR: lines with quads."""
     turns: tuple[Turn, ...] = ()

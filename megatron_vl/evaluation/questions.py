@@ -37,7 +37,7 @@ class Question:
 
 def ask(sample: Sample) -> Question | None:
     """The question of a sample of a task with an image; None for text documents and dialogues."""
-    if sample.task in ("text", "chat"):
+    if sample.task in ("text", "chat", "interleaved"):
         return None
     prompt = "".join(piece.text for piece in render_prompt(sample) if piece.kind != "image")
     answer = "".join(piece.text for piece in render(sample) if piece.supervised)

@@ -22,6 +22,7 @@ from megatron_vl.data.sources.data_sets import DATA_SETS
 from megatron_vl.data.sources.grounded_caption import GroundedCaption
 from megatron_vl.data.sources.html import HTML
 from megatron_vl.data.sources.img2dataset import Img2Dataset
+from megatron_vl.data.sources.interleaved import Interleaved
 from megatron_vl.data.sources.karpathy import Karpathy
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.data.sources.ocr import OCR
@@ -48,6 +49,7 @@ SOURCES: dict[str, type[Source]] = {
     "pdf": PDF,
     "html": HTML,
     "text": Text,
+    "interleaved": Interleaved,
     "qwen_vl_chat": QwenVLChat,
     "llava": LLaVA,
 }
