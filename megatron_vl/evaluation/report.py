@@ -2,8 +2,9 @@
 terminal.
 
 A report is a pure function of the run directory (:mod:`megatron_vl.evaluation.records`). The page asks for
-nothing: plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script. Every
-text of the run is escaped by the template engine; only our own SVG is inserted as it is.
+nothing: plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script; links
+lead to the pages of its data sets. Every text of the run is escaped by the template engine; only our own SVG is
+inserted as it is.
 """
 
 from __future__ import annotations
