@@ -22,7 +22,7 @@ from megatron_vl.config.batch import num_microbatches
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validate import parse_data_path
-from megatron_vl.data.balance import deal, row_costs
+from megatron_vl.data.balance import deal, row_costs, split
 from megatron_vl.data.batch import CollateOptions, MicroBatch, collate, empty_row
 from megatron_vl.data.blend import Blend, mean_over
 from megatron_vl.data.decoding import DecodePool
@@ -141,8 +141,8 @@ class RowLoader:
         """Open the data sets of ``data_path`` (default: ``config.data.data_path``) and start the decode
         workers.
 
-        ``with_pixels``: this rank holds the patch embedding. ``image_cost``: work of an image in tokens of
-        the language model, by which rows are dealt over ranks and micro-batches. Raises as ``DataSets`` does.
+        ``with_pixels``: this rank holds the patch embedding. ``image_cost``: what an image adds to the work of a
+        row, in labels, by which rows are dealt over ranks and micro-batches. Raises as ``DataSets`` does.
         """
         self.data_sets = DataSets(config, config.data.data_path if data_path is None else data_path)
         self._global_batch_size = config.training.global_batch_size
@@ -248,8 +248,8 @@ class RowLoader:
         lengths = np.where(real, self.data_sets.lengths[row_ids], 0)
         images = np.where(real, self.data_sets.images[row_ids], 0)
         costs = row_costs(lengths, images, image_cost=self._image_cost)
-        dealt = deal(costs, num_ranks=self._share.size, num_micro_batches=self._num_micro_batches)
-        return dealt[self._share.rank]
+        mine = deal(costs, num_ranks=self._share.size)[self._share.rank]
+        return split(costs, mine, num_micro_batches=self._num_micro_batches)
 
     def _collate(self, pending: _Pending) -> MicroBatch:
         pixels = None

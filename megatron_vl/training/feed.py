@@ -81,8 +81,12 @@ def data_fingerprint(config: RunConfig) -> str:
 
 
 def image_cost(config: RunConfig) -> float:
-    """Work of one image in tokens of the language model, by which rows are dealt to ranks."""
+    """What an image adds to the work of a row, in labels, by which rows are dealt to ranks.
+
+    Rows are padded to one length, so they differ in their images and in the labels that the output layer runs on, for
+    which the tokens outside images are taken. An image adds itself, and takes the room of a label for each slot.
+    """
     frozen = FrozenParts.of(config.training)
     image = step_flops(config.model, frozen, Work(num_images=1, num_tokens=0, sum_squared_spans=0, num_supervised=0))
-    token = step_flops(config.model, frozen, Work(num_images=0, num_tokens=1, sum_squared_spans=0, num_supervised=0))
-    return image / token
+    label = step_flops(config.model, frozen, Work(num_images=0, num_tokens=0, sum_squared_spans=0, num_supervised=1))
+    return image / label - (config.model.resampler.num_queries + 2)
