@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_vl.config.batch import model_parallel_size
 from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.checkpoints import write_checkpoint
@@ -53,21 +54,22 @@ class Layout:
 
     parallel: dict[str, Any]
     """Fields of :class:`ParallelConfig`."""
+    data: int = 1
+    """Data-parallel ranks."""
     bf16: bool = False
 
     @property
     def world_size(self) -> int:
-        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        return int(np.prod([self.parallel.get(name, 1) for name in names]))
+        return model_parallel_size(self.config) * self.data
 
     @property
     def config(self) -> ParallelConfig:
         return ParallelConfig(backend="local", **self.parallel)
 
 
-def import_on_rank(_: Start, root: Path) -> Path:
-    """Import the published folder into a checkpoint, in a world of one; returns its directory."""
-    return write_checkpoint(import_folder(FOLDER), root)
+def import_on_rank(_: Start, root: Path, folder: Path = FOLDER) -> Path:
+    """Import a published folder into a checkpoint, in a world of one; returns its directory."""
+    return write_checkpoint(import_folder(folder), root)
 
 
 @dataclass(frozen=True)

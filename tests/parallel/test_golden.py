@@ -176,8 +176,14 @@ def test_greedy_tokens_equal_the_original(
 def test_bf16_is_close_to_the_original_s_fp32(
     ranks: RankPools, expected: dict[str, Tensor], checkpoint: Path, name: str
 ) -> None:
-    """The divergence is a mean over positions: the same layers of ``transformers`` in bf16, given the image features
-    in fp32, are at a mean of 1.7e-3 and a maximum of 1.1e-2, with 92 % of positions equal."""
+    """The bound of 1e-3 is one on the mean over positions: at each single one, bf16 factors alone exceed it.
+
+    KL divergence from the original's fp32, and share of positions with the same best token:
+
+        ours, at any layout                                     mean 8.1e-4, maximum 3.0e-3, 94.7 to 95.0 %
+        the original's formulas in bf16 (``reference.py``)      mean 8.1e-4, maximum 3.6e-3, 94.0 %
+        the same in fp32 with bf16 factors of each product      mean 2.3e-4, maximum 1.1e-3, 97.5 %
+    """
     inputs = read_inputs_of(expected, "multimodal")
     found = _logits(ranks, replace(LAYOUTS[name], bf16=True), inputs, checkpoint)
     exact = expected["multimodal.logits"][0]
@@ -186,4 +192,4 @@ def test_bf16_is_close_to_the_original_s_fp32(
     same = found.argmax(-1) == exact.argmax(-1)
     assert clear.float().mean() > 0.5 and same[clear].all() and same.float().mean() >= 0.94
     divergence = (exact.softmax(-1) * (exact.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
-    assert 0.0 < divergence.mean() <= 1e-3 and divergence.max() <= 5e-3
+    assert 0.0 < divergence.mean() <= 1e-3 and divergence.max() <= 4e-3
