@@ -1,6 +1,6 @@
 """Speed and memory of conversion, beside a plain copy of the same bytes.
 
-    python benchmarks/convert.py [--size 1.0] [--turns 5] [--disk DIR] [--json FILE]
+    python benchmarks/convert.py [--size 2.0] [--turns 5] [--disk DIR] [--json FILE]
     python benchmarks/convert.py --memory 2 6 [--disk DIR] [--json FILE]
 
 A synthetic folder in the published layout (layers of half Qwen-7B's width, shards of 1 GB) is imported into a
@@ -214,7 +214,7 @@ def _default_disk(options: argparse.Namespace) -> str | None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=float, default=1.0, metavar="GB", help="of the folder whose speed is measured")
+    parser.add_argument("--size", type=float, default=2.0, metavar="GB", help="of the folder whose speed is measured")
     parser.add_argument("--turns", type=int, default=5, help="measured runs of each contender")
     parser.add_argument("--memory", type=float, nargs="+", metavar="GB", help="measure peaks, for these sizes")
     parser.add_argument("--disk", metavar="DIR", help="where files lie (default: RAM disk; with --memory: disk)")

@@ -30,7 +30,6 @@ from megatron_vl.conversion.qwen_vl import Correspondence, correspondences
 from megatron_vl.conversion.rules import swap_leading
 from megatron_vl.errors import ConversionError
 from megatron_vl.model.initialize import draw
-from megatron_vl.model.resampler import sincos_positions
 from megatron_vl.planning.parameters import TensorSpec
 
 _DTYPE_FROM = "language_model.final_layernorm.weight"
@@ -81,7 +80,10 @@ class StartingModel(Mapping[str, Tensor]):
         spec = self._entries[name].spec
         if spec.part == "language_model":
             return self._language[name]
-        tensor = self._read_vision(self._entries[name]) if spec.part == "vision" else self._fresh(spec)
+        if spec.part == "vision":
+            tensor = self._read_vision(self._entries[name])
+        else:
+            tensor = draw(name, spec.shape, model=self.model, seed=self._seed)
         return tensor.to(self.dtype(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -111,11 +113,6 @@ class StartingModel(Mapping[str, Tensor]):
         if "linear_qkv" in entry.spec.name:
             return swap_leading(tensor, 3, self.model.vision.num_attention_heads)
         return tensor[1:] if entry.spec.name == "vision.positional_embedding" else tensor
-
-    def _fresh(self, spec: TensorSpec) -> Tensor:
-        if spec.is_buffer:
-            return sincos_positions(isqrt(spec.shape[0]), spec.shape[1])
-        return draw(spec.name, spec.shape, model=self.model, seed=self._seed)
 
 
 def starting_model(vision_file: Path, language_folder: Path, options: StartOptions) -> StartingModel:
