@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "megatron_vl/data/README.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "megatron_vl/data/README.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
 RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))

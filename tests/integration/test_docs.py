@@ -23,6 +23,7 @@ import pytest
 
 from tests.integration.documented import ONE_STEP, PAGES, RECIPES, ROOT, Command, documented_commands
 from tests.test_architecture import ORDER
+from tests.unit.data.published_grounding import write_downloads
 from tests.unit.evaluation.fake_run import write_fake_run
 
 COMMANDS = documented_commands()
@@ -70,6 +71,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for block in re.findall(r"^```yaml\n(# (\S+\.yaml)\n.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             (folder / block[1]).write_text(block[0], encoding="utf-8")
     write_fake_run(folder / "runs" / "finished")
+    write_downloads(folder / "downloads")
     stand_in = folder / ".venv" / "bin" / "python"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(STAND_IN, encoding="utf-8")
@@ -186,6 +188,7 @@ def test_flags_in_the_text_exist(page: Path, outcomes: dict[str, Outcome]) -> No
     known = "".join(outcomes[f"python {tool} --help"].output for tool in TOOLS)
     known += "".join(outcomes[command.help].output for command in COMMANDS if command.help)
     known += " --all --smoke --output --release --format --reference --vocab-file --no-deps "
+    known += " --resize_mode --save_additional_columns "  # img2dataset's
     named = re.findall(r"(--[a-z][\w-]+)", " ".join(re.findall(r"`([^`\n]+)`", prose(page))))
     assert {flag for flag in named if not re.search(rf"{flag}\b(?!-)", known)} == set()
 

@@ -11,6 +11,9 @@ from megatron_vl.errors import SkipSample
 
 Box = tuple[float, float, float, float]
 
+MIN_EXTENT = 1e-6
+"""Of the image's side; a narrower box has no area, and rounding could turn it inside out."""
+
 
 def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float = 1.0) -> Box:
     """(x1, y1, x2, y2) in units of which the image has ``width`` x ``height``, clipped to the image.
@@ -20,7 +23,7 @@ def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float
     x1, y1, x2, y2 = _numbers(corners, 4, "bad_box")
     _check_size(width, height)
     box = (_clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height))
-    if box[0] >= box[2] or box[1] >= box[3]:
+    if min(box[2] - box[0], box[3] - box[1]) < MIN_EXTENT:
         raise SkipSample("bad_box", f"{list(corners)} in an image of {width:g} x {height:g} has no area")
     return box
 
@@ -36,11 +39,11 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
     _check_size(width, height)
     if not isinstance(points, Sequence) or len(points) != 4:
         raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
-    quad: list[float] = []
-    for point in points:
-        x, y = _numbers(point, 2, "bad_quad")
-        quad += [_clip(x / width), _clip(y / height)]
-    return tuple(quad)
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = [_numbers(point, 2, "bad_quad") for point in points]
+    return (
+        _clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height),
+        _clip(x3 / width), _clip(y3 / height), _clip(x4 / width), _clip(y4 / height),
+    )  # fmt: skip
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -59,12 +62,12 @@ def about_region(sample: Sample, region: Region) -> Sample:
 
 
 def _numbers(values: Sequence[float], count: int, reason: str) -> list[float]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+    if not isinstance(values, (list, tuple)) or len(values) != count:
         raise SkipSample(reason, f"expected {count} numbers, found {values!r:.80}")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if type(value) not in (float, int) or not math.isfinite(value):
             raise SkipSample(reason, f"expected {count} finite numbers, found {values!r:.80}")
-    return [float(value) for value in values]
+    return list(values)
 
 
 def _check_size(width: float, height: float) -> None:
@@ -73,4 +76,4 @@ def _check_size(width: float, height: float) -> None:
 
 
 def _clip(value: float) -> float:
-    return min(max(value, 0.0), 1.0)
+    return 0.0 if value <= 0.0 else value if value < 1.0 else 1.0

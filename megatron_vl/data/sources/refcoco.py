@@ -26,10 +26,10 @@ from megatron_vl.data.sources.base import (
     slice_of,
 )
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
-from megatron_vl.data.sources.images import read_image, require_images
+from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import iter_array
 from megatron_vl.data.sources.pickles import load_plain_pickle, plain_text
-from megatron_vl.data.sources.refexp import identity
+from megatron_vl.data.sources.refexp import identity, train_images
 from megatron_vl.errors import DataError, SkipSample
 
 
@@ -40,7 +40,7 @@ class RefCOCO(Source):
     path: Path
     """Folder with instances.json and refs(...).p, such as refer/data/refcoco+."""
     image_root: Path
-    """Folder of COCO's train2014 images."""
+    """Folder of COCO's train2014 images, or the one that holds train2014 or train2014.zip."""
     split_by: Literal["unc", "umd", "google"] = "unc"
     """Whose division into splits, and with it which pickle."""
     split: Literal["train", "val", "test", "testA", "testB"] = "train"
@@ -94,7 +94,7 @@ class RefCOCO(Source):
         expression = clean_text(plain_text(field(sentence, self.expression, str)), self.expression)
         size = field(image, "width", int), field(image, "height", int)
         box = box_from_xywh(field(annotation, "bbox", list), *size)
-        picture = read_image(self.image_root, field(image, "file_name", str))
+        picture = read_first_image(self.image_root, train_images(field(image, "file_name", str)))
         sample = Sample(key, self.name, self.task, self.language, (picture,))
         return about_region(sample, Region(expression, (box,)))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_vl.data.sample import Region, Sample
 from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
-from megatron_vl.data.sources.images import read_image, require_images
+from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
 from megatron_vl.errors import SkipSample
 
@@ -27,7 +27,7 @@ class RefExp(Source):
     path: Path
     """The JSON file."""
     image_root: Path
-    """Folder of the images."""
+    """Folder of the images, or the one that holds train2014 or train2014.zip."""
     task: Literal["referring", "region_caption"] = "referring"
     """Learn the box of an expression, or the expression of a box."""
     language: Literal["en", "zh"] = "en"
@@ -65,7 +65,7 @@ class RefExp(Source):
         if not annotations:
             raise SkipSample("no_annotation", f"no annotation has image_id {record['id']}")
         corners = tuple(box_from_xywh(field(item, "bbox", list), width, height) for item in annotations)
-        image = read_image(self.image_root, field(record, "file_name", str))
+        image = read_first_image(self.image_root, train_images(field(record, "file_name", str)))
         sample = Sample(key, self.name, self.task, self.language, (image,))
         return about_region(sample, Region(expression, corners))
 
@@ -74,3 +74,8 @@ def identity(record: Any, name: str = "id") -> int | str | None:
     """The number or name under which a record is referred to, if it has one."""
     value = record.get(name) if isinstance(record, dict) else None
     return value if isinstance(value, (int, str)) else None
+
+
+def train_images(name: str) -> list[str]:
+    """Where an image of COCO's train2014 may be: in the folder itself, or in the folder or zip of that name in it."""
+    return [name, f"train2014/{name}", f"train2014.zip/train2014/{name}"]

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import pickle
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,70 +19,10 @@ from megatron_vl.data.sources.refcoco import RefCOCO, evaluation_images
 from megatron_vl.data.sources.refexp import RefExp
 from megatron_vl.data.sources.visual_genome import VisualGenome
 from megatron_vl.errors import DataError
+from tests.unit.data.published_grounding import ANNOTATIONS, Python2Pickler, write_refcoco
 from tests.unit.data.reading import JPEG, kept, read_all, reasons, write_json, write_tar
 
 # RefCOCO
-
-
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]  # the one in Python can be told otherwise
-    """Writes strings as Python 2 did: as bytes without an encoding."""
-
-    def save_text(self, text: str) -> None:
-        data = text.encode("latin-1" if "\xe9" in text else "utf-8")
-        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
-        self.memoize(text)
-
-    dispatch = {**pickle._Pickler.dispatch, str: save_text}  # type: ignore[attr-defined]
-
-
-def sentence(number: int, text: str) -> dict[str, Any]:
-    return {"tokens": text.lower().split(), "raw": text, "sent_id": number, "sent": text.lower()}
-
-
-def reference(number: int, split: str, *sentences: Any, **other: Any) -> dict[str, Any]:
-    return {
-        "sent_ids": list(range(len(sentences))),
-        "file_name": f"COCO_train2014_000000581857_{number}.jpg",
-        "ann_id": 1719310 + number,
-        "ref_id": number,
-        "image_id": 581857,
-        "split": split,
-        "sentences": list(sentences),
-        "category_id": 1,
-        **other,
-    }
-
-
-REFERENCES = [
-    reference(0, "train", sentence(0, "LADY in blue"), sentence(1, "left one")),
-    reference(1, "testA", sentence(2, "man"), image_id=98304),
-    reference(2, "train", sentence(3, "café sign"), sentence(4, "招牌"), sentence(5, " "), {"sent_id": 6}),
-    reference(3, "train", sentence(7, "no annotation"), ann_id=5),
-    reference(0, "train", sentence(8, "no image"), image_id=7),
-    reference(3, "train", sentence(9, "a box without area")),
-    reference(0, "train"),
-    reference(4, "train", sentence(10, "negative corner, beyond the edge")),
-]
-ANNOTATIONS = [
-    {"id": 1719310, "bbox": [106.75, 320.0, 213.5, 160.0]},
-    {"id": 1719312, "bbox": [0, 0, 42.7, 64]},
-    {"id": 1719313, "bbox": [10, 10, 0, 20]},
-    {"id": 1719314, "bbox": [-10.0, 600.0, 52.7, 100.0]},
-]
-
-
-def write_refcoco(folder: Path) -> RefCOCO:
-    root, images = folder / "refer" / "data" / "refcoco", folder / "train2014"
-    root.mkdir(parents=True)
-    images.mkdir()
-    (images / "COCO_train2014_000000581857.jpg").write_bytes(JPEG)
-    with (root / "refs(unc).p").open("wb") as stream:
-        Python2Pickler(stream, protocol=2).dump(REFERENCES)
-    outline = {"segmentation": [[0.5] * 8], "area": 1.5, "iscrowd": 0, "category_id": 1, "image_id": 581857}
-    image = {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "height": 640, "width": 427, "license": 1}
-    document = {"info": {"year": 2014}, "images": [image], "annotations": [{**outline, **box} for box in ANNOTATIONS]}
-    write_json(root / "instances.json", {**document, "licenses": [], "categories": [{"id": 1, "name": "person"}]})
-    return RefCOCO("refcoco", root, images, records_per_shard=3)
 
 
 GOLDEN = [
