@@ -23,8 +23,9 @@ from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
-from megatron_vl.data.markup import GROUNDING, count_images, join_parts
-from megatron_vl.data.tokenize import image_span
+from megatron_vl.data.markup import count_images, join_parts, parse_markup
+from megatron_vl.data.prompts import Piece
+from megatron_vl.data.tokenize import encode_pieces
 from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, MegatronVLError, SkipSample
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
@@ -156,18 +157,14 @@ def _prompt(question: Json, tokenizer: QwenTokenizer, model: ModelConfig, option
         encoder = ChatEncoder(tokenizer, model.resampler.num_queries, options.max_window_size)
         tokens, paths = _chat(question, paths, encoder)
     else:
-        tokens = _raw(question["prompt"], len(paths), tokenizer, model.resampler.num_queries)
+        pieces = [Piece("image")] * len(paths) + parse_markup(question["prompt"], images=False)
+        tokens = tuple(encode_pieces(pieces, tokenizer, num_queries=model.resampler.num_queries).tokens.tolist())
     if not paths:
         return Prompt(tokens)
     if options.blank_images:
         return Prompt(tokens, torch.from_numpy(blank_pixels(len(paths), model.image_size)))
     pixels = [_pixels(options.inputs.parent / path, question, model.image_size) for path in paths]
     return Prompt(tokens, torch.from_numpy(np.stack(pixels)))
-
-
-def _raw(text: str, num_images: int, tokenizer: QwenTokenizer, num_queries: int) -> tuple[int, ...]:
-    images = image_span(tokenizer, num_queries) * num_images
-    return (*images, *tokenizer.encode_with_specials(text, GROUNDING))
 
 
 def _chat(question: Json, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
