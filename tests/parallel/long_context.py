@@ -1,4 +1,4 @@
-"""Runs on a rank: texts above the native length; and the published model's arithmetic for them, written out.
+"""Runs on a rank: texts above the native length; and what the published model makes of them.
 
 The reference follows the original one sequence at a time, without a cache: a token's key has the rotary base of the
 prompt that was read before it, whether it was part of that prompt or came after it, and its query the scale of its own
@@ -7,7 +7,6 @@ position. So what a cache gives is what one pass over the whole sequence gives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vl.config.schema import LanguageConfig, ModelConfig, RunConfig
+from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.conversion.hf_config import hf_config
+from megatron_vl.conversion.qwen_vl import correspondences
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
 from megatron_vl.model.build import build_model
@@ -25,11 +26,13 @@ from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import evaluate, forward_backward
 from tests.helpers.ranks import Start
+from tests.helpers.reference import reference_forward
 from tests.helpers.tiny import MODEL, tiny_config
 
 NATIVE = 16
 NEW_TOKENS = 5
-PREFIX = "language_model."
+ALPHAS = {NATIVE: 1, 2 * NATIVE: 3, 4 * NATIVE: 7, 8 * NATIVE: 15}
+"""What stretches the rotary base for lengths up to these."""
 
 
 def long_config(**sections: dict[str, Any]) -> RunConfig:
@@ -75,64 +78,51 @@ def packed(texts: Sequence[Sequence[int]]) -> MicroBatch:
 # --- the original's arithmetic ---------------------------------------------------------------------------------------
 
 
-def reference_logits(weights: dict[str, Tensor], sizes: LanguageConfig, text: Sequence[int], *, read: int) -> Tensor:
-    """float32[t, vocabulary] in evaluation, for a text of which the first ``read`` tokens were read at once."""
-    alpha = max(2 ** math.ceil(math.log(read / NATIVE, 2) + 1) - 1, 1)
-    hidden = weights[f"{PREFIX}embedding.word_embeddings.weight"][list(text)]
-    for number in range(sizes.num_layers):
-        prefix = f"{PREFIX}layers.{number}."
-        layer = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        hidden = hidden + _attention(layer, sizes, _norm(hidden, layer["input_layernorm.weight"]), alpha)
-        gate, up = layer["mlp.linear_fc1.weight"].chunk(2)
-        normed = _norm(hidden, layer["pre_mlp_layernorm.weight"])
-        hidden = hidden + (F.silu(normed @ gate.T) * (normed @ up.T)) @ layer["mlp.linear_fc2.weight"].T
-    head = weights[f"{PREFIX}output_layer.weight"][: sizes.vocab_size]
-    return _norm(hidden, weights[f"{PREFIX}final_layernorm.weight"]) @ head.T
+@dataclass(frozen=True)
+class Reference:
+    """The formulas of ``tests/helpers/reference.py`` with one model's weights."""
 
+    tensors: dict[str, Tensor]
+    """The language model's, under their published names."""
+    hf: dict[str, Any]
+    """Content of ``config.json``."""
 
-def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    def logits(self, text: Sequence[int]) -> Tensor:
+        """float32[t, vocabulary] of a text that is read at once, in evaluation."""
+        return reference_forward(self.tensors, self.hf, torch.tensor([text]), None, training=False)[0]
 
-
-def _attention(layer: dict[str, Tensor], sizes: LanguageConfig, hidden: Tensor, alpha: int) -> Tensor:
-    length, heads = len(hidden), sizes.num_attention_heads
-    size = sizes.hidden_size // heads
-    qkv = hidden @ layer["self_attention.linear_qkv.weight"].T + layer["self_attention.linear_qkv.bias"]
-    query, key, value = qkv.view(length, heads, 3, size).unbind(2)
-    frequencies = 1.0 / (sizes.rotary_base * alpha ** (size / (size - 2))) ** (torch.arange(0, size, 2).float() / size)
-    angles = (torch.arange(length).float()[:, None] * frequencies).repeat(1, 2)[:, None]
-    query, key = (t * angles.cos() + _rotated(t) * angles.sin() for t in (query, key))
-    logn = [math.log(i) / math.log(NATIVE) if i > NATIVE else 1.0 for i in range(1, length + 1)]
-    scores = torch.einsum("qhd,khd->hqk", query * torch.tensor(logn)[:, None, None], key) / size**0.5
-    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-    context = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
-    return context @ layer["self_attention.linear_proj.weight"].T
-
-
-def _rotated(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
-def reference_answer(weights: dict[str, Tensor], model: ModelConfig, prompt: Sequence[int]) -> tuple[list[int], Tensor]:
-    """Greedy tokens after a prompt, <|endoftext|> never chosen, and float32[NEW_TOKENS, vocabulary], their logits."""
-    text, rows = list(prompt), []
-    for _ in range(NEW_TOKENS):
-        logits = reference_logits(weights, model.language, text, read=len(prompt))[-1]
-        logits[SpecialTokens(model.num_ranks).endoftext] = float("-inf")
-        rows.append(logits)
-        text.append(int(logits.argmax()))
-    return text[len(prompt) :], torch.stack(rows)
+    def answer(self, prompt: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Greedy tokens after a prompt, never <|endoftext|>, and float32[NEW_TOKENS, vocabulary], their logits."""
+        alpha = next(alpha for limit, alpha in ALPHAS.items() if len(prompt) <= limit)
+        size = self.hf["kv_channels"]
+        base = self.hf["rotary_emb_base"] * alpha ** (size / (size - 2))
+        kept = replace(self, hf=self.hf | {"rotary_emb_base": base, "use_dynamic_ntk": False})
+        text, rows = list(prompt), []
+        for _ in range(NEW_TOKENS):
+            logits = kept.logits(text)[-1]
+            logits[SpecialTokens(MODEL.num_ranks).endoftext] = float("-inf")
+            rows.append(logits)
+            text.append(int(logits.argmax()))
+        return text[len(prompt) :], torch.stack(rows)
 
 
 # --- on a rank -------------------------------------------------------------------------------------------------------
 
 
-def weights_on_rank(start: Start, config: RunConfig) -> dict[str, Tensor]:
-    """The fresh weights of the whole model."""
+def reference_on_rank(start: Start, config: RunConfig) -> Reference:
+    """The reference with the fresh weights of the model."""
     with start.topology(config.parallel) as topology:
         (chunk,) = build_model(config, topology)
-        return {name: parameter.detach() for name, parameter in chunk.named_parameters()}
+        weights = {name: parameter.detach() for name, parameter in chunk.named_parameters()}
+        entries = [entry for entry in correspondences(config.model) if entry.spec.part == "language_model"]
+        tensors = {
+            name: tensor.clone()
+            for entry in entries
+            for name, tensor in zip(
+                entry.hf_names, entry.rule.to_hf(weights[entry.spec.name], config.model), strict=True
+            )
+        }
+        return Reference(tensors, hf_config(config.model, "float32"))
 
 
 def packed_logits_on_rank(start: Start, config: RunConfig, batch: MicroBatch, training: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Above the native length, evaluation and generation compute as the published model does, and training does not.
 
-The reference of ``long_context.py`` is fp32 on the CPU; max |difference| <= 2e-5 x max |reference| for logits.
+Against the formulas in fp32: max |difference| <= 2e-5 x max |reference| for logits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from torch import Tensor
 from tests.helpers.ranks import RankPools
 from tests.parallel.long_context import (
     NATIVE,
+    Reference,
     answers_on_rank,
     evaluated_loss_on_rank,
     long_config,
     packed,
     packed_logits_on_rank,
     random_tokens,
-    reference_answer,
-    reference_logits,
+    reference_on_rank,
     step_after_evaluation_on_rank,
-    weights_on_rank,
     with_language,
 )
 
@@ -50,15 +49,14 @@ def _assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def weights(ranks: RankPools) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = ranks(1).run(weights_on_rank, long_config())[0]
+def reference(ranks: RankPools) -> Reference:
+    found: Reference = ranks(1).run(reference_on_rank, long_config())[0]
     return found
 
 
 @pytest.fixture(scope="module")
-def span_logits(weights: dict[str, Tensor]) -> list[Tensor]:
-    sizes = long_config().model.language
-    return [reference_logits(weights, sizes, text, read=len(text)) for text in random_tokens(SPANS)]
+def span_logits(reference: Reference) -> list[Tensor]:
+    return [reference.logits(text) for text in random_tokens(SPANS)]
 
 
 def test_each_span_of_a_packed_line_has_its_own_length(ranks: RankPools, span_logits: list[Tensor]) -> None:
@@ -112,8 +110,8 @@ def test_training_is_free_of_it_whatever_ran_before(ranks: RankPools) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected_answers(weights: dict[str, Tensor]) -> list[tuple[list[int], Tensor]]:
-    return [reference_answer(weights, long_config().model, text) for text in random_tokens(PROMPTS, seed=1)]
+def expected_answers(reference: Reference) -> list[tuple[list[int], Tensor]]:
+    return [reference.answer(text) for text in random_tokens(PROMPTS, seed=1)]
 
 
 def test_cached_decoding_equals_the_reference(
