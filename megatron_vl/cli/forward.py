@@ -29,9 +29,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vl.cli.output import whole_file
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.validate import check_tensor_parallel, check_world_size
-from megatron_vl.errors import DataError, MegatronVLError
+from megatron_vl.errors import MegatronVLError
 from megatron_vl.launch import read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
@@ -89,15 +90,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _write(outputs: dict[str, Tensor], path: Path) -> None:
-    """Write beside the output and rename, so that a file under its name is whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    draft = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(outputs, draft)
-        draft.replace(path)
-    except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
-        raise DataError(f"--output {path}: cannot be written ({error}); free the place, or name another") from error
+    with whole_file(path) as place:
+        try:
+            save_file(outputs, place)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error

@@ -1,17 +1,20 @@
-"""Files that commands write for people: a text is there as a whole or not at all."""
+"""Files that commands write for people: one is there as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_vl.errors import DataError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a JSON text in one step, making the folder if need be; until then an older file stays.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to beside ``path``, in a folder that is made if need be; it gets the name in the end.
 
-    Half a surrogate pair, which UTF-8 does not have, is written as JSON's escape of it.
+    Until then, and if the block fails, an older file stays.
 
     Raises:
         DataError: the file cannot be written.
@@ -19,8 +22,22 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"--output {path}: cannot be written ({error.strerror})") from error
+        raise DataError(f"--output {path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):  # nothing was written, or it has its name
+            temporary.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a JSON text in one step; see :func:`whole_file`.
+
+    Half a surrogate pair, which UTF-8 does not have, is written as JSON's escape of it.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -1,8 +1,8 @@
 """Logits, image features, loss and gradient norms of a checkpoint on given token ids and pixels, at any layout.
 
 This is for comparing with another implementation, so everything comes out whole, under published names, whatever the
-layout. Logits and features are those of evaluation mode, loss and gradients those of training mode. The modes differ
-in rows beyond the length that the language model was trained at: there Qwen stretches attention in evaluation only.
+layout. Logits and features are those of evaluation mode, loss and gradients those of training mode; the two differ in
+rows above the native length (``model/rotary.py``).
 
 Norms need no whole gradient. Squares add up over tensor-parallel shards; a replicated gradient counts on one rank; and
 what is one tensor here and several in the published layout (gate and up) lies in a shard in their order.
@@ -29,7 +29,7 @@ from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.collectives import to_rank_0
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.parallel_model import wrap_chunks
-from megatron_vl.training.step import forward_backward
+from megatron_vl.training.step import evaluating, forward_backward
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ def forward(
         DataError: the inputs do not fit the model.
     """
     inputs.check(config.model)
-    batches = [_deal(inputs.micro_batches(config.model, logits=logits), config, topology) for logits in (True, False)]
-    outputs = _assemble(look(chunks, batches[0], topology=topology), inputs, config.model, topology)
+    mine = _deal(inputs.micro_batches(config.model, labels=None), config, topology)
+    outputs = _assemble(look(chunks, mine, topology=topology), inputs, config.model, topology)
     if inputs.labels is not None:
-        learnt = learn(chunks, batches[1], config=config, topology=topology)
+        mine = _deal(inputs.micro_batches(config.model, labels=inputs.labels), config, topology)
+        learnt = learn(chunks, mine, config=config, topology=topology)
         outputs |= learnt if topology.rank == 0 else {}
     return outputs
 
@@ -94,9 +95,7 @@ def look(chunks: Sequence[QwenVL], batches: list[MicroBatch], *, topology: Topol
     """Run micro-batches in evaluation mode and keep what resampler and head give."""
     heads = [chunk.language_model.output_layer for chunk in chunks if chunk.language_model and chunk.stage.head]
     resamplers = [chunk.resampler for chunk in chunks if chunk.resampler]
-    for chunk in chunks:
-        chunk.eval()
-    with outputs_of(heads) as logits, outputs_of(resamplers) as features:
+    with evaluating(chunks), outputs_of(heads) as logits, outputs_of(resamplers) as features:
         forward_backward(chunks, batches, topology=topology, forward_only=True)
     return Seen(logits, features)
 

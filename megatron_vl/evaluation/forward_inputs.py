@@ -73,13 +73,13 @@ class ForwardInputs:
             rows.append(starts)
         return rows
 
-    def micro_batches(self, model: ModelConfig, *, logits: bool) -> list[MicroBatch]:
-        """Each row as a micro-batch: for ``logits`` every position goes through the head, otherwise supervised ones."""
+    def micro_batches(self, model: ModelConfig, *, labels: Tensor | None) -> list[MicroBatch]:
+        """Each row as a micro-batch: with labels to learn them, without with every position through the head."""
         batches, image = [], 0
         for number, (ids, starts) in enumerate(zip(self.input_ids, self.span_starts(model), strict=True)):
             supervised, targets = torch.arange(len(ids)), torch.zeros_like(ids)
-            if not logits and self.labels is not None:
-                following = self.labels[number, 1:]
+            if labels is not None:
+                following = labels[number, 1:]
                 supervised = torch.nonzero(following != UNSUPERVISED).flatten()
                 targets = following[supervised]
             pixels = self.pixels[image : image + len(starts)] if self.pixels is not None else None

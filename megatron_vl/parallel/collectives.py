@@ -112,10 +112,11 @@ def to_rank_0(pieces: Mapping[Key, torch.Tensor], *, topology: Topology) -> Iter
     owners = {key: rank for rank in reversed(range(len(held))) for key in held[rank]}
     for key, rank in owners.items():
         if topology.rank == rank != 0:
-            dist.send(pieces[key].to(topology.device), 0)
+            dist.send(pieces[key].to(topology.device).contiguous(), 0)
         elif rank == 0 == topology.rank:
             yield key, pieces[key]
         elif topology.rank == 0:
-            piece = torch.empty_like(held[rank][key], device=topology.device)
+            outline = held[rank][key]
+            piece = torch.empty(outline.shape, dtype=outline.dtype, device=topology.device)
             dist.recv(piece, rank)
             yield key, piece.cpu()

@@ -76,6 +76,7 @@ def test_two_ranks_write_what_one_process_writes(folder: Path, one_process: dict
     ("output", "flags", "says"),
     [
         ("checkpoint", "", "--output checkpoint: cannot be written"),
+        ("in.safetensors/out", "", "--output in.safetensors/out: cannot be written"),
         ("refused", "--tensor-model-parallel-size 2", "the run has 1 ranks"),
         ("refused", "--tensor-model-parallel-size 3", "num_attention_heads 4 cannot be split over"),
     ],

@@ -35,7 +35,7 @@ def test_each_row_is_a_micro_batch_with_its_own_images() -> None:
     path = [START, 97, 47, *[PAD] * (QUERIES - 2), END]
     inputs = batch([5, *IMAGE, 6, *path, 7], [8, 9], [*IMAGE, 3])
     inputs.check(MODEL)
-    first, text, last = inputs.micro_batches(MODEL, logits=True)
+    first, text, last = inputs.micro_batches(MODEL, labels=None)
     assert first.slots.tolist() == [2, 3, 4, 5, 9, 10, 11, 12]
     assert last.slots.tolist() == [1, 2, 3, 4] and text.slots.numel() == 0
     assert torch.equal(first.pixels, PIXELS[:2]) and torch.equal(last.pixels, PIXELS[2:3])
@@ -50,7 +50,7 @@ def test_each_row_is_a_micro_batch_with_its_own_images() -> None:
 def test_labels_are_shifted_and_need_not_be_the_tokens() -> None:
     labels = torch.tensor([[11, -100, 12, 13], [-100, -100, -100, 14]])
     inputs = batch([1, 2, 3, 4], [5, 6, 7, 8], labels=labels)
-    first, second = inputs.micro_batches(MODEL, logits=False)
+    first, second = inputs.micro_batches(MODEL, labels=labels)
     assert (first.supervised.tolist(), first.targets.tolist()) == ([1, 2], [12, 13])
     assert (second.supervised.tolist(), second.targets.tolist()) == ([2], [14])
 
