@@ -19,7 +19,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -73,7 +73,8 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="megatron_vl_chromium_")
         self._number = 0
         self._rest = b""
-        self._page: tuple[bytes, str] | None = None
+        self._served: dict[str, tuple[bytes, str]] = {}
+        """By session the page that it may load, until it has."""
         incoming, to_browser = _pipe()
         from_browser, outgoing = _pipe()
         arguments = [program, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
@@ -108,18 +109,21 @@ class Browser:
     def page(self, data: bytes, content_type: str, size: tuple[int, int], seconds: float) -> Iterator[Page]:
         """A page that was loaded in a view of ``size`` pixels; raises BrowserGone, SkipSample('unrendered_page')."""
         deadline = time.monotonic() + seconds
-        self._page = (data, content_type)
         target = self.call("Target.createTarget", {"url": "about:blank"}, deadline=deadline)["targetId"]
         attached = self.call("Target.attachToTarget", {"targetId": target, "flatten": True}, deadline=deadline)
         page = Page(self, attached["sessionId"], deadline)
+        self._served = {attached["sessionId"]: (data, content_type)}
         page.call("Emulation.setScriptExecutionDisabled", {"value": True})
         page.resize(*size)
         page.call("Fetch.enable", {"patterns": [{"urlPattern": "*"}]})
         page.call("Page.enable")
         page.call("Page.navigate", {"url": ADDRESS})
         page.wait("Page.loadEventFired")
-        yield page
-        self.call("Target.closeTarget", {"targetId": target}, deadline=deadline)
+        try:
+            yield page
+        finally:
+            with suppress(BrowserGone):
+                self._send("Target.closeTarget", {"targetId": target}, "")
 
     def call(
         self, method: str, parameters: Mapping[str, Any] | None = None, *, session: str = "", deadline: float = 0.0
@@ -148,8 +152,8 @@ class Browser:
         return message
 
     def _answer(self, request: Mapping[str, Any], session: str) -> None:
-        if self._page is not None and request["request"]["url"] == ADDRESS:
-            (data, content_type), self._page = self._page, None
+        if session in self._served and request["request"]["url"] == ADDRESS:
+            data, content_type = self._served.pop(session)
             headers = [{"name": "Content-Type", "value": content_type}]
             body = base64.b64encode(data).decode()
             answer = {"responseCode": 200, "responseHeaders": headers, "body": body}
@@ -184,8 +188,9 @@ class Page:
 
     def wait(self, event: str) -> None:
         """Return when the event has come."""
-        while self._browser.receive(self._deadline).get("method") != event:
-            pass
+        message: dict[str, Any] = {}
+        while (message.get("method"), message.get("sessionId")) != (event, self._session):
+            message = self._browser.receive(self._deadline)
 
     def resize(self, width: int, height: int) -> None:
         """Lay the page out in a view of this size."""

@@ -43,7 +43,7 @@ lines</pre><p>été 1987</p></body></html>"""
 
 def pages(folder: Path, *texts: str | bytes) -> HTML:
     for number, text in enumerate(texts):
-        (folder / f"{number}.html").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / f"{number:02d}.html").write_bytes(text if isinstance(text, bytes) else text.encode())
     return HTML("html", folder, min_characters=4)
 
 
@@ -74,10 +74,11 @@ def test_a_page_gives_its_lines_where_they_are_drawn(tmp_path: Path) -> None:
     paragraph = found[1:-6]
     assert len(paragraph) == 2 and paragraph[0].startswith("The survey covered twelve villages, and")
     assert " ".join(paragraph).endswith("long enough to need a second line.")
-    assert (sample.task, sample.key, sample.images[0].key) == ("ocr", "0.html", "0.html")
+    assert (sample.task, sample.key, sample.images[0].key) == ("ocr", "00.html", "00.html")
     image = Image.open(io.BytesIO(sample.images[0].data))
     assert image.width == 1024 and 500 < image.height < 700
     check_ink(sample)
+    assert read_all(HTML("html", tmp_path, min_characters=4)) == [sample], "another browser draws the same bytes"
 
 
 @needs_browser
@@ -154,6 +155,7 @@ def test_the_rules_of_pages_and_odd_pages(tmp_path: Path) -> None:
         b"<p>" * 5000 + b"deep": "deep",
         b"<frameset><frame src=x></frameset>": "too_few_characters",
         b"<svg><text y=20>picture</text></svg>": "picture",
+        b'<meta http-equiv=refresh content="0; url=https://page.invalid/"><p>again': "again",
         f"{utf8}<p>Łódź city</p>".encode(): "latin_extended",
         f"{utf8}<p>\ue000 private</p>".encode(): "private_use",
         f"{utf8}<p>\ufffd unknown</p>".encode(): "unmapped_characters",
