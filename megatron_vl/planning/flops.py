@@ -93,6 +93,17 @@ def step_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
     return sum(unit_flops(model, frozen, work))
 
 
+def image_cost(model: ModelConfig, frozen: FrozenParts) -> float:
+    """What an image adds to the work of training on a row, in labels, by which rows are dealt to ranks.
+
+    Rows are padded to one length, so they differ in their images and in the labels that the output layer runs on, for
+    which the tokens outside images are taken. An image adds itself, and takes the room of a label for each slot.
+    """
+    image = step_flops(model, frozen, Work(num_images=1, num_tokens=0, sum_squared_spans=0, num_supervised=0))
+    label = step_flops(model, frozen, Work(num_images=0, num_tokens=0, sum_squared_spans=0, num_supervised=1))
+    return image / label - (model.resampler.num_queries + 2)
+
+
 def unit_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> list[float]:
     """Operations of each unit of the line: every V (patch embedding with the first), R, every L, head."""
     flops = training_flops(model, frozen, work)

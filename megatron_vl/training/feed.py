@@ -18,7 +18,7 @@ from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.data.manifest import read_manifest
 from megatron_vl.parallel.collectives import broadcast_batches
 from megatron_vl.parallel.topology import Topology
-from megatron_vl.planning.flops import FrozenParts, Work, step_flops
+from megatron_vl.planning.flops import FrozenParts, image_cost
 from megatron_vl.planning.layout import resolve_layout
 
 
@@ -65,7 +65,7 @@ def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]
         share=DataShare(topology.dp_rank, topology.dp_size),
         with_pixels=any(stage.patch_embed for stage in stages),
         data_path=data_path,
-        image_cost=image_cost(config),
+        image_cost=image_cost(config.model, FrozenParts.of(config.training)),
     )
     return Feed(loader, topology)
 
@@ -78,15 +78,3 @@ def data_fingerprint(config: RunConfig) -> str:
     pairs = parse_data_path(config.data.data_path)
     parts = [f"{weight} {read_manifest(prefix).fingerprint}" for weight, prefix in pairs]
     return hashlib.sha256("\n".join([str(config.training.seed), *parts]).encode()).hexdigest()[:12]
-
-
-def image_cost(config: RunConfig) -> float:
-    """What an image adds to the work of a row, in labels, by which rows are dealt to ranks.
-
-    Rows are padded to one length, so they differ in their images and in the labels that the output layer runs on, for
-    which the tokens outside images are taken. An image adds itself, and takes the room of a label for each slot.
-    """
-    frozen = FrozenParts.of(config.training)
-    image = step_flops(config.model, frozen, Work(num_images=1, num_tokens=0, sum_squared_spans=0, num_supervised=0))
-    label = step_flops(config.model, frozen, Work(num_images=0, num_tokens=0, sum_squared_spans=0, num_supervised=1))
-    return image / label - (config.model.resampler.num_queries + 2)

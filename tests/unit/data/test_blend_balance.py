@@ -11,8 +11,7 @@ from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig, TrainingConfig
 from megatron_vl.data.balance import deal, row_costs, split
 from megatron_vl.data.blend import Blend, mean_over, permute
-from megatron_vl.planning.flops import FrozenParts, Work, step_flops
-from megatron_vl.training.feed import image_cost
+from megatron_vl.planning.flops import FrozenParts, Work, image_cost, step_flops
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -114,7 +113,7 @@ def test_the_deal_is_even(ranks: int, freeze_vision: bool) -> None:
     for seed in range(10):
         lengths, images = packed_rows(ranks * 16, seed)
         work = flops_of_rows(config, lengths, images)
-        costs = row_costs(lengths, images, image_cost=image_cost(config))
+        costs = row_costs(lengths, images, image_cost=image_cost(config.model, FrozenParts.of(config.training)))
         dealt = deal(costs, num_ranks=ranks)
         loads, images_of_rank = work[dealt].sum(axis=1), images[dealt].sum(axis=1)
         assert images_of_rank.max() < images_of_rank.mean() + 1, "no deal of whole images could be better"
@@ -150,6 +149,6 @@ def test_rows_cost_what_the_counter_says(preset: str, frozen: dict[str, bool]) -
     lengths, images = np.array([0, 7 * slots, 1000, 2048, 2048, 2000]), np.array([0, 7, 3, 0, 6, 1])
     flops = flops_of_rows(config, lengths, images)
     label = step_flops(config.model, FrozenParts.of(config.training), Work(0, 0, 0, 1))
-    costs = row_costs(lengths, images, image_cost=image_cost(config))
+    costs = row_costs(lengths, images, image_cost=image_cost(config.model, FrozenParts.of(config.training)))
     assert costs.dtype == np.int64
     assert np.allclose(costs, (flops - flops[0]) / label, atol=0.5001)
