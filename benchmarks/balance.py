@@ -174,10 +174,10 @@ def _row(name: str, mine: float, other: float, *, goal: float | None) -> Row:
 
 def _compare_times(packed: PackedRows, ranks: int, *, turns: int) -> Row:
     """What a rank spends on finding its rows, in each step."""
-    config = RunConfig()
     size = ranks * MICRO_BATCHES
-    costs = packed.costs(config)[:size]
-    larger = packed.costs(config)[: size * LARGER_MICRO_BATCH]
+    order = Blend((len(packed.lengths),), None, seed=0).step_rows(0, size * LARGER_MICRO_BATCH)
+    larger = packed.costs(RunConfig())[order]
+    costs = larger[:size]
     times = take_turns(
         {
             "ours": lambda: split(costs, deal(costs, num_ranks=ranks)[0], num_micro_batches=MICRO_BATCHES),
