@@ -96,7 +96,6 @@ RULES = (
     Rule(r"(python tools/generate\.py .*)", r"\1 --max-new-tokens 2"),
     Rule(r"(python tools/tokenize_text\.py .*)", r"\1", says="12 tokenize, 4 sft, 2 chat"),
     Rule(r"python tools/make_report\.py runs/quickstart", r"python tools/make_report.py runs/finished", says="Report:"),
-    Rule(r"(python tools/convert_checkpoint\.py check .*)", r"\1", says="sound"),
     Rule(r"(python tools/convert_checkpoint\.py export .*)", r"\1", says="bytes of weights"),
     Rule(
         r"(python tools/convert_checkpoint\.py import --vision .*)",  # there are no such files here
@@ -105,6 +104,12 @@ RULES = (
         says="open_clip_pytorch_model.bin: no such file",
     ),
     Rule(r"(python tools/convert_checkpoint\.py import .*)", r"\1", says="iter_0000000"),
+    Rule(r"(python tools/convert_checkpoint\.py check .*)", r"\1", says="sound"),
+    Rule(r"(python make_inputs\.py)", r"\1"),
+    Rule(r"(python tools/forward\.py .*)", r"\1"),
+    # Two ranks are started by tests/integration/test_forward.py.
+    Rule(r"torchrun --nproc-per-node 2 (tools/forward\.py .*) --tensor-model-parallel-size 2", r"python \1"),
+    Rule(r"(python compare\.py)", r"\1", says="logits"),
     Rule(r"(python -c .*megatron_vl\.checkpoint\.store.*)", r"\1"),
     # At the published sizes: up to the answer of a machine without GPU.
     Rule(

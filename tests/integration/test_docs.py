@@ -35,6 +35,7 @@ BEFORE = (
     RAW.format("heldout", "heldout"),
     "python tools/make_synthetic_data.py raw --num-scenes 40 --no-progress",
     "python tools/prepare_data.py my_data.yaml --model-preset tiny --output data/other --workers 1 --quiet",
+    "python make_inputs.py",
 )
 """What the commands find: the quickstart's raw data, and the files that the pages speak of."""
 STAND_IN = '#!/bin/sh\necho "python $*"\n'
@@ -67,8 +68,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for prefix in ("DATA", "PREFIX", "VISION", "TEXT", "CHATS"):
         (folder / f"{prefix}.json").touch()
+    named_block = re.compile(r"^```\w+\n(# (\S+\.(?:yaml|py))\n.*?)^```", re.MULTILINE | re.DOTALL)
     for page in PAGES:
-        for block in re.findall(r"^```yaml\n(# (\S+\.yaml)\n.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for block in named_block.findall(page.read_text(encoding="utf-8")):
             (folder / block[1]).write_text(block[0], encoding="utf-8")
     write_fake_run(folder / "runs" / "finished")
     write_downloads(folder / "downloads")
