@@ -25,7 +25,8 @@ def to_cell(value: float) -> int:
     """
     if not math.isfinite(value):
         raise ValueError(f"coordinate {value} is not a finite number")
-    return min(max(math.floor(value * GRID), 0), GRID - 1)
+    cell = math.floor(value * GRID)
+    return 0 if cell < 0 else cell if cell < GRID else GRID - 1
 
 
 def from_cell(cell: int) -> float:

@@ -82,6 +82,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # Pillow would clip 16-bit greys to white; keep their upper byte instead.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()  # convert would copy it
+        return image
     return image.convert("RGB")
 
 

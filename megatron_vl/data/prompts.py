@@ -14,7 +14,7 @@ span. Pieces are tokenized one by one; hence a prompt has the same ids in traini
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vl.data.coordinates import format_points
@@ -91,7 +91,7 @@ def render(sample: Sample) -> tuple[Piece, ...]:
     if sample.task == "interleaved":
         return (*_interleaved(sample), Piece("special", END, supervised=True))
     target = _TEMPLATES[sample.task].target(sample, WORDINGS[sample.language])
-    learnt = [replace(piece, supervised=True) for piece in [*target, Piece("special", END)]]
+    learnt = [Piece(piece.kind, piece.text, True) for piece in [*target, Piece("special", END)]]
     return (*render_prompt(sample), *learnt)
 
 
@@ -154,7 +154,7 @@ def _interleaved(sample: Sample) -> list[Piece]:
     pieces = _text(first)
     for text in others:
         pieces += [Piece("image"), *_text(text)]
-    return [replace(piece, supervised=piece.kind == "text") for piece in pieces]
+    return [Piece(piece.kind, piece.text, piece.kind == "text") for piece in pieces]
 
 
 def _learn_text(sample: Sample, words: Wording) -> list[Piece]:

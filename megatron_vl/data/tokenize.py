@@ -65,7 +65,7 @@ def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeO
 def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_queries: int) -> EncodedPieces:
     """Ids of rendered pieces, in training and in generation alike."""
     span = _image_span(tokenizer, num_queries)
-    tokens = array("i")  # from a list, numpy takes four times as long
+    tokens = array("i")
     sizes: list[int] = []
     for piece in pieces:
         before = len(tokens)
@@ -74,7 +74,7 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
         elif piece.kind == "special":
             tokens.append(tokenizer.special_ids[piece.text])
         else:
-            tokens.extend(tokenizer.encode(piece.text))
+            tokens.frombytes(tokenizer.encode_array(piece.text).tobytes())
         sizes.append(len(tokens) - before)
     supervised = np.repeat(np.array([piece.supervised for piece in pieces], dtype=np.bool_), sizes)
     return EncodedPieces(np.frombuffer(tokens, dtype=np.int32), supervised)

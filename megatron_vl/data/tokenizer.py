@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from megatron_vl.config.special_tokens import SpecialTokens
@@ -68,6 +70,15 @@ class QwenTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; the surface form of a special token is spelled out like any other text."""
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+        """int32[length]: the same as an array, without a list in between, which costs a quarter of the time."""
+        normal = unicodedata.normalize("NFC", text)
+        try:
+            ids = self._encoding.encode_to_numpy(normal, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which encode replaces
+            return np.array(self.encode(text), dtype=np.int32)
+        return ids.view(np.int32)
 
     def encode_with_specials(self, text: str, allowed: Collection[str] | None = None) -> list[int]:
         """Ids of text in which the special tokens ``allowed`` (surface forms; by default all) are parsed.

@@ -52,12 +52,18 @@ def test_any_text_comes_back_in_its_nfc_form_and_makes_no_special_token(full: Qw
     for tokenizer in (full, TINY):
         ids = tokenizer.encode(text)
         assert all(token < tokenizer.special.num_ranks for token in ids)
+        assert tokenizer.encode_array(text).tolist() == ids
         assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
         parsed = tokenizer.encode_with_specials(text)
         assert tokenizer.decode(parsed) == unicodedata.normalize("NFC", text)
 
 
 TINY = QwenTokenizer(256)
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character() -> None:
+    assert TINY.decode(TINY.encode("a\ud800b")) == "a\ufffdb"
+    assert TINY.encode_array("a\ud800b").tolist() == TINY.encode("a\ud800b")
 
 
 def test_special_tokens_follow_the_ranks(small: QwenTokenizer) -> None:
