@@ -76,6 +76,7 @@ def main() -> None:
         config = RunConfig(training=TrainingConfig(freeze_vision=frozen))
         for ranks in options.ranks:
             rows += _compare_deals(packed, config, ranks=ranks, most_batches=options.batches)
+    rows += [_compare_micro_batches(packed, ranks) for ranks in options.ranks]
     rows += [_compare_times(packed, ranks, turns=options.turns) for ranks in options.ranks]
     if options.json:
         write_rows(options.json, rows)
@@ -170,6 +171,21 @@ def _row(name: str, mine: float, other: float, *, goal: float | None) -> Row:
     row = Row(row.name, row.ours, row.reference, row.ratio, goal, row.ratio <= goal)
     print(f"{row.name}: {row.ours:.4f}; goal <= {goal:.4f} (efficiency {GOAL}): {'met' if row.met else 'MISSED'}")
     return row
+
+
+def _compare_micro_batches(packed: PackedRows, ranks: int) -> Row:
+    """How alike the micro-batches of a rank are, of several rows each, in one batch."""
+    size, config = ranks * MICRO_BATCHES * LARGER_MICRO_BATCH, RunConfig()
+    batch = Blend((len(packed.lengths),), None, seed=0).step_rows(0, size)
+    costs, work = packed.costs(config)[batch], packed.work(config)[batch]
+    parts = [split(costs, rank, num_micro_batches=MICRO_BATCHES) for rank in deal(costs, num_ranks=ranks)]
+    plain = np.arange(size).reshape(ranks, MICRO_BATCHES, LARGER_MICRO_BATCH)
+    mine, other = (
+        float(np.mean([efficiency(work[rank].sum(axis=1)) for rank in dealt])) for dealt in (np.stack(parts), plain)
+    )
+    name = f"dearest micro-batch of {LARGER_MICRO_BATCH} rows / average of its rank, DP {ranks}; reference as they come"
+    print(f"{name}: {1 / mine:.4f} and {1 / other:.4f}")
+    return Row(name, 1 / mine, 1 / other, other / mine, None, None)
 
 
 def _compare_times(packed: PackedRows, ranks: int, *, turns: int) -> Row:

@@ -1,7 +1,7 @@
 """Who computes which rows of a global batch: equal numbers of rows, nearly equal work.
 
 Rows differ in work: their lines are padded to one length, but the vision tower runs once per image, and the
-output layer once per label. Dealt as they come, 16 rows a rank, the dearest of 64 ranks has 7 % more than the
+output layer once per label. Dealt as they come, 16 rows a rank, the dearest of 64 ranks has 8 % more than the
 average, and all others wait for it. Here rows are dealt to ranks, and those of a rank to micro-batches, in the
 same two moves each time:
 
