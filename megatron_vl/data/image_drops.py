@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,19 @@ from megatron_vl.errors import DataError, SkipSample
 Mask = npt.NDArray[np.bool_]
 
 
-def image_drops(samples: Samples, images: Images, filters: Sequence[FilterOptions]) -> dict[str, Mask]:
-    """bool[samples] for each reason: which samples are dropped; ``filters`` are those of the sources.
+@dataclass(frozen=True)
+class Dropped:
+    """Samples that are dropped for one reason."""
 
-    Reasons: ``benchmark_image``, ``duplicate_image``, ``similar_image``. Raises DataError if a list of a benchmark's
-    images cannot be read.
+    reason: str
+    samples: Mask
+    """bool[samples]."""
+
+
+def image_drops(samples: Samples, images: Images, filters: Sequence[FilterOptions]) -> tuple[Dropped, ...]:
+    """What is dropped for which reason; ``filters`` are those of the sources.
+
+    Raises DataError if a list of a benchmark's images cannot be read.
     """
     leaked = np.zeros(len(samples), dtype=np.bool_)
     for options in dict.fromkeys(filters):
@@ -35,7 +44,7 @@ def image_drops(samples: Samples, images: Images, filters: Sequence[FilterOption
             mine = np.array([other == options for other in filters], dtype=np.bool_)[samples.source]
             leaked |= mine & _any_image(samples, of_benchmark)
     same, similar = _duplicates(samples, images, filters, leaked)
-    return {"benchmark_image": leaked, "duplicate_image": same, "similar_image": similar}
+    return Dropped("benchmark_image", leaked), Dropped("duplicate_image", same), Dropped("similar_image", similar)
 
 
 def _duplicates(samples: Samples, images: Images, filters: Sequence[FilterOptions], gone: Mask) -> tuple[Mask, Mask]:

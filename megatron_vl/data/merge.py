@@ -106,8 +106,8 @@ def _choose(recipe: DataRecipe, gathered: Gathered, reader: PartReader) -> IntAr
             tally.skip(reason, len(mine), [reader.key(sample) for sample in mine[:NUM_EXAMPLES].tolist()])
         left[dropped] = False
 
-    for reason, dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]).items():
-        leave_out(reason, dropped)
+    for dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]):
+        leave_out(dropped.reason, dropped.samples)
     members = [np.flatnonzero(left & (samples.source == source)) for source in range(len(recipe.sources))]
     supplies = [
         Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)

@@ -227,15 +227,24 @@ def test_sources_have_the_options_of_their_readers() -> None:
 
 
 def test_recipe_keys_and_defaults_are_those_of_the_code() -> None:
-    from megatron_vl.data.recipe import DataRecipe, PackOptions
+    from megatron_vl.data.recipe import DataRecipe, MixtureOptions, PackOptions
 
     documented = {key: cells[0] for cell, cells in column("docs/data.md", "key").items() for key in code(cell)}
-    fields = {item.name: item.default for item in dataclasses.fields(DataRecipe) if item.name != "pack"}
-    fields |= {f"pack.{item.name}": item.default for item in dataclasses.fields(PackOptions)}
+    fields = {item.name: item.default for item in dataclasses.fields(DataRecipe)}
+    for name, options in (("pack", PackOptions), ("mixture", MixtureOptions)):
+        del fields[name]
+        fields |= {f"{name}.{item.name}": item.default for item in dataclasses.fields(options)}
     assert set(documented) == set(fields)
     stated = {key: value.strip("`") for key, value in documented.items() if re.fullmatch(r"\d+|`\w+`", value)}
     stated.pop("max_sample_length")
     assert stated == {key: str(fields[key]) for key in stated} and len(stated) >= 5
+
+
+def test_filters_are_those_of_the_code() -> None:
+    from megatron_vl.data.filters.options import FilterOptions
+
+    documented = {name.partition(":")[0] for cell in column("docs/data.md", "filter") for name in code(cell)}
+    assert documented - {"near", "han", "latin_han"} == {item.name for item in dataclasses.fields(FilterOptions)}
 
 
 def test_reasons_are_those_of_the_code() -> None:
@@ -243,14 +252,18 @@ def test_reasons_are_those_of_the_code() -> None:
     assert sorted(documented) == sorted(set(documented)) and set(documented) == set(skip_reasons())
 
 
+REASON_PLACES = {"SkipSample": 0, "Skipped": 1, "_numbers": 2, "Rule": 0, "Dropped": 0, "leave_out": 0}
+"""Which argument is a reason: of the error, of the records, and of functions that pass it on."""
+
+
 def skip_reasons() -> Iterator[str]:
-    """Strings that stand where the data package gives a reason: first argument of SkipSample and of what passes it on,
-    second of Skipped, ``problem=``, and what the checks of archive members return."""
+    """Strings that stand where the data package gives a reason: arguments of the calls above, ``problem=``, and what
+    the checks of archive members return."""
     for path in sorted((ROOT / "megatron_vl" / "data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             places: list[ast.expr | None] = []
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                place = {"SkipSample": 0, "Skipped": 1, "_numbers": 2}.get(node.func.id)
+                place = REASON_PLACES.get(node.func.id)
                 places = [keyword.value for keyword in node.keywords if keyword.arg == "problem"]
                 places += node.args[place : place + 1] if place is not None else []
             elif isinstance(node, ast.FunctionDef) and node.name == "_problem":

@@ -1,6 +1,6 @@
 """What the filters of a source do to one sample, which depends on nothing but the sample.
 
-A rule is a function of the sample that returns what is wrong, or nothing; the first that finds something drops the
+A rule looks at the sample and returns what is wrong with it, or nothing; the first that finds something drops the
 sample under its reason. Cheap rules come first, then cleaning, then the rules about what cleaning has left. The rules
 about images run where images are decoded anyway.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -28,8 +28,14 @@ from megatron_vl.data.filters.text import (
 from megatron_vl.data.sample import Sample
 from megatron_vl.errors import DataError, SkipSample
 
-Rule = Callable[[Sample], str | None]
-"""What is wrong with a sample, or nothing."""
+
+@dataclass(frozen=True)
+class Rule:
+    """For what a sample is dropped."""
+
+    reason: str
+    check: Callable[[Sample], str | None]
+    """What is wrong with a sample, or nothing."""
 
 
 class SampleFilter:
@@ -71,25 +77,25 @@ class SampleFilter:
         return replace(sample, text=text)
 
 
-def _judge(sample: Sample, rules: list[tuple[str, Rule]]) -> None:
-    for reason, rule in rules:
-        problem = rule(sample)
+def _judge(sample: Sample, rules: list[Rule]) -> None:
+    for rule in rules:
+        problem = rule.check(sample)
         if problem is not None:
-            raise SkipSample(reason, problem)
+            raise SkipSample(rule.reason, problem)
 
 
-def _first_rules(options: FilterOptions) -> list[tuple[str, Rule]]:
-    rules: list[tuple[str, Rule]] = []
+def _first_rules(options: FilterOptions) -> list[Rule]:
+    rules: list[Rule] = []
     if options.exclude_images is not None:
         excluded = _read_names(options.exclude_images)
-        rules.append(("excluded_image", lambda sample: _excluded(sample, excluded)))
+        rules.append(Rule("excluded_image", lambda sample: _excluded(sample, excluded)))
     if options.min_score is not None:
         least = options.min_score
-        rules.append(("low_score", lambda sample: _low_score(sample, least)))
+        rules.append(Rule("low_score", lambda sample: _low_score(sample, least)))
         if options.drop_unscored:
-            rules.append(("no_score", lambda sample: "the metadata has none" if sample.score is None else None))
+            rules.append(Rule("no_score", lambda sample: "the metadata has none" if sample.score is None else None))
     if options.drop_special_tags:
-        rules.append(("special_tag", lambda s: None if s.task == "chat" else first_special_tag(all_text(s))))
+        rules.append(Rule("special_tag", lambda s: None if s.task == "chat" else first_special_tag(all_text(s))))
     return rules
 
 
@@ -105,23 +111,23 @@ def _cleaners(options: FilterOptions) -> list[Callable[[str], str]]:
     return cleaners
 
 
-def _last_rules(options: FilterOptions) -> list[tuple[str, Rule]]:
-    rules: list[tuple[str, Rule]] = []
+def _last_rules(options: FilterOptions) -> list[Rule]:
+    rules: list[Rule] = []
     if options.min_characters is not None:
         least = options.min_characters
-        rules.append(("short_text", lambda s: None if len(learnt_text(s)) >= least else _length(s)))
+        rules.append(Rule("short_text", lambda s: None if len(learnt_text(s)) >= least else _length(s)))
     if options.max_characters is not None:
         most = options.max_characters
-        rules.append(("long_text", lambda s: None if len(learnt_text(s)) <= most else _length(s)))
+        rules.append(Rule("long_text", lambda s: None if len(learnt_text(s)) <= most else _length(s)))
     if options.letters != "any":
-        rules.append(("foreign_letters", lambda sample: _foreign(sample, options)))
+        rules.append(Rule("foreign_letters", lambda sample: _foreign(sample, options)))
     if options.match_language:
-        rules.append(("other_language", _other_language))
+        rules.append(Rule("other_language", _other_language))
     if options.drop_emoji:
-        rules.append(("emoji", lambda sample: first_emoji(all_text(sample))))
+        rules.append(Rule("emoji", lambda sample: first_emoji(all_text(sample))))
     if options.drop_patterns:
         unwanted = _any_of(options.drop_patterns)
-        rules.append(("pattern", lambda sample: _match(unwanted.search(all_text(sample)))))
+        rules.append(Rule("pattern", lambda sample: _match(unwanted.search(all_text(sample)))))
     return rules
 
 
