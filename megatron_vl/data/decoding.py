@@ -12,6 +12,9 @@ A thread per worker drains its answers, so neither side can block the other. The
 as the system lets users make it: at the usual 64 kB the two sides wake each other ten times an image, which costs more
 than the copies do. A worker that dies or does not answer in time is an error that says so.
 
+After its first images a worker loads compiled code for the resize, which takes most of its time, and uses it once it is
+there (``resize.py``; pixels are the same). A short run would not win back the second that loading takes.
+
     request   u64 ticket | u64 number of images | (u64 data set, u64 image) ...
     answer    u64 ticket | u8 status | u64 size | pixels (status 0) or message (status 1)
 """
@@ -37,6 +40,7 @@ import numpy.typing as npt
 
 from megatron_vl.data.image import to_pixels
 from megatron_vl.data.indexed import IndexedFile
+from megatron_vl.data.resize import Resize, compiled_resize, resize
 from megatron_vl.errors import DataError, SkipSample
 
 _REQUEST = struct.Struct("<QQ")
@@ -44,6 +48,8 @@ _ANSWER = struct.Struct("<QBQ")
 _OK, _FAILED = 0, 1
 _GRACE_SECONDS = 5.0
 _PIPE_BYTES = 1 << 20
+_COMPILE_AFTER = 100
+"""Images."""
 
 
 class Decoder:
@@ -54,6 +60,11 @@ class Decoder:
         self._prefixes = tuple(prefixes)
         self._files = [IndexedFile(f"{prefix}.images") for prefix in prefixes]
         self._image_size = image_size
+        self._resize: Resize = resize
+
+    def compile(self) -> None:
+        """Change to compiled code, if there is a compiler; takes seconds, in which another thread may decode."""
+        self._resize = compiled_resize() or self._resize
 
     def decode(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """uint8[n, 3, H, W] of int64[n, 2] (data set, image). Raises DataError naming an image that cannot be
@@ -61,7 +72,8 @@ class Decoder:
         pixels = np.empty((len(images), 3, self._image_size, self._image_size), dtype=np.uint8)
         for position, (data_set, image) in enumerate(images.tolist()):
             try:
-                pixels[position] = to_pixels(self._files[data_set].read_bytes(image), self._image_size)
+                data = self._files[data_set].read_bytes(image)
+                pixels[position] = to_pixels(data, self._image_size, resize=self._resize)
             except (SkipSample, IndexError) as error:
                 raise DataError(
                     f"{self._prefixes[data_set]}.images: image {image}: {error}. It could be read when the "
@@ -217,11 +229,15 @@ class DecodePool:
 
 def serve(decoder: Decoder, requests: BinaryIO, answers: BinaryIO) -> None:
     """The worker's loop: answer requests until there are no more."""
+    asked = 0
     while header := requests.read(_REQUEST.size):
         ticket, count = _REQUEST.unpack(header)
+        if asked < _COMPILE_AFTER <= asked + count:
+            threading.Thread(target=decoder.compile, daemon=True).start()
+        asked += count
         images = np.frombuffer(requests.read(16 * count), dtype="<u8").reshape(-1, 2).astype(np.int64)
         try:
-            payload, status = memoryview(decoder.decode(images)).cast("B"), _OK
+            payload, status = decoder.decode(images).data.cast("B"), _OK
         except DataError as error:
             payload, status = memoryview(str(error).encode("utf-8")), _FAILED
         answers.write(_ANSWER.pack(ticket, status, payload.nbytes))

@@ -1,8 +1,8 @@
 """Encoded image -> checked pixels, exactly as the original does it.
 
 The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased)
-bicubic filter whatever the aspect ratio, and normalises with CLIP's constants. EXIF orientation is not
-applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are on the
+bicubic filter whatever the aspect ratio (``resize.py``), and normalises with CLIP's constants. EXIF orientation is
+not applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are on the
 device of the model.
 
 Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from megatron_vl.data.resize import Resize, resize
 from megatron_vl.errors import SkipSample
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(data: bytes, image_size: int, limits: ImageLimits = DEFAULT_LIMITS) -> npt.NDArray[np.uint8]:
+def to_pixels(
+    data: bytes, image_size: int, limits: ImageLimits = DEFAULT_LIMITS, *, resize: Resize = resize
+) -> npt.NDArray[np.uint8]:
     """uint8[3, image_size, image_size] of an encoded image, squashed to the square.
 
-    Raises SkipSample as ``decode_image`` does.
+    ``resize``: any that gives the same pixels. Raises SkipSample as ``decode_image`` does.
     """
-    image = decode_image(data, limits).resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    return resize(decode_image(data, limits), image_size)
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

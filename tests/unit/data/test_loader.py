@@ -153,6 +153,13 @@ def test_workers_give_what_this_process_gives(pool: DecodePool, prefix: str) -> 
         assert np.array_equal(pool.result(ticket), here.result(here.submit(request(*range(count)))))
 
 
+def test_pixels_stay_the_same_when_a_worker_changes_to_compiled_code(pool: DecodePool) -> None:
+    every = range(15)
+    first = pool.result(pool.submit(request(*every)))
+    for _ in range(12):  # it changes after 100 images, if it can, some time later
+        assert np.array_equal(pool.result(pool.submit(request(*every))), first)
+
+
 def test_results_nobody_collects_are_dropped(pool: DecodePool) -> None:
     pool.submit(request(0))
     pool.forget()
