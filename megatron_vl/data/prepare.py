@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -39,19 +40,19 @@ def prepare(
 ) -> Manifest:
     """Prepare the data set of a recipe at ``prefix`` and return its manifest.
 
-    ``pool``: who works, by default this process. ``progress``: show bars on standard error where that is a terminal.
+    ``pool``: who works, by default this process. ``progress``: show rate and time left on standard error.
     ``keep_parts``: leave the tokenized parts, so that the next run over the same files only draws, packs and writes.
     Raises DataError if files are missing, nothing is left, or the same prefix is being prepared already.
     """
     units = plan_units(recipe)
     folder = prefix.with_name(prefix.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
-    hide = None if progress else True  # None: tqdm hides the bar unless it is on a terminal
     with _locked(folder):
         _remove_others(folder, units)
-        with tqdm(total=len(units), desc="tokenizing", unit="shard", disable=hide) as bar:
+        with _bar("tokenizing", "shard", show=progress) as bar:
+            bar.total = len(units)
             _make_parts(recipe, units, folder, pool=pool or this_process(), bar=bar)
-        with tqdm(desc="packing", unit="row", disable=hide) as bar:
+        with _bar("packing", "row", show=progress) as bar:
 
             def report(done: int, total: int) -> None:
                 bar.total = total
@@ -61,6 +62,12 @@ def prepare(
         if not keep_parts:
             shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def _bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
+    """A bar on a terminal; in the log of a job a line each minute, from the second minute on."""
+    wait_seconds = 0.0 if sys.stderr.isatty() else 60.0
+    return tqdm(desc=what, unit=unit, disable=not show, delay=wait_seconds, mininterval=wait_seconds or 0.1)
 
 
 class _Progress:
