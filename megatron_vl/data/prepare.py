@@ -45,6 +45,8 @@ def prepare(
     Raises DataError if files are missing, nothing is left, or the same prefix is being prepared already.
     """
     units = plan_units(recipe)
+    if not units:
+        raise DataError(f"{prefix}: no sample is left to write; the sources are empty")
     folder = prefix.with_name(prefix.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

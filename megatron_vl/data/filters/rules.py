@@ -68,7 +68,7 @@ class SampleFilter:
         text = sample.text
         for cleaner in self._cleaners:
             text = cleaner(text)
-        if text == sample.text:
+        if text == sample.text.strip():
             return sample
         if any(region.span for region in sample.regions):
             raise SkipSample("unclean_text", f"{sample.text:.60}")

@@ -98,9 +98,11 @@ def test_all_that_a_sample_says_is_judged() -> None:
 
 
 def test_a_text_whose_phrases_have_places_is_never_changed() -> None:
-    grounded = sample("a  cat <b>", task="grounded_caption", regions=(Region("cat", span=(3, 6)),))
+    grounded = sample("a  cat <b> ", task="grounded_caption", regions=(Region("cat", span=(3, 6)),))
     assert outcome(grounded, strip_html=True) == "(unclean_text)"
-    assert outcome(grounded, drop_emoji=True) == "a  cat <b>"
+    assert outcome(grounded, drop_emoji=True) == "a  cat <b> "
+    blank_at_the_end = sample("a cat ", task="grounded_caption", regions=(Region("cat", span=(2, 5)),))
+    assert outcome(blank_at_the_end, strip_html=True) == "a cat "
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,13 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         make_data_set(tmp_path, sources=[{"name": "c", "type": "img2dataset", "path": "captions"}], max_sample_length=5)
 
 
+def test_empty_sources_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").touch()
+    (tmp_path / "captions").mkdir()
+    with pytest.raises(DataError, match="no sample is left to write; the sources are empty"):
+        make_data_set(tmp_path, sources=[{"name": "t", "type": "text", "path": "text.jsonl"}])
+
+
 @pytest.mark.parametrize("suffix", ["tokens.bin", "images.bin", "images.idx", "keys.bin"])
 def test_truncated_and_missing_files_are_named(tmp_path: Path, suffix: str) -> None:
     prefix = make_data_set(tmp_path)
