@@ -11,7 +11,7 @@ the gaps; what is left of it makes rows of its own. Every other sample lies whol
 First fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and rows
 that were filled alike are neighbours. So one operation places a whole class over runs of rows, and the outcome
 has exactly the rows of first-fit decreasing one by one. The number of operations depends on the number of
-classes (thousands); all else is sorting and arithmetic on arrays, linear in the number of samples. Equal
+classes (thousands, in rows of 2,048 tokens); all else is sorting and arithmetic on arrays. Equal
 samples are shuffled by a seeded generator of fixed definition, which also keeps neighbours of the source
 apart. The result is a pure function of its arguments.
 """
