@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,13 @@ def write_checkpoint(
         ConversionError: a tensor cannot be read or is not finite; nothing was committed.
     """
 
+    one_at_a_time = Lock()
+
     def read(name: str) -> Tensor:
         tensor = converted[name]
         if progress:
-            progress(tensor.nbytes)
+            with one_at_a_time:
+                progress(tensor.nbytes)
         return _pad_vocabulary(tensor) if converted.spec(name).is_vocabulary else tensor
 
     prepare_process()
