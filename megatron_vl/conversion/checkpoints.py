@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +38,10 @@ def write_checkpoint(
         ConversionError: a tensor cannot be read or is not finite; nothing was committed.
     """
 
-    one_at_a_time = Lock()
-
     def read(name: str) -> Tensor:
         tensor = converted[name]
         if progress:
-            with one_at_a_time:
-                progress(tensor.nbytes)
+            progress(tensor.nbytes)
         return _pad_vocabulary(tensor) if converted.spec(name).is_vocabulary else tensor
 
     prepare_process()
