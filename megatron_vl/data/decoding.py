@@ -8,15 +8,16 @@ worker reads them from disk itself, and answers with pixels. It ends when its in
 the trainer, and it ignores the signals that ask the trainer to save and stop, because the trainer still needs
 it then.
 
-A thread per worker drains its answers, so neither side can block the other. The pipe of answers is made as large
-as the system lets users make it: at the usual 64 kB the two sides wake each other ten times an image, which costs more
-than the copies do. A worker that dies or does not answer in time is an error that says so.
+A thread per worker drains its answers, so neither side can block the other. Images come one by one through a pipe
+that holds more than one of them: at the usual 64 kB the two sides wake each other ten times an image, which costs more
+than copying it. A worker that dies or does not answer in time is an error that says so.
 
 After its first images a worker loads compiled code for the resize, which takes most of its time, and uses it once it is
 there (``resize.py``; pixels are the same). A short run would not win back the second that loading takes.
 
     request   u64 ticket | u64 number of images | (u64 data set, u64 image) ...
-    answer    u64 ticket | u8 status | u64 size | pixels (status 0) or message (status 1)
+    answer    u64 ticket | u64 number of images, and for each image, up to the first that cannot be read:
+              u8 status | u64 size | pixels (status 0) or message (status 1)
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +44,22 @@ from megatron_vl.data.indexed import IndexedFile
 from megatron_vl.data.resize import Resize, compiled_resize, resize
 from megatron_vl.errors import DataError, SkipSample
 
-_REQUEST = struct.Struct("<QQ")
-_ANSWER = struct.Struct("<QBQ")
+_HEADER = struct.Struct("<QQ")
+"""Of a request and of an answer."""
+_IMAGE = struct.Struct("<BQ")
 _OK, _FAILED = 0, 1
 _GRACE_SECONDS = 5.0
 _PIPE_BYTES = 1 << 20
 _COMPILE_AFTER = 100
 """Images."""
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # The C library gives megabytes back to the system when they are freed; every image would then take a thousand page
+    # faults, which cost a quarter of its time. Other C libraries ignore these.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
+}
 
 
 class Decoder:
@@ -60,27 +70,23 @@ class Decoder:
         self._prefixes = tuple(prefixes)
         self._files = [IndexedFile(f"{prefix}.images") for prefix in prefixes]
         self._image_size = image_size
+        self.shape = (3, image_size, image_size)
+        """Of the pixels of an image."""
         self._resize: Resize = resize
 
     def compile(self) -> None:
         """Change to compiled code, if there is a compiler; takes seconds, in which another thread may decode."""
         self._resize = compiled_resize() or self._resize
 
-    def decode(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """uint8[n, 3, H, W] of int64[n, 2] (data set, image). Raises DataError naming an image that cannot be
-        read."""
-        pixels = np.empty((len(images), 3, self._image_size, self._image_size), dtype=np.uint8)
-        for position, (data_set, image) in enumerate(images.tolist()):
-            try:
-                data = self._files[data_set].read_bytes(image)
-                pixels[position] = to_pixels(data, self._image_size, resize=self._resize)
-            except (SkipSample, IndexError) as error:
-                raise DataError(
-                    f"{self._prefixes[data_set]}.images: image {image}: {error}. It could be read when the "
-                    "data set was "
-                    "prepared; verify the files with tools/prepare_data.py --verify."
-                ) from error
-        return pixels
+    def decode(self, data_set: int, image: int) -> npt.NDArray[np.uint8]:
+        """uint8[3, H, W] of an image. Raises DataError naming it if it cannot be read."""
+        try:
+            return to_pixels(self._files[data_set].read_bytes(image), self._image_size, resize=self._resize)
+        except (SkipSample, IndexError) as error:
+            raise DataError(
+                f"{self._prefixes[data_set]}.images: image {image}: {error}. It could be read when the data set was "
+                "prepared; verify the files with tools/prepare_data.py --verify."
+            ) from error
 
     def close(self) -> None:
         """Close the files."""
@@ -107,7 +113,7 @@ class _Worker:
             [sys.executable, "-m", "megatron_vl.data.decoding", str(image_size), *prefixes],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
             start_new_session=True,  # a Ctrl-C on the terminal is for the trainer
         )
         assert self._process.stdout is not None
@@ -125,7 +131,7 @@ class _Worker:
         """Send a request; if the worker is gone, ``answer`` will say so."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # the draining thread reports a broken pipe, with the exit status
-            self._process.stdin.write(_REQUEST.pack(ticket, len(images)) + images.astype("<u8").tobytes())
+            self._process.stdin.write(_HEADER.pack(ticket, len(images)) + images.astype("<u8").tobytes())
             self._process.stdin.flush()
 
     def answer(self, ticket: int, timeout: float) -> npt.NDArray[np.uint8]:
@@ -135,8 +141,7 @@ class _Worker:
                 answer = self._answers.get(timeout=timeout)
             except queue.Empty:
                 raise DataError(
-                    f"{self.name} (process {self.pid}) did not answer within {timeout:g} s; is the storage "
-                    "hanging?"
+                    f"{self.name} (process {self.pid}) did not answer within {timeout:g} s; is the storage hanging?"
                 ) from None
             if answer.error:
                 self._answers.put(answer)
@@ -160,31 +165,37 @@ class _Worker:
     def _drain(self) -> None:
         """Move answers from the pipe to the queue until the pipe ends."""
         assert self._process.stdout is not None
-        stream = self._process.stdout
-        while True:
-            header = stream.read(_ANSWER.size)
-            if len(header) < _ANSWER.size:
-                break
-            ticket, status, size = _ANSWER.unpack(header)
-            buffer = np.empty(size, dtype=np.uint8)
-            if stream.readinto(buffer.data) != size:  # type: ignore[attr-defined]
-                break
-            if status == _OK:
-                self._answers.put(_Answer(ticket, buffer.reshape(-1, *self._shape)))
-            else:
-                self._answers.put(_Answer(ticket, error=buffer.tobytes().decode("utf-8", "replace")))
-        stream.close()
+        with self._process.stdout as stream, contextlib.suppress(EOFError):
+            while True:
+                self._answers.put(self._read_answer(stream))
         status = self._process.wait()
         self._answers.put(_Answer(0, error=f"{self.name} (process {self.pid}) ended with status {status}"))
+
+    def _read_answer(self, stream: IO[bytes]) -> _Answer:
+        """The answer to one request. Raises EOFError if the pipe ends before it does."""
+        ticket, count = _HEADER.unpack(_read(stream, _HEADER.size))
+        pixels = np.empty((count, *self._shape), dtype=np.uint8)
+        for image in pixels:
+            status, size = _IMAGE.unpack(_read(stream, _IMAGE.size))
+            if status == _FAILED:
+                return _Answer(ticket, error=_read(stream, size).decode("utf-8", "replace"))
+            if stream.readinto(image.data) != size:  # type: ignore[attr-defined]
+                raise EOFError
+        return _Answer(ticket, pixels)
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise EOFError
+    return data
 
 
 class DecodePool:
     """Decodes requests in ``num_workers`` processes (0: in this one, when the result is asked for), in
     order."""
 
-    def __init__(
-        self, prefixes: Sequence[str], image_size: int, *, num_workers: int, timeout: float = 300.0
-    ) -> None:
+    def __init__(self, prefixes: Sequence[str], image_size: int, *, num_workers: int, timeout: float = 300.0) -> None:
         self._timeout = timeout
         self._decoder = Decoder(prefixes, image_size)
         self._workers = [_Worker(number, prefixes, image_size) for number in range(num_workers)]
@@ -212,7 +223,11 @@ class DecodePool:
         Raises DataError if an image cannot be read, or a worker has died or does not answer in time.
         """
         if ticket in self._requests:
-            return self._decoder.decode(self._requests.pop(ticket))
+            images = self._requests.pop(ticket).tolist()
+            pixels = np.empty((len(images), *self._decoder.shape), dtype=np.uint8)
+            for position, (data_set, image) in enumerate(images):
+                pixels[position] = self._decoder.decode(data_set, image)
+            return pixels
         return self._workers[ticket % len(self._workers)].answer(ticket, self._timeout)
 
     def forget(self) -> None:
@@ -230,18 +245,21 @@ class DecodePool:
 def serve(decoder: Decoder, requests: BinaryIO, answers: BinaryIO) -> None:
     """The worker's loop: answer requests until there are no more."""
     asked = 0
-    while header := requests.read(_REQUEST.size):
-        ticket, count = _REQUEST.unpack(header)
+    while header := requests.read(_HEADER.size):
+        _, count = _HEADER.unpack(header)
         if asked < _COMPILE_AFTER <= asked + count:
             threading.Thread(target=decoder.compile, daemon=True).start()
         asked += count
-        images = np.frombuffer(requests.read(16 * count), dtype="<u8").reshape(-1, 2).astype(np.int64)
+        images = np.frombuffer(requests.read(16 * count), dtype="<u8").reshape(-1, 2).tolist()
+        answers.write(header)
         try:
-            payload, status = decoder.decode(images).data.cast("B"), _OK
+            for data_set, image in images:
+                pixels = decoder.decode(data_set, image)
+                answers.write(_IMAGE.pack(_OK, pixels.nbytes))
+                answers.write(pixels.data)
         except DataError as error:
-            payload, status = memoryview(str(error).encode("utf-8")), _FAILED
-        answers.write(_ANSWER.pack(ticket, status, payload.nbytes))
-        answers.write(payload)
+            message = str(error).encode("utf-8")
+            answers.write(_IMAGE.pack(_FAILED, len(message)) + message)
         answers.flush()
 
 

@@ -1,0 +1,3 @@
+"""In front of the real one on the path: numba is not installed."""
+
+raise ImportError("hidden by benchmarks/loader.py")
