@@ -276,18 +276,24 @@ def measure(case: Case, setting: Setting) -> list[Row]:
 
 
 def measure_starts(setting: Setting) -> list[Row]:
-    """Milliseconds from opening a loader to its first batch of eight images: of a new run, and of one that goes on."""
-    print(f"\n{'first batch, ms':<16} {'from opening':>24} {'same, going on':>24} {'after images':>13}")
+    """Milliseconds to the first batch of eight images: of a new run, and of one that goes on."""
+    print(
+        f"\n{'first batch, ms':<16} {'from process start':>22} {'from opening':>22} {'same, going on':>22} after images"
+    )
     rows, case = [], Case("float", 1)
     for name in setting.pythons:
         fresh, later = [], []
         for _ in range(setting.turns):
             fresh.append(read(name, case, setting, "--images", "0"))
             later.append(read(name, case, setting, "--images", "0", "--skip", str(SKIP[name])))
-        first, resumed = (_spread(results, "open_seconds", 1000.0) for results in (fresh, later))
-        print(f"{name:<16} {_text(first):>24} {_text(resumed):>24} {SKIP[name]:>13,}", flush=True)
-        title = f"first batch after {SKIP[name]} images, beside that of a new run, {name}, ms"
-        rows.append(Row(title, resumed.middle, first.middle, resumed.middle / first.middle, None, None))
+        start, opening, resumed = (
+            _spread(results, key, 1000.0)
+            for results, key in ((fresh, "start_seconds"), (fresh, "open_seconds"), (later, "open_seconds"))
+        )
+        texts = " ".join(f"{_text(spread):>22}" for spread in (start, opening, resumed))
+        print(f"{name:<16} {texts} {SKIP[name]:>12,}", flush=True)
+        title = f"{name}: ms to the first batch after {SKIP[name]:,} images, beside that of a new run"
+        rows.append(Row(title, resumed.middle, opening.middle, resumed.middle / opening.middle, None, None))
     return rows
 
 
@@ -306,7 +312,7 @@ def _spread(results: list[dict[str, float]], key: str, factor: float = 1.0) -> S
 
 
 def _text(spread: Spread) -> str:
-    digits = 1 if spread.middle >= 20 else 2
+    digits = 0 if spread.middle >= 1000 else 1 if spread.middle >= 20 else 2
     return f"{spread.middle:.{digits}f} [{spread.low:.{digits}f} - {spread.high:.{digits}f}]"
 
 

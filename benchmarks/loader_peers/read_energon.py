@@ -63,7 +63,9 @@ def main() -> None:
             max_samples_per_sequence=100,
             task_encoder=encoder,
         )
-        return get_savable_loader(data_set)
+        # From a state kept by the way, here after every batch (usually once a minute), the loader reads again what came
+        # between it and the position.
+        return get_savable_loader(data_set, checkpoint_every_sec=0 if task.skip else 60)
 
     state = None
     if task.skip:
