@@ -199,8 +199,9 @@ def test_a_worker_outlives_the_signals_to_stop_and_ends_with_its_input(pool: Dec
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, num_workers: int) -> None:
     prefix = make_data_set(tmp_path)
     path = Path(f"{prefix}.images.bin")
-    path.write_bytes(bytes(path.stat().st_size))  # the size is right, the content is not
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))  # the later images are not images
     pool = DecodePool([prefix], 14, num_workers=num_workers)
-    with pytest.raises(DataError, match=r"set\.images: image 3: unreadable_image"):
-        pool.result(pool.submit(request(3)))
+    with pytest.raises(DataError, match=r"set\.images: image 14: unreadable_image"):
+        pool.result(pool.submit(request(0, 14, 1)))
     pool.close()
