@@ -101,4 +101,6 @@ def _line(raw: bytes, number: int, key: str, parse: Parse) -> Line | Skipped:
     try:
         return Line(number, parse(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
     except ValueError as error:
-        return Skipped(key, "bad_json" if parse is parse_object else "bad_line", str(error))
+        if parse is parse_object:
+            return Skipped(key, "bad_json", str(error))
+        return Skipped(key, "bad_line", str(error))
