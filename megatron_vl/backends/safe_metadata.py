@@ -7,6 +7,7 @@ what torch's restricted unpickler allows.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from typing import Any
@@ -42,10 +43,19 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The named record; raises UnpicklingError for any other name."""
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata; the file is not read")
+
+
+def _enum_member(kind: object, name: str) -> enum.Enum:
+    """What stands in for ``getattr``, by which Python before 3.11.4 pickles the members of enumerations."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind.__members__[name]
+    raise pickle.UnpicklingError(f"{name!r} of {kind!r} has no place in a checkpoint's metadata; the file is not read")
 
 
 def install() -> None:

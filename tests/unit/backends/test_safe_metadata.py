@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megatron_vl.backends import safe_metadata
 
@@ -52,3 +52,30 @@ def test_byte_items_with_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError):
         DefaultLoadPlanner().load_bytes(object(), payload)  # type: ignore[arg-type]
     assert not marker.exists()
+
+
+class _Attribute:
+    """Pickled as ``getattr(owner, name)``, as Python before 3.11.4 pickles the members of enumerations."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.pair = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.pair
+
+
+def test_members_of_enumerations_are_read_as_older_pythons_write_them(tmp_path: Path) -> None:
+    member = _Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+    content = pickle.dumps(Metadata(state_dict_metadata={"x": member}))
+    (tmp_path / ".metadata").write_bytes(content)
+    found = FileSystemReader(tmp_path).read_metadata().state_dict_metadata["x"]
+    assert found is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(_MEM_FORMAT_ENCODING, "__subclasses__"), (Metadata, "__init__"), (torch.Size, "numel")]
+)
+def test_other_attributes_are_refused(tmp_path: Path, owner: object, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Attribute(owner, name)))
+    with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint's metadata"):
+        FileSystemReader(tmp_path).read_metadata()
