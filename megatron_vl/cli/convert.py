@@ -13,26 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.config.schema import ModelConfig, ResamplerConfig, TrainingConfig, VisionConfig
-from megatron_vl.errors import ConversionError, MegatronVLError
+from megatron_vl.errors import ConversionError
 from megatron_vl.log import silence_dependency_warnings, write_line
 
 if TYPE_CHECKING:
     from megatron_vl.conversion.convert import ConvertedModel
-
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     silence_dependency_warnings()
-    try:
-        _COMMANDS[options.command](options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_status(lambda: _COMMANDS[options.command](options))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -14,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig, TrainingConfig
-from megatron_vl.errors import MegatronVLError
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
-
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     setup_logging()
     silence_dependency_warnings()
-    try:
-        _run(options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_status(lambda: _run(options))
 
 
 def _build_parser() -> argparse.ArgumentParser:

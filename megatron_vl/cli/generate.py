@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.schema import ModelConfig
@@ -27,14 +28,13 @@ from megatron_vl.data.markup import count_images, join_parts, parse_markup
 from megatron_vl.data.prompts import Piece
 from megatron_vl.data.tokenize import encode_pieces
 from megatron_vl.data.tokenizer import QwenTokenizer
-from megatron_vl.errors import DataError, MegatronVLError, SkipSample
+from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
-from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
+from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings
 
 if TYPE_CHECKING:
     from megatron_vl.generation.engine import Prompt
 
-EXIT_USER_ERROR = 2
 Json = dict[str, Any]
 
 
@@ -43,12 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     setup_logging()
     silence_dependency_warnings()
-    try:
-        _run(options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_status(lambda: _run(options))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -8,25 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.cli.command import exit_status
+from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
     from megatron_vl.data.rows import RowStore
 
-EXIT_USER_ERROR = 2
 _MIN_SIDE = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        _run(options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_status(lambda: _run(options))
 
 
 def _build_parser() -> argparse.ArgumentParser:

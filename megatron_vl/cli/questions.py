@@ -6,29 +6,26 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.config.presets import PRESETS
-from megatron_vl.errors import MegatronVLError
 from megatron_vl.log import write_line
-
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(argv)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     from megatron_vl.data.recipe import load_recipe
     from megatron_vl.evaluation.questions import write_questions
 
     preset = PRESETS[options.model_preset]
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks}
-    try:
-        recipe = load_recipe(options.recipe, defaults, root=options.root)
-        counts = write_questions(recipe, options.output, limit=options.limit)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
+    recipe = load_recipe(options.recipe, defaults, root=options.root)
+    counts = write_questions(recipe, options.output, limit=options.limit)
     write_line(f"{options.output}: " + ", ".join(f"{count} {task}" for task, count in counts.items()))
-    return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:

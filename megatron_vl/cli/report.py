@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl.errors import MegatronVLError
+from megatron_vl.cli.command import exit_status
 from megatron_vl.log import write_line
-
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="for example runs/quickstart")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page; by default RUN_DIR/report.html")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     from megatron_vl.evaluation.report import read_report, render_text, write_report
 
     path = options.output or options.run_dir / "report.html"
-    try:
-        report = read_report(options.run_dir)
-        write_report(report, path)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
+    report = read_report(options.run_dir)
+    write_report(report, path)
     write_line(render_text(report))
     write_line(f"Report: {path}")
-    return 0

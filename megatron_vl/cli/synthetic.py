@@ -13,21 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.data.synthetic.config import FAMILIES, PROFILES, SyntheticConfig, scaled
 from megatron_vl.data.synthetic.generate import generate
-from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after an error of the user, in one line."""
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import write_whole
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM, ChatStyle, complete_turns, render_turns
@@ -33,11 +34,10 @@ from megatron_vl.data.markup import IMAGE_TAGS, stray_image_tag
 from megatron_vl.data.sample import Turn
 from megatron_vl.data.tokenize import encode_pieces, encode_text
 from megatron_vl.data.tokenizer import QwenTokenizer
-from megatron_vl.errors import ConfigError, DataError, MegatronVLError
+from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history
 from megatron_vl.log import write_line
 
-EXIT_USER_ERROR = 2
 LISTS = ("tokenize", "sft", "chat")
 IGNORED = -100
 Json = dict[str, Any]
@@ -46,12 +46,7 @@ Json = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        _run(options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_status(lambda: _run(options))
 
 
 def _build_parser() -> argparse.ArgumentParser:

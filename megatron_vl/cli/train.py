@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl.cli.command import EXIT_USER_ERROR
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.schema import RunConfig
@@ -20,8 +21,6 @@ from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, MegatronVLError
 from megatron_vl.launch import Launch, has_cuda_device, read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
-
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

