@@ -14,7 +14,6 @@ Roles, the user's and the system's words, and image slots are never supervised. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from megatron_vl.data.markup import parse_markup
@@ -70,7 +69,7 @@ def _turn(turn: Turn, style: ChatStyle) -> list[Piece]:
     marked = answer or style == "released"
     return [
         *open_turn(turn.role, learnt=marked),
-        *(replace(piece, supervised=answer) for piece in parse_markup(turn.text, images=not answer)),
+        *(piece._replace(supervised=answer) for piece in parse_markup(turn.text, images=not answer)),
         Piece("special", "<|im_end|>", supervised=marked),
         Piece("text", "\n", supervised=style == "released"),
     ]

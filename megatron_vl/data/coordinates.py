@@ -23,10 +23,11 @@ def to_cell(value: float) -> int:
 
     Raises ValueError if the coordinate is not a finite number.
     """
+    if 0.0 <= value < 1.0:
+        return int(value * GRID)
     if not math.isfinite(value):
         raise ValueError(f"coordinate {value} is not a finite number")
-    cell = math.floor(value * GRID)
-    return 0 if cell < 0 else cell if cell < GRID else GRID - 1
+    return 0 if value < 0.0 else GRID - 1
 
 
 def from_cell(cell: int) -> float:
@@ -36,8 +37,8 @@ def from_cell(cell: int) -> float:
 
 def format_points(coordinates: Sequence[float]) -> str:
     """``(x1,y1),(x2,y2)``... of the flat coordinates x1, y1, x2, y2, ... in [0, 1]."""
-    cells = [to_cell(value) for value in coordinates]
-    return ",".join(f"({x},{y})" for x, y in zip(cells[::2], cells[1::2], strict=True))
+    cells = tuple(map(to_cell, coordinates))
+    return ",".join(["(%d,%d)"] * (len(cells) // 2)) % cells
 
 
 def parse_points(text: str, num_points: int) -> tuple[float, ...] | None:

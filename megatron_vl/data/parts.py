@@ -22,7 +22,7 @@ from typing import get_args
 from megatron_vl import __version__
 from megatron_vl.data.filters.duplicates import looks_of
 from megatron_vl.data.filters.rules import SampleFilter
-from megatron_vl.data.image import decode_image
+from megatron_vl.data.image import check_image, decode_image
 from megatron_vl.data.part_files import PartWriter
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.rows import join_tokens
@@ -133,11 +133,10 @@ class _PartMaker:
         number, looks = self._writer.find_image(digest), 0
         if number is None:
             try:
-                decoded = decode_image(image.data)
-                self._filter.check_image(decoded.size)
+                self._filter.check_image(check_image(image.data))
+                looks = looks_of(decode_image(image.data)) if self._needs_looks else 0
             except SkipSample as error:
                 raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
-            looks = looks_of(decoded) if self._needs_looks else 0
         return number, (image.data, digest, looks)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_vl.data.coordinates import format_points
 from megatron_vl.data.sample import IMAGE_MARK, Region, Sample
@@ -24,14 +24,16 @@ from megatron_vl.errors import SkipSample
 END = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a rendered sample that is tokenized by itself."""
+class Piece(NamedTuple):
+    """A stretch of a rendered sample that is tokenized by itself. (A page has hundreds: no slower record would do.)"""
 
     kind: Literal["text", "special", "image"]
     text: str = ""
     """Plain text, the surface form of one special token, or the path of an image where a text names it."""
     supervised: bool = False
+
+
+_TAGS = {tag: (Piece("special", f"<{tag}>"), Piece("special", f"</{tag}>")) for tag in ("ref", "box", "quad")}
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def render(sample: Sample) -> tuple[Piece, ...]:
     if sample.task == "interleaved":
         return (*_interleaved(sample), Piece("special", END, supervised=True))
     target = _TEMPLATES[sample.task].target(sample, WORDINGS[sample.language])
-    learnt = [Piece(piece.kind, piece.text, True) for piece in [*target, Piece("special", END)]]
-    return (*render_prompt(sample), *learnt)
+    learnt = [Piece(kind, text, True) for kind, text, _ in target]
+    return (*render_prompt(sample), *learnt, Piece("special", END, supervised=True))
 
 
 def render_prompt(sample: Sample) -> tuple[Piece, ...]:
@@ -113,7 +115,8 @@ def _text(text: str) -> list[Piece]:
 
 
 def _tagged(tag: str, text: str) -> list[Piece]:
-    return [Piece("special", f"<{tag}>"), *_text(text), Piece("special", f"</{tag}>")]
+    opening, closing = _TAGS[tag]
+    return [opening, Piece("text", text), closing] if text else [opening, closing]
 
 
 def _required(text: str, what: str) -> str:

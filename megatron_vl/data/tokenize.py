@@ -66,17 +66,17 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
     """Ids of rendered pieces, in training and in generation alike."""
     span = _image_span(tokenizer, num_queries)
     tokens = array("i")
-    sizes: list[int] = []
-    for piece in pieces:
-        before = len(tokens)
-        if piece.kind == "image":
+    ends: list[int] = []
+    for kind, text, _ in pieces:
+        if kind == "image":
             tokens.extend(span)
-        elif piece.kind == "special":
-            tokens.append(tokenizer.special_ids[piece.text])
+        elif kind == "special":
+            tokens.append(tokenizer.special_ids[text])
         else:
-            tokens.frombytes(tokenizer.encode_array(piece.text).tobytes())
-        sizes.append(len(tokens) - before)
-    supervised = np.repeat(np.array([piece.supervised for piece in pieces], dtype=np.bool_), sizes)
+            tokenizer.append(tokens, text)
+        ends.append(len(tokens))
+    learnt = np.array([piece.supervised for piece in pieces], dtype=np.bool_)
+    supervised = np.repeat(learnt, np.diff(ends, prepend=0))
     return EncodedPieces(np.frombuffer(tokens, dtype=np.int32), supervised)
 
 

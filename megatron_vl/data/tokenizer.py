@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import importlib.util
 import unicodedata
+from array import array
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import tiktoken
 
 from megatron_vl.config.special_tokens import SpecialTokens
@@ -32,6 +32,7 @@ from megatron_vl.errors import ConfigError, DataError
 QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 """SHA-256 of ``qwen.tiktoken`` with LF line ends (a copy with CRLF circulates; it is accepted)."""
 NUM_BYTES = 256
+_LONG_TEXT = 150
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -71,14 +72,16 @@ class QwenTokenizer:
         """Ids of plain text; the surface form of a special token is spelled out like any other text."""
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
-    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
-        """int32[length]: the same as an array, without a list in between, which costs a quarter of the time."""
-        normal = unicodedata.normalize("NFC", text)
-        try:
-            ids = self._encoding.encode_to_numpy(normal, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which encode replaces
-            return np.array(self.encode(text), dtype=np.int32)
-        return ids.view(np.int32)
+    def append(self, ids: array[int], text: str) -> None:
+        """Append the ids of ``encode`` to an array of type "i" in the fastest way: a list in between costs a quarter of
+        the time of a long text, numpy half of that of a short one."""
+        if len(text) > _LONG_TEXT:
+            normal = unicodedata.normalize("NFC", text)
+            with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate, which encode replaces
+                found = self._encoding.encode_to_numpy(normal, allowed_special=set(), disallowed_special=())
+                ids.frombytes(found.tobytes())
+                return
+        ids.extend(self.encode(text))
 
     def encode_with_specials(self, text: str, allowed: Collection[str] | None = None) -> list[int]:
         """Ids of text in which the special tokens ``allowed`` (surface forms; by default all) are parsed.

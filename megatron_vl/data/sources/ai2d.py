@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,17 @@ from PIL import ImageDraw, ImageFont
 
 from megatron_vl.data.image import decode_image
 from megatron_vl.data.sample import ImageRef, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, range_shards, skipped
+from megatron_vl.data.sources.base import (
+    Json,
+    Shard,
+    Skipped,
+    Source,
+    clean_text,
+    field,
+    is_finite,
+    range_shards,
+    skipped,
+)
 from megatron_vl.data.sources.images import read_bytes, read_image, require_images
 from megatron_vl.data.sources.zips import list_folder
 from megatron_vl.errors import DataError, SkipSample
@@ -128,7 +137,7 @@ def paint_letters(image: ImageRef, annotation: Any) -> ImageRef:
 def _corners(rectangle: list[Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """x1, y1, x2, y2 in pixels, clipped to the image, of two corners; raises SkipSample('bad_box')."""
     numbers = [value for corner in rectangle if isinstance(corner, list) for value in corner]
-    if len(numbers) != 4 or any(type(value) not in (int, float) or not math.isfinite(value) for value in numbers):
+    if len(numbers) != 4 or not all(map(is_finite, numbers)):
         raise SkipSample("bad_box", f"expected two corners, found {rectangle!r:.80}")
     x1, y1, x2, y2 = (min(max(float(value), 0.0), limit) for value, limit in zip(numbers, size * 2, strict=True))
     return x1, y1, x2, y2

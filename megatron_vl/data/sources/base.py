@@ -18,6 +18,8 @@ from megatron_vl.errors import DataError, SkipSample
 
 Json = Mapping[str, Any]
 
+_LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -75,6 +77,12 @@ def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise SkipSample("wrong_field", f"{name!r} is {type(value).__name__}")
     return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of a record is a number with which to reckon: no bool, no NaN, not beyond what a float can be (an
+    integer of JSON can)."""
+    return type(value) in (float, int) and -_LARGEST < value < _LARGEST
 
 
 def clean_text(text: str, what: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_vl.data.sample import Region, Sample
+from megatron_vl.data.sources.base import is_finite
 from megatron_vl.errors import SkipSample
 
 Box = tuple[float, float, float, float]
@@ -37,9 +39,9 @@ def box_from_xywh(xywh: Sequence[float], width: float, height: float) -> Box:
 def quad_from_points(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
     """Eight fractions from four points, clipped to the image; raises SkipSample('bad_quad')."""
     _check_size(width, height)
-    if not isinstance(points, Sequence) or len(points) != 4:
+    if not _has_size(points, 4) or not all(_has_size(point, 2) for point in points):
         raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
-    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = [_numbers(point, 2, "bad_quad") for point in points]
+    x1, y1, x2, y2, x3, y3, x4, y4 = _numbers([*itertools.chain.from_iterable(points)], 8, "bad_quad")
     return (
         _clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height),
         _clip(x3 / width), _clip(y3 / height), _clip(x4 / width), _clip(y4 / height),
@@ -62,17 +64,18 @@ def about_region(sample: Sample, region: Region) -> Sample:
 
 
 def _numbers(values: Sequence[float], count: int, reason: str) -> list[float]:
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise SkipSample(reason, f"expected {count} numbers, found {values!r:.80}")
-    for value in values:
-        if type(value) not in (float, int) or not math.isfinite(value):
-            raise SkipSample(reason, f"expected {count} finite numbers, found {values!r:.80}")
+    if not _has_size(values, count) or not all(map(is_finite, values)):
+        raise SkipSample(reason, f"expected {count} finite numbers, found {values!r:.80}")
     return list(values)
 
 
+def _has_size(values: Any, count: int) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) == count
+
+
 def _check_size(width: float, height: float) -> None:
-    if not (width > 0 and height > 0):
-        raise SkipSample("bad_size", f"image size {width} x {height}")
+    if not (is_finite(width) and is_finite(height) and width > 0 and height > 0):
+        raise SkipSample("bad_size", f"image size {width!r:.40} x {height!r:.40}")
 
 
 def _clip(value: float) -> float:

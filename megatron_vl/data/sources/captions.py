@@ -7,13 +7,12 @@ that all captions that were read are accounted for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Skipped, clean_text, skipped
+from megatron_vl.data.sources.base import Skipped, clean_text, is_finite, skipped
 from megatron_vl.errors import SkipSample
 
 Choice = Literal["longest", "first", "all"]
@@ -50,9 +49,7 @@ def skip_captions(key: str, captions: Sequence[Any], error: SkipSample) -> Itera
 
 def as_score(value: Any) -> float | None:
     """A score of the metadata, or none if it is no finite number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    return float(value) if is_finite(value) else None
 
 
 def _check(key: str, caption: Any) -> str | Skipped:

@@ -8,6 +8,7 @@ place under the same rules.
 
 from __future__ import annotations
 
+import os
 import stat
 import string
 from collections.abc import Mapping, Sequence
@@ -105,11 +106,12 @@ def _read_file(path: Path) -> bytes:
 
 
 def _resolve(root: Path, name: str) -> Path:
+    """The real path of ``root / name``, from ``os.path``: every image comes here, and ``Path`` takes twice the time."""
     try:
-        base = root.resolve()
-        path = (base / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
+        base = os.path.realpath(root)
+        path = os.path.realpath(os.path.join(base, name))
+    except (OSError, ValueError) as error:
         raise SkipSample("bad_image_path", f"{name[:80]!r}: {error}") from error
-    if Path(name).is_absolute() or not path.is_relative_to(base):
+    if os.path.isabs(name) or not path.startswith(os.path.join(base, "")):
         raise SkipSample("image_outside_root", f"{name[:80]!r} does not lie under {root}")
-    return path
+    return Path(path)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 from megatron_vl.data.coordinates import format_points
-from megatron_vl.data.image import decode_image
+from megatron_vl.data.image import check_image
 from megatron_vl.data.sample import ImageRef, Sample, Turn
 from megatron_vl.data.sources.base import Json
 from megatron_vl.data.sources.boxes import box_from_corners
@@ -73,7 +73,7 @@ def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
 def _with_boxes(text: str, image: ImageRef) -> str:
     if not BOX.search(text):
         return text
-    width, height = decode_image(image.data).size
+    width, height = check_image(image.data)
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
 

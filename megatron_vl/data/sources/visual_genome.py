@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -86,9 +87,10 @@ class VisualGenome(Source):
                 number = _image_id(element.value)
                 name = "/".join(PurePosixPath(urlsplit(field(element.value, "url", str)).path).parts[-2:])
                 size = field(element.value, "width", int), field(element.value, "height", int)
+                coco_id = field({"coco_id": None, **element.value}, "coco_id", (int, NoneType))
             except SkipSample as error:
                 raise DataError(f"{self.images}: element {element.index}: {error.detail}") from error
-            pictures[number] = Picture(name, *size, element.value.get("coco_id"))
+            pictures[number] = Picture(name, *size, coco_id)
         return pictures
 
     def _image(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_vl.data.image import IMAGE_MEAN, IMAGE_STD, ImageLimits, blank_pixels, decode_image, normalize, to_pixels
+from megatron_vl.data.image import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    ImageLimits,
+    blank_pixels,
+    check_image,
+    decode_image,
+    normalize,
+    to_pixels,
+)
 from megatron_vl.errors import SkipSample
 
 GOLDEN = Path("tests/golden/qwen_vl/qwen_vl_hf_tiny")
@@ -56,6 +68,37 @@ def test_modes_become_rgb() -> None:
         assert to_pixels(encode(Image.new(mode, (5, 9)), kind), 14).shape == (3, 14, 14)
     grey16 = Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16))
     assert (to_pixels(encode(grey16), 4) == 0x80).all()
+
+
+def outcome(check: Callable[[bytes], tuple[int, int]], data: bytes) -> tuple[int, int] | tuple[str, str]:
+    try:
+        return check(data)
+    except SkipSample as error:
+        return error.reason, error.detail
+
+
+def test_checking_an_image_is_decoding_it() -> None:
+    """Cut and damaged files of every kind have the same outcome, whether pixels are computed or not."""
+    rng = random.Random(0)
+    picture = Image.effect_noise((60, 44), 90).convert("RGB")
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        (mode, "JPEG", options)
+        for mode in ("RGB", "L", "CMYK")
+        for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1})
+    ]
+    originals = [encode(picture.convert(mode), kind, **options) for mode, kind, options in kinds]
+    originals += [encode(picture, kind) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF")]
+    seen = Counter[bool]()
+    for data in originals:
+        for turn in range(60):
+            damaged = bytearray(data if turn % 3 else data[: rng.randrange(len(data))])
+            for _ in range((0, 0, 1, 1, 3, 20)[turn % 6]):
+                if damaged:
+                    damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            expected = outcome(lambda data: decode_image(data).size, bytes(damaged))
+            assert outcome(check_image, bytes(damaged)) == expected
+            seen[isinstance(expected[0], int)] += 1
+    assert min(seen.values()) > 100
 
 
 IMAGE = encode(Image.effect_noise((64, 64), 50).convert("RGB"))

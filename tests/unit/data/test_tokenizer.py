@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ TEXTS = st.text(max_size=60) | st.lists(
 ).map("".join)
 
 
+def appended(tokenizer: QwenTokenizer, text: str) -> list[int]:
+    ids = array("i", [7])
+    tokenizer.append(ids, text)
+    assert ids[0] == 7
+    return ids.tolist()[1:]
+
+
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(TEXTS)
 def test_any_text_comes_back_in_its_nfc_form_and_makes_no_special_token(full: QwenTokenizer, text: str) -> None:
     for tokenizer in (full, TINY):
         ids = tokenizer.encode(text)
         assert all(token < tokenizer.special.num_ranks for token in ids)
-        assert tokenizer.encode_array(text).tolist() == ids
+        assert appended(tokenizer, text) == ids
+        assert appended(tokenizer, 100 * text) == tokenizer.encode(100 * text)
         assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
         parsed = tokenizer.encode_with_specials(text)
         assert tokenizer.decode(parsed) == unicodedata.normalize("NFC", text)
@@ -63,7 +72,8 @@ TINY = QwenTokenizer(256)
 
 def test_a_lone_surrogate_becomes_the_replacement_character() -> None:
     assert TINY.decode(TINY.encode("a\ud800b")) == "a\ufffdb"
-    assert TINY.encode_array("a\ud800b").tolist() == TINY.encode("a\ud800b")
+    for text in ("a\ud800b", 200 * "a\ud800b"):
+        assert appended(TINY, text) == TINY.encode(text)
 
 
 def test_special_tokens_follow_the_ranks(small: QwenTokenizer) -> None:
