@@ -66,17 +66,17 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
     """Ids of rendered pieces, in training and in generation alike."""
     span = _image_span(tokenizer, num_queries)
     tokens = array("i")
-    ends: list[int] = []
+    sizes: list[int] = []
     for kind, text, _ in pieces:
+        before = len(tokens)
         if kind == "image":
             tokens.extend(span)
         elif kind == "special":
             tokens.append(tokenizer.special_ids[text])
         else:
             tokenizer.append(tokens, text)
-        ends.append(len(tokens))
-    learnt = np.array([piece.supervised for piece in pieces], dtype=np.bool_)
-    supervised = np.repeat(learnt, np.diff(ends, prepend=0))
+        sizes.append(len(tokens) - before)
+    supervised = np.repeat(np.array([piece.supervised for piece in pieces], dtype=np.bool_), sizes)
     return EncodedPieces(np.frombuffer(tokens, dtype=np.int32), supervised)
 
 
