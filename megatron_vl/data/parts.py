@@ -133,8 +133,9 @@ class _PartMaker:
         number, looks = self._writer.find_image(digest), 0
         if number is None:
             try:
-                self._filter.check_image(check_image(image.data))
-                looks = looks_of(decode_image(image.data)) if self._needs_looks else 0
+                decoded = decode_image(image.data) if self._needs_looks else None
+                self._filter.check_image(check_image(image.data) if decoded is None else decoded.size)
+                looks = 0 if decoded is None else looks_of(decoded)
             except SkipSample as error:
                 raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
         return number, (image.data, digest, looks)
