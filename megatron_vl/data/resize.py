@@ -83,8 +83,10 @@ def sum_lines(lines: Bytes, size: int) -> Bytes:
 
 
 def compiled_resize() -> Resize | None:
-    """``resize`` in compiled code; takes seconds. None where numba does not load (it refuses a NumPy newer than itself) or
-    can keep no compiled code."""
+    """``resize`` in compiled code; takes seconds.
+
+    None where numba does not load (it refuses a NumPy newer than itself) or can keep no compiled code.
+    """
     try:
         import numba
 
