@@ -17,11 +17,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,71 +44,38 @@ _TYPES = {code: np.dtype(name) for name, code in _TYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
-class WrittenFile:
-    """One finished file: what the manifest says about it."""
+class Stretch:
+    """Consecutive bytes of a file."""
 
     size: int
     sha256: str
 
 
-class IndexedWriter:
-    """Writes ``<prefix>.bin`` sequence by sequence and ``<prefix>.idx`` at the end."""
+def write_index(
+    prefix: str | Path,
+    lengths: npt.NDArray[np.integer],
+    dtype: npt.DTypeLike,
+    modes: npt.NDArray[np.integer] | None = None,
+) -> Stretch:
+    """Bring ``<prefix>.idx`` to the disk, the index of sequences of these ``lengths`` in items of ``dtype``.
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, *, with_modes: bool = False) -> None:
-        self._dtype = np.dtype(dtype)
-        self._bin_path, self._idx_path = paths_of(prefix)
-        self._file = self._bin_path.open("wb")
-        self._hash = hashlib.sha256()
-        self._lengths = array("i")  # not lists: there may be a billion of them
-        self._modes = array("b") if with_modes else None
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def add(self, sequence: npt.NDArray[np.generic] | bytes, *, mode: int = 0) -> int:
-        """Append one sequence and return its index; ``mode`` (0 to 127) is kept if the file was opened with
-        modes."""
-        array = np.frombuffer(sequence, dtype=self._dtype) if isinstance(sequence, bytes) else sequence
-        assert array.dtype == self._dtype and array.ndim == 1 and 0 <= mode < 128
-        data = np.ascontiguousarray(array).data
-        self._file.write(data)
-        self._hash.update(data)
-        self._lengths.append(len(array))
-        if self._modes is not None:
-            self._modes.append(mode)
-        return len(self._lengths) - 1
-
-    def finish(self) -> dict[str, WrittenFile]:
-        """Flush the data to the disk, write the index, and describe both files by their suffixes."""
-        size = self._file.tell()
-        _sync_and_close(self._file)
-        index = self._index()
-        index_file = self._idx_path.open("wb")
-        index_file.write(index)
-        _sync_and_close(index_file)
-        return {
-            ".bin": WrittenFile(size, self._hash.hexdigest()),
-            ".idx": WrittenFile(len(index), hashlib.sha256(index).hexdigest()),
-        }
-
-    def abort(self) -> None:
-        """Close the data file; there will be no index."""
-        self._file.close()
-
-    def _index(self) -> bytes:
-        count = len(self._lengths)
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = np.zeros(count, dtype="<i8")
-        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        parts = [
-            _HEADER.pack(_MAGIC, _VERSION, _TYPE_CODES[self._dtype.name], count, count + 1),
-            lengths.tobytes(),
-            pointers.tobytes(),
-            np.arange(count + 1, dtype="<i8").tobytes(),
-        ]
-        if self._modes is not None:
-            parts.append(np.array(self._modes, dtype=np.int8).tobytes())
-        return b"".join(parts)
+    ``modes``: 0 to 127 for each sequence, if the file is to be opened with modes.
+    """
+    kind, count = np.dtype(dtype), len(lengths)
+    pointers = np.zeros(count, dtype="<i8")
+    np.cumsum(lengths[:-1].astype(np.int64) * kind.itemsize, out=pointers[1:])
+    content = b"".join([
+        _HEADER.pack(_MAGIC, _VERSION, _TYPE_CODES[kind.name], count, count + 1),
+        lengths.astype("<i4").tobytes(),
+        pointers.tobytes(),
+        np.arange(count + 1, dtype="<i8").tobytes(),
+        b"" if modes is None else modes.astype(np.int8).tobytes(),
+    ])  # fmt: skip
+    with paths_of(prefix)[1].open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return Stretch(len(content), hashlib.sha256(content).hexdigest())
 
 
 class IndexedFile:
@@ -240,9 +206,3 @@ def _open_descriptor(path: Path) -> int:
         raise DataError(
             f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?"
         ) from error
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

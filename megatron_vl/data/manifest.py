@@ -15,11 +15,13 @@ import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from megatron_vl.data.indexed import Stretch
 from megatron_vl.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_CHUNK_BYTES = 2**20
 NUM_EXAMPLES = 5
 """Keys of skipped samples that the manifest names for each source and reason."""
 
@@ -30,8 +32,12 @@ class FileEntry:
 
     suffix: str
     """What follows the prefix, for example ``.tokens.bin``."""
-    size: int
-    sha256: str
+    stretches: tuple[Stretch, ...]
+    """Its bytes from the first to the last, cut as they were written."""
+
+    @property
+    def size(self) -> int:
+        return sum(stretch.size for stretch in self.stretches)
 
 
 @dataclass(frozen=True)
@@ -183,13 +189,25 @@ def verify_files(prefix: str | Path) -> None:
     first wrong one."""
     for entry in read_manifest(prefix).files:
         path = Path(f"{prefix}{entry.suffix}")
+        begin = 0
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry.sha256:
-            raise DataError(
-                f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}. The file is damaged; copy "
-                "it anew."
-            )
+            for stretch in entry.stretches:
+                found = _digest(file, stretch.size)
+                if found != stretch.sha256:
+                    raise DataError(
+                        f"{path}: SHA-256 of bytes {begin} to {begin + stretch.size} is {found}, the manifest says "
+                        f"{stretch.sha256}. The file is damaged; copy it anew."
+                    )
+                begin += stretch.size
+
+
+def _digest(file: IO[bytes], size: int) -> str:
+    """SHA-256 of the next ``size`` bytes."""
+    digest = hashlib.sha256()
+    while size and (data := file.read(min(size, _CHUNK_BYTES))):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest()
 
 
 def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:

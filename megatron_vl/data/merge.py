@@ -1,17 +1,14 @@
 """The second half of preparation: parts -> packed rows -> one data set.
 
 The samples are numbered in the order of the parts (gather.py), some are dropped for their images (image_drops.py), the
-rest are used as often as the mixture says (mixture.py), packed (numbers only), and then written row by row. An image is
-stored when a row first uses it, so the images of neighbouring rows lie together, and once, whoever else uses it. All
-files are written under temporary names; an old manifest goes before the files are renamed, the new one comes last. So
-whatever happens, there is a whole data set under the prefix, or none.
+rest are used as often as the mixture says (mixture.py) and packed: numbers only, in one process. Then every row has its
+place (row_plan.py), and workers write slices of rows in any order (row_slices.py) into files that become the data set
+when all is done (row_files.py).
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,6 @@ import numpy.typing as npt
 
 from megatron_vl.data.gather import Gathered, Samples, gather
 from megatron_vl.data.image_drops import image_drops
-from megatron_vl.data.indexed import IndexedWriter, WrittenFile, paths_of
 from megatron_vl.data.manifest import (
     FORMAT_VERSION,
     NUM_EXAMPLES,
@@ -29,22 +25,19 @@ from megatron_vl.data.manifest import (
     Manifest,
     SkipEntry,
     SourceTotals,
-    manifest_path,
-    write_manifest,
 )
 from megatron_vl.data.mixture import Supply, copies_of, drawn_samples
 from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
-from megatron_vl.data.part_files import PartIndex
+from megatron_vl.data.part_files import PartIndex, data_path
 from megatron_vl.data.part_reader import PartReader
 from megatron_vl.data.parts import TASKS
+from megatron_vl.data.pool import Pool
 from megatron_vl.data.recipe import DataRecipe
-from megatron_vl.data.rows import SegmentKey, encode_keys, encode_row
-from megatron_vl.data.sample import PackedRow
+from megatron_vl.data.row_files import Progress, commit, write_rows
+from megatron_vl.data.row_plan import Origins, RowPlan, plan_rows
 from megatron_vl.data.tokenizer import QWEN_SHA256
 from megatron_vl.errors import DataError
 
-Progress = Callable[[int, int], None]
-"""Called with the number of rows done and the number of all rows."""
 IntArray = npt.NDArray[np.int64]
 
 
@@ -58,44 +51,39 @@ class FinishedPart:
 
 
 def merge_parts(
-    recipe: DataRecipe, parts: Iterable[FinishedPart], prefix: Path, progress: Progress | None = None
+    recipe: DataRecipe,
+    parts: Iterable[FinishedPart],
+    prefix: Path,
+    folder: Path,
+    *,
+    pool: Pool,
+    report: Progress = lambda done, total: None,
 ) -> Manifest:
     """Pack the samples of all parts into the data set at ``prefix`` and return its manifest.
 
-    ``parts`` are in the order of the units. Raises DataError if no sample is left.
+    ``parts`` are in the order of the units. ``folder`` holds what is unfinished; it lies in the file system of
+    ``prefix``. Raises DataError if no sample is left.
     """
-    prefixes: list[Path] = []
+    paths: list[Path] = []
 
     def indices() -> Iterable[tuple[int, PartIndex]]:
         for part in parts:
-            prefixes.append(part.prefix)
+            paths.append(data_path(part.prefix))
             yield part.source, part.index
 
     gathered = gather(indices(), len(recipe.sources))
-    reader = PartReader(prefixes, gathered.samples, gathered.images)
-    try:
-        chosen = _choose(recipe, gathered, reader)
-        if not len(chosen):
-            raise DataError(f"{prefix}: no sample is left to write; {_all_reasons(gathered)}")
-        packing = _pack(recipe, gathered.samples, chosen)
-        writer = _RowWriter(prefix, recipe, gathered.samples, reader)
-        try:
-            for row in range(packing.num_rows):
-                writer.add_row(packing, row, chosen)
-                if progress is not None:
-                    progress(row + 1, packing.num_rows)
-            writer.finish()
-        except BaseException:
-            writer.discard()
-            raise
-    finally:
-        reader.close()
-    manifest = _manifest(recipe, gathered, chosen, packing=packing, writer=writer)
-    _commit(prefix, manifest)
+    chosen = _choose(recipe, gathered, paths)
+    if not len(chosen):
+        raise DataError(f"{prefix}: no sample is left to write; {_all_reasons(gathered)}")
+    plan = plan_rows(_pack(recipe, gathered.samples, chosen), chosen, gathered.samples, gathered.images)
+    origins = Origins(tuple(paths), tuple(entry.source.name for entry in recipe.sources))
+    files = write_rows(plan, origins, folder, pool=pool, report=report)
+    manifest = _manifest(recipe, gathered, chosen, plan=plan, files=files)
+    commit(prefix, folder, manifest)
     return manifest
 
 
-def _choose(recipe: DataRecipe, gathered: Gathered, reader: PartReader) -> IntArray:
+def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> IntArray:
     """The samples that go into rows, in order, as often as they are used; what is left out is tallied."""
     samples = gathered.samples
     left = np.ones(len(samples), dtype=np.bool_)
@@ -103,7 +91,7 @@ def _choose(recipe: DataRecipe, gathered: Gathered, reader: PartReader) -> IntAr
     def leave_out(reason: str, dropped: npt.NDArray[np.bool_]) -> None:
         for source, tally in enumerate(gathered.tallies):
             mine = np.flatnonzero(dropped & (samples.source == source))
-            tally.skip(reason, len(mine), [reader.key(sample) for sample in mine[:NUM_EXAMPLES].tolist()])
+            tally.skip(reason, len(mine), _keys(samples, mine[:NUM_EXAMPLES], paths))
         left[dropped] = False
 
     for dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]):
@@ -118,6 +106,18 @@ def _choose(recipe: DataRecipe, gathered: Gathered, reader: PartReader) -> IntAr
         copies[mine] = copies_of(len(mine), count)
     leave_out("not_drawn", left & (copies == 0))
     return np.repeat(np.arange(len(samples)), copies)
+
+
+def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str]:
+    """The keys of some samples."""
+    reader = PartReader(paths)
+    begins = samples.offset[chosen] + 4 * samples.length[chosen].astype(np.int64)
+    columns = (samples.part[chosen], begins, samples.key_size[chosen])
+    try:
+        found = [reader.read(*place) for place in zip(*(column.tolist() for column in columns), strict=True)]
+    finally:
+        reader.close()
+    return [key.decode("utf-8", "surrogatepass") for key in found]
 
 
 def _all_reasons(gathered: Gathered) -> str:
@@ -138,100 +138,10 @@ def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
     return pack(items, limits=limits, seed=options.seed)
 
 
-class _RowWriter:
-    """Writes rows, their images and their keys under temporary names."""
-
-    def __init__(self, prefix: Path, recipe: DataRecipe, samples: Samples, reader: PartReader) -> None:
-        self._prefix = prefix
-        self._samples = samples
-        self._reader = reader
-        self._names = [entry.source.name for entry in recipe.sources]
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._writers = {
-            ".tokens": IndexedWriter(_temporary(prefix, ".tokens"), "int32", with_modes=True),
-            ".images": IndexedWriter(_temporary(prefix, ".images"), "uint8"),
-            ".keys": IndexedWriter(_temporary(prefix, ".keys"), "uint8"),
-        }
-        self._stored = np.full(int(samples.image_ids.max(initial=-1)) + 1, -1, dtype=np.int64)
-        """int64[different images]: where each is stored, -1 as long as no row has used it."""
-        self.images_per_row: Counter[int] = Counter()
-        self.files: tuple[FileEntry, ...] = ()
-
-    @property
-    def num_stored_images(self) -> int:
-        return len(self._writers[".images"])
-
-    def add_row(self, packing: Packing, row: int, chosen: IntArray) -> None:
-        """Write one row of the packing, whose samples are positions in ``chosen``."""
-        tokens: list[npt.NDArray[np.int32]] = []
-        image_ids: list[int] = []
-        keys: list[SegmentKey] = []
-        pieces = slice(int(packing.row_splits[row]), int(packing.row_splits[row + 1]))
-        columns = (chosen[packing.samples[pieces]], packing.starts[pieces], packing.stops[pieces])
-        for sample, start, stop in zip(*(column.tolist() for column in columns), strict=True):
-            tokens.append(self._piece(sample, start=start, stop=stop))
-            images = slice(int(self._samples.image_splits[sample]), int(self._samples.image_splits[sample + 1]))
-            image_ids += [self._image_id(image) for image in self._samples.image_ids[images].tolist()]
-            source, task = self._names[self._samples.source[sample]], TASKS[self._samples.task[sample]]
-            keys.append(SegmentKey(source, task, self._reader.key(sample), start, stop))
-        joined = np.concatenate(tokens)
-        packed = PackedRow(
-            tokens=joined ^ (joined >> 31),
-            supervised=joined < 0,
-            segment_lengths=np.array([len(segment) for segment in tokens], dtype=np.int32),
-            image_ids=np.array(image_ids, dtype=np.int64),
-        )
-        self._writers[".tokens"].add(encode_row(packed), mode=len(image_ids))
-        self._writers[".keys"].add(encode_keys(keys))
-        self.images_per_row[len(image_ids)] += 1
-
-    def finish(self) -> None:
-        """Finish all files; ``files`` describes them then."""
-        written: dict[str, WrittenFile] = {}
-        for suffix, writer in self._writers.items():
-            written.update({suffix + kind: file for kind, file in writer.finish().items()})
-        self.files = tuple(FileEntry(suffix, file.size, file.sha256) for suffix, file in written.items())
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        for suffix, writer in self._writers.items():
-            writer.abort()
-            for path in paths_of(_temporary(self._prefix, suffix)):
-                path.unlink(missing_ok=True)
-
-    def _image_id(self, image: int) -> int:
-        if self._stored[image] < 0:
-            self._stored[image] = self._writers[".images"].add(self._reader.image(image))
-        return int(self._stored[image])
-
-    def _piece(self, sample: int, *, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """Stored tokens [start, stop) of a sample; a text document's continuation does not predict its own first
-        token, since what stands before it in the row is another segment."""
-        piece = self._reader.tokens(sample, start=start, stop=stop)
-        if start > 0:
-            piece = piece.copy()
-            piece[0] ^= piece[0] >> 31
-        return piece
-
-
-def _temporary(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(f"{prefix.name}.unfinished{suffix}")
-
-
-def _commit(prefix: Path, manifest: Manifest) -> None:
-    manifest_path(prefix).unlink(missing_ok=True)
-    for entry in manifest.files:
-        os.replace(_temporary(prefix, entry.suffix), f"{prefix}{entry.suffix}")
-    write_manifest(prefix, manifest)
-    folder = os.open(prefix.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
 def _manifest(
-    recipe: DataRecipe, gathered: Gathered, chosen: IntArray, *, packing: Packing, writer: _RowWriter
+    recipe: DataRecipe, gathered: Gathered, chosen: IntArray, *, plan: RowPlan, files: tuple[FileEntry, ...]
 ) -> Manifest:
-    histogram = writer.images_per_row
+    packing = plan.packing
     names = [entry.source.name for entry in recipe.sources]
     tallies = list(zip(names, gathered.tallies, strict=True))
     return Manifest(
@@ -246,9 +156,9 @@ def _manifest(
         num_samples=len(chosen),
         num_segments=len(packing.samples),
         num_tokens=int((packing.stops - packing.starts).sum()),
-        num_images=sum(images * rows for images, rows in histogram.items()),
-        num_stored_images=writer.num_stored_images,
-        images_per_row=tuple(histogram[images] for images in range(max(histogram) + 1)),
+        num_images=len(plan.image_numbers),
+        num_stored_images=len(plan.stored),
+        images_per_row=tuple(np.bincount(plan.images_per_row).tolist()),
         sources=tuple(
             SourceTotals(name, tally.read, int(kept))
             for (name, tally), kept in zip(tallies, _kept(gathered.samples, chosen, len(names)), strict=True)
@@ -259,7 +169,7 @@ def _manifest(
             for name, tally in tallies
             for reason in sorted(tally.skips)
         ),
-        files=writer.files,
+        files=files,
     )
 
 

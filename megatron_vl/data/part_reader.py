@@ -1,4 +1,4 @@
-"""Tokens, keys and images of gathered samples, read one by one from the files of all parts.
+"""Bytes of parts, read where a column says that they are.
 
 There may be more parts than a process may open files, so the ones used last stay open and the others are opened again.
 """
@@ -10,11 +10,6 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_vl.data.gather import Images, Samples
-from megatron_vl.data.part_files import data_path
 from megatron_vl.errors import DataError
 
 _SPARE_FILES = 64
@@ -22,42 +17,25 @@ _SPARE_FILES = 64
 
 
 class PartReader:
-    """Random access to what the parts hold."""
+    """Random access to the files of parts."""
 
-    def __init__(self, prefixes: Sequence[Path], samples: Samples, images: Images) -> None:
-        """``prefixes`` are those of the parts that ``samples`` and ``images`` name by number."""
-        self._paths = [data_path(prefix) for prefix in prefixes]
-        self._samples = samples
-        self._images = images
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """``paths`` are the parts' data files, which are named by number."""
+        self._paths = paths
         self._open: dict[int, int] = {}
         self._most_open = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES, 1)
 
-    def tokens(self, sample: int, *, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """int32[stop - start]: stored tokens of a sample."""
-        offset = int(self._samples.offset[sample]) + 4 * start
-        return np.frombuffer(self._read(int(self._samples.part[sample]), offset, 4 * (stop - start)), dtype="<i4")
-
-    def key(self, sample: int) -> str:
-        """The key of a sample."""
-        offset = int(self._samples.offset[sample]) + 4 * int(self._samples.length[sample])
-        data = self._read(int(self._samples.part[sample]), offset, int(self._samples.key_size[sample]))
-        return data.decode("utf-8", "surrogatepass")
-
-    def image(self, number: int) -> bytes:
-        """One of the different images."""
-        images = self._images
-        return self._read(int(images.part[number]), int(images.offset[number]), int(images.size[number]))
+    def read(self, part: int, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset`` on. Raises DataError if they are not there."""
+        data = os.pread(self._descriptor(part), size, offset)
+        if len(data) != size:
+            raise DataError(f"{self._paths[part]}: ends early; remove it and prepare the data again.")
+        return data
 
     def close(self) -> None:
         """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
-
-    def _read(self, part: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(part), size, offset)
-        if len(data) != size:
-            raise DataError(f"{self._paths[part]}: ends early; remove it and prepare the data again.")
-        return data
 
     def _descriptor(self, part: int) -> int:
         descriptor = self._open.pop(part, -1)

@@ -1,7 +1,7 @@
 """Who does the units of work: this process, processes of this machine, or the ranks of an MPI job.
 
 All three are executors of ``concurrent.futures``, so there is one way to hand out work and to hear of an error. Under
-MPI rank 0 hands out and merges, the other ranks work; an error on any rank reaches rank 0, which says it and ends the
+MPI rank 0 hands out and reckons, the other ranks work; an error on any rank reaches rank 0, which says it and ends the
 job on all ranks at once. Workers of this machine end with the process that started them, however that ends.
 """
 
@@ -12,15 +12,19 @@ import multiprocessing.connection
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.errors import ConfigError, DataError, MegatronVLError
 from megatron_vl.launch import read_launch
 from megatron_vl.log import write_line
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Submits(Protocol):
@@ -106,6 +110,41 @@ def _mpi_pool(ranks: int) -> Iterator[Pool | None]:
             is_users = isinstance(error, MegatronVLError)
             write_line(f"error: {error}" if is_users else traceback.format_exc(), error=True)
             world.Abort(2 if is_users else 1)
+
+
+def hand_out(
+    pool: Pool,
+    jobs: Iterable[tuple[Job, Callable[..., Result], tuple[Any, ...]]],
+    finish: Callable[[Job, Result], None],
+) -> None:
+    """Have all jobs done: each has a name, a function and its arguments. ``finish`` hears of each, in any order.
+
+    A job is asked for when it can soon be worked on, so there may be any number. Raises DataError if a worker was
+    killed, and what a job raises.
+    """
+    most = 2 * pool.size if pool.size > 1 else 1
+    pending: dict[Future[Result], Job] = {}
+
+    def collect() -> None:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            try:
+                finish(pending.pop(future), future.result())
+            except BrokenProcessPool as error:
+                raise DataError(
+                    "a worker process was killed (out of memory?); start again with fewer --workers: it goes on from "
+                    "what is finished"
+                ) from error
+
+    try:
+        for job, function, arguments in jobs:
+            pending[pool.executor.submit(function, *arguments)] = job
+            while len(pending) >= most:
+                collect()
+        while pending:
+            collect()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def _end_with_parent() -> None:

@@ -2,10 +2,11 @@
 
     plan_units      what there is to do, in a fixed order                       here, once
     write_part      read, clean, check and tokenize one unit                    in workers, in any order
-    merge_parts     number, drop, draw, pack and write, in the order of units   here, once
+    merge_parts     number, drop, draw, pack: numbers alone                     here, once
+    write_slice     write some rows and their images where they belong          in workers, in any order
 
-The output depends on the recipe and the raw files only: any number of workers gives the same bytes. Finished parts lie
-in ``<prefix>.parts`` until the data set is complete; what was killed goes on from them when it is started again.
+The output depends on the recipe and the raw files only: any number of workers gives the same bytes. What is finished
+lies in ``<prefix>.parts`` until the data set is complete; what was killed goes on from there when it is started again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import shutil
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ from megatron_vl.data.manifest import Manifest
 from megatron_vl.data.merge import FinishedPart, merge_parts
 from megatron_vl.data.part_files import data_path, index_path, read_index
 from megatron_vl.data.parts import Unit, part_prefix, plan_units, write_part
-from megatron_vl.data.pool import Pool, this_process
+from megatron_vl.data.pool import Pool, hand_out, this_process
 from megatron_vl.data.recipe import DataRecipe
+from megatron_vl.data.row_files import is_of_rows
 from megatron_vl.errors import DataError
 
 _LOCK = "lock"
@@ -54,13 +54,14 @@ def prepare(
         with _bar("tokenizing", "shard", show=progress) as bar:
             bar.total = len(units)
             _make_parts(recipe, units, folder, pool=pool or this_process(), bar=bar)
-        with _bar("packing", "row", show=progress) as bar:
+        with _bar("writing", "row", show=progress) as bar:
 
             def report(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            manifest = merge_parts(recipe, _finished_parts(recipe, units, folder), prefix, report)
+            parts = _finished_parts(recipe, units, folder)
+            manifest = merge_parts(recipe, parts, prefix, folder, pool=pool or this_process(), report=report)
         if not keep_parts:
             shutil.rmtree(folder, ignore_errors=True)
     return manifest
@@ -102,14 +103,13 @@ class _Progress:
 def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool: Pool, bar: tqdm[Any]) -> None:
     """Make all parts that are wanted and not there."""
     progress = _Progress(recipe, units)
-    pending: dict[Future[int], Unit] = {}
 
     def finish(unit: Unit, kept: int) -> None:
         progress.finish(unit, kept)
         bar.update()
         bar.set_postfix(samples=progress.num_kept, refresh=False)
 
-    try:
+    def jobs() -> Iterator[tuple[Unit, Callable[..., int], tuple[Any, ...]]]:
         for unit in units:
             if not progress.is_wanted(unit):
                 bar.update()
@@ -118,26 +118,9 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
             if index is not None:
                 finish(unit, index.num_samples)
                 continue
-            pending[pool.executor.submit(write_part, recipe, unit, folder)] = unit
-            while len(pending) >= (2 * pool.size if pool.size > 1 else 1):
-                _collect(pending, finish)
-        while pending:
-            _collect(pending, finish)
-    finally:
-        for future in pending:
-            future.cancel()
+            yield unit, write_part, (recipe, unit, folder)
 
-
-def _collect(pending: dict[Future[int], Unit], finish: Callable[[Unit, int], None]) -> None:
-    """Wait until something is finished, and note it."""
-    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-        try:
-            finish(pending.pop(future), future.result())
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process was killed (out of memory?); start again with fewer --workers: it goes on from the "
-                "shards that are finished"
-            ) from error
+    hand_out(pool, jobs(), finish)
 
 
 def _finished_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path) -> Iterator[FinishedPart]:
@@ -161,7 +144,7 @@ def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
     prefixes = [part_prefix(folder, unit) for unit in units]
     wanted = {_LOCK, *(path(prefix).name for prefix in prefixes for path in (data_path, index_path))}
     for path in folder.iterdir():
-        if path.name not in wanted:
+        if path.name not in wanted and not is_of_rows(path):
             path.unlink(missing_ok=True)
 
 

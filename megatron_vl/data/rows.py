@@ -26,6 +26,8 @@ from megatron_vl.data.manifest import read_manifest
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
 
+IntArray = npt.NDArray[np.int64]
+
 MAX_IMAGES_PER_ROW = 127
 _HEADER_LENGTH = 2
 _USUAL_HEAD = 64
@@ -50,9 +52,19 @@ def join_tokens(tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_]
 
 def encode_row(row: PackedRow) -> npt.NDArray[np.int32]:
     """The stored form of a row."""
-    header = (len(row.segment_lengths), len(row.image_ids))
-    joined = join_tokens(row.tokens, row.supervised)
-    return np.concatenate([np.array(header), row.segment_lengths, row.image_ids, joined]).astype(np.int32)
+    borders = np.cumsum(row.segment_lengths)[:-1]
+    return encode_joined(np.split(join_tokens(row.tokens, row.supervised), borders), row.image_ids)
+
+
+def encode_joined(segments: Sequence[npt.NDArray[np.int32]], image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The stored form of a row of joined segments."""
+    header = [len(segments), len(image_ids), *map(len, segments)]
+    return np.concatenate([np.array(header, dtype=np.int32), image_ids.astype(np.int32), *segments])
+
+
+def row_lengths(segments: IntArray, images: IntArray, tokens: IntArray) -> IntArray:
+    """int64[rows]: items of stored rows of so many segments, images and tokens."""
+    return _HEADER_LENGTH + segments + images + tokens
 
 
 def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.data.indexed import IndexedFile, IndexedWriter
+from megatron_vl.data.indexed import IndexedFile, write_index
 from megatron_vl.data.rows import decode_row, encode_row
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
@@ -20,10 +21,11 @@ SEQUENCES = [np.arange(n, dtype=np.int32) * 7 for n in (3, 0, 5, 1)]
 
 
 def write(prefix: Path) -> Path:
-    writer = IndexedWriter(prefix, "int32", with_modes=True)
-    for mode, sequence in enumerate(SEQUENCES):
-        assert writer.add(sequence, mode=mode) == mode
-    writer.finish()
+    Path(f"{prefix}.bin").write_bytes(b"".join(sequence.tobytes() for sequence in SEQUENCES))
+    lengths = np.array([len(sequence) for sequence in SEQUENCES])
+    index = write_index(prefix, lengths, "int32", np.arange(len(SEQUENCES)))
+    content = Path(f"{prefix}.idx").read_bytes()
+    assert (index.size, index.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     return prefix
 
 

