@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry, SourceTotals, write_manifest
+from megatron_vl.data.manifest import FORMAT_VERSION, CountEntry, Manifest, SkipEntry, SourceTotals, write_manifest
 
 LAYOUTS = {
     "stage0": ("TP 1 x PP 1 x DP 2", None),
@@ -155,7 +155,7 @@ def _write_findings(folder: Path) -> None:
 
 def _manifest() -> Manifest:
     return Manifest(
-        format_version=2,
+        format_version=FORMAT_VERSION,
         tokenizer_sha256="0" * 64,
         num_ranks=2048,
         num_queries=16,
