@@ -11,7 +11,9 @@ one core, from files in the page cache to the same folder. Ours computes no pixe
 
 The tokenizer is timed by itself: documents to tokenized samples beside tiktoken's ``encode_ordinary``.
 
-``--memory`` measures something else: the peak memory of preparing sources of growing size, each in a fresh process.
+``--memory`` measures something else: the peak memory of preparing sources of growing size, each in a fresh process; and
+``--rows`` how long finished parts take to become a data set with one and with two workers. (On a RAM disk with
+``TMPDIR=/dev/shm``; otherwise the disk is measured.)
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from measure import Row, Times, compare, describe_machine, ratios, take_turns, w
 from PIL import Image
 
 from megatron_vl.data.parts import plan_units, write_part
+from megatron_vl.data.pool import Pool, open_pool, this_process
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import DataRecipe, load_recipe
 from megatron_vl.data.sample import Sample
@@ -309,6 +312,22 @@ def peak(name: str, size: int) -> None:
         print(f"{file.stat().st_size / 2**20:9.0f} MiB raw   peak {peak_memory():.0f} MiB, {before:.0f} before")
 
 
+def measure_rows(samples: int, *, turns: int) -> None:
+    """Captions whose parts are there, to rows."""
+    with tempfile.TemporaryDirectory() as scratch, open_pool(2) as two:
+        assert two is not None
+        recipe = recipe_of(captions(Path(scratch), samples), Path(scratch))
+
+        def write(pool: Pool) -> None:
+            prepare(recipe, Path(scratch) / "set", pool=pool, progress=False, keep_parts=True)
+
+        write(two)
+        size = sum(path.stat().st_size for path in Path(scratch).glob("set.*.bin"))
+        times = take_turns({"one": lambda: write(this_process()), "two": lambda: write(two)}, turns=turns)
+        row = compare(f"{size / 1e9:.2f} GB of rows, two workers", times["two"], times["one"], goal=None)
+        tell(row, times["two"], times["one"], f"{size / row.ours / 1e9:.2f} GB/s")
+
+
 def peak_memory() -> float:
     """MiB that this program has held at most; getrusage would count what its parent held when it was forked."""
     status = Path("/proc/self/status").read_text()
@@ -322,6 +341,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--smoke", action="store_true", help="few samples, two turns: shows that it works")
     parser.add_argument("--memory", type=int, nargs="+", metavar="SAMPLES", help="measure peak memory instead")
+    parser.add_argument("--rows", type=int, metavar="SAMPLES", help="measure one and two workers instead")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -330,6 +350,9 @@ def main() -> None:
     print(describe_machine())
     if options.memory:
         measure_memory(options.memory)
+        return
+    if options.rows:
+        measure_rows(options.rows, turns=options.turns)
         return
     samples, turns = (20, 2) if options.smoke else (options.samples, options.turns)
     print(f"{'source':<38} {'ours':>10} {'plain':>10}   ours / plain [quartiles]")
