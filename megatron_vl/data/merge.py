@@ -33,7 +33,7 @@ from megatron_vl.data.part_reader import PartReader
 from megatron_vl.data.parts import TASKS
 from megatron_vl.data.pool import Pool
 from megatron_vl.data.recipe import DataRecipe
-from megatron_vl.data.row_files import Progress, commit, write_rows
+from megatron_vl.data.row_files import Progress, write_rows
 from megatron_vl.data.row_plan import Origins, RowPlan, plan_rows
 from megatron_vl.data.tokenizer import QWEN_SHA256
 from megatron_vl.errors import DataError
@@ -53,16 +53,14 @@ class FinishedPart:
 def merge_parts(
     recipe: DataRecipe,
     parts: Iterable[FinishedPart],
-    prefix: Path,
     folder: Path,
     *,
     pool: Pool,
     report: Progress = lambda done, total: None,
 ) -> Manifest:
-    """Pack the samples of all parts into the data set at ``prefix`` and return its manifest.
+    """Pack the samples of all parts and write the rows into ``folder``; returns the manifest of the data set to be.
 
-    ``parts`` are in the order of the units. ``folder`` holds what is unfinished; it lies in the file system of
-    ``prefix``. Raises DataError if no sample is left.
+    ``parts`` are in the order of the units. Raises DataError if no sample is left.
     """
     paths: list[Path] = []
 
@@ -74,13 +72,11 @@ def merge_parts(
     gathered = gather(indices(), len(recipe.sources))
     chosen = _choose(recipe, gathered, paths)
     if not len(chosen):
-        raise DataError(f"{prefix}: no sample is left to write; {_all_reasons(gathered)}")
+        raise DataError(f"{folder}: no sample is left to write; {_all_reasons(gathered)}")
     plan = plan_rows(_pack(recipe, gathered.samples, chosen), chosen, gathered.samples, gathered.images)
     origins = Origins(tuple(paths), tuple(entry.source.name for entry in recipe.sources))
     files = write_rows(plan, origins, folder, pool=pool, report=report)
-    manifest = _manifest(recipe, gathered, chosen, plan=plan, files=files)
-    commit(prefix, folder, manifest)
-    return manifest
+    return _manifest(recipe, gathered, chosen, plan=plan, files=files)
 
 
 def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> IntArray:

@@ -11,12 +11,14 @@ again (what it has forgotten is stored twice here, and once in the data set).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import zipfile
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -139,28 +141,35 @@ class PartWriter:
         """Bring the part to the disk under its own name."""
         header = {"size": self._file.tell(), "reasons": list(self._reasons),
                   "examples": [[item.position, item.reason, item.text] for item in self._examples]}  # fmt: skip
+        columns = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values}
+        columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        columns["digests"] = np.frombuffer(bytes(self._digests), np.uint8)
         _sync(self._file)
-        columns: dict[str, Any] = {
-            name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values
-        }
-        descriptor, name = tempfile.mkstemp(".tmp", self._prefix.name + ".", self._prefix.parent)
-        with os.fdopen(descriptor, "wb") as index:
-            np.savez(
-                index, header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                digests=np.frombuffer(bytes(self._digests), np.uint8), **columns,
-            )  # fmt: skip
-            _sync(index)
         os.replace(self._temporary, data_path(self._prefix))
-        os.replace(name, index_path(self._prefix))
+        store_columns(index_path(self._prefix), columns)
 
     def close(self) -> None:
         """Close and remove what is not finished."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: what it could not take is removed
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _append(self, **values: int) -> None:
         for name, value in values.items():
             self._columns[name].append(value)
+
+
+def store_columns(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Bring an ``.npz`` to the disk, in full or not at all, whoever else does the same."""
+    descriptor, name = tempfile.mkstemp(".tmp", path.stem + ".", path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, allow_pickle=False, **columns)
+            _sync(file)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def data_path(prefix: Path) -> Path:

@@ -29,7 +29,7 @@ from megatron_vl.data.part_files import data_path, index_path, read_index
 from megatron_vl.data.parts import Unit, part_prefix, plan_units, write_part
 from megatron_vl.data.pool import Pool, hand_out, this_process
 from megatron_vl.data.recipe import DataRecipe
-from megatron_vl.data.row_files import is_of_rows
+from megatron_vl.data.row_files import commit, is_of_rows
 from megatron_vl.errors import DataError
 
 _LOCK = "lock"
@@ -48,8 +48,7 @@ def prepare(
     if not units:
         raise DataError(f"{prefix}: no sample is left to write; the sources are empty")
     folder = prefix.with_name(prefix.name + ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _disk_errors_named(folder), _locked(folder):
         _remove_others(folder, units)
         with _bar("tokenizing", "shard", show=progress) as bar:
             bar.total = len(units)
@@ -61,7 +60,8 @@ def prepare(
                 bar.update(done - bar.n)
 
             parts = _finished_parts(recipe, units, folder)
-            manifest = merge_parts(recipe, parts, prefix, folder, pool=pool or this_process(), report=report)
+            manifest = merge_parts(recipe, parts, folder, pool=pool or this_process(), report=report)
+        commit(prefix, folder, manifest)
         if not keep_parts:
             shutil.rmtree(folder, ignore_errors=True)
     return manifest
@@ -149,8 +149,21 @@ def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
 
 
 @contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    """Say of an error of the file system, here or in a worker, where it came up and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}. Mend that (room, rights, the path) and start "
+            f"again: it goes on from what is finished, in {folder}"
+        ) from error
+
+
+@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second preparation; the lock goes with the process, however it ends."""
+    """Make the folder and hold it against a second preparation; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,18 +14,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.indexed import Stretch
+from megatron_vl.data.part_files import store_columns
 from megatron_vl.data.part_reader import PartReader
 from megatron_vl.data.parts import TASKS
 from megatron_vl.data.rows import SegmentKey, encode_joined, encode_keys
@@ -108,16 +108,20 @@ def write_slice(work: RowSlice, folder: Path) -> int:
     reader = PartReader(work.paths)
     try:
         with _stretch(folder / f"{IMAGES}.bin", work.image_begin) as images:
-            columns = (work.image_part, work.image_offset, work.image_size)
-            for part, offset, size in zip(*(column.tolist() for column in columns), strict=True):
+            places = (work.image_part, work.image_offset, work.image_size)
+            for part, offset, size in zip(*(column.tolist() for column in places), strict=True):
                 images.write(reader.read(part, offset, size))
         with _stretch(folder / f"{TOKENS}.bin", work.token_begin) as tokens:
             keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
     finally:
         reader.close()
-    lengths = np.array([len(key) for key in keys], dtype=np.int32)
-    stored_keys = np.frombuffer(b"".join(keys), dtype=np.uint8)
-    _write_record(folder, work.name, SliceRecord(tokens.finished(), images.finished(), stored_keys, lengths))
+    stretches = json.dumps([dataclasses.astuple(writer.finished()) for writer in (tokens, images)])
+    columns: dict[str, npt.NDArray[Any]] = {
+        "stretches": np.frombuffer(stretches.encode(), np.uint8),
+        "keys": np.frombuffer(b"".join(keys), np.uint8),
+        "key_lengths": np.array([len(key) for key in keys], dtype=np.int32),
+    }
+    store_columns(record_path(folder, work.name), columns)
     return work.num_rows
 
 
@@ -179,15 +183,3 @@ def _read_piece(work: RowSlice, piece: int, reader: PartReader) -> tuple[npt.NDA
         joined = joined.copy()
         joined[0] ^= joined[0] >> 31
     return joined, SegmentKey(work.names[work.source[piece]], TASKS[work.task[piece]], key, start, stop)
-
-
-def _write_record(folder: Path, name: str, record: SliceRecord) -> None:
-    stretches = json.dumps([dataclasses.astuple(record.tokens), dataclasses.astuple(record.images)]).encode()
-    path = record_path(folder, name)
-    descriptor, temporary = tempfile.mkstemp(".tmp", f"{path.stem}.", folder)
-    with os.fdopen(descriptor, "wb") as file:
-        kept = np.frombuffer(stretches, dtype=np.uint8)
-        np.savez(file, stretches=kept, keys=record.keys, key_lengths=record.key_lengths)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

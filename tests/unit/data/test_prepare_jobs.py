@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -241,6 +242,36 @@ def test_an_error_in_a_worker_ends_the_job(raw: Path) -> None:
     with pytest.raises(DataError, match=r"00002\.tar: no such file"):
         prepare(recipe, raw / "set", pool=Pool(Dying(), 1), progress=False)
     assert not (raw / "set.json").exists()
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("syncs", [0, 9, 32, 37, 47])
+def test_a_full_disk_is_named_and_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch, syncs: int) -> None:
+    """16 parts and 7 slices of rows come to the disk, and then the files."""
+    recipe = load_recipe(recipe_file(raw))
+    sync, room = os.fsync, [syncs]
+
+    def fsync(descriptor: int) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"set\.parts: No space left on device\. Mend"):
+        patch.setattr(os, "fsync", fsync)
+        prepare(recipe, raw / "set", progress=False)
+    assert not Path(raw / "set.json").exists() and not list((raw / "set.parts").glob("[0-9a-f]*.tmp"))
+    prepare(recipe, raw / "set", progress=False)
+    prepare(recipe, raw / "undisturbed", progress=False)
+    assert hashes(raw / "set") == hashes(raw / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["file/set", "file"])
+def test_an_output_that_cannot_be_is_named(raw: Path, name: str) -> None:
+    (raw / "file").write_text("")
+    (raw / "file.parts").write_text("")
+    with pytest.raises(DataError, match=r"parts: (Not a directory|File exists)\. Mend that"):
+        prepare(load_recipe(recipe_file(raw)), raw / name, progress=False)
 
 
 def mpirun(ranks: int, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
