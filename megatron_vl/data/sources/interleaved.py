@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_vl.data.sample import IMAGE_MARK, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field
 from megatron_vl.data.sources.images import read_image, require_images
-from megatron_vl.data.sources.jsonl import line_shards, read_lines
-from megatron_vl.errors import DataError, SkipSample
+from megatron_vl.data.sources.jsonl import folder_shards, read_samples
+from megatron_vl.errors import SkipSample
 
 Part = tuple[Literal["text", "image"], str]
 """A stretch of text, or the path of an image."""
@@ -40,21 +40,10 @@ class Interleaved(Source):
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
-        files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
-        if not files:
-            raise DataError(f"{self.path}: no .jsonl file in this folder")
-        return [shard for file in files for shard in line_shards(file, self.records_per_shard)]
+        return folder_shards(self.path, self.records_per_shard)
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        for line in read_lines(shard):
-            if isinstance(line, Skipped):
-                yield line
-                continue
-            key = f"{shard.path.name}:{line.number}"
-            try:
-                yield self._sample(line.record, key)
-            except SkipSample as error:
-                yield skipped(key, error)
+        return read_samples(shard, self._sample)
 
     def _sample(self, record: Json, key: str) -> Sample:
         parts = _sentences(record) if "text_list" in record else _paragraphs(record)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vl.data.sources.base import Shard, Skipped, require_file
-from megatron_vl.errors import DataError
+from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.base import Shard, Skipped, require_file, skipped
+from megatron_vl.errors import DataError, SkipSample
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -61,6 +62,14 @@ def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     return shards
 
 
+def folder_shards(path: Path, lines_per_shard: int) -> list[Shard]:
+    """The shards of a ``.jsonl`` file, or of all in a folder; raises DataError."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no .jsonl file in this folder")
+    return [shard for file in files for shard in line_shards(file, lines_per_shard)]
+
+
 def _line_ends(stream: BinaryIO) -> Iterator[int]:
     """The byte behind each line, whatever its length."""
     position, ended = 0, True
@@ -89,6 +98,19 @@ def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Ski
                 yield Skipped(key, "line_too_long", f"more than {MAX_LINE_BYTES} bytes")
             elif raw.strip():
                 yield _line(raw, number, key, parse)
+
+
+def read_samples(shard: Shard, sample_of: Callable[[dict[str, Any], str], Sample]) -> Iterator[Sample | Skipped]:
+    """The sample that ``sample_of`` makes of each record and its key; what raises SkipSample is skipped."""
+    for line in read_lines(shard):
+        if isinstance(line, Skipped):
+            yield line
+            continue
+        key = f"{shard.path.name}:{line.number}"
+        try:
+            yield sample_of(line.record, key)
+        except SkipSample as error:
+            yield skipped(key, error)
 
 
 def _skip_rest_of_line(stream: BinaryIO) -> None:

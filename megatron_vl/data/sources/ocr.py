@@ -30,11 +30,10 @@ from megatron_vl.data.sources.base import (
     clean_text,
     field,
     require_folder,
-    skipped,
 )
 from megatron_vl.data.sources.boxes import quad_from_points
 from megatron_vl.data.sources.images import read_image
-from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_lines
+from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_samples
 from megatron_vl.errors import DataError, SkipSample
 
 FILE_NAME = re.compile(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"')
@@ -62,15 +61,7 @@ class OCR(Source):
         return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        for line in read_lines(shard):
-            if isinstance(line, Skipped):
-                yield line
-                continue
-            key = f"{shard.path.name}:{line.number}"
-            try:
-                yield self._sample(line.record, key)
-            except SkipSample as error:
-                yield skipped(key, error)
+        return read_samples(shard, self._sample)
 
     @property
     def _metadata(self) -> Path:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, Source, clean_text, field, skipped
-from megatron_vl.data.sources.jsonl import line_shards, read_lines
-from megatron_vl.errors import DataError, SkipSample
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field
+from megatron_vl.data.sources.jsonl import folder_shards, read_samples
 
 
 @dataclass(frozen=True)
@@ -27,21 +26,12 @@ class Text(Source):
     """Documents in a unit of work."""
 
     def shards(self) -> list[Shard]:
-        files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
-        if not files:
-            raise DataError(f"{self.path}: no .jsonl file in this folder")
-        return [shard for file in files for shard in line_shards(file, self.records_per_shard)]
+        return folder_shards(self.path, self.records_per_shard)
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        for line in read_lines(shard):
-            if isinstance(line, Skipped):
-                yield line
-                continue
-            key = f"{shard.path.name}:{line.number}"
-            try:
-                text = clean_text(field(line.record, self.text_field, str), self.text_field)
-            except SkipSample as error:
-                yield skipped(key, error)
-                continue
-            language: Literal["en", "zh"] = "zh" if line.record.get("lang", self.language) == "zh" else "en"
-            yield Sample(key, self.name, "text", language, text=text)
+        return read_samples(shard, self._sample)
+
+    def _sample(self, record: Json, key: str) -> Sample:
+        text = clean_text(field(record, self.text_field, str), self.text_field)
+        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
+        return Sample(key, self.name, "text", language, text=text)
