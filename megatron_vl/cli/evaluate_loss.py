@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig, TrainingConfig
@@ -44,11 +45,17 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.parallel.topology import Topology
 
+    if options.output is not None:
+        check_writable(options.output)
     prepare_process()
     with Topology(parallel_config(options)) as topology:
         losses = _losses(options, topology)
         if topology.rank == 0:
-            _write(json.dumps(losses, indent=1), options.output)
+            text = json.dumps(losses, indent=1)
+            if options.output is None:
+                write_line(text)
+            else:
+                write_whole(options.output, text + "\n")
 
 
 def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, float]]:
@@ -62,14 +69,6 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, f
     trained = contents.Trained(chunks, None)
     contents.load(trained, options.checkpoint, config=config, topology=topology, load_rng=False)
     return {prefix: _loss(prefix, chunks, config, topology) for prefix in options.data_path}
-
-
-def _write(text: str, output: Path | None) -> None:
-    if output is None:
-        write_line(text)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text + "\n", encoding="utf-8")
 
 
 def _configuration(saved: RunConfig, options: argparse.Namespace, world_size: int) -> RunConfig:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
-from megatron_vl.cli.output import whole_file
+from megatron_vl.cli.output import check_writable, whole_file
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.validate import check_tensor_parallel, check_world_size
 from megatron_vl.launch import read_launch
@@ -74,6 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     config = forward_config(options.checkpoint, parallel_config(options), seq_length=length, bf16=options.bf16)
     check_tensor_parallel(config.model, config.parallel)
     check_world_size(config, read_launch().world_size)
+    check_writable(options.output)
     prepare_process()
     with Topology(config.parallel) as topology:
         chunks = load_chunks(options.checkpoint, config=config, topology=topology)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vl.cli.command import exit_status
-from megatron_vl.cli.output import write_whole
+from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
@@ -70,6 +70,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     questions = read_questions(options.inputs, options.chat_format)
+    check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.parallel.topology import Topology
 

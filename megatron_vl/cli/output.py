@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_vl.errors import DataError
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written when long work is done.
+
+    Raises:
+        DataError: a file cannot be written there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 @contextmanager
@@ -25,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"--output {path}: cannot be written ({error.strerror or error})") from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):  # nothing was written, or it has its name
             temporary.unlink()
@@ -41,3 +59,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     with whole_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"--output {path}: cannot be written ({error.strerror or error})")

@@ -18,7 +18,7 @@ from math import prod
 from typing import Literal
 
 from megatron_vl.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
-from megatron_vl.errors import ConfigError
+from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.layout import PipelineLayout, StageLayout
 from megatron_vl.planning.vocabulary import padded_vocab_size
@@ -120,10 +120,10 @@ def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankPa
     """Trained and frozen parameters of each (pipeline rank, tensor-parallel rank), as they lie in its memory.
 
     Raises:
-        ConfigError: a width does not divide by the tensor-parallel size.
+        ConfigError: heads or widths cannot be split over the tensor-parallel ranks.
     """
     tensor_size = config.parallel.tensor_model_parallel_size
-    check_tensor_split(config.model, tensor_size)
+    check_tensor_parallel(config.model, config.parallel)
     frozen_parts = FrozenParts.of(config.training)
     ranks = []
     for pipeline_rank in range(layout.pipeline_size):
@@ -133,26 +133,6 @@ def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankPa
         units = "; ".join(map(str, stages))
         ranks += [RankParameters(pipeline_rank, rank, units, trained, frozen) for rank in range(tensor_size)]
     return ranks
-
-
-def check_tensor_split(model: ModelConfig, tensor_size: int) -> None:
-    """Raise ConfigError if heads or widths cannot be split evenly over ``tensor_size`` ranks."""
-    splits = {
-        "model.vision.num_attention_heads": model.vision.num_attention_heads,
-        "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
-        "model.language.num_attention_heads": model.language.num_attention_heads,
-        "model.language.ffn_hidden_size": model.language.ffn_hidden_size,
-    }
-    problems = [
-        f"{key} {size} = {tensor_size} x {size / tensor_size:g}"
-        for key, size in splits.items()
-        if size % tensor_size
-    ]
-    if problems:
-        raise ConfigError(
-            f"parallel.tensor_model_parallel_size {tensor_size} does not divide {'; '.join(problems)}; "
-            "choose a size that divides all of them"
-        )
 
 
 def trains(name: str, frozen: FrozenParts) -> bool:
