@@ -30,6 +30,7 @@ from megatron_vl.config.fields import (
 )
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.strict_yaml import KeyPath, parse_yaml
 from megatron_vl.errors import ConfigError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -106,27 +107,10 @@ def read_recipe(path: Path) -> dict[str, Value]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        tree, lines = parse_yaml(text, str(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    lines = _key_lines(root, str(path)) if root is not None else {}
     return _Recipe(str(path), lines).flatten(tree, RunConfig, ())
-
-
-def _key_lines(node: yaml.Node, file: str, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Return the line of every key; raises ``ConfigError`` for a key that occurs twice in one mapping."""
-    lines: dict[tuple[str, ...], int] = {}
-    if not isinstance(node, yaml.MappingNode):
-        return lines
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        line = key.start_mark.line + 1
-        if here in lines:
-            raise ConfigError(f"{file}:{line}: {'.'.join(here)} is given twice, first in line {lines[here]}")
-        lines[here] = line
-        lines |= _key_lines(value, file, here)
-    return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +118,7 @@ class _Recipe:
     """A recipe's file name and the lines of its keys, for messages."""
 
     file: str
-    lines: Mapping[tuple[str, ...], int]
+    lines: Mapping[KeyPath, int]
 
     def flatten(self, tree: object, section: type, path: tuple[str, ...]) -> dict[str, Value]:
         """Return the values under ``tree`` by dotted path, checked against ``section``."""

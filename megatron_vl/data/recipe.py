@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_vl.config.strict_yaml import parse_yaml
 from megatron_vl.data.chat_prompts import ChatStyle
 from megatron_vl.data.filters.options import FilterOptions, read_filters
 from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
@@ -105,7 +106,7 @@ def load_recipe(
     key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
