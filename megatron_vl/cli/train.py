@@ -18,7 +18,7 @@ from megatron_vl.config.batch import data_parallel_size, model_parallel_size, nu
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
-from megatron_vl.errors import ConfigError, MegatronVLError
+from megatron_vl.errors import ConfigError, DataError, MegatronVLError
 from megatron_vl.launch import Launch, has_cuda_device, read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
@@ -108,6 +108,8 @@ def _dry_run(config: RunConfig, world_size: int) -> None:
         f"# {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {data_parallel}; {_describe_batch(config, data_parallel)}"
     )
+    for line in _describe_data(config):
+        write_line(f"# {line}")
     write_line(f"# model: {_num_parameters(config):,} parameters; pipeline layout {layout}")
     write_line("#")
     write_line("# pipeline rank   tensor rank          trained           frozen   stages")
@@ -125,6 +127,18 @@ def _describe_batch(config: RunConfig, data_parallel: int) -> str:
         f"a step = {training.global_batch_size} rows = {num_microbatches(training, data_parallel)} micro-batches x "
         f"{training.micro_batch_size} rows x data {data_parallel}"
     )
+
+
+def _describe_data(config: RunConfig) -> list[str]:
+    """How often the run takes its data, where they are here; a plan for another machine is made without them."""
+    if not config.data.data_path:
+        return []
+    from megatron_vl.data.repeats import planned
+
+    try:
+        return planned(config)
+    except DataError as error:
+        return [f"data: how often their rows are taken is not known; {' '.join(str(error).split())}"]
 
 
 def _report(error: MegatronVLError, launch: Launch) -> None:

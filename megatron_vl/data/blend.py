@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vl.config.validate import parse_data_path
+
 IntArray = npt.NDArray[np.int64]
 _ROUNDS = 6
 _MIN_BLOCK, _MAX_BLOCK = 1024, 1 << 20
@@ -78,6 +80,13 @@ class Blend:
     """Relative weights, or None: all rows once per epoch."""
     seed: int
 
+    @classmethod
+    def of(cls, data_path: Sequence[str], sizes: Sequence[int], *, seed: int) -> Blend:
+        """The blend that ``data_path`` (prefixes, or weight and prefix in turn) asks of data sets of these sizes."""
+        pairs = parse_data_path(data_path)
+        weighted = len(pairs) < len(data_path)
+        return cls(tuple(sizes), tuple(weight for weight, _ in pairs) if weighted else None, seed)
+
     @property
     def num_rows(self) -> int:
         """Rows of all data sets."""
@@ -104,6 +113,13 @@ class Blend:
     def step_rows(self, first: int, count: int) -> IntArray:
         """Global rows of a step that begins after ``first`` consumed rows and takes ``count``."""
         return self.rows(np.arange(first, first + count))
+
+    def passes(self, num_rows: int) -> tuple[float, ...]:
+        """How often the first ``num_rows`` rows of the run take each row, by data set."""
+        if self.weights is None:
+            return (num_rows / self.num_rows,) * len(self.sizes)
+        shares = self._block_counts / self._block_counts.sum()
+        return tuple((num_rows * shares / np.array(self.sizes)).tolist())
 
     def locate(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Data set and row within it of global rows."""

@@ -79,15 +79,10 @@ class DataSets:
         pairs = parse_data_path(data_path)
         if not pairs:
             raise ConfigError("data.data_path is empty: give the prefix of a prepared data set")
-        weighted = len(pairs) < len(data_path)
         self.stores = [RowStore(prefix) for _, prefix in pairs]
         for store in self.stores:
             _check(store.manifest, store.prefix, config)
-        self.blend = Blend(
-            sizes=tuple(len(store) for store in self.stores),
-            weights=tuple(weight for weight, _ in pairs) if weighted else None,
-            seed=config.training.seed,
-        )
+        self.blend = Blend.of(data_path, [len(store) for store in self.stores], seed=config.training.seed)
         self.lengths = np.concatenate([store.row_lengths for store in self.stores])
         self.images = np.concatenate([store.row_images for store in self.stores])
 

@@ -16,6 +16,7 @@ from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data.repeats import describe_data
 from megatron_vl.parallel.collectives import broadcast_batches
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, image_cost
@@ -36,6 +37,13 @@ class Feed:
     def one_pass(self, max_steps: int = 0) -> Iterator[list[MicroBatch]]:
         """Every row once; ``max_steps`` 0 for all of them."""
         return self._share(self.loader.one_pass(max_steps) if self.loader else None)
+
+    def describe(self, num_rows: int) -> list[str]:
+        """What the data sets hold, and how often a run of so many rows takes theirs; nothing on ranks that receive."""
+        if self.loader is None:
+            return []
+        data_sets = self.loader.data_sets
+        return describe_data([(store.prefix, store.manifest) for store in data_sets.stores], data_sets.blend, num_rows)
 
     def close(self) -> None:
         """End the decode workers."""

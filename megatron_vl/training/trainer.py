@@ -80,6 +80,8 @@ class Run:
         _check_nothing_later(state, config)
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
+        for line in feed.describe(_rows_of_run(config, state)):
+            log_rank_0(line)
         reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
         return cls(config, topology, model, feed, validation, reporter, state)
 
@@ -234,6 +236,12 @@ def _count_batch_in_rows(config: RunConfig) -> RunConfig:
         f"{data_sets.samples_per_row:.2f} samples"
     )
     return counted
+
+
+def _rows_of_run(config: RunConfig, state: TrainState) -> int:
+    """Rows that the run will have taken at its last step, those before a resume included."""
+    steps = max(config.training.train_iters - state.step, 0)
+    return state.consumed_rows + steps * config.training.global_batch_size
 
 
 def _describe(config: RunConfig, topology: Topology) -> str:

@@ -1,0 +1,137 @@
+"""How often a run takes its rows is said in numbers that the loader's own rows bear out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vl.cli.train import main
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.blend import Blend
+from megatron_vl.data.loader import DataSets
+from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data.repeats import describe_data, planned
+from megatron_vl.log import ROOT
+from megatron_vl.training.trainer import Run
+from tests.helpers.ranks import RankPools, Start
+from tests.helpers.tiny import tiny_config
+from tests.unit.data.prepared import SEQ_LENGTH, make_data_set, run_config
+
+LINE = re.compile(
+    r"(\S.*): ([\d,]+) samples in ([\d,]+) rows \(([\d.]+) % filled\); the run takes each row ([\d.,]+) times"
+)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data_set(tmp_path_factory.mktemp("data"))
+
+
+def parsed(line: str) -> tuple[str, str, str, float, str]:
+    match = LINE.fullmatch(line)
+    assert match, line
+    return match[1], match[2], match[3], float(match[4]), match[5]
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_rows"), [(None, 37 * 4), (None, 20), ((0.9, 0.1), 5000), ((1e-7, 1.0, 1.0), 1 << 20)]
+)
+def test_passes_are_those_of_the_rows(weights: tuple[float, ...] | None, num_rows: int) -> None:
+    sizes = (1000, 10, 7) if weights and len(weights) == 3 else (30, 7)
+    blend = Blend(sizes, weights, seed=3)
+    taken, _ = blend.locate(blend.rows(np.arange(num_rows)))
+    found = np.bincount(taken, minlength=len(sizes)) / np.array(sizes)
+    expected = blend.passes(num_rows)
+    if weights is None:
+        assert expected == (num_rows / 37,) * 2 and found.mean() == pytest.approx(expected[0], abs=0.3)
+    else:
+        assert np.allclose(found, expected, rtol=0.02)
+
+
+def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:
+    manifest = read_manifest(prefix)
+    rows = manifest.num_rows
+    lines = describe_data([("a", manifest), ("b", manifest)], Blend((rows, rows), None, 0), num_rows=7 * rows)
+    name, samples, shown, fill, times = parsed(lines[0])
+    assert len(lines) == 1 and (name, times) == ("data", "3.5")
+    assert (samples, shown) == (f"{2 * manifest.num_samples:,}", f"{2 * rows:,}")
+    assert fill == pytest.approx(100 * manifest.fill, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"), [(0.042, "0.04"), (0.5, "0.50"), (1.0, "1.0"), (177.6, "178"), (2e4, "20,000")]
+)
+def test_numbers_have_the_digits_that_matter(prefix: str, passes: float, said: str) -> None:
+    manifest = replace(read_manifest(prefix), num_rows=1000)
+    (line,) = describe_data([("a", manifest)], Blend((1000,), None, 0), num_rows=round(1000 * passes))
+    assert line.endswith(f"takes each row {said} times")
+
+
+def test_a_dry_run_says_it_for_every_data_set_of_a_blend(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_manifest(prefix).num_rows
+    argv = f"--preset tiny --dry-run --train-iters 100 --global-batch-size {rows} --data-path 3 {prefix} 1 {prefix}"
+    assert main(argv.split()) == 0
+    said = [parsed(line) for line in re.findall(r"^# (data .*)$", capsys.readouterr().out, re.MULTILINE)]
+    assert [(name, times) for name, *_, times in said] == [(f"data {prefix}", "75"), (f"data {prefix}", "25")]
+
+
+def test_a_dry_run_without_the_data_plans_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.json").touch()
+    for name, reason in (("absent", "cannot be read"), ("empty", "not JSON")):
+        assert main(["--preset", "tiny", "--dry-run", "--data-path", str(tmp_path / name)]) == 0
+        out = capsys.readouterr().out
+        assert "# data: how often their rows are taken is not known; " in out and reason in out
+        assert "# model: " in out
+
+
+def test_a_batch_in_samples_is_counted_in_rows(prefix: str) -> None:
+    config = run_config(prefix, training={"global_batch_size": 8, "global_batch_samples": 100, "train_iters": 10})
+    data_sets = DataSets(config, [prefix])
+    *_, times = parsed(planned(config)[0])
+    data_sets.close()
+    epochs = 1000 / read_manifest(prefix).num_samples
+    assert float(times) == pytest.approx(epochs, rel=0.05)  # the rows of a step are rounded by 4 %
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def log_of_run(start: Start, config: RunConfig) -> list[str]:
+    """What a rank logs of the data in a run."""
+    lines = _Lines()
+    logger = logging.getLogger(ROOT)
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    with start.topology(config.parallel) as topology:
+        run = Run.set_up(config, topology)
+        run.loop()
+        run.close()
+    logger.removeHandler(lines)
+    return [line for line in lines.said if line.startswith("data")]
+
+
+def test_a_run_says_it_once_and_counts_what_was_before_a_resume(
+    prefix: str, ranks: RankPools, tmp_path: Path
+) -> None:
+    rows = read_manifest(prefix).num_rows
+    config = tiny_config(
+        data={"data_path": (prefix,), "seq_length": SEQ_LENGTH},
+        training={"micro_batch_size": 1, "global_batch_size": 4, "train_iters": 2},
+        checkpoint={"save": str(tmp_path), "auto_resume": True},
+    )
+    (first,) = ranks(1).run(log_of_run, config)[0]
+    assert parsed(first)[-1] == f"{2 * 4 / rows:.2f}"
+    longer = replace(config, training=replace(config.training, train_iters=3, global_batch_size=8))
+    (resumed,) = ranks(1).run(log_of_run, longer)[0]
+    assert parsed(resumed)[-1] == f"{(2 * 4 + 8) / rows:.2f}"
