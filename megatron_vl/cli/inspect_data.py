@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 
@@ -56,10 +57,13 @@ def _run(options: argparse.Namespace) -> None:
     _check_at_least("--seed", options.seed or 0, 0)
     _check_at_least("--max-image-side", options.max_image_side, _MIN_SIDE)
     store = open_store(options.prefix)
+    path = options.output or (None if options.summary else Path(f"{options.prefix}.html"))
+    if path is not None:
+        check_writable(path)
     if options.summary:
         _print_summary(store)
-    if options.output is not None or not options.summary:
-        _write_page(store, options)
+    if path is not None:
+        _write_page(store, path, options)
 
 
 def _check_at_least(flag: str, value: int, least: int) -> None:
@@ -74,15 +78,13 @@ def _print_summary(store: RowStore) -> None:
     write_line(format_summary(read_overview(store)))
 
 
-def _write_page(store: RowStore, options: argparse.Namespace) -> None:
+def _write_page(store: RowStore, path: Path, options: argparse.Namespace) -> None:
     from megatron_vl.evaluation.inspector.choice import Choice
     from megatron_vl.evaluation.inspector.opening import open_vocabulary
     from megatron_vl.evaluation.inspector.page import read_page, render_page
-    from megatron_vl.evaluation.pages import write_page
 
-    path = options.output or Path(f"{options.prefix}.html")
     vocabulary = open_vocabulary(options.prefix, store.manifest, options.vocab_file)
     choice = Choice(options.rows, options.first, options.seed, options.source, options.task)
     page = read_page(store, vocabulary, choice, max_image_side=options.max_image_side)
-    write_page(render_page(page), path)
+    write_whole(path, render_page(page))
     write_line(f"Page: {path} ({len(page.rows)} of {len(store):,} rows, {path.stat().st_size / 1e6:.1f} MB)")

@@ -50,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a JSON text in one step; see :func:`whole_file`.
+    """Write a text in one step; see :func:`whole_file`.
 
     Half a surrogate pair, which UTF-8 does not have, is written as JSON's escape of it.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.log import write_line
 
 
@@ -23,10 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from megatron_vl.evaluation.report import read_report, render_text, write_report
+    from megatron_vl.evaluation.report import read_report, render_page, render_text
 
     path = options.output or options.run_dir / "report.html"
+    if options.run_dir.is_dir():  # else no folder is made for a name that was mistyped
+        check_writable(path)
     report = read_report(options.run_dir)
-    write_report(report, path)
+    write_whole(path, render_page(report, path.parent))
     write_line(render_text(report))
     write_line(f"Report: {path}")

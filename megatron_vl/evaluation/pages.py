@@ -1,8 +1,6 @@
-"""What the pages have in common: one file each that asks for nothing, escaped texts, and a whole file or none."""
+"""What the pages have in common: one file each that asks for nothing, and escaped texts."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,11 +17,3 @@ def page_environment() -> Environment:
     )
     environment.filters["svg"] = Markup
     return environment
-
-
-def write_page(page: str, path: Path) -> None:
-    """Write a page; whoever reads it meanwhile sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
-from megatron_vl.evaluation.pages import page_environment, write_page
+from megatron_vl.evaluation.pages import page_environment
 from megatron_vl.evaluation.records import (
     HeldOutLoss,
     Model,
@@ -125,11 +125,6 @@ def read_report(run_dir: Path) -> Report:
         times=time_rows(timings),
         seconds=total_seconds(timings),
     )
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write the page; whoever reads it meanwhile sees the old one or the new one."""
-    write_page(render_page(report, path.parent), path)
 
 
 def render_page(report: Report, folder: Path) -> str:

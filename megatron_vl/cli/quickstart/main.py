@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.quickstart.findings import gather_findings, write_run_info
 from megatron_vl.cli.quickstart.ledger import Ledger
 from megatron_vl.cli.quickstart.plan import STAGES, Plan
@@ -74,12 +75,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan, results: Path | None) -> None:
-    from megatron_vl.evaluation.report import read_report, render_text, write_report
+    from megatron_vl.evaluation.report import read_report, render_page, render_text
     from megatron_vl.evaluation.results import write_results
 
     gather_findings(plan)
     report = read_report(plan.run_dir)
-    write_report(report, plan.run_dir / "report.html")
+    write_whole(plan.run_dir / "report.html", render_page(report, plan.run_dir))
     write_line()
     write_line(render_text(report))
     if results is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -140,7 +142,7 @@ def test_rows_are_bounded_and_chosen(prefix: str, tmp_path: Path) -> None:
     assert main([prefix, "--output", str(path), "--rows", "2", "--first", "3", "--max-image-side", "16"]) == 0
     text = path.read_text(encoding="utf-8")
     assert re.findall(r'id="row(\d+)"', text) == ["3", "4"]
-    assert not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_choices(prefix: str) -> None:
@@ -221,6 +223,35 @@ def test_summary_and_page_in_one_call(prefix: str, tmp_path: Path, capsys: pytes
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
     return capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_an_error_before_the_work(
+    prefix: str, copy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows are damaged, which is not even noticed; a summary that would be printed is not."""
+    path = Path(f"{copy}.tokens.bin")
+    path.write_bytes(b"\x07" * path.stat().st_size)
+    said = f"error: --output {tmp_path}: cannot be written (Is a directory)\n"
+    assert error_of([copy, "--output", str(tmp_path)], capsys) == said
+    before = sorted(tmp_path.iterdir())
+    assert main([prefix, "--summary", "--output", str(path / "page.html")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "page.html: cannot be written (File exists)" in printed.err
+    Path(f"{copy}.html").mkdir()
+    assert "set.html: cannot be written (Is a directory)" in error_of([copy], capsys)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, Path(f"{copy}.html")])
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said = error_of([prefix, "--rows", "1", "--output", str(tmp_path / "page.html")], capsys)
+    assert said.endswith("page.html: cannot be written (No space left on device)\n") and said.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_prefix_names_those_that_exist(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,21 @@ def test_command_writes_the_page_and_prints_the_tables(run_dir: Path, capsys: py
     printed = capsys.readouterr().out
     assert "Requirements" in printed
     assert "7 of 7 requirements met" in printed
-    assert not list(run_dir.glob("*.part"))
+    assert not [path for path in run_dir.iterdir() if path.name.startswith((".", "report.html."))]
+
+
+def test_a_page_that_cannot_be_written_is_an_error_before_the_work(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run is damaged, which is not even noticed; of the second, which is not there, no folder is made."""
+    damaged = write_fake_run(tmp_path / "run", num_steps=5, samples_per_task=1)
+    (damaged / "run.json").write_text("{")
+    assert main([str(damaged), "--output", str(tmp_path)]) == 2
+    assert f"error: --output {tmp_path}: cannot be written (Is a directory)\n" == capsys.readouterr().err
+    assert main([str(tmp_path / "none")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert main([str(run_dir), "--output", str(run_dir / "run.json" / "x.html")]) == 2
+    assert "x.html: cannot be written (File exists)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
