@@ -126,6 +126,7 @@ def load_recipe(
         **{
             **values,
             "sources": sources,
+            "vocab_file": _vocab_file(values.get("vocab_file"), f"{path}: vocab_file", root),
             "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
             "filters": filters,
             "mixture": _mixture(values.get("mixture", {}), amounts, f"{path}: mixture"),
@@ -199,7 +200,7 @@ def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> Sourc
     weight, limit, group = entry.get("weight", 1.0), entry.get("limit"), entry.get("group")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
         raise ConfigError(
-            f"{where}.weight: found {weight!r}, expected a number above 0 (2 uses every sample twice)"
+            f"{where}.weight: found {weight!r}, expected a number above 0 and at most 1000 (2 uses every sample twice)"
         )
     if "samples" in entry and group is not None:
         raise ConfigError(f"{where}: 'samples' and 'group' exclude each other; the group has an amount already")
@@ -223,7 +224,7 @@ def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions
     if not isinstance(groups, dict):
         raise ConfigError(f"{where}.groups: found {groups!r:.60}, expected names and numbers of samples")
     if isinstance(repeats, bool) or not isinstance(repeats, (int, float)) or not 0 < repeats <= 1000:
-        raise ConfigError(f"{where}.max_repeats: found {repeats!r}, expected a number above 0")
+        raise ConfigError(f"{where}.max_repeats: found {repeats!r}, expected a number above 0 and at most 1000")
     for name in amounts:
         if name in groups:
             raise ConfigError(f"{where}.groups: {name!r} is the name of a source that has its own 'samples'")
@@ -263,6 +264,20 @@ def _pack_options(values: Any, where: str) -> PackOptions:
     return options
 
 
+def _vocab_file(value: Any, where: str, root: Path) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a path")
+    path = root / value
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {path}: no such file; expected Qwen's .tiktoken file. Without this key it is that of the "
+            "package dashscope"
+        )
+    return str(path)
+
+
 def _check_values(recipe: DataRecipe, where: str) -> None:
     for key in ("num_queries", "num_ranks", "seq_length"):
         _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
@@ -275,8 +290,6 @@ def _check_values(recipe: DataRecipe, where: str) -> None:
             "sample must fit "
             "into a row"
         )
-    if recipe.vocab_file is not None and not isinstance(recipe.vocab_file, str):
-        raise ConfigError(f"{where}: vocab_file: found {recipe.vocab_file!r}, expected a path")
 
 
 def _check_keys(values: Mapping[str, Any], kind: type[Any], where: str) -> None:

@@ -28,8 +28,22 @@ def require_images(root: Path) -> Path:
     if inside is not None:
         check_zip(inside[0])
     elif not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected the folder, or the .zip, of the images (image_root)")
+        raise DataError(
+            f"{root}: no such folder; expected the folder, or the .zip, of the images (image_root)"
+            f"{_unpacked_instead(root)}"
+        )
     return root
+
+
+def _unpacked_instead(root: Path) -> str:
+    """A hint for a zip that is not there, where what ``root`` names in it is: unpacked into a folder, or beside it."""
+    for archive in (root, *root.parents):
+        if archive.suffix.lower() == ".zip":
+            inside = root.relative_to(archive)
+            for folder in (archive.with_suffix("") / inside, archive.parent / inside):
+                if folder != archive.parent and folder.is_dir():
+                    return f". There is no {archive.name}, but the folder {folder}: let image_root name that"
+    return ""
 
 
 def check_patterns(patterns: Sequence[str], where: str) -> None:

@@ -88,6 +88,12 @@ class RefCOCO(Source):
         return self.path / f"refs({self.split_by}).p"
 
     def _references(self) -> list[Json]:
+        held = sorted(path.name for path in self.path.glob("refs(*).p"))
+        if held and self._pickle.name not in held:
+            raise DataError(
+                f"{self._pickle}: no such file; the folder holds {', '.join(held)}. Which is read is chosen by "
+                f"split_by, here {self.split_by!r}, or by the type: refcocog takes umd, refcoco and refcoco_plus unc"
+            )
         return [reference for reference in load_references(self._pickle) if reference["split"] == self.split]
 
     def _sample(self, key: str, sentence: Json, annotation: Json, image: Json) -> Sample:

@@ -64,8 +64,11 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
     kind = entry.get("type")
-    if not isinstance(kind, str) or kind not in {**SOURCES, **DATA_SETS}:
-        raise ConfigError(f"{where}: unknown source type {kind!r}{_nearest(str(kind), {**SOURCES, **DATA_SETS})}")
+    valid = {**SOURCES, **DATA_SETS}
+    if kind is None:
+        raise ConfigError(f"{where}: 'type' is missing; it names the reader, one of {', '.join(sorted(valid))}")
+    if not isinstance(kind, str) or kind not in valid:
+        raise ConfigError(f"{where}: unknown source type {kind!r}{_nearest(str(kind), valid)}")
     base, preset = DATA_SETS.get(kind, (kind, {}))
     reader = SOURCES[base]
     fields = {item.name: item for item in dataclasses.fields(reader)}

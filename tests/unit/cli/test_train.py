@@ -119,7 +119,8 @@ def test_other_ranks_wait_for_rank_0_to_speak(
 
 
 @pytest.mark.parametrize(
-    "argv", ["--help", "--preset tiny --dry-run", "--preset tiny --dry-run --data-path nowhere", "--preset tiny --check"]
+    "argv",
+    ["--help", "--preset tiny --dry-run", "--preset tiny --dry-run --data-path nowhere", "--preset tiny --check"],
 )
 def test_nothing_heavy_is_imported(argv: str) -> None:
     code = (

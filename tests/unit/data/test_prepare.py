@@ -224,6 +224,13 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
         ({"seq_lenght": 64}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
         ({"sources": []}, "sources: expected a list"),
         ({"sources": [{"name": "a", "type": "text", "path": "t", "weight": 0}]}, r"sources\[0\].weight"),
+        (
+            {"sources": [{"name": "a", "type": "text", "path": "t", "weight": 1000000}]},
+            r"sources\[0\].weight: found 1000000, expected a number above 0 and at most 1000",
+        ),
+        ({"mixture": {"max_repeats": 1001}}, "max_repeats: found 1001, expected a number above 0 and at most 1000"),
+        ({"vocab_file": "nofile"}, r"data\.yaml: vocab_file: .*nofile: no such file; expected Qwen's"),
+        ({"vocab_file": 3}, "vocab_file: found 3, expected a path"),
         ({"sources": [{"name": "a", "type": "text", "path": "t", "limit": 0.5}]}, r"sources\[0\].limit"),
         ({"sources": [{"name": "a", "type": "text", "path": "t"}] * 2}, "'a' occurs twice"),
         ({"sources": [{"name": "a", "type": "txt", "path": "t"}]}, "unknown source type 'txt'"),
@@ -237,6 +244,12 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_recipe_names_the_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write_recipe(tmp_path, **changes))
+
+
+def test_a_vocabulary_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "own.tiktoken").touch()
+    recipe = load_recipe(write_recipe(tmp_path, vocab_file="own.tiktoken"))
+    assert recipe.vocab_file == str(tmp_path / "own.tiktoken")
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

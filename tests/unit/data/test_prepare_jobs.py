@@ -296,11 +296,12 @@ def test_mpi_gives_the_same_bytes(raw: Path, ranks: int) -> None:
 
 
 def test_an_error_on_one_mpi_rank_ends_all_with_its_message(raw: Path) -> None:
-    values = recipe_values(vocab_file=str(raw / "no_such_file"))
+    (raw / "other.tiktoken").touch()
+    values = recipe_values(vocab_file="other.tiktoken")
     (raw / "data.yaml").write_text(json.dumps(values), encoding="utf-8")
     failed = mpirun(3, str(raw / "data.yaml"), "--output", str(raw / "mpi"))
     assert failed.returncode == 2
-    assert "error: vocabulary" in failed.stderr and "no_such_file: cannot be read" in failed.stderr
+    assert "error: vocabulary" in failed.stderr and "other.tiktoken: SHA-256 is" in failed.stderr
     assert not (raw / "mpi.json").exists()
 
 

@@ -227,7 +227,9 @@ def test_build_source_fills_the_reader(tmp_path: Path) -> None:
             {"name": "a", "type": "img2datset"},
             "sources.0.: unknown source type 'img2datset'; did you mean 'img2dataset'",
         ),
-        ({"name": "a"}, "unknown source type None; valid are"),
+        ({"name": "a"}, "sources.0.: 'type' is missing; it names the reader, one of .*img2dataset, .*refcoco"),
+        ({"name": "a", "type": None}, "'type' is missing"),
+        ({"name": "a", "type": 3}, "unknown source type 3; valid are"),
         (
             {"name": "a", "type": "text", "pth": "x"},
             "source type text has no option 'pth'; did you mean 'path'",

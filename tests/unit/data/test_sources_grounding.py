@@ -53,8 +53,11 @@ def test_refcoco_reads_other_splits_and_the_other_direction(tmp_path: Path) -> N
     assert reasons(read_all(test)) == {"no_annotation": 1}
     with pytest.raises(DataError, match=r"refs\(unc\)\.p: no reference has split 'val'; found testA, train"):
         RefCOCO("r", source.path, source.image_root, split="val").shards()
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: no such file"):
+    message = r"refs\(umd\)\.p: no such file; the folder holds refs\(unc\)\.p\. .*split_by, here 'umd'"
+    with pytest.raises(DataError, match=message):
         RefCOCO("r", source.path, source.image_root, split_by="umd").shards()
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p: no such file$"):
+        RefCOCO("r", tmp_path, source.image_root).shards()
 
 
 def test_refcoco_and_mdetr_agree(tmp_path: Path) -> None:

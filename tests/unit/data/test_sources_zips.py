@@ -43,6 +43,23 @@ def test_members_are_read_by_name_from_any_depth(tmp_path: Path) -> None:
     assert require_images(archive / "a") == archive / "a"
 
 
+@pytest.mark.parametrize(
+    ("root", "there"),
+    [
+        ("coco/train2017.zip/train2017", "coco/train2017"),
+        ("coco/train2017.zip/train2017", "coco/train2017/train2017"),
+        ("coco/train2017.zip", "coco/train2017"),
+    ],
+)
+def test_images_that_are_unpacked_are_named_where_the_zip_is_not_there(tmp_path: Path, root: str, there: str) -> None:
+    with pytest.raises(DataError, match=r"no such folder; expected the folder, or the \.zip, .*\(image_root\)$"):
+        require_images(tmp_path / root)
+    (tmp_path / there).mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        require_images(tmp_path / root)
+    assert f"There is no train2017.zip, but the folder {tmp_path / there}: let" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg"])
 def test_a_member_that_leads_out_is_never_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "root").mkdir()
