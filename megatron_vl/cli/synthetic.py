@@ -37,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="what kind of images")
     parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side of the content hash")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything")
-    parser.add_argument("--num-scenes", type=int, help="rendered images of all families together")
+    parser.add_argument(
+        "--num-scenes",
+        type=int,
+        help="about so many rendered images of all families together, and text documents in proportion; photographs "
+        "come on top (without them: --count photos=0)",
+    )
     parser.add_argument(
         "--count",
         action="append",
@@ -56,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Generate what the arguments say and print a summary."""
+    for flag, number in (("--num-scenes", args.num_scenes), ("--num-workers", args.num_workers)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{flag} {number}: expected at least 1")
     summary = generate(
         resolve(args),
         args.out,
@@ -79,7 +87,7 @@ def resolve(args: argparse.Namespace) -> SyntheticConfig:
     chosen = dict(counts)
     for item in args.count:
         family, _, number = item.partition("=")
-        if family not in FAMILIES or not number.isdigit():
+        if family not in FAMILIES or not number.isdecimal():
             raise ConfigError(f"--count {item!r}: expected FAMILY=N with a family of {', '.join(FAMILIES)}")
         chosen[family] = int(number)
     paths = (

@@ -1,19 +1,20 @@
 """Writes a whole synthetic data set: parts in parallel processes, one JSON per family, then ``meta.json``.
 
-Everything is made in ``OUT.partial`` and renamed to ``OUT`` at the end, so a folder that is there is
-complete. A second call with the same configuration finds it and does nothing; with another configuration it
-refuses.
+Everything is made in ``OUT.partial``, which is renamed to ``OUT`` at the end and removed on an error, so a folder
+that is there is complete. A second call with the same configuration finds it and does nothing; with another
+configuration it refuses.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from megatron_vl.data.synthetic.config import FAMILIES, SyntheticConfig
 from megatron_vl.data.synthetic.families import FINISH, MAKE, Json, Part
 from megatron_vl.data.synthetic.fonts import find_fonts
 from megatron_vl.data.synthetic.geometry import MAX_ELASTIC
+from megatron_vl.data.synthetic.lexicon import Corpus
 from megatron_vl.data.synthetic.photos import PHOTOS, find_photos
+from megatron_vl.data.synthetic.texture import find_pictures
 from megatron_vl.data.synthetic.writers import write_json
-from megatron_vl.errors import ConfigError
+from megatron_vl.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
 META = "meta.json"
@@ -52,29 +55,49 @@ def generate(config: SyntheticConfig, out: Path, *, num_workers: int = 1, progre
     found.
 
     Raises ConfigError if ``out`` exists and holds anything but this very data set, or if the configuration is
-    wrong.
+    wrong; DataError if ``out`` cannot be written.
     """
     check(config)
-    if out.exists():
-        return _existing(config, out)
+    try:
+        if out.exists():
+            return _existing(config, out)
+        _check_inputs(config)
+        return _generate(config, out, num_workers, progress)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be made ({error.strerror or error})") from error
+
+
+def _generate(config: SyntheticConfig, out: Path, num_workers: int, progress: bool) -> Summary:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        summary = _fill(config, partial, num_workers, progress)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there is none if all went well
+    return replace(summary, folder=out)
+
+
+def _fill(config: SyntheticConfig, folder: Path, num_workers: int, progress: bool) -> Summary:
     counts: dict[str, int] = {}
     answers: Counter[str] = Counter()
-    with tqdm(total=_total(config), unit="items", desc=f"{out.name}", disable=not progress) as bar:
-        for family, records, count in _make_families(config, partial, num_workers, bar):
+    with (
+        tqdm(total=_total(config), unit="items", desc=folder.stem, disable=not progress) as bar,
+        closing(_make_families(config, folder, num_workers, bar)) as families,
+    ):
+        for family, records, count in families:
             counts[family] = count
             if family in FINISH:
-                FINISH[family](partial / family, records, config.split)
+                FINISH[family](folder / family, records, config.split)
             if family == "vqa":
                 answers.update(record["answer"] for record in records)
     shares = {answer: round(n / answers.total(), 4) for answer, n in answers.most_common()}
     notes = _notes(config, counts)
     meta = {"format_version": FORMAT_VERSION, "config": _plain(config), "counts": counts, "answers": shares}
     fonts = [font.name for font in find_fonts("en", config.page.num_fonts, config.font_dirs)]
-    write_json(partial / META, {**meta, "fonts": fonts, "notes": notes})
-    partial.rename(out)
-    return Summary(out, counts, shares, tuple(notes))
+    write_json(folder / META, {**meta, "fonts": fonts, "notes": notes})
+    return Summary(folder, counts, shares, tuple(notes))
 
 
 def check(config: SyntheticConfig) -> None:
@@ -95,17 +118,33 @@ def check(config: SyntheticConfig) -> None:
             raise ConfigError(f"scene.sizes: {name!r} is {side} pixels in an image of {config.scene.image_size}")
 
 
+def _check_inputs(config: SyntheticConfig) -> None:
+    """Raise ConfigError for folders and files of the user that cannot be used, before anything is made."""
+    for folder in config.font_dirs:
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise ConfigError(f"--font-dir {folder}: there is no such folder; give one that holds fonts")
+    page = config.page
+    if page.background_dir:
+        find_pictures(Path(page.background_dir))
+    for flag, file in (("--corpus-en", page.corpus_en), ("--corpus-zh", page.corpus_zh)):
+        if file:
+            Corpus.read(Path(file), flag)
+
+
 def _make_families(
     config: SyntheticConfig, folder: Path, num_workers: int, bar: tqdm[Any]
-) -> Iterator[tuple[str, list[Json], int]]:
+) -> Generator[tuple[str, list[Json], int], None, None]:
     """(family, records, samples) for each family, in order, as soon as its last part is done."""
     parts = [part for family in FAMILIES for part in _parts(config, folder, family)]
     left = Counter(part.family for part in parts)
     found: dict[str, list[Json]] = defaultdict(list)
     made: Counter[str] = Counter()
-    workers = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers > 1 else nullcontext()
-    with workers as pool:
-        results = pool.map(make_part, parts) if pool is not None else map(make_part, parts)
+    with ExitStack() as stack:
+        results: Iterator[list[Json]] = map(make_part, parts)
+        if num_workers > 1:
+            pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error the other parts are not wanted
+            results = pool.map(make_part, parts)
         for part, records in zip(parts, results, strict=True):
             found[part.family] += records
             made[part.family] += part.count

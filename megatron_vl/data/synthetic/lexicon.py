@@ -61,14 +61,14 @@ class Corpus:
     text: str
 
     @classmethod
-    def read(cls, path: Path) -> Corpus:
-        """The words of a file of UTF-8 text; raises ConfigError."""
+    def read(cls, path: Path, flag: str = "corpus") -> Corpus:
+        """The words of a file of UTF-8 text; raises ConfigError, which names the ``flag`` that gave the file."""
         try:
             text = " ".join(path.read_text(encoding="utf-8").split())
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"corpus: {path} cannot be read: {error}") from error
+            raise ConfigError(f"{flag} {path}: cannot be read ({error}); give a file of UTF-8 text") from error
         if not text:
-            raise ConfigError(f"corpus: {path} is empty")
+            raise ConfigError(f"{flag} {path}: is empty; give a file of UTF-8 text")
         return cls(text)
 
     def paragraph(self, rng: Random, num_characters: int, language: Literal["en", "zh"]) -> str:

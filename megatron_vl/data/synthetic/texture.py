@@ -35,7 +35,8 @@ def find_pictures(folder: Path) -> tuple[Path, ...]:
     wanted = (".jpg", ".jpeg", ".png", ".webp")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file())
     if not found:
-        raise ConfigError(f"background_dir: {folder} holds no picture ({', '.join(wanted)})")
+        what = "holds no picture" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"--background-dir {folder}: {what}; give one with pictures ({', '.join(wanted)})")
     return tuple(found)
 
 
@@ -48,7 +49,7 @@ def random_picture(paths: Sequence[Path], size: tuple[int, int], rng: Random) ->
             return ImageOps.fit(decode_image(path.read_bytes()), size, Image.Resampling.BILINEAR)
         except (SkipSample, OSError) as error:
             problem = f"{path}: {error}"
-    raise ConfigError(f"background_dir: ten unreadable pictures in a row, the last {problem}")
+    raise ConfigError(f"--background-dir: ten unreadable pictures in a row, the last {problem}")
 
 
 def blurred(image: Image.Image, greatest: float, rng: Random) -> Image.Image:

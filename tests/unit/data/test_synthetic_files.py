@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -16,8 +18,9 @@ from megatron_vl.cli.synthetic import main
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.registry import build_source
 from megatron_vl.data.synthetic.config import FAMILIES, FULL, TINY, SyntheticConfig, scaled
+from megatron_vl.data.synthetic.families import FINISH
 from megatron_vl.data.synthetic.generate import generate
-from megatron_vl.errors import ConfigError
+from megatron_vl.errors import ConfigError, DataError
 from tests.unit.data.reading import read_all
 
 COUNTS = (
@@ -217,6 +220,61 @@ def test_the_command_takes_pictures_and_words_of_the_user(tmp_path: Path) -> Non
     assert main([str(tmp_path / "d"), "--profile", "full", *counts, *files, "--no-progress"]) == 0
     (sample,) = read_family(tmp_path / "d", "ocr")
     assert set(sample.text.split()) <= {"alpha", "beta", "gamma", "delta"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-scenes", "0"], "--num-scenes 0: expected at least 1"),
+        (["--num-scenes", "-5"], "--num-scenes -5: expected at least 1"),
+        (["--num-workers", "0"], "--num-workers 0: expected at least 1"),
+        (["--count", "ocr=²"], "--count 'ocr=²': expected FAMILY=N"),
+        (["--font-dir", "no-fonts"], "--font-dir no-fonts: there is no such folder"),
+        (["--background-dir", "{}/none"], "--background-dir {}/none: there is no such folder"),
+        (["--background-dir", "{}/empty"], "--background-dir {}/empty: holds no picture; give one with pictures (.jpg"),
+        (["--corpus-en", "{}/none"], "--corpus-en {}/none: cannot be read ([Errno 2] No such file"),
+        (["--corpus-zh", "{}/blank.txt"], "--corpus-zh {}/blank.txt: is empty"),
+        (["--corpus-zh", "{}/latin.txt"], "--corpus-zh {}/latin.txt: cannot be read ('utf-8' codec"),
+        (["--background-dir", "{}/broken", "--count", "ocr=1"], "--background-dir: ten unreadable pictures in a row"),
+    ],
+)
+def test_wrong_flags_are_named_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"no picture")
+    before = sorted(tmp_path.iterdir())
+    flags = [flag.format(tmp_path) for flag in flags]
+    assert main([str(tmp_path / "out"), "--num-scenes", "42", "--no-progress", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said.format(tmp_path)}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / place
+    assert main([str(out), "--num-scenes", "42", "--no-progress"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out}: cannot be made (No")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other processes have parts to make for minutes, which are not waited for."""
+
+    def full(*args: object) -> None:
+        assert list(tmp_path.glob("out.partial/caption/*.tar"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(FINISH, "vqa", full)
+    many = dataclasses.replace(SMALL, counts=(("caption", 10), ("vqa", 10), ("ocr", 200_000)))
+    with pytest.raises(DataError) as caught:
+        generate(many, tmp_path / "out", num_workers=2, progress=False)
+    assert str(caught.value) == f"{tmp_path}/out: cannot be made (No space left on device)"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
