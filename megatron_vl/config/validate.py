@@ -307,10 +307,23 @@ def check_data_files(config: RunConfig) -> None:
         for _, prefix in parse_data_path(getattr(config.data, key), key=f"data.{key}"):
             manifest = Path(f"{prefix}.json")
             if not manifest.is_file():
+                if unfinished := unfinished_data_set(prefix):
+                    raise ConfigError(f"data.{key}: {unfinished}")
                 raise ConfigError(
                     f"data.{key}: there is no data set {prefix} (its manifest {manifest} is missing). Prepare it with "
                     f"tools/prepare_data.py.\n{TINY_COMMANDS}"
                 )
+
+
+def unfinished_data_set(prefix: str | Path) -> str | None:
+    """What to say where rows of a data set are there and its manifest is not; None if the rows are not there either."""
+    rows = Path(f"{prefix}.tokens.bin")
+    if not rows.is_file():
+        return None
+    return (
+        f"{rows} is there, but {prefix}.json, which is written last, is not: the copy or the preparation is "
+        f"unfinished. Copy all files {prefix}.* again, or give the command of the preparation again"
+    )
 
 
 def check_device(num_parameters: int, *, cuda: bool) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_vl.config.validate import unfinished_data_set
 from megatron_vl.data.indexed import Stretch
 from megatron_vl.errors import DataError
 
@@ -153,6 +154,8 @@ def read_manifest(prefix: str | Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and (unfinished := unfinished_data_set(prefix)):
+            raise DataError(unfinished) from error
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). A data set is given by its prefix (the path "
             "without .json); "

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.config.validate import unfinished_data_set
 from megatron_vl.data.manifest import Manifest, manifest_path
 from megatron_vl.data.rows import RowStore
 from megatron_vl.data.tokenizer import QWEN_SHA256, find_vocab_file, read_ranks
@@ -36,7 +37,7 @@ class Vocabulary:
 def open_store(prefix: str) -> RowStore:
     """Open a data set. Raises DataError if it is damaged, or for a wrong prefix, then with those that exist nearby."""
     if not manifest_path(prefix).is_file():
-        raise DataError(_no_data_set(prefix))
+        raise DataError(unfinished_data_set(prefix) or _no_data_set(prefix))
     return RowStore(prefix)
 
 

@@ -160,6 +160,12 @@ def test_wrong_data_path(items: tuple[str, ...], part: str) -> None:
     assert part in str(caught.value) and "data.valid_data_path" in str(caught.value)
 
 
+def test_a_data_set_without_its_manifest_is_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "a.tokens.bin").touch()
+    with pytest.raises(ConfigError, match=r"^data\.data_path: .*a\.tokens\.bin is there, but .*a\.json, .* unfinished"):
+        check_data_files(tiny({"data.data_path": (str(tmp_path / "a"),)}))
+
+
 def test_data_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").touch()
     present, absent = str(tmp_path / "a"), str(tmp_path / "b")

@@ -21,6 +21,7 @@ from megatron_vl.cli import prepare
 from megatron_vl.cli.inspect_data import main
 from megatron_vl.data.rows import RowStore
 from megatron_vl.data.tokenizer import find_vocab_file
+from megatron_vl.errors import DataError
 from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
 from megatron_vl.evaluation.inspector.overview import read_overview
 from megatron_vl.evaluation.inspector.thumbnails import make_thumbnails
@@ -262,6 +263,14 @@ def test_a_wrong_prefix_names_those_that_exist(prefix: str, tmp_path: Path, caps
         assert f"is a file of the data set {prefix}" in error_of([prefix + ending], capsys)
     assert f"none in {tmp_path}" in error_of([f"{tmp_path}/x"], capsys)
     assert f"no folder {tmp_path}/y" in error_of([f"{tmp_path}/y/x"], capsys)
+
+
+def test_a_data_set_without_its_manifest_is_unfinished(copy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(f"{copy}.json").unlink()
+    said = f"{copy}.tokens.bin is there, but {copy}.json, which is written last, is not: the copy or the preparation"
+    assert said in error_of([copy, "--summary"], capsys)
+    with pytest.raises(DataError, match="written last, is not"):
+        RowStore(copy)
 
 
 @pytest.mark.parametrize("suffix", [".tokens.bin", ".tokens.idx", ".images.bin", ".keys.idx", ".json"])
