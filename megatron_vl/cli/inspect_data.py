@@ -87,4 +87,12 @@ def _write_page(store: RowStore, path: Path, options: argparse.Namespace) -> Non
     choice = Choice(options.rows, options.first, options.seed, options.source, options.task)
     page = read_page(store, vocabulary, choice, max_image_side=options.max_image_side)
     write_whole(path, render_page(page))
-    write_line(f"Page: {path} ({len(page.rows)} of {len(store):,} rows, {path.stat().st_size / 1e6:.1f} MB)")
+    size = f"{len(page.rows)} of {len(store):,} rows, {path.stat().st_size / 1e6:.1f} MB"
+    write_line(f"Page: {path} ({size}{_count_problems(page.problems)})")
+
+
+def _count_problems(problems: Sequence[tuple[int, str]]) -> str:
+    if not problems:
+        return ""
+    row, problem = problems[0]
+    return f", {len(problems)} problem{'s' if len(problems) > 1 else ''}, the first in row {row}: {problem}"

@@ -3,6 +3,7 @@ where they should."""
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vl.cli import prepare
 from megatron_vl.cli.inspect_data import main
 from megatron_vl.data.rows import RowStore
 from tests.helpers.browser import Visit, needs_chromium, visit
@@ -134,6 +136,28 @@ def test_the_browser_tells_of_errors_and_requests(tmp_path: Path) -> None:
     found = visit(page.as_uri())
     assert any("oh" in line for line in found.console)
     assert found.requested == ("http://example.com/x.png",)
+
+
+def test_a_box_along_the_edges_has_its_whole_line(tmp_path: Path) -> None:
+    """Left, right, above and below: two pixels in the colour of shape 1."""
+    Image.new("RGB", (200, 200), (140, 115, 7)).save(tmp_path / "a.png")
+    ask, answer = "Picture 1: <img>a.png</img>?", "<box>(0,0),(999,999)</box>"
+    turns = [{"from": "user", "value": ask}, {"from": "assistant", "value": answer}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    source = "{name: chats, type: qwen_vl_chat, path: chat.json, image_root: .}"
+    sizes = "seq_length: 256\nnum_queries: 4\nnum_ranks: 256\n"
+    (tmp_path / "set.yaml").write_text(f"sources: [{source}]\n{sizes}")
+    assert prepare.main([str(tmp_path / "set.yaml"), "--workers", "1", "--quiet"]) == 0
+    assert main([str(tmp_path / "set")]) == 0
+    shot = tmp_path / "page.png"
+    visit((tmp_path / "set.html").as_uri(), screenshot=shot, size=(1200, 2000))
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    ground = np.abs(pixels - np.array([140, 115, 7])).sum(axis=2) < 12
+    y, x = (np.flatnonzero(ground.sum(axis=axis) > 50) for axis in (1, 0))
+    stroke = np.abs(pixels - np.array([0x25, 0x63, 0xEB])).sum(axis=2) < 60
+    across = stroke[(y[0] + y[-1]) // 2, x[0] - 6 : x[-1] + 7]
+    down = stroke[y[0] - 6 : y[-1] + 7, (x[0] + x[-1]) // 2]
+    assert [int(end.sum()) for line in (across, down) for end in (line[:20], line[-20:])] == [2, 2, 2, 2]
 
 
 def test_a_box_lies_on_its_picture(path: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ class DataPage:
         """Of the rows that are shown."""
         return sorted({segment.task for row in self.rows for segment in row.segments})
 
+    @property
+    def problems(self) -> list[tuple[int, str]]:
+        """What is wrong with the rows that are shown, each with its row's index."""
+        return [(row.index, problem) for row in self.rows for problem in row.problems]
+
 
 def read_page(store: RowStore, vocabulary: Vocabulary, choice: Choice, *, max_image_side: int = 384) -> DataPage:
     """Gather the figures of a data set and the rows that are chosen.
@@ -65,14 +71,23 @@ def read_page(store: RowStore, vocabulary: Vocabulary, choice: Choice, *, max_im
     rows = tuple(reader.view(index, store.row(index), store.keys(index)) for index in choose_rows(store, choice))
     pictures = [picture for row in rows for picture in row.pictures]
     image_ids = {picture.image_id for picture in pictures if picture.image_id is not None}
+    thumbnails = make_thumbnails(store, image_ids, max_image_side)
     return DataPage(
         name=Path(store.prefix).name,
         overview=overview,
         figures=_figures(overview),
         chosen=choice.described,
-        rows=rows,
-        thumbnails=make_thumbnails(store, image_ids, max_image_side),
+        rows=tuple(_with_unreadable(row, thumbnails) for row in rows),
+        thumbnails=thumbnails,
     )
+
+
+def _with_unreadable(row: RowView, thumbnails: Mapping[int, Thumbnail]) -> RowView:
+    """The row with its images that cannot be read among its problems."""
+    image_ids = {picture.image_id for picture in row.pictures if picture.image_id is not None}
+    number = sum(bool(thumbnails[image_id].problem) for image_id in image_ids)
+    problems = [f"{number} unreadable image{'s' if number > 1 else ''}"] if number else []
+    return replace(row, problems=(*row.problems, *problems))
 
 
 def render_page(page: DataPage) -> str:

@@ -95,6 +95,13 @@ class SegmentView:
         return tuple(run.picture for run in self.runs if run.picture is not None)
 
     @property
+    def parts(self) -> list[tuple[Run, ...]]:
+        """All runs, cut before each picture if there are several: each then stands beside what follows it."""
+        cuts = [position for position, run in enumerate(self.runs) if run.picture is not None]
+        cuts = [0, *cuts, len(self.runs)] if len(cuts) > 1 else [0, len(self.runs)]
+        return [self.runs[start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
+
+    @property
     def bands(self) -> list[tuple[Band, int]]:
         """Stretches of slots, of supervised and of other tokens, with their lengths."""
         bands = itertools.groupby(self.runs, key=_band)

@@ -11,6 +11,7 @@ from megatron_vl.evaluation.inspector.overview import Overview
 from megatron_vl.evaluation.inspector.text import printable
 from megatron_vl.evaluation.tables import format_table
 
+_MAX_EXAMPLE = 160
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 
@@ -84,6 +85,10 @@ def _left_out(overview: Overview) -> list[tuple[str, ...]]:
         counts = (f"{count:,}" for count in (totals.read, totals.kept, totals.read - totals.kept))
         lines.append((printable(totals.source), *counts, "", ""))
         for skip in overview.skips_of(totals.source):
-            first = printable(next(iter(skip.examples), ""))[:60]
+            first = _cut(printable(next(iter(skip.examples), "")))
             lines.append(("", "", "", f"{skip.count:,}", printable(skip.reason), first))
     return lines
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_EXAMPLE else f"{text[: _MAX_EXAMPLE - 1]}…"

@@ -176,6 +176,9 @@ def _manifest() -> Manifest:
         ),
         skips=(SkipEntry("captions", "unreadable_image", 2, ("00000/000000003: truncated",)),),
         files=(),
+        amounts_factor=1.0,
+        scarcest_group="",
+        hashes_sha256="0" * 64,
     )
 
 

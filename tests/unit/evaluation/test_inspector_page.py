@@ -121,6 +121,17 @@ def test_what_became_of_all_records_is_told(prefix: str, page: str, capsys: pyte
     assert re.search(r"^ +1  bad_json  ", table, flags=re.MULTILINE)
 
 
+def test_long_examples_are_cut_visibly(copy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Path(f"{copy}.json")
+    values = json.loads(manifest.read_text())
+    for skip, example in zip(values["skips"], ("a" * 160, "b" * 161), strict=True):
+        skip["examples"] = [example]
+    manifest.write_text(json.dumps(values))
+    assert main([copy, "--summary"]) == 0
+    ends = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert "a" * 160 in ends and "b" * 159 + "…" in ends
+
+
 def test_supervised_runs_are_marked(prefix: str, page: str) -> None:
     learnt = [values for values in Tags(page).attributes if "learnt" in values.get("class", "").split()]
     titles = [values["title"] for values in learnt if "title" in values]
@@ -136,6 +147,21 @@ def test_each_image_is_in_the_page_once(prefix: str, page: str) -> None:
     assert page.count("data:image/jpeg;base64,") == RowStore(prefix).manifest.num_stored_images
     shapes = [values for values in Tags(page).attributes if "points" in values]
     assert len(shapes) == 4
+
+
+def test_only_several_pictures_of_a_segment_are_named_at_their_slots(prefix: str, page: str) -> None:
+    """Each with the name below it; what follows a picture stands beside it."""
+    tags, store = Tags(page), RowStore(prefix)
+    rows = [row for row in range(len(store)) if any(key.key == "chat.json#0" for key in store.keys(row))]
+    image_ids = [image_id for row in rows for image_id in store.row(row).image_ids.tolist()]
+    names = tags.texts["i.name"]
+    assert len(names) == 2 and set(names) <= {f"image {image_id}" for image_id in image_ids}
+    assert all(f"{name}, 200 × 200" in tags.texts["span."] for name in names)
+    parts = re.findall(r'<div class="(before|beside)">(.*?)</div>', page, flags=re.DOTALL)
+    assert [kind for kind, _ in parts] == ["before", "beside", "beside"]
+    first, second = parts[1][1], parts[2][1]
+    assert "Picture 2:" in first and "(100,200),(300,400)" in first and "(250,125),(750,625)" in second
+    assert page.count('<span class="slots">4 slots</span>') == store.manifest.num_images - 2
 
 
 def test_rows_are_bounded_and_chosen(prefix: str, tmp_path: Path) -> None:
@@ -289,11 +315,21 @@ def test_damage_of_the_same_size_is_named(copy: str, suffix: str, capsys: pytest
     assert not Path(f"{copy}.html").exists()
 
 
-def test_an_image_that_does_not_decode_is_said_on_the_page(copy: str) -> None:
-    path = Path(f"{copy}.images.bin")
-    path.write_bytes(b"\x07" * path.stat().st_size)
+def test_an_image_that_does_not_decode_is_said(copy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the picture, in the heading of its row, and on the terminal; all but the last image here."""
+    path, store = Path(f"{copy}.images.bin"), RowStore(copy)
+    shown = {row: set(store.row(row).image_ids.tolist()) for row in range(len(store))}
+    last = store.image(store.manifest.num_stored_images - 1)
+    path.write_bytes(b"\x07" * (path.stat().st_size - len(last)) + last)
     assert main([copy]) == 0
-    assert Path(f"{copy}.html").read_text(encoding="utf-8").count("unreadable_image") >= 8
+    tags = Tags(Path(f"{copy}.html").read_text(encoding="utf-8"))
+    assert sum(text.startswith("image 0: unreadable_image") for text in tags.texts["span."]) == 1
+    counts = {row: len(ids - {store.manifest.num_stored_images - 1}) for row, ids in shown.items()}
+    said = [f"{count} unreadable image{'s' if count > 1 else ''}" for count in counts.values() if count]
+    assert tags.texts["span.verdict"] == said and len(said) > 0
+    first = next(row for row, count in counts.items() if count)
+    number = f"{len(said)} problem{'s' if len(said) > 1 else ''}"
+    assert f" MB, {number}, the first in row {first}: {said[0]})" in capsys.readouterr().out
 
 
 def test_another_vocabulary_needs_its_file(copy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
