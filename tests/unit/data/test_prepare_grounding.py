@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,18 @@ def check_account(recipe: DataRecipe, manifest: Manifest) -> dict[str, tuple[str
     return found
 
 
-def test_the_recipes_of_the_page_take_everything_from_the_downloads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_recipes_of_the_page_take_everything_from_the_downloads(tmp_path: Path, unpacked: bool) -> None:
     write_downloads(tmp_path / "downloads")
+    if unpacked:
+        for archive in (tmp_path / "downloads").glob("*/*.zip"):
+            shutil.unpack_archive(archive, archive.parent)
+            archive.unlink()
+    root = "image_root: coco/train2017"
+    assert f"`{root}`" in README.read_text() and f"{root}.zip/train2017" in README.read_text()
     found = {}
     for text, name in re.findall(r"^```yaml\n(# (\S+\.yaml)\n.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL):
+        text = text.replace(f"{root}.zip/train2017", root) if unpacked else text
         (tmp_path / name).write_text(text, encoding="utf-8")
         defaults = {"num_queries": QUERIES, "num_ranks": RANKS}
         recipe = load_recipe(tmp_path / name, defaults, root=tmp_path / "downloads")
