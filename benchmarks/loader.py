@@ -49,8 +49,8 @@ from loader_peers.reading import IMAGE_SIZE, to_float
 from measure import Row, Spread, describe_machine, ratios, write_rows
 from PIL import Image
 
-from megatron_vl.data.indexed import IndexedFile, Stretch, write_index
-from megatron_vl.data.manifest import read_manifest, write_manifest
+from megatron_vl.data.indexed import IndexedFile, write_index
+from megatron_vl.data.manifest import HASHES, FileEntry, read_manifest, write_manifest
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import load_recipe
 
@@ -173,28 +173,19 @@ def write_data(place: Path, *, count: int, pythons: dict[str, str]) -> list[byte
 
 def _multiply(source: Path, target: Path, *, num_rows: int) -> None:
     """Write a data set of so many rows, the rows of ``source`` again and again."""
-    files: dict[str, Stretch] = {}
     for suffix, kind in ((".tokens", np.int32), (".keys", np.uint8)):
         with_modes = suffix == ".tokens"
         with IndexedFile(f"{source}{suffix}", with_modes=with_modes) as stored:
             sequences = [stored.read_bytes(index) for index in range(len(stored))]
             chosen = np.arange(num_rows) % len(stored)
             modes = None if stored.modes is None else stored.modes[chosen]
-            files[f"{suffix}.idx"] = write_index(f"{target}{suffix}", stored.lengths[chosen], kind, modes)
-        digest, size = hashlib.sha256(), 0
+            write_index(f"{target}{suffix}", stored.lengths[chosen], kind, modes)
         with Path(f"{target}{suffix}.bin").open("wb") as data:
-            for index in chosen.tolist():
-                data.write(sequences[index])
-                digest.update(sequences[index])
-                size += len(sequences[index])
-        files[f"{suffix}.bin"] = Stretch(size, digest.hexdigest())
-    for end in (".images.bin", ".images.idx"):
+            data.writelines(sequences[index] for index in chosen.tolist())
+    for end in (".images.bin", ".images.idx", HASHES):
         Path(f"{target}{end}").symlink_to(f"{source}{end}")
     manifest = read_manifest(source)
-    entries = [
-        replace(entry, stretches=(files[entry.suffix],)) if entry.suffix in files else entry
-        for entry in manifest.files
-    ]
+    entries = [FileEntry(entry.suffix, Path(f"{target}{entry.suffix}").stat().st_size) for entry in manifest.files]
     write_manifest(target, replace(manifest, num_rows=num_rows, files=tuple(entries)))
 
 

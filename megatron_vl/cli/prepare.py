@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.config.presets import PRESETS
+from megatron_vl.errors import ConfigError
+from megatron_vl.launch import read_launch
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(argv)
-    return exit_status(lambda: _run(options))
+    goes_on = "interrupted; the same command goes on from what is finished"
+    return exit_status(lambda: _run(options), if_interrupted=goes_on)
 
 
 def output_prefix(output: str | None, recipe: Path) -> Path:
@@ -27,6 +30,8 @@ def output_prefix(output: str | None, recipe: Path) -> Path:
     name."""
     if output is None:
         return recipe.with_suffix("")
+    if output.endswith(".json"):
+        raise ConfigError(f"--output {output}: expected the data set's prefix, the path without .json")
     path = Path(output)
     return path / recipe.stem if output.endswith("/") or path.is_dir() else path
 
@@ -69,7 +74,11 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_vl.data.pool import open_pool
 
     prefix = output_prefix(options.output, options.recipe)
+    if options.workers is not None:
+        check_at_least("--workers", options.workers, 1)
     if options.verify:
+        if read_launch().rank > 0:
+            return
         verify_files(prefix)
         write_line(f"{prefix}: all files are as the manifest says")
         return
@@ -81,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
     from megatron_vl.data.prepare import prepare
     from megatron_vl.data.recipe import load_recipe, without_missing
-    from megatron_vl.data.summary import summary_lines
+    from megatron_vl.data.summary import summary_lines, warning_lines
 
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
@@ -94,3 +103,5 @@ def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
     for line in summary_lines(manifest):
         write_line(line)
     write_line(f"prepared {prefix}")
+    for line in warning_lines(manifest):
+        write_line(f"warning: {line}", error=True)

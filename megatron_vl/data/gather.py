@@ -166,4 +166,7 @@ def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
     number[order] = rank[np.cumsum(fresh) - 1]
     kept = np.sort(firsts)
     columns = {item.name: getattr(images, item.name)[kept] for item in dataclasses.fields(Images)}
+    # The first of equals may come from a source whose filters need no hash.
+    columns["looks"] = np.zeros(len(kept), dtype=np.uint64)
+    np.maximum.at(columns["looks"], number, images.looks)
     return Images(**columns), number

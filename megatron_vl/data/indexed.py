@@ -25,6 +25,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vl.data.durable import sync
 from megatron_vl.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -73,8 +74,7 @@ def write_index(
     ])  # fmt: skip
     with paths_of(prefix)[1].open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     return Stretch(len(content), hashlib.sha256(content).hexdigest())
 
 

@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_vl.config.validate import unfinished_data_set
+from megatron_vl.data.durable import sync
 from megatron_vl.data.indexed import Stretch
 from megatron_vl.errors import DataError
 
 FORMAT_VERSION = 3
+HASHES = ".sha256"
 _CHUNK_BYTES = 2**20
 NUM_EXAMPLES = 5
 """Keys of skipped samples that the manifest names for each source and reason."""
@@ -33,12 +36,7 @@ class FileEntry:
 
     suffix: str
     """What follows the prefix, for example ``.tokens.bin``."""
-    stretches: tuple[Stretch, ...]
-    """Its bytes from the first to the last, cut as they were written."""
-
-    @property
-    def size(self) -> int:
-        return sum(stretch.size for stretch in self.stretches)
+    size: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,12 @@ class Manifest:
     counts: tuple[CountEntry, ...]
     skips: tuple[SkipEntry, ...]
     files: tuple[FileEntry, ...]
+    amounts_factor: float
+    """What the mixture's amounts were multiplied by: 1, or less where there are too few samples."""
+    scarcest_group: str
+    """The group, or source, that has too few; empty if none has."""
+    hashes_sha256: str
+    """SHA-256 of ``<prefix>.sha256``, which holds those of the other files: see ``hash_lines``."""
 
     def __post_init__(self) -> None:
         """Nothing is lost without a reason: kept + left out = read, for every source. Raises ValueError."""
@@ -180,28 +184,46 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Write ``<prefix>.json`` in one step: it is there in full or not at all."""
     path = manifest_path(prefix)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    with temporary.open("wb") as file:
+        file.write(manifest.to_json().encode())
+        sync(file)
     os.replace(temporary, path)
 
 
+def hash_lines(suffix: str, stretches: Iterable[Stretch]) -> Iterator[str]:
+    """A line for each stretch of a file: SHA-256, suffix, first byte, number of bytes.
+
+    Stretches, because a file is written by many; and not in the manifest, which everyone reads.
+    """
+    begin = 0
+    for stretch in stretches:
+        yield f"{stretch.sha256} {suffix} {begin} {stretch.size}\n"
+        begin += stretch.size
+
+
 def verify_files(prefix: str | Path) -> None:
-    """Read every file of a data set and compare its SHA-256 with the manifest; raises DataError naming the
-    first wrong one."""
-    for entry in read_manifest(prefix).files:
-        path = Path(f"{prefix}{entry.suffix}")
-        begin = 0
+    """Read every file of a data set and compare its hashes with the stored ones.
+
+    Raises DataError naming the first wrong bytes.
+    """
+    manifest = read_manifest(prefix)
+    path = Path(f"{prefix}{HASHES}")
+    text = path.read_bytes()
+    _compare(path, 0, len(text), found=hashlib.sha256(text).hexdigest(), expected=manifest.hashes_sha256)
+    for line in text.decode().splitlines():
+        sha256, suffix, begin, size = line.split()
+        path = Path(f"{prefix}{suffix}")
         with path.open("rb") as file:
-            for stretch in entry.stretches:
-                found = _digest(file, stretch.size)
-                if found != stretch.sha256:
-                    raise DataError(
-                        f"{path}: SHA-256 of bytes {begin} to {begin + stretch.size} is {found}, the manifest says "
-                        f"{stretch.sha256}. The file is damaged; copy it anew."
-                    )
-                begin += stretch.size
+            file.seek(int(begin))
+            _compare(path, int(begin), int(size), found=_digest(file, int(size)), expected=sha256)
+
+
+def _compare(path: Path, begin: int, size: int, *, found: str, expected: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{path}: SHA-256 of bytes {begin} to {begin + size} is {found}, expected {expected}. The file is damaged; "
+            "copy it anew."
+        )
 
 
 def _digest(file: IO[bytes], size: int) -> str:

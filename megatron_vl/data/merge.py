@@ -21,20 +21,19 @@ from megatron_vl.data.manifest import (
     FORMAT_VERSION,
     NUM_EXAMPLES,
     CountEntry,
-    FileEntry,
     Manifest,
     SkipEntry,
     SourceTotals,
 )
-from megatron_vl.data.mixture import Supply, copies_of, drawn_samples
+from megatron_vl.data.mixture import Draw, Supply, copies_of, draw_samples
 from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.part_files import PartIndex, data_path
 from megatron_vl.data.part_reader import PartReader
-from megatron_vl.data.parts import TASKS
 from megatron_vl.data.pool import Pool
 from megatron_vl.data.recipe import DataRecipe
-from megatron_vl.data.row_files import Progress, write_rows
+from megatron_vl.data.row_files import Progress, file_entries, write_rows
 from megatron_vl.data.row_plan import Origins, RowPlan, plan_rows
+from megatron_vl.data.sample import TASKS
 from megatron_vl.data.tokenizer import QWEN_SHA256
 from megatron_vl.errors import DataError
 
@@ -50,6 +49,15 @@ class FinishedPart:
     index: PartIndex
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What goes into rows."""
+
+    samples: IntArray
+    """int64[n]: numbers of samples in order, each as often as it is used."""
+    draw: Draw
+
+
 def merge_parts(
     recipe: DataRecipe,
     parts: Iterable[FinishedPart],
@@ -57,8 +65,10 @@ def merge_parts(
     *,
     pool: Pool,
     report: Progress = lambda done, total: None,
-) -> Manifest:
-    """Pack the samples of all parts and write the rows into ``folder``; returns the manifest of the data set to be.
+) -> tuple[Path, Manifest]:
+    """Pack the samples of all parts and write the rows into ``folder``.
+
+    Returns the path that their files begin with, and the manifest of the data set to be.
 
     ``parts`` are in the order of the units. Raises DataError if no sample is left.
     """
@@ -71,16 +81,17 @@ def merge_parts(
 
     gathered = gather(indices(), len(recipe.sources))
     chosen = _choose(recipe, gathered, paths)
-    if not len(chosen):
-        raise DataError(f"{folder}: no sample is left to write; {_all_reasons(gathered)}")
-    plan = plan_rows(_pack(recipe, gathered.samples, chosen), chosen, gathered.samples, gathered.images)
+    if not len(chosen.samples):
+        raise DataError(f"{folder}: no sample is left to write:{_losses(recipe, gathered)}")
+    packing = _pack(recipe, gathered.samples, chosen.samples)
+    plan = plan_rows(packing, chosen.samples, gathered.samples, gathered.images)
     origins = Origins(tuple(paths), tuple(entry.source.name for entry in recipe.sources))
-    files = write_rows(plan, origins, folder, pool=pool, report=report)
-    return _manifest(recipe, gathered, chosen, plan=plan, files=files)
+    stem = write_rows(plan, origins, folder, pool=pool, report=report)
+    return stem, _manifest(recipe, gathered, chosen, plan=plan, stem=stem)
 
 
-def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> IntArray:
-    """The samples that go into rows, in order, as often as they are used; what is left out is tallied."""
+def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _Chosen:
+    """What goes into rows; what is left out is tallied."""
     samples = gathered.samples
     left = np.ones(len(samples), dtype=np.bool_)
 
@@ -96,12 +107,12 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> In
     supplies = [
         Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)
     ]
-    drawn = drawn_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats)
+    draw = draw_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats)
     copies = np.zeros(len(samples), dtype=np.int64)
-    for mine, count in zip(members, drawn, strict=True):
+    for mine, count in zip(members, draw.counts, strict=True):
         copies[mine] = copies_of(len(mine), count)
     leave_out("not_drawn", left & (copies == 0))
-    return np.repeat(np.arange(len(samples)), copies)
+    return _Chosen(np.repeat(np.arange(len(samples)), copies), draw)
 
 
 def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str]:
@@ -116,9 +127,18 @@ def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str
     return [key.decode("utf-8", "surrogatepass") for key in found]
 
 
-def _all_reasons(gathered: Gathered) -> str:
-    reasons = sorted({reason for tally in gathered.tallies for reason in tally.skips})
-    return f"left out for {', '.join(reasons)}" if reasons else "the sources are empty"
+def _losses(recipe: DataRecipe, gathered: Gathered) -> str:
+    """A line for each reason for which each source lost what it had, with its first example."""
+    lines = []
+    for entry, tally in zip(recipe.sources, gathered.tallies, strict=True):
+        name = entry.source.name
+        lines += [
+            f"\n  source {name!r}: {count:,} of {tally.read:,} left out for {reason}, first {tally.examples[reason][0]}"
+            for reason, count in tally.skips.items()
+        ]
+        if not tally.skips:
+            lines.append(f"\n  source {name!r}: it is empty")
+    return "".join(lines)
 
 
 def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
@@ -135,9 +155,10 @@ def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
 
 
 def _manifest(
-    recipe: DataRecipe, gathered: Gathered, chosen: IntArray, *, plan: RowPlan, files: tuple[FileEntry, ...]
+    recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: RowPlan, stem: Path
 ) -> Manifest:
     packing = plan.packing
+    files, hashes = file_entries(stem)
     names = [entry.source.name for entry in recipe.sources]
     tallies = list(zip(names, gathered.tallies, strict=True))
     return Manifest(
@@ -149,7 +170,7 @@ def _manifest(
         max_sample_length=recipe.longest_sample,
         packing=recipe.pack.mode,
         num_rows=packing.num_rows,
-        num_samples=len(chosen),
+        num_samples=len(chosen.samples),
         num_segments=len(packing.samples),
         num_tokens=int((packing.stops - packing.starts).sum()),
         num_images=len(plan.image_numbers),
@@ -157,15 +178,18 @@ def _manifest(
         images_per_row=tuple(np.bincount(plan.images_per_row).tolist()),
         sources=tuple(
             SourceTotals(name, tally.read, int(kept))
-            for (name, tally), kept in zip(tallies, _kept(gathered.samples, chosen, len(names)), strict=True)
+            for (name, tally), kept in zip(tallies, _kept(gathered.samples, chosen.samples, len(names)), strict=True)
         ),
-        counts=_counts(names, gathered.samples, chosen),
+        counts=_counts(names, gathered.samples, chosen.samples),
         skips=tuple(
             SkipEntry(name, reason, tally.skips[reason], tuple(tally.examples[reason]))
             for name, tally in tallies
             for reason in sorted(tally.skips)
         ),
         files=files,
+        amounts_factor=float(chosen.draw.factor),
+        scarcest_group=chosen.draw.scarcest,
+        hashes_sha256=hashes,
     )
 
 

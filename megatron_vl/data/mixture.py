@@ -33,15 +33,27 @@ class Supply:
     """Name of the group whose amount it serves; None where weights alone decide."""
 
 
-def drawn_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repeats: float = 1.0) -> list[int]:
-    """How many samples each source gives, repetitions counted.
+@dataclass(frozen=True)
+class Draw:
+    """How much is used."""
+
+    counts: tuple[int, ...]
+    """How many samples each source gives, repetitions counted."""
+    factor: Fraction
+    """What all amounts were multiplied by, at most 1."""
+    scarcest: str
+    """The group that has too few samples for its amount; empty if none has."""
+
+
+def draw_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repeats: float = 1.0) -> Draw:
+    """How much each source gives.
 
     ``amounts``: of each group, in samples. Groups without any sample give none and do not hold the others back.
     """
     have = {group: sum(supply.available for supply in supplies if supply.group == group) for group in amounts}
     repeats = Fraction(str(max_repeats))
-    factors = [repeats * have[group] / amount for group, amount in amounts.items() if have[group]]
-    factor = min([Fraction(1), *factors])
+    factors = {group: repeats * have[group] / amount for group, amount in amounts.items() if have[group]}
+    factor, scarcest = min([(Fraction(1), ""), *((value, group) for group, value in factors.items())])
     drawn = [0] * len(supplies)
     for index, supply in enumerate(supplies):
         if supply.group is None:
@@ -51,13 +63,13 @@ def drawn_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repea
         shares = [supplies[index].available * Fraction(str(supplies[index].weight)) for index in members]
         for index, count in zip(members, _apportion(math.floor(amount * factor), shares), strict=True):
             drawn[index] = count
-    return drawn
+    return Draw(tuple(drawn), factor, scarcest)
 
 
 def copies_of(available: int, drawn: int) -> IntArray:
     """int64[available]: how often each of a source's samples is used, spread evenly over them."""
-    steps = np.arange(available + 1) * drawn // max(available, 1)
-    return np.diff(steps)
+    often, rest = divmod(drawn, max(available, 1))
+    return often + np.diff(np.arange(available + 1) * rest // max(available, 1))  # not * drawn: beyond 64 bits
 
 
 def _apportion(total: int, shares: Sequence[Fraction]) -> list[int]:

@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+_RANDOM_BITS = 16
+"""Of chance at least, to shuffle by."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +210,13 @@ def _shuffled_order(keys: IntArray, bits: np.random.PCG64) -> IntArray:
     """Indices that sort ``keys`` (not negative), equal ones in random order.
 
     Key, random bits and index are put into one number, and the numbers are sorted. They are distinct, so the result
-    does not depend on how; and a sort of numbers is several times as fast as one of indices.
+    does not depend on how; and a sort of numbers is several times as fast as one of indices. Where too few bits are
+    left for chance, from some hundred million keys on, indices are sorted after all.
     """
     index_bits = len(keys).bit_length()
     random_bits = 63 - index_bits - int(keys.max(initial=0)).bit_length()
-    assert random_bits > 0, f"too much to sort: {len(keys)} keys up to {keys.max()}"
+    if random_bits < _RANDOM_BITS:
+        return np.lexsort((bits.random_raw(len(keys)), keys))
     numbers = (bits.random_raw(len(keys)) >> (64 - random_bits)).astype(np.int64)
     numbers |= keys << random_bits
     numbers <<= index_bits

@@ -5,7 +5,7 @@
 
 Both are written under temporary names of the writing process and renamed, so a part is there in full or not at all,
 also when a killed run's last writer is still at work while the next run does the same part again. While a part is
-written, what is kept in memory is some thirty bytes a sample; a bounded memory of images recognises the same file
+written, some 75 bytes a sample with an image are kept in memory; a bounded memory of images recognises the same file
 again (what it has forgotten is stored twice here, and once in the data set).
 """
 
@@ -15,17 +15,15 @@ import contextlib
 import json
 import os
 import tempfile
-import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vl.data.durable import load_columns, store_columns, sync
 from megatron_vl.data.manifest import NUM_EXAMPLES
 from megatron_vl.data.sources.base import Skipped
 
@@ -144,7 +142,7 @@ class PartWriter:
         columns = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values}
         columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         columns["digests"] = np.frombuffer(bytes(self._digests), np.uint8)
-        _sync(self._file)
+        sync(self._file)
         os.replace(self._temporary, data_path(self._prefix))
         store_columns(index_path(self._prefix), columns)
 
@@ -159,19 +157,6 @@ class PartWriter:
             self._columns[name].append(value)
 
 
-def store_columns(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Bring an ``.npz`` to the disk, in full or not at all, whoever else does the same."""
-    descriptor, name = tempfile.mkstemp(".tmp", path.stem + ".", path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **columns)
-            _sync(file)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def data_path(prefix: Path) -> Path:
     """``<part>.bin``."""
     return prefix.with_name(prefix.name + ".bin")
@@ -184,20 +169,17 @@ def index_path(prefix: Path) -> Path:
 
 def read_index(prefix: Path) -> PartIndex | None:
     """What a part holds, or None if it is not there in full."""
+    stored = load_columns(index_path(prefix))
     try:
-        with np.load(index_path(prefix), allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
-            columns = {name: stored[name] for name in stored.files if name not in ("header", "digests")}
-            digests = stored["digests"].reshape(-1, 32)
+        if stored is None:
+            return None
+        header = json.loads(stored["header"].tobytes())
+        digests = stored["digests"].reshape(-1, 32)
         if data_path(prefix).stat().st_size != header["size"]:
             return None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError):
         return None
+    columns = {name: values for name, values in stored.items() if name in _COLUMNS}
     empty = {name: np.zeros(0, dtype=np.dtype(code)) for name, code in _COLUMNS.items()}
     examples = tuple(Example(*example) for example in header["examples"])
     return PartIndex(tuple(header["reasons"]), examples, digests=digests, **{**empty, **columns})
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -14,10 +14,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import get_args
 
 from megatron_vl import __version__
 from megatron_vl.data.filters.duplicates import looks_of
@@ -26,14 +26,13 @@ from megatron_vl.data.image import check_image, decode_image
 from megatron_vl.data.part_files import PartWriter
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.rows import join_tokens
-from megatron_vl.data.sample import ImageRef, Sample, Task
+from megatron_vl.data.sample import TASKS, ImageRef, Sample
 from megatron_vl.data.sources.base import Shard, Skipped
 from megatron_vl.data.tokenize import TokenizeOptions, tokenize_sample
 from megatron_vl.data.tokenizer import QwenTokenizer
-from megatron_vl.errors import SkipSample
+from megatron_vl.errors import DataError, SkipSample
 
-TASKS: tuple[str, ...] = get_args(Task)
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ class Unit:
     name: str
     """Fingerprint of all that its part depends on."""
 
+    def __str__(self) -> str:
+        return f"{self.shard.path}, shard {self.shard.name}"
+
 
 def plan_units(recipe: DataRecipe) -> list[Unit]:
     """The work of a recipe in its fixed order.
@@ -54,8 +56,11 @@ def plan_units(recipe: DataRecipe) -> list[Unit]:
     units = []
     for source_index, entry in enumerate(recipe.sources):
         common = _common_facts(recipe, entry)
-        for shard in entry.source.shards():
-            facts = json.dumps([common, dataclasses.asdict(shard), _state(shard.path)], default=str)
+        with _named(entry):
+            shards = entry.source.shards()
+        for shard in shards:
+            state = None if shard.contents and shard.path.is_dir() else _state(shard.path)
+            facts = json.dumps([common, dataclasses.asdict(shard), state], default=str)
             units.append(Unit(source_index, shard, hashlib.sha256(facts.encode()).hexdigest()[:32]))
     return units
 
@@ -69,10 +74,11 @@ def write_part(recipe: DataRecipe, unit: Unit, folder: Path) -> int:
     entry = recipe.sources[unit.source_index]
     maker = _PartMaker(recipe, entry, part_prefix(folder, unit))
     try:
-        for item in entry.source.read(unit.shard):
-            maker.add(item)
-            if entry.limit is not None and maker.num_samples >= entry.limit:
-                break
+        with _named(entry):
+            for item in entry.source.read(unit.shard):
+                maker.add(item)
+                if entry.limit is not None and maker.num_samples >= entry.limit:
+                    break
         maker.finish()
     finally:
         maker.close()
@@ -151,20 +157,29 @@ def _tokenize_options(recipe: DataRecipe) -> TokenizeOptions:
     return TokenizeOptions(recipe.num_queries, recipe.longest_sample, recipe.chat_style)
 
 
+@contextlib.contextmanager
+def _named(entry: SourceEntry) -> Iterator[None]:
+    """Say of which source it is that a file is useless."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"source {entry.source.name!r}: {error}") from error
+
+
 def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
     """What all parts of a source depend on."""
-    source = dataclasses.asdict(entry.source)
-    files = [value for value in (*source.values(), entry.filters.exclude_images) if isinstance(value, Path)]
+    files = [*entry.source.files(), *filter(None, [entry.filters.exclude_images])]
     return [
-        __version__, _FORMAT, type(entry.source).__name__, source, dataclasses.asdict(entry.filters.of_samples),
-        entry.filters.needs_looks,
-        [_state(path) for path in files], entry.limit, recipe.num_ranks, recipe.vocab_file,
+        __version__, _FORMAT, type(entry.source).__name__, dataclasses.asdict(entry.source),
+        dataclasses.asdict(entry.filters.of_samples), entry.filters.needs_looks,
+        [_state(path) for path in files if not path.is_dir()], entry.limit, recipe.num_ranks, recipe.vocab_file,
         dataclasses.asdict(_tokenize_options(recipe)), recipe.pack.max_images,
     ]  # fmt: skip
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file or folder, or of the archive that a path leads into: what tells that it was changed."""
+    """Size and time of a file, or of the archive that a path leads into: what tells that it was changed. Of a folder,
+    which is a shard, the time at which a file in it came or went."""
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
             found = place.stat()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,7 @@ def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
         yield this_process()
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as executor:
         try:
             yield Pool(executor, count)
         except BaseException:
@@ -127,13 +128,13 @@ def hand_out(
 
     def collect() -> None:
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            job = pending.pop(future)
             try:
-                finish(pending.pop(future), future.result())
-            except BrokenProcessPool as error:
-                raise DataError(
-                    "a worker process was killed (out of memory?); start again with fewer --workers: it goes on from "
-                    "what is finished"
-                ) from error
+                result = future.result()
+            except Exception as error:
+                error.add_note(f"(while at work on {job})")
+                raise
+            finish(job, result)
 
     try:
         for job, function, arguments in jobs:
@@ -142,13 +143,19 @@ def hand_out(
                 collect()
         while pending:
             collect()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed (out of memory?); start again with fewer --workers: it goes on from what is "
+            "finished"
+        ) from error
     finally:
         for future in pending:
             future.cancel()
 
 
-def _end_with_parent() -> None:
-    """Let this worker end when the process that started it is gone, even if it was killed."""
+def _begin_worker() -> None:
+    """Let this worker end at once on Ctrl-C, which its parent answers, and when its parent is gone, even if killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers"
 

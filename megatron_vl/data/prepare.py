@@ -12,11 +12,11 @@ lies in ``<prefix>.parts`` until the data set is complete; what was killed goes 
 from __future__ import annotations
 
 import fcntl
-import shutil
+import re
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from megatron_vl.data.row_files import commit, is_of_rows
 from megatron_vl.errors import DataError
 
 _LOCK = "lock"
+_OURS = re.compile(rf"{_LOCK}|rows-.*|[0-9a-f]{{32}}\..*")
+"""Names of our files among the parts; whatever else is there is somebody's."""
 
 
 def prepare(
@@ -44,26 +46,23 @@ def prepare(
     ``keep_parts``: leave the tokenized parts, so that the next run over the same files only draws, packs and writes.
     Raises DataError if files are missing, nothing is left, or the same prefix is being prepared already.
     """
-    units = plan_units(recipe)
-    if not units:
-        raise DataError(f"{prefix}: no sample is left to write; the sources are empty")
+    pool = pool or this_process()
     folder = prefix.with_name(prefix.name + ".parts")
-    with _disk_errors_named(folder), _locked(folder):
-        _remove_others(folder, units)
-        with _bar("tokenizing", "shard", show=progress) as bar:
-            bar.total = len(units)
-            _make_parts(recipe, units, folder, pool=pool or this_process(), bar=bar)
-        with _bar("writing", "row", show=progress) as bar:
-
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            parts = _finished_parts(recipe, units, folder)
-            manifest = merge_parts(recipe, parts, folder, pool=pool or this_process(), report=report)
-        commit(prefix, folder, manifest)
+    with _disk_errors_named(folder):
+        units = plan_units(recipe)
+        if not units:
+            raise DataError(f"{prefix}: no sample is left to write; the sources are empty")
+        with _locked(folder):
+            _remove_others(folder, units)
+            with _bar("tokenizing", "shard", show=progress) as bar:
+                bar.total = len(units)
+                _make_parts(recipe, units, folder, pool=pool, bar=bar)
+            with _bar("writing", "row", show=progress) as bar:
+                parts = _finished_parts(recipe, units, folder)
+                stem, manifest = merge_parts(recipe, parts, folder, pool=pool, report=_shown_by(bar))
+            commit(prefix, stem, manifest)
         if not keep_parts:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_finished(folder)
     return manifest
 
 
@@ -71,6 +70,14 @@ def _bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
     """A bar on a terminal; in the log of a job a line each minute, from the second minute on."""
     wait_seconds = 0.0 if sys.stderr.isatty() else 60.0
     return tqdm(desc=what, unit=unit, disable=not show, delay=wait_seconds, mininterval=wait_seconds or 0.1)
+
+
+def _shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return report
 
 
 class _Progress:
@@ -109,16 +116,21 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
         bar.update()
         bar.set_postfix(samples=progress.num_kept, refresh=False)
 
+    # A part that another machine is to make must not be looked for before: NFS would remember that it is not there.
+    present = set(folder.iterdir())
+
     def jobs() -> Iterator[tuple[Unit, Callable[..., int], tuple[Any, ...]]]:
         for unit in units:
-            if not progress.is_wanted(unit):
-                bar.update()
-                continue
-            index = read_index(part_prefix(folder, unit))
+            place = part_prefix(folder, unit)
+            index = read_index(place) if index_path(place) in present and progress.is_wanted(unit) else None
             if index is not None:
+                if not bar.disable:
+                    bar.initial += 1  # no work of this run, which the rate is about
                 finish(unit, index.num_samples)
-                continue
-            yield unit, write_part, (recipe, unit, folder)
+            elif progress.is_wanted(unit):
+                yield unit, write_part, (recipe, unit, folder)
+            else:
+                bar.update()
 
     hand_out(pool, jobs(), finish)
 
@@ -144,8 +156,17 @@ def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
     prefixes = [part_prefix(folder, unit) for unit in units]
     wanted = {_LOCK, *(path(prefix).name for prefix in prefixes for path in (data_path, index_path))}
     for path in folder.iterdir():
-        if path.name not in wanted and not is_of_rows(path):
+        if _OURS.fullmatch(path.name) and path.name not in wanted and not is_of_rows(path):
             path.unlink(missing_ok=True)
+
+
+def _remove_finished(folder: Path) -> None:
+    """Remove the parts, and the folder if nothing else is in it."""
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from megatron_vl.data.rows import row_lengths
 IntArray = npt.NDArray[np.int64]
 SLICE_BYTES = 256 * 2**20
 """A slice ends behind so many bytes of rows and images: enough to be worth handing out, little to do again."""
+SLICE_PIECES = 200_000
+"""Or behind so many pieces, of which each takes some 45 bytes to hand out."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
     """The slices of a plan, in order."""
     token_begins = 4 * _splits(plan.lengths)
     image_begins = _splits(plan.stored_sizes)[plan.first_stored]
-    numbers = (token_begins + image_begins)[:-1] // SLICE_BYTES
+    numbers = (token_begins + image_begins)[:-1] // SLICE_BYTES + plan.packing.row_splits[:-1] // SLICE_PIECES
     borders = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
     for first, last in zip(borders[:-1], borders[1:], strict=True):
         yield _slice(plan, first, last, origins, (int(token_begins[first]), int(image_begins[first])))

@@ -1,10 +1,11 @@
 """The unit of work of the merge: a slice of rows is written into files whose every byte has its place already.
 
-    rows.tokens.bin, rows.images.bin     of the whole data set; every worker writes its own stretch
-    rows-<name>.npz                      the record of a finished slice: hashes of its stretches, and its rows' keys
+    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own stretch
+    rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its stretches, its keys
 
-The record comes last, when the stretches are on the disk; its name is the hash of all that the slice is made from and
-of where it goes. So a slice that has its record need not be written again, and a killed merge goes on where it was.
+The record comes last, when the stretches are on the disk. A slice is named by the hash of all that it is made from and
+of where it goes, and a plan by its slices. So a slice that has its record need not be written again, a killed merge
+goes on where it was, and a straggler of another plan writes into files that nobody reads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +24,14 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vl.data.durable import load_columns, store_columns, sync
 from megatron_vl.data.indexed import Stretch
-from megatron_vl.data.part_files import store_columns
 from megatron_vl.data.part_reader import PartReader
-from megatron_vl.data.parts import TASKS
 from megatron_vl.data.rows import SegmentKey, encode_joined, encode_keys
+from megatron_vl.data.sample import TASKS
 
 IntArray = npt.NDArray[np.int64]
-TOKENS, IMAGES = "rows.tokens", "rows.images"
+TOKENS, IMAGES = ".tokens", ".images"
 _BUFFER_BYTES = 4 * 2**20
 
 
@@ -40,9 +40,9 @@ class RowSlice:
     """Some rows, one after the other, and where everything about them is."""
 
     token_begin: int
-    """Byte of ``rows.tokens.bin`` at which its rows begin."""
+    """Byte of the file of tokens at which its rows begin."""
     image_begin: int
-    """Byte of ``rows.images.bin`` at which the images begin that its rows are the first to use."""
+    """Byte of the file of images at which those begin that its rows are the first to use."""
     paths: tuple[Path, ...]
     """Files of the parts that it reads."""
     names: tuple[str, ...]
@@ -79,7 +79,8 @@ class RowSlice:
         digest = hashlib.sha256()
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+            data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+            digest.update(f"{item.name} {len(data)} ".encode() + data)
         return digest.hexdigest()[:32]
 
 
@@ -95,23 +96,23 @@ class SliceRecord:
     """int32[rows]."""
 
 
-def record_path(folder: Path, name: str) -> Path:
-    """The record of a slice."""
-    return folder / f"rows-{name}.npz"
+def record_path(stem: Path, name: str) -> Path:
+    """The record of a slice; ``stem`` is the path that all files of a plan begin with."""
+    return stem.with_name(f"{stem.name}-{name}.npz")
 
 
-def write_slice(work: RowSlice, folder: Path) -> int:
+def write_slice(work: RowSlice, stem: Path) -> int:
     """Write the rows of a slice and the images that they are the first to use; returns the number of rows.
 
     Both files are there already, as long as they will be. Raises DataError if a part is damaged.
     """
     reader = PartReader(work.paths)
     try:
-        with _stretch(folder / f"{IMAGES}.bin", work.image_begin) as images:
+        with _stretch(Path(f"{stem}{IMAGES}.bin"), work.image_begin) as images:
             places = (work.image_part, work.image_offset, work.image_size)
             for part, offset, size in zip(*(column.tolist() for column in places), strict=True):
                 images.write(reader.read(part, offset, size))
-        with _stretch(folder / f"{TOKENS}.bin", work.token_begin) as tokens:
+        with _stretch(Path(f"{stem}{TOKENS}.bin"), work.token_begin) as tokens:
             keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
     finally:
         reader.close()
@@ -121,17 +122,19 @@ def write_slice(work: RowSlice, folder: Path) -> int:
         "keys": np.frombuffer(b"".join(keys), np.uint8),
         "key_lengths": np.array([len(key) for key in keys], dtype=np.int32),
     }
-    store_columns(record_path(folder, work.name), columns)
+    store_columns(record_path(stem, work.name), columns)
     return work.num_rows
 
 
-def read_record(folder: Path, name: str) -> SliceRecord | None:
-    """The record of a slice, or None if there is none."""
+def read_record(stem: Path, name: str) -> SliceRecord | None:
+    """The record of a slice, or None if it is not there or damaged."""
+    stored = load_columns(record_path(stem, name))
     try:
-        with np.load(record_path(folder, name), allow_pickle=False) as stored:
-            tokens, images = (Stretch(*item) for item in json.loads(stored["stretches"].tobytes()))
-            return SliceRecord(tokens, images, stored["keys"], stored["key_lengths"])
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        if stored is None:
+            return None
+        tokens, images = (Stretch(*item) for item in json.loads(stored["stretches"].tobytes()))
+        return SliceRecord(tokens, images, stored["keys"], stored["key_lengths"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -154,12 +157,15 @@ class _StretchWriter:
 
 @contextlib.contextmanager
 def _stretch(path: Path, begin: int) -> Iterator[_StretchWriter]:
-    """A writer into a file from a byte on; what it wrote is on the disk afterwards."""
-    with path.open("r+b", buffering=_BUFFER_BYTES) as file:
+    """A writer into a file from a byte on; what it wrote is on the disk afterwards.
+
+    The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
+    send all of the page, with what a neighbour's stretch held there before.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
         file.seek(begin)
         yield _StretchWriter(file)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: _StretchWriter) -> bytes:

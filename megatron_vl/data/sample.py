@@ -7,7 +7,7 @@ All are frozen: a stage returns new records and never edits the ones it was give
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ Task = Literal[
 ]
 """The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region), chat, and
 documents of text and images in their order."""
+TASKS: tuple[str, ...] = get_args(Task)
+"""A stored task is an index into these."""
 
 IMAGE_MARK = "\ufffc"
 """Stands in the text of an interleaved document for its next image (Unicode's object replacement character)."""

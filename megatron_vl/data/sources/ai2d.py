@@ -16,8 +16,8 @@ from __future__ import annotations
 import io
 import json
 import string
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,11 @@ from megatron_vl.data.sources.base import (
     Source,
     clean_text,
     field,
+    hash_of_files,
     is_finite,
     range_shards,
     skipped,
+    slice_of,
 )
 from megatron_vl.data.sources.images import read_bytes, read_image, require_images
 from megatron_vl.data.sources.zips import list_folder
@@ -64,11 +66,13 @@ class AI2D(Source):
         names = self._names()
         if not names:
             raise DataError(f"{self.path / 'questions'}: no .json file; expected AI2D's questions")
-        return range_shards(self.path, len(names), self.records_per_shard)
+        shards = range_shards(self.path, len(names), self.records_per_shard)
+        files = [self._parts(name for _, name in slice_of(names, shard)) for shard in shards]
+        return [replace(shard, contents=hash_of_files(mine)) for shard, mine in zip(shards, files, strict=True)]
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         tests = self._test_ids()
-        for name in self._names()[shard.first : shard.first + (shard.count or 0)]:
+        for _, name in slice_of(self._names(), shard):
             try:
                 questions = field(self._load("questions", name), "questions", dict)
             except SkipSample as error:
@@ -83,6 +87,13 @@ class AI2D(Source):
                     yield self._sample(name.removesuffix(".json"), text, question, key)
                 except SkipSample as error:
                     yield skipped(key, error)
+
+    def _parts(self, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+        """The three files of each diagram."""
+        for name in names:
+            stem = name.removesuffix(".json")
+            for part in (f"questions/{name}", f"annotations/{name}", f"images/{stem}"):
+                yield part, self.path / part
 
     def _names(self) -> list[str]:
         return list_folder(self.path / "questions", ".json")

@@ -7,8 +7,11 @@ folder, a file of another format): ``DataError`` names the file, what was found 
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from megatron_vl.errors import DataError, SkipSample
 Json = Mapping[str, Any]
 
 _LARGEST = 1e300
+_FAULTS_OF_FILES = frozenset({
+    errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EINVAL,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Shard:
     """A unit of work: a file, or some of its records."""
 
     name: str
-    """Unique within the source and stable over runs: the name under which finished work is remembered."""
+    """Unique within the source and stable over runs."""
     path: Path
     first: int = 0
     """Index of the first record (lines: number counted from 0)."""
@@ -34,6 +40,8 @@ class Shard:
     """Number of records; none for all that follow."""
     offset: int = 0
     """Byte at which the first record begins (lines and JSON documents)."""
+    contents: str = ""
+    """Where records are files below ``path``: a hash that changes with them, see ``hash_of_files``."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,28 @@ class Source(ABC):
     def shards(self) -> list[Shard]:
         """Units of work in a fixed order. Raises DataError if the source's files are missing."""
 
+    def files(self) -> list[Path]:
+        """Files beside the shards from which samples are made: finished work counts only as long as they are unchanged.
+
+        By default all options that are paths. Images that records name are not among them.
+        """
+        values = [getattr(self, item.name) for item in dataclasses.fields(self)]
+        return [value for value in values if isinstance(value, Path)]
+
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         """One item for each record of ``shard``, in the order of the file."""
+
+
+def unreadable(what: str, error: Exception) -> SkipSample:
+    """The SkipSample for a file that cannot be read.
+
+    An error of the disk or the network is raised again: it says nothing of the file, and the sample would be lost for
+    good, since a finished shard is not read a second time.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in _FAULTS_OF_FILES:
+        raise error
+    return SkipSample("unreadable_file", f"{what}: {getattr(error, 'strerror', None) or error}")
 
 
 def skipped(key: str, error: SkipSample) -> Skipped:
@@ -124,3 +151,12 @@ def slice_of(records: list[Any], shard: Shard) -> Iterator[tuple[int, Any]]:
     stop = len(records) if shard.count is None else shard.first + shard.count
     for index in range(shard.first, min(stop, len(records))):
         yield index, records[index]
+
+
+def hash_of_files(files: Iterable[tuple[str, Path]]) -> str:
+    """A hash of names, sizes and times of files; of one that is not there, of its name."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        state = path.stat() if path.exists() else None
+        digest.update(f"{name!r} {state and (state.st_size, state.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()[:32]

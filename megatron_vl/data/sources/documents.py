@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vl.data.sources.base import Shard, Skipped, skipped
+from megatron_vl.data.sources.base import Shard, Skipped, hash_of_files, skipped, unreadable
 from megatron_vl.data.sources.zips import check_zip, list_folder, read_member
 from megatron_vl.errors import DataError, SkipSample
 
@@ -44,12 +44,13 @@ def document_shards(
     for archive in archives:
         check_zip(archive)
     places = archives if path.suffix == ".zip" or path.name.endswith(whole) else [path, *archives]
-    shards = [
-        Shard(f"{place.relative_to(root)}:{first}", place, first, min(documents_per_shard, count - first))
-        for place in places
-        for count in (len(_names(place, suffixes)),)
-        for first in range(0, count, documents_per_shard)
-    ]
+    shards = []
+    for place in places:
+        names = _names(place, suffixes)
+        for first in range(0, len(names), documents_per_shard):
+            mine = names[first : first + documents_per_shard]
+            contents = hash_of_files((name, place / name) for name in mine) if place.is_dir() else ""
+            shards.append(Shard(f"{place.relative_to(root)}:{first}", place, first, len(mine), contents=contents))
     shards += [Shard(str(file.relative_to(root)), file) for file in _files(path, whole)]
     if not shards:
         raise DataError(f"{path}: no {' or '.join((*suffixes, *whole))} file, and no zip of them")
@@ -93,4 +94,4 @@ def _read_file(path: Path) -> bytes:
             raise SkipSample("document_too_large", f"{path}: {size} bytes, at most {MAX_DOCUMENT_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise SkipSample("unreadable_file", f"{path}: {error.strerror}") from error
+        raise unreadable(str(path), error) from error

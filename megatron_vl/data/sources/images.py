@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.sample import ImageRef
+from megatron_vl.data.sources.base import unreadable
 from megatron_vl.data.sources.zips import check_zip, read_member, split_zip
 from megatron_vl.errors import DataError, SkipSample
 
@@ -103,7 +104,7 @@ def read_bytes(root: Path, name: str) -> bytes:
         if inside is None:
             raise SkipSample("missing_image", str(path)) from error
     except OSError as error:
-        raise SkipSample("unreadable_file", f"{path}: {error.strerror}") from error
+        raise unreadable(str(path), error) from error
     try:
         return read_member(*inside, MAX_IMAGE_BYTES)
     except FileNotFoundError as error:

@@ -62,6 +62,9 @@ class RefCOCO(Source):
             raise DataError(f"{self._pickle}: no reference has split {self.split!r}; found {', '.join(found)}")
         return range_shards(self._pickle, len(references), self.records_per_shard)
 
+    def files(self) -> list[Path]:
+        return [*super().files(), self._pickle, self.path / "instances.json"]
+
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         chosen = list(slice_of(self._references(), shard))
         boxes = _by_id(self.path / "instances.json", "annotations", {identity(item, "ann_id") for _, item in chosen})
@@ -113,9 +116,14 @@ def load_references(path: Path) -> list[Json]:
     return references
 
 
+def reference_files(root: Path) -> list[Path]:
+    """All ``*/refs(*).p`` under ``root``."""
+    return sorted(root.glob("*/refs(*).p"))
+
+
 def evaluation_images(root: Path) -> frozenset[int]:
     """COCO ids of the images in every split but ``train`` of all ``*/refs(*).p`` under ``root``."""
-    files = sorted(root.glob("*/refs(*).p"))
+    files = reference_files(root)
     if not files:
         raise DataError(f"{root}: found no */refs(*).p; expected the folder with refcoco, refcoco+ and refcocog")
     return frozenset(

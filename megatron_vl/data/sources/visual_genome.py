@@ -20,7 +20,7 @@ from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_te
 from megatron_vl.data.sources.boxes import Box, about_region, box_from_xywh, overlap
 from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
-from megatron_vl.data.sources.refcoco import evaluation_images
+from megatron_vl.data.sources.refcoco import evaluation_images, reference_files
 from megatron_vl.errors import DataError, SkipSample
 
 ZIPS = {"VG_100K": "images.zip", "VG_100K_2": "images2.zip"}
@@ -67,6 +67,9 @@ class VisualGenome(Source):
         if not 0 <= self.duplicate_iou <= 1:
             raise DataError(f"{self.name}: duplicate_iou is {self.duplicate_iou}, expected 0 to 1")
         return array_shards(self.regions, self.records_per_shard)
+
+    def files(self) -> list[Path]:
+        return [*super().files(), *(reference_files(self.refcoco_root) if self.refcoco_root else ())]
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         pictures = self._pictures()

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from megatron_vl.data.sources.base import unreadable
 from megatron_vl.errors import DataError, SkipSample
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
@@ -44,7 +45,7 @@ def read_member(archive: Path, name: str, max_bytes: int) -> bytes:
     except FileNotFoundError:
         raise
     except DAMAGED as error:
-        raise SkipSample("unreadable_file", f"{archive}: {name[:80]!r}: {error}") from error
+        raise unreadable(f"{archive}: {name[:80]!r}", error) from error
     if len(data) > max_bytes:
         raise SkipSample("member_too_large", f"{archive}: {name[:80]!r}: more than {max_bytes} bytes")
     return data
@@ -103,4 +104,4 @@ def _open_member(archive: Path, name: str) -> IO[bytes]:
         return opened.open(member)
     except (RuntimeError, zipfile.BadZipFile, OSError) as error:
         # Encrypted, compressed in a way that this Python does not know, or with a damaged header.
-        raise SkipSample("unreadable_file", f"{archive}: {name[:80]!r}: {error}") from error
+        raise unreadable(f"{archive}: {name[:80]!r}", error) from error

@@ -7,13 +7,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.cli.prepare import main
 from megatron_vl.data.manifest import read_manifest
-from megatron_vl.data.mixture import Supply, copies_of, drawn_samples
+from megatron_vl.data.mixture import Supply, copies_of, draw_samples
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import DataRecipe, load_recipe, without_missing
 from megatron_vl.errors import ConfigError
@@ -44,7 +45,7 @@ def qwen_vl(stage: int) -> DataRecipe:
 def drawn_by_source(recipe: DataRecipe, available: dict[str, int]) -> dict[str, int]:
     """What each source gives, when it has so many samples that are fit for use."""
     supplies = [Supply(available[entry.source.name], entry.weight, entry.group) for entry in recipe.sources]
-    drawn = drawn_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats)
+    drawn = draw_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats).counts
     return {entry.source.name: count for entry, count in zip(recipe.sources, drawn, strict=True)}
 
 
@@ -98,7 +99,7 @@ SUPPLIES = st.lists(
 def test_proportions_hold_and_repetition_is_bounded(
     supplies: list[Supply], amounts: dict[str, int], repeats: float
 ) -> None:
-    drawn = drawn_samples(supplies, amounts, repeats)
+    drawn = draw_samples(supplies, amounts, repeats).counts
     of_group = {g: sum(c for c, s in zip(drawn, supplies, strict=True) if s.group == g) for g in amounts}
     have = {g: sum(s.available for s in supplies if s.group == g) for g in amounts}
     present = [g for g in amounts if have[g]]
@@ -130,7 +131,7 @@ def test_copies_are_spread_evenly(available: int, drawn: int) -> None:
 
 
 def test_weights_are_taken_as_they_are_written() -> None:
-    assert drawn_samples([Supply(100, 0.29), Supply(10, 0.7), Supply(3, 2.5)], {}) == [29, 7, 7]
+    assert draw_samples([Supply(100, 0.29), Supply(10, 0.7), Supply(3, 2.5)], {}).counts == (29, 7, 7)
 
 
 def text_file(folder: Path, name: str, count: int) -> dict[str, Any]:
@@ -196,3 +197,12 @@ def test_missing_sources_are_left_out_on_request(tmp_path: Path, capsys: pytest.
     (tmp_path / "there.jsonl").unlink()
     with pytest.raises(ConfigError, match="files of all sources are missing"):
         without_missing(load_recipe(path))
+
+
+def test_copies_of_a_billion_samples_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula at the indices where it would: the last ones of 1.4 billion samples, used five times and a bit."""
+    available, drawn = 1_400_000_000, 7_000_000_003
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda stop: arange(stop - 6, stop) if stop == available + 1 else arange(stop))
+    expected = np.diff([index * drawn // available for index in range(available - 5, available + 1)])
+    assert copies_of(available, drawn).tolist() == expected.tolist()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vl.data import packing
 from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 
 LIMITS = PackLimits(tokens=64, images=3, min_piece=4)
@@ -184,3 +185,14 @@ def test_the_seed_changes_neighbours() -> None:
 def test_a_sample_beyond_the_limits_is_our_own_error() -> None:
     with pytest.raises(AssertionError, match="exceeds"):
         pack(items([65], [0], [False]), limits=LIMITS, seed=0)
+
+
+def test_the_order_is_random_also_where_no_bits_are_left() -> None:
+    """Rows numbered beyond 2^50, as there would be of billions of pieces: indices are sorted instead of numbers."""
+    keys = np.repeat(np.arange(40, dtype=np.int64), 50)
+    for shift in (0, 2**52):
+        order = packing._shuffled_order(keys + shift, np.random.PCG64(1))
+        assert np.array_equal(keys[order], keys)
+        assert np.array_equal(np.sort(order), np.arange(len(keys)))
+        within = order.reshape(40, 50)
+        assert (np.diff(within) > 0).mean() == pytest.approx(0.5, abs=0.05)

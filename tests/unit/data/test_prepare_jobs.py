@@ -6,12 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.data import row_plan
-from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data import row_files, row_plan
+from megatron_vl.data.manifest import read_manifest, verify_files
 from megatron_vl.data.pool import Pool, open_pool, this_process
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import load_recipe
@@ -57,7 +58,16 @@ def told(work, folder):
     return write(work, folder)
 row_files.write_slice = told
 """
-RUN = "sys.exit(prepare.main(sys.argv[1:]))"
+SLOW = """
+import time
+from megatron_vl.data import prepare as job
+finish = job._Progress.finish
+def slowly(*arguments):
+    time.sleep(0.2)
+    finish(*arguments)
+job._Progress.finish = slowly
+"""
+RUN = "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
 
 
 def hashes(prefix: Path) -> dict[str, str]:
@@ -105,9 +115,9 @@ def run_tool(*arguments: str, code: str | None = None) -> subprocess.CompletedPr
     )
 
 
-# Twelve tars and four shards of text make 16 parts of two renames each; 7 slices of rows take a rename each, committing
-# takes six renames and one more.
-@pytest.mark.parametrize("call", [1, 2, 31, 33, 34, 39, 40, 41, 46])
+# Twelve tars and four shards of text make 16 parts of two renames each; 7 slices of rows take a rename each. Committing
+# takes one for the manifest, seven for the files, and one more for the manifest.
+@pytest.mark.parametrize("call", [1, 2, 31, 33, 34, 39, 40, 41, 42, 48])
 @pytest.mark.usefixtures("small_slices")
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(raw: Path, call: int) -> None:
     recipe = recipe_file(raw)
@@ -125,10 +135,11 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(raw: Path
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done, "finished shards are not made again"
     written = {f"rows-{name}.npz" for name in again.stderr.split()}
-    if call <= 33 + NUM_SLICES:  # later their file had become the data set's already
+    if call <= 34 + NUM_SLICES:  # later their file had become the data set's already
         assert not written & rows, "finished rows are not written again"
         written |= rows
     assert len(written) == NUM_SLICES
+    verify_files(prefix)
     assert hashes(prefix) == hashes(raw / "undisturbed")
 
 
@@ -197,6 +208,85 @@ def test_a_damaged_part_is_made_again(raw: Path) -> None:
     victims[3].unlink()
     prepare(recipe, prefix, progress=False)
     assert hashes(prefix) == before
+
+
+def test_what_is_not_ours_stays_among_the_parts(raw: Path) -> None:
+    (raw / "set.parts").mkdir()
+    (raw / "set.parts" / "precious.txt").write_text("mine")
+    prepare(load_recipe(recipe_file(raw)), raw / "set", progress=False)
+    assert [path.name for path in (raw / "set.parts").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_a_straggler_of_another_plan_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a killed run, on another machine, writes its rows when those of another plan are there already."""
+    late: list[Any] = []
+    write = row_files.write_slice
+
+    def hold_one_back(work: Any, stem: Path) -> int:
+        late.append((work, stem))
+        if len(late) == 3:
+            raise KeyboardInterrupt
+        return write(work, stem)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(row_files, "write_slice", hold_one_back)
+        prepare(load_recipe(recipe_file(raw, pack={"seed": 1})), raw / "set", progress=False)
+    straggler = []
+
+    def disturbed(work: Any, stem: Path) -> int:
+        if not straggler:
+            straggler.append(pytest.raises(FileNotFoundError, write, *late[2]))
+        return write(work, stem)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_files, "write_slice", disturbed)
+        prepare(load_recipe(recipe_file(raw, pack={"seed": 2})), raw / "set", progress=False)
+    assert straggler
+    verify_files(raw / "set")
+
+
+def test_a_killed_worker_is_named(raw: Path) -> None:
+    recipe = load_recipe(recipe_file(raw))
+    with open_pool(2) as pool:
+        assert pool is not None
+        victim = pool.executor.submit(os.getpid).result()
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(DataError, match="a worker process was killed"):
+            prepare(recipe, raw / "set", pool=pool, progress=False)
+    prepare(recipe, raw / "set", progress=False)
+    verify_files(raw / "set")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interruption_is_one_line_and_work_goes_on(raw: Path, workers: int) -> None:
+    recipe = recipe_file(raw)
+    code = SMALL_SLICES + SLOW + RUN
+    arguments = [str(recipe), "--output", str(raw / "set"), "--quiet", "--workers", str(workers)]
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list((raw / "set.parts").glob("*.npz"))) < 3:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    _, errors = job.communicate(timeout=30)
+    assert (job.returncode, errors) == (130, "interrupted; the same command goes on from what is finished\n")
+    prepare(load_recipe(recipe), raw / "set", progress=False)
+    verify_files(raw / "set")
+
+
+def test_an_unexpected_error_names_what_was_worked_on(raw: Path) -> None:
+    class Failing:
+        def submit(self, fn: Any, *_: Any) -> Any:
+            future: Future[Any] = Future()
+            future.set_exception(RuntimeError("a bug"))
+            return future
+
+    with pytest.raises(RuntimeError, match="a bug") as error:
+        prepare(load_recipe(recipe_file(raw)), raw / "set", pool=Pool(Failing(), 2), progress=False)
+    assert re.search(r"while at work on .*/captions/\d{5}\.tar, shard", error.value.__notes__[0])
 
 
 def test_two_preparations_of_one_prefix_exclude_each_other(raw: Path) -> None:
