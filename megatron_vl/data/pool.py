@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from typing import Any, Protocol, TypeVar
 
 from megatron_vl.errors import ConfigError, DataError, MegatronVLError
@@ -76,8 +77,17 @@ def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
         yield this_process()
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as executor:
+    all_asked_for = context.Event()
+    with ProcessPoolExecutor(
+        count, mp_context=context, initializer=_begin_worker, initargs=(all_asked_for,)
+    ) as executor:
         try:
+            # The executor starts a worker when it finds none idle. If it did so later, while it ends because another
+            # was killed, it would wait for the new one for ever (CPython 3.11). So all start now, and none is idle
+            # before all are asked for.
+            for _ in range(count):
+                executor.submit(os.getpid)
+            all_asked_for.set()
             yield Pool(executor, count)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -153,8 +163,9 @@ def hand_out(
             future.cancel()
 
 
-def _begin_worker() -> None:
-    """Let this worker end at once on Ctrl-C, which its parent answers, and when its parent is gone, even if killed."""
+def _begin_worker(all_asked_for: Event) -> None:
+    """Let this worker end at once on Ctrl-C, which its parent answers, and when its parent is gone, even if killed; and
+    be idle only when all workers are asked for."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers"
@@ -164,3 +175,4 @@ def _begin_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+    all_asked_for.wait()
