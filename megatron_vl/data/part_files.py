@@ -34,6 +34,7 @@ _COLUMNS: dict[str, str] = {
     "outcomes": "h", "tasks": "b", "offsets": "q", "lengths": "i", "key_sizes": "i", "image_counts": "h",
     "image_ids": "i", "image_offsets": "q", "image_sizes": "i", "looks": "Q",
 }  # fmt: skip
+_OF_FILES = frozenset({"missing_image", "unreadable_file"})
 KEPT = -1
 
 
@@ -79,6 +80,11 @@ class PartIndex:
     @property
     def num_samples(self) -> int:
         return len(self.lengths)
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether images that records name were not there or could not be read, which may have changed since."""
+        return not _OF_FILES.isdisjoint(self.reasons)
 
 
 class PartWriter:

@@ -123,7 +123,7 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
         for unit in units:
             place = part_prefix(folder, unit)
             index = read_index(place) if index_path(place) in present and progress.is_wanted(unit) else None
-            if index is not None:
+            if index is not None and not index.lacks_files:
                 if not bar.disable:
                     bar.initial += 1  # no work of this run, which the rate is about
                 finish(unit, index.num_samples)

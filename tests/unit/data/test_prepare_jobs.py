@@ -1,17 +1,14 @@
-"""Preparation as a job: killed and started again, changed between two starts, over processes and MPI ranks."""
+"""Preparation as a job: changed between two starts, over processes and MPI ranks, in any order."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,161 +17,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.data import row_files, row_plan
-from megatron_vl.data.manifest import read_manifest, verify_files
+from megatron_vl.cli.prepare import main
+from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data.parts import plan_units
 from megatron_vl.data.pool import Pool, open_pool, this_process
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import load_recipe
 from megatron_vl.data.rows import RowStore
 from megatron_vl.errors import DataError
-from tests.unit.data.prepared import NUM_DOCUMENTS, png, recipe_values, write_raw, write_recipe
+from tests.unit.data import published_grounding, published_vqa
+from tests.unit.data.jobs import ROOT, RUN, SMALL_SLICES, hashes, recipe_file
+from tests.unit.data.prepared import NUM_DOCUMENTS, png, recipe_values, write_recipe
 from tests.unit.data.reading import write_tar
-
-ROOT = Path(__file__).resolve().parents[3]
-NUM_TARS = 12
-NUM_SLICES = 7
-SMALL_SLICES = """
-import sys
-from megatron_vl.cli import prepare
-from megatron_vl.data import row_plan
-row_plan.SLICE_BYTES = 3000
-"""
-DIES_AT_CALL = """
-import os, signal
-calls, replace = 0, os.replace
-def counted(*names):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*names)
-os.replace = counted
-"""
-TELLS_OF_SLICES = """
-from megatron_vl.data import row_files
-write = row_files.write_slice
-def told(work, folder):
-    print(work.name, file=sys.stderr)
-    return write(work, folder)
-row_files.write_slice = told
-"""
-SLOW = """
-import time
-from megatron_vl.data import prepare as job
-finish = job._Progress.finish
-def slowly(*arguments):
-    time.sleep(0.2)
-    finish(*arguments)
-job._Progress.finish = slowly
-"""
-RUN = "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
-
-
-def hashes(prefix: Path) -> dict[str, str]:
-    """SHA-256 of every file of a data set, by suffix."""
-    files = prefix.parent.glob(f"{prefix.name}.*")
-    return {
-        file.name.removeprefix(prefix.name): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file()
-    }
-
-
-@pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The merge is cut into several units of work too."""
-    monkeypatch.setattr(row_plan, "SLICE_BYTES", 3000)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """Twelve tars of captions, some of them unusable, and a text file in four shards."""
-    write_raw(tmp_path)
-    for number in range(3, NUM_TARS):
-        members = [("a.png", png(number)), ("a.txt", b"a shade"), ("b.png", b"broken"), ("b.txt", b"nothing")]
-        write_tar(tmp_path / "captions" / f"{number:05d}.tar", members)
-    return tmp_path
-
-
-def recipe_file(raw: Path, **changes: Any) -> Path:
-    values = recipe_values(**changes)
-    values["sources"][1]["records_per_shard"] = 3
-    path = raw / "data.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def command(recipe: Path, prefix: Path, *flags: str) -> list[str]:
-    return [str(recipe), "--output", str(prefix), "--quiet", "--workers", "1", *flags]
-
-
-def run_tool(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    program = ["-c", code] if code else ["tools/prepare_data.py"]
-    return subprocess.run(
-        [sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-# Twelve tars and four shards of text make 16 parts of two renames each; 7 slices of rows take a rename each. Committing
-# takes one for the manifest, seven for the files, and one more for the manifest.
-@pytest.mark.parametrize("call", [1, 2, 31, 33, 34, 39, 40, 41, 42, 48])
-@pytest.mark.usefixtures("small_slices")
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(raw: Path, call: int) -> None:
-    recipe = recipe_file(raw)
-    prepare(load_recipe(recipe), raw / "undisturbed", progress=False)
-    prefix = raw / "disturbed"
-    killed = run_tool(*command(recipe, prefix), code=SMALL_SLICES + DIES_AT_CALL.format(call=call) + RUN)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not Path(f"{prefix}.json").exists()
-    folder = Path(f"{prefix}.parts")
-    done = {path: path.stat().st_mtime_ns for path in folder.glob("[0-9a-f]*.npz")}
-    assert len(done) == min((call - 1) // 2, 16)
-    rows = {path.name for path in folder.glob("rows-*.npz")}
-    assert len(rows) == min(max(call - 33, 0), NUM_SLICES)
-    again = run_tool(*command(recipe, prefix, "--keep-parts"), code=SMALL_SLICES + TELLS_OF_SLICES + RUN)
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in done} == done, "finished shards are not made again"
-    written = {f"rows-{name}.npz" for name in again.stderr.split()}
-    if call <= 34 + NUM_SLICES:  # later their file had become the data set's already
-        assert not written & rows, "finished rows are not written again"
-        written |= rows
-    assert len(written) == NUM_SLICES
-    verify_files(prefix)
-    assert hashes(prefix) == hashes(raw / "undisturbed")
-
-
-def test_workers_end_with_a_killed_parent(raw: Path) -> None:
-    """The parent is killed while workers are at work; nothing of theirs is left, and the next start finishes."""
-    recipe = recipe_file(raw)
-    prefix = raw / "set"
-    arguments = [str(recipe), "--output", str(prefix), "--quiet", "--workers", "2"]
-    job = subprocess.Popen([sys.executable, "tools/prepare_data.py", *arguments], cwd=ROOT, start_new_session=True)
-    folder = Path(f"{prefix}.parts")
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("*.npz")):
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.001)
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait(timeout=10)
-    while members_of_session(job.pid):
-        assert time.monotonic() < deadline, "workers outlive the job"
-        time.sleep(0.05)
-    prepare(load_recipe(recipe), prefix, progress=False)
-    prepare(load_recipe(recipe), raw / "undisturbed", progress=False)
-    assert hashes(prefix) == hashes(raw / "undisturbed")
-    assert not folder.exists()
-
-
-def members_of_session(session: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 def test_parts_of_another_recipe_or_of_older_files_are_not_used(raw: Path) -> None:
@@ -215,66 +69,6 @@ def test_what_is_not_ours_stays_among_the_parts(raw: Path) -> None:
     (raw / "set.parts" / "precious.txt").write_text("mine")
     prepare(load_recipe(recipe_file(raw)), raw / "set", progress=False)
     assert [path.name for path in (raw / "set.parts").iterdir()] == ["precious.txt"]
-
-
-@pytest.mark.usefixtures("small_slices")
-def test_a_straggler_of_another_plan_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker of a killed run, on another machine, writes its rows when those of another plan are there already."""
-    late: list[Any] = []
-    write = row_files.write_slice
-
-    def hold_one_back(work: Any, stem: Path) -> int:
-        late.append((work, stem))
-        if len(late) == 3:
-            raise KeyboardInterrupt
-        return write(work, stem)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(row_files, "write_slice", hold_one_back)
-        prepare(load_recipe(recipe_file(raw, pack={"seed": 1})), raw / "set", progress=False)
-    straggler = []
-
-    def disturbed(work: Any, stem: Path) -> int:
-        if not straggler:
-            straggler.append(pytest.raises(FileNotFoundError, write, *late[2]))
-        return write(work, stem)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(row_files, "write_slice", disturbed)
-        prepare(load_recipe(recipe_file(raw, pack={"seed": 2})), raw / "set", progress=False)
-    assert straggler
-    verify_files(raw / "set")
-
-
-def test_a_killed_worker_is_named(raw: Path) -> None:
-    recipe = load_recipe(recipe_file(raw))
-    with open_pool(2) as pool:
-        assert pool is not None
-        victim = pool.executor.submit(os.getpid).result()
-        os.kill(victim, signal.SIGKILL)
-        with pytest.raises(DataError, match="a worker process was killed"):
-            prepare(recipe, raw / "set", pool=pool, progress=False)
-    prepare(recipe, raw / "set", progress=False)
-    verify_files(raw / "set")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_interruption_is_one_line_and_work_goes_on(raw: Path, workers: int) -> None:
-    recipe = recipe_file(raw)
-    code = SMALL_SLICES + SLOW + RUN
-    arguments = [str(recipe), "--output", str(raw / "set"), "--quiet", "--workers", str(workers)]
-    job = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while len(list((raw / "set.parts").glob("*.npz"))) < 3:
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGINT)
-    _, errors = job.communicate(timeout=30)
-    assert (job.returncode, errors) == (130, "interrupted; the same command goes on from what is finished\n")
-    prepare(load_recipe(recipe), raw / "set", progress=False)
-    verify_files(raw / "set")
 
 
 def test_an_unexpected_error_names_what_was_worked_on(raw: Path) -> None:
@@ -332,36 +126,6 @@ def test_an_error_in_a_worker_ends_the_job(raw: Path) -> None:
     with pytest.raises(DataError, match=r"00002\.tar: no such file"):
         prepare(recipe, raw / "set", pool=Pool(Dying(), 1), progress=False)
     assert not (raw / "set.json").exists()
-
-
-@pytest.mark.usefixtures("small_slices")
-@pytest.mark.parametrize("syncs", [0, 9, 32, 37, 47])
-def test_a_full_disk_is_named_and_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch, syncs: int) -> None:
-    """16 parts and 7 slices of rows come to the disk, and then the files."""
-    recipe = load_recipe(recipe_file(raw))
-    sync, room = os.fsync, [syncs]
-
-    def fsync(descriptor: int) -> None:
-        room[0] -= 1
-        if room[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"set\.parts: No space left on device\. Mend"):
-        patch.setattr(os, "fsync", fsync)
-        prepare(recipe, raw / "set", progress=False)
-    assert not Path(raw / "set.json").exists() and not list((raw / "set.parts").glob("[0-9a-f]*.tmp"))
-    prepare(recipe, raw / "set", progress=False)
-    prepare(recipe, raw / "undisturbed", progress=False)
-    assert hashes(raw / "set") == hashes(raw / "undisturbed")
-
-
-@pytest.mark.parametrize("name", ["file/set", "file"])
-def test_an_output_that_cannot_be_is_named(raw: Path, name: str) -> None:
-    (raw / "file").write_text("")
-    (raw / "file.parts").write_text("")
-    with pytest.raises(DataError, match=r"parts: (Not a directory|File exists)\. Mend that"):
-        prepare(load_recipe(recipe_file(raw)), raw / name, progress=False)
 
 
 def mpirun(ranks: int, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -463,3 +227,104 @@ def test_nothing_is_lost_and_order_of_work_does_not_matter(
     drawn = sum(count for key, count in places.items() if key[0] == "captions")
     assert drawn == sum(count.samples for count in manifest.counts if count.source == "captions")
     assert all(count <= weight + 1 for count in places.values())
+
+
+def test_files_below_a_folder_count_like_the_folder(tmp_path: Path) -> None:
+    """A question that comes later, before the others, moves them all; a finished shard of other files is not theirs."""
+    published_vqa.write_ai2d(tmp_path)
+    source = {"name": "s", "type": "ai2d", "path": "ai2d", "test_ids": "ai2d_test_ids.csv", "records_per_shard": 1}
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source], seq_length=256))
+    prepare(recipe, tmp_path / "set", progress=False, keep_parts=True)
+    before = {path.name for path in (tmp_path / "set.parts").iterdir()}
+    prepare(recipe, tmp_path / "set", progress=False, keep_parts=True)
+    assert {path.name for path in (tmp_path / "set.parts").iterdir()} == before, "nothing has changed"
+    questions = sorted((tmp_path / "ai2d" / "questions").iterdir())
+    for part, suffix in (("questions", ".json"), ("annotations", ".json"), ("images", "")):
+        folder = tmp_path / "ai2d" / part
+        shutil.copy(folder / f"{questions[-1].stem}{suffix}", folder / f"0.png{suffix}")
+    prepare(recipe, tmp_path / "set", progress=False)
+    prepare(recipe, tmp_path / "fresh", progress=False)
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("changed", ["instances.json", "refs(unc).p"])
+def test_every_file_that_a_source_reads_counts(tmp_path: Path, changed: str) -> None:
+    source = {"name": "s", "type": "refcoco", "path": "refer/data/refcoco", "image_root": "train2014"}
+    published_grounding.write_refcoco(tmp_path)
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source]))
+    names = {unit.name for unit in plan_units(recipe)}
+    assert {unit.name for unit in plan_units(recipe)} == names
+    os.utime(tmp_path / "refer/data/refcoco" / changed, (1, 1))
+    assert not names & {unit.name for unit in plan_units(recipe)}
+
+
+def test_the_data_set_may_lie_among_its_sources(tmp_path: Path) -> None:
+    """What is written beside the images makes no finished shard useless."""
+    pairs = [{"image": "a.png", "caption": "a shade"}]
+    (tmp_path / "a.png").write_bytes(png(3))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = {"name": "s", "type": "pairs", "path": "pairs.jsonl", "image_root": "."}
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source]))
+    found = []
+    for _ in range(2):
+        prepare(recipe, tmp_path / "set", progress=False, keep_parts=True)
+        found.append({path.name: path.stat().st_ino for path in (tmp_path / "set.parts").glob("*.npz")})
+    assert found[0] == found[1]
+
+
+def test_an_image_that_comes_later_is_found(tmp_path: Path) -> None:
+    (tmp_path / "img" / "sub").mkdir(parents=True)
+    (tmp_path / "img" / "sub" / "a.png").write_bytes(png(3))
+    pairs = [{"image": f"sub/{name}.png", "caption": "a shade"} for name in "ab"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = {"name": "s", "type": "pairs", "path": "pairs.jsonl", "image_root": "img"}
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source]))
+    assert prepare(recipe, tmp_path / "set", progress=False, keep_parts=True).num_samples == 1
+    (tmp_path / "img" / "sub" / "b.png").write_bytes(png(4))
+    assert prepare(recipe, tmp_path / "set", progress=False).num_samples == 2
+
+
+def test_an_error_of_the_disk_loses_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the work, which then goes on; a sample that was left out would be lost for good."""
+    (tmp_path / "a.png").write_bytes(png(3))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a shade"}))
+    source = {"name": "s", "type": "pairs", "path": "pairs.jsonl", "image_root": "."}
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source]))
+
+    def fail(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_vl.data.sources.images._read_file", fail)
+        number = errno.EIO
+        with pytest.raises(DataError, match=r"a\.png: Input/output error\. Mend that"):
+            prepare(recipe, tmp_path / "set", progress=False)
+        number = errno.EACCES
+        with pytest.raises(DataError, match=r"1 of 1 left out for unreadable_file, first .*a\.png: Permission denied"):
+            prepare(recipe, tmp_path / "set", progress=False)
+    prepare(recipe, tmp_path / "set", progress=False)
+
+
+def test_wrong_arguments_and_sources_that_give_nothing(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = recipe_values(filters={"max_characters": 30})
+    values["sources"][0]["filters"] = {"min_side": 5000}
+    (raw / "data.yaml").write_text(json.dumps(values))
+    recipe = str(raw / "data.yaml")
+    assert main([recipe, "--workers", "0"]) == 2
+    assert main([recipe, "--output", str(raw / "x.json")]) == 2
+    refused = capsys.readouterr().err
+    assert "--workers 0: expected at least 1" in refused and "the path without .json" in refused
+    assert main([recipe, "--workers", "1", "--quiet"]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("warning: nothing of source 'captions' is in the rows: 39 left out for small_image")
+    assert "20 x 20, at least 5000 are asked for" in told.out, "an example is shown to its end"
+
+
+def test_amounts_that_there_are_too_few_samples_for_are_said(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = recipe_values()
+    values["sources"][0]["samples"], values["sources"][1]["samples"] = 39, 120
+    (raw / "data.yaml").write_text(json.dumps(values))
+    assert main([str(raw / "data.yaml"), "--workers", "1", "--quiet"]) == 0
+    assert "all amounts x 0.1, for 'documents' has too few samples for its own" in capsys.readouterr().out
+    manifest = read_manifest(raw / "data")
+    assert (manifest.amounts_factor, manifest.scarcest_group) == (0.1, "documents")

@@ -1,0 +1,28 @@
+"""Raw data in shards, and rows in slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.data import row_plan
+from tests.unit.data.jobs import NUM_TARS
+from tests.unit.data.prepared import png, write_raw
+from tests.unit.data.reading import write_tar
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge is cut into several units of work too."""
+    monkeypatch.setattr(row_plan, "SLICE_BYTES", 3000)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Twelve tars of captions, some of them unusable, and a text file in four shards."""
+    write_raw(tmp_path)
+    for number in range(3, NUM_TARS):
+        members = [("a.png", png(number)), ("a.txt", b"a shade"), ("b.png", b"broken"), ("b.txt", b"nothing")]
+        write_tar(tmp_path / "captions" / f"{number:05d}.tar", members)
+    return tmp_path
