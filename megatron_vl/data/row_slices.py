@@ -27,7 +27,7 @@ import numpy.typing as npt
 from megatron_vl.data.durable import load_columns, store_columns, sync
 from megatron_vl.data.indexed import Stretch
 from megatron_vl.data.part_reader import PartReader
-from megatron_vl.data.rows import SegmentKey, encode_joined, encode_keys
+from megatron_vl.data.rows import SegmentKey, encode_keys, encode_row
 from megatron_vl.data.sample import TASKS
 
 IntArray = npt.NDArray[np.int64]
@@ -172,7 +172,7 @@ def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: _StretchWri
     """Write one row; returns its keys in their stored form."""
     pieces = [_read_piece(work, piece, reader) for piece in range(work.row_splits[row], work.row_splits[row + 1])]
     images = work.image_numbers[work.image_splits[row] : work.image_splits[row + 1]]
-    tokens.write(encode_joined([piece for piece, _ in pieces], images).astype("<i4").tobytes())
+    tokens.write(encode_row([piece for piece, _ in pieces], images).astype("<i4").tobytes())
     return encode_keys([key for _, key in pieces])
 
 

@@ -50,14 +50,8 @@ def join_tokens(tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_]
     return np.where(supervised, ~tokens, tokens)
 
 
-def encode_row(row: PackedRow) -> npt.NDArray[np.int32]:
-    """The stored form of a row."""
-    borders = np.cumsum(row.segment_lengths)[:-1]
-    return encode_joined(np.split(join_tokens(row.tokens, row.supervised), borders), row.image_ids)
-
-
-def encode_joined(segments: Sequence[npt.NDArray[np.int32]], image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """The stored form of a row of joined segments."""
+def encode_row(segments: Sequence[npt.NDArray[np.int32]], image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The stored form of a row; ``segments`` are what ``join_tokens`` makes of each."""
     header = [len(segments), len(image_ids), *map(len, segments)]
     return np.concatenate([np.array(header, dtype=np.int32), image_ids.astype(np.int32), *segments])
 
