@@ -75,10 +75,11 @@ class RowSlice:
 
     @cached_property
     def name(self) -> str:
-        """Fingerprint of all of it."""
+        """Fingerprint of all of it; of the parts their names say everything, wherever they lie."""
         digest = hashlib.sha256()
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+        facts = dataclasses.replace(self, paths=tuple(Path(path.name) for path in self.paths))
+        for item in dataclasses.fields(facts):
+            value = getattr(facts, item.name)
             data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
             digest.update(f"{item.name} {len(data)} ".encode() + data)
         return digest.hexdigest()[:32]
