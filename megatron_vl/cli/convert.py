@@ -7,6 +7,7 @@ One process, no GPU. A folder or checkpoint appears under its name only when it 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,29 @@ from megatron_vl.log import silence_dependency_warnings, write_line
 if TYPE_CHECKING:
     from megatron_vl.conversion.convert import ConvertedModel
 
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+_LARGE_CHUNK = 4 * 2**20
+"""Bytes from which on memory is a map of its own."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     silence_dependency_warnings()
+    _give_freed_tensors_back()
     return exit_status(lambda: _COMMANDS[options.command](options))
+
+
+def _give_freed_tensors_back() -> None:
+    """Let the memory of a tensor go back to the system when it is freed.
+
+    Once glibc has seen large chunks freed, it keeps the next ones up to 32 MB for itself, in a heap with holes; whether
+    that happens hangs on the timing of two threads, and can double the peak. A fixed limit is kept to.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, nor the habit
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_CHUNK)
 
 
 def _build_parser() -> argparse.ArgumentParser:
