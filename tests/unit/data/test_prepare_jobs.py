@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.cli.prepare import main
-from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data import row_plan
+from megatron_vl.data.manifest import read_manifest, verify_files
 from megatron_vl.data.parts import plan_units
 from megatron_vl.data.pool import Pool, open_pool, this_process
 from megatron_vl.data.prepare import prepare
@@ -328,3 +329,19 @@ def test_amounts_that_there_are_too_few_samples_for_are_said(raw: Path, capsys: 
     assert "all amounts x 0.1, for 'documents' has too few samples for its own" in capsys.readouterr().out
     manifest = read_manifest(raw / "data")
     assert (manifest.amounts_factor, manifest.scarcest_group) == (0.1, "documents")
+
+
+@pytest.mark.parametrize("limit", ["SLICE_BYTES", "SLICE_PIECES"])
+def test_where_slices_are_cut_changes_nothing_but_the_hashes(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    recipe = load_recipe(recipe_file(raw))
+    prepare(recipe, raw / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(row_plan, limit, 20)
+        prepare(recipe, raw / "cut", progress=False)
+    verify_files(raw / "cut")
+    whole, cut = hashes(raw / "whole"), hashes(raw / "cut")
+    assert {suffix for suffix in whole if whole[suffix] != cut[suffix]} == {".json", ".sha256"}
+    lines = (raw / "cut.sha256").read_text().splitlines()
+    assert sum(".tokens.bin " in line for line in lines) > 1
