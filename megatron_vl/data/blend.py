@@ -2,9 +2,13 @@
 consumed.
 
 Index i counts the rows of the run, over all steps and ranks. Prefixes given alone form one pool: an epoch is
-a shuffle of all their rows. Prefixes given with weights are pools of their own: indices come in blocks, a
-block holds a fixed number of rows of each pool (in the ratio of the weights) in shuffled order, and each pool
-goes through its own epochs.
+a shuffle of all their rows. Prefixes given with weights are pools of their own: each takes its turns evenly
+spread over the run, and its n-th turn takes the n-th row of its own epochs. So after e epochs of a pool, each
+of its rows was taken floor(e) or ceil(e) times, at every step.
+
+Whose turn an index is, and the how many-eth, is computed by descending a binary tree over the pools. Of the first
+i turns of a node, its left half has the nearest whole number to i times its share; the rest is the right half's.
+That is exact integer arithmetic for any i, without anything that grows with the run.
 
 A shuffle is a keyed permutation of [0, n), computed for any position by itself (a Feistel network over the
 next power of four, walked until it falls into range), so that row number 10^9 costs as much as the first,
@@ -13,8 +17,10 @@ nothing is stored, and every data-parallel rank gets the same answer at any size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +28,10 @@ import numpy.typing as npt
 from megatron_vl.config.validate import parse_data_path
 
 IntArray = npt.NDArray[np.int64]
+_Share = Callable[[IntArray], IntArray]
 _ROUNDS = 6
-_MIN_BLOCK, _MAX_BLOCK = 1024, 1 << 20
-_ROWS_OF_RAREST = 64
-"""A block is long enough to hold this many rows of the pool with the smallest weight, so that ratios are
-exact to 1 %."""
+_PARTS = 1 << 30
+"""Weights are shares of so many parts, at least one each: two numbers of parts multiply within 64 bits."""
 
 
 def permute(positions: IntArray, size: int, key: IntArray | int) -> IntArray:
@@ -80,6 +85,9 @@ class Blend:
     """Relative weights, or None: all rows once per epoch."""
     seed: int
 
+    ORDER: ClassVar[str] = "turns"
+    """Names the order of weighted data sets: a position that was counted in another one does not go on in this."""
+
     @classmethod
     def of(cls, data_path: Sequence[str], sizes: Sequence[int], *, seed: int) -> Blend:
         """The blend that ``data_path`` (prefixes, or weight and prefix in turn) asks of data sets of these sizes."""
@@ -96,18 +104,12 @@ class Blend:
         """Global row of each index of the run."""
         if self.weights is None:
             return self._draw(indices, self.num_rows, pool=0)
-        counts = self._block_counts
-        borders = np.cumsum(counts)
-        block_size = int(borders[-1])
-        blocks, within = np.divmod(indices, block_size)
-        within = permute(within, block_size, derive_key(self.seed, 1, blocks))
-        pools = np.searchsorted(borders, within, side="right")
+        pools, draws = self._turns(indices)
         offsets = np.cumsum((0, *self.sizes))
         rows = np.empty(len(indices), dtype=np.int64)
         for pool in np.unique(pools).tolist():
             mine = pools == pool
-            draw = blocks[mine] * counts[pool] + within[mine] - (borders[pool] - counts[pool])
-            rows[mine] = offsets[pool] + self._draw(draw, self.sizes[pool], pool=pool)
+            rows[mine] = offsets[pool] + self._draw(draws[mine], self.sizes[pool], pool=pool)
         return rows
 
     def step_rows(self, first: int, count: int) -> IntArray:
@@ -118,8 +120,8 @@ class Blend:
         """How often the first ``num_rows`` rows of the run take each row, by data set."""
         if self.weights is None:
             return (num_rows / self.num_rows,) * len(self.sizes)
-        shares = self._block_counts / self._block_counts.sum()
-        return tuple((num_rows * shares / np.array(self.sizes)).tolist())
+        draws = self._draws_within(num_rows)
+        return tuple((draws / np.array(self.sizes)).tolist())
 
     def locate(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Data set and row within it of global rows."""
@@ -132,16 +134,40 @@ class Blend:
         epochs, positions = np.divmod(draws, size)
         return permute(positions, size, derive_key(self.seed, 2, pool, epochs))
 
-    @property
-    def _block_counts(self) -> IntArray:
-        """Rows of each pool in a block: the ratio of the weights in whole numbers, by largest remainder."""
+    def _turns(self, indices: IntArray) -> tuple[IntArray, IntArray]:
+        """Which pool has its turn at each index, and how many turns it had before."""
+        return self._descend(indices, lambda turns, middle, share: share(turns + 1) > share(turns))
+
+    def _draws_within(self, num_rows: int) -> IntArray:
+        """How many of the first rows of the run come from each pool."""
+        pools = np.arange(len(self.sizes))
+        return self._descend(np.full_like(pools, num_rows), lambda turns, middle, share: pools < middle)[1]
+
+    def _descend(
+        self, turns: IntArray, goes_left: Callable[[IntArray, IntArray, _Share], npt.NDArray[np.bool_]]
+    ) -> tuple[IntArray, IntArray]:
+        """Go down the tree; per element the leaf (a pool) that is reached, and its turns within the first ``turns``.
+
+        ``goes_left`` decides at a node, from the node's turns, the first pool of its right half, and how many of some
+        first turns are the left half's.
+        """
         assert self.weights is not None
-        shares = np.array(self.weights) / sum(self.weights)
-        block = int(np.clip(np.ceil(_ROWS_OF_RAREST / shares.min()), _MIN_BLOCK, _MAX_BLOCK))
-        counts = np.floor(shares * block).astype(np.int64)
-        remainders = shares * block - counts
-        counts[np.argsort(-remainders, kind="stable")[: block - int(counts.sum())]] += 1
-        return counts
+        parts = np.rint(np.array(self.weights) / sum(self.weights) * _PARTS).astype(np.int64)
+        borders = np.concatenate(([0], np.cumsum(np.maximum(parts, 1))))
+        low, high = np.zeros_like(turns), np.full_like(turns, len(self.sizes))
+        while (high - low > 1).any():
+            middle = (low + high) // 2  # at a leaf ``low``, so that the empty left half is never taken
+            share = partial(_nearest, part=borders[middle] - borders[low], whole=borders[high] - borders[low])
+            left = goes_left(turns, middle, share)
+            turns = np.where(left, share(turns), turns - share(turns))
+            low, high = np.where(left, low, middle), np.where(left, middle, high)
+        return low, turns
+
+
+def _nearest(turns: IntArray, part: IntArray, whole: IntArray) -> IntArray:
+    """The nearest whole number to ``turns * part / whole``; a half is rounded up."""
+    rounds, rest = np.divmod(turns, whole)
+    return rounds * part + (rest * part + whole // 2) // whole
 
 
 def mean_over(values: Sequence[float], blend: Blend) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.blend import Blend
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.data.manifest import read_manifest
 from megatron_vl.data.repeats import describe_data
@@ -85,4 +86,6 @@ def data_fingerprint(config: RunConfig) -> str:
     """
     pairs = parse_data_path(config.data.data_path)
     parts = [f"{weight} {read_manifest(prefix).fingerprint}" for weight, prefix in pairs]
+    if len(pairs) < len(config.data.data_path):
+        parts.append(Blend.ORDER)
     return hashlib.sha256("\n".join([str(config.training.seed), *parts]).encode()).hexdigest()[:12]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,18 +38,53 @@ def test_an_epoch_holds_every_row_once_in_an_order_of_its_own() -> None:
     assert not np.array_equal(epochs[0], Blend((30, 7), None, 6).rows(np.arange(37)))
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 1)), min_size=1, max_size=4))
-def test_weights_are_kept_and_epochs_within_a_data_set_are_whole(sets: list[tuple[int, float]]) -> None:
+SETS = st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 1)), min_size=1, max_size=6)
+
+
+def counts_by_row(blend: Blend, first: int) -> list[np.ndarray]:
+    """How often each row of each set is among the first rows of the run."""
+    counts = np.bincount(blend.rows(np.arange(first)), minlength=blend.num_rows)
+    return np.split(counts, np.cumsum(blend.sizes)[:-1])
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(SETS, st.integers(0, 99), st.lists(st.integers(0, 2000), min_size=1, max_size=4))
+def test_at_any_step_every_row_was_taken_as_often_as_its_epochs_say(
+    sets: list[tuple[int, float]], seed: int, stops: list[int]
+) -> None:
     sizes, weights = tuple(size for size, _ in sets), tuple(weight for _, weight in sets)
-    blend = Blend(sizes, weights, seed=1)
-    whole_blocks = 3 * int(blend._block_counts.sum())
-    data_sets, rows = blend.locate(blend.rows(np.arange(whole_blocks)))
-    shares = np.bincount(data_sets, minlength=len(sizes)) / len(rows)
-    assert np.allclose(shares, np.array(weights) / sum(weights), rtol=0.01)
-    for data_set, size in enumerate(sizes):
-        drawn = np.bincount(rows[data_sets == data_set], minlength=size)
-        assert drawn.max() - drawn.min() <= 1
+    blend = Blend(sizes, weights, seed)
+    for stop in stops:
+        for counts, epochs in zip(counts_by_row(blend, stop), blend.passes(stop), strict=True):
+            assert counts.sum() / len(counts) == pytest.approx(epochs)
+            assert set(counts.tolist()) <= {math.floor(epochs), math.ceil(epochs)}
+        drawn = np.array(sizes) * blend.passes(stop)
+        assert np.abs(drawn - stop * np.array(weights) / sum(weights)).max() < 2, "at any step in the ratio"
+
+
+def test_a_small_set_goes_through_whole_epochs() -> None:
+    few, many = (26, 500)
+    blend = Blend((few, many), (0.01, 0.99), seed=0)  # once: a row taken once, another 13 times
+    counts = counts_by_row(blend, round(5.7 * few / 0.01))[0]
+    assert counts.sum() == 148 and set(counts.tolist()) == {5, 6}
+    blend = Blend((many, few), (0.8, 0.2), seed=0)  # once: 10 rows never seen
+    counts = counts_by_row(blend, 626)[0]
+    assert counts.sum() == 501 and sorted(counts.tolist()) == [1] * 499 + [2]
+
+
+def test_a_set_of_the_smallest_weight_has_its_turns() -> None:
+    blend = Blend((5, 7, 3), (1e-7, 1.0, 1.0), seed=0)
+    assert np.array(blend.sizes) * blend.passes(2 * 10**9) == pytest.approx([100, 10**9, 10**9], rel=0.02)
+    assert Blend((5, 7), (1e-300, 1.0), seed=0).passes(1 << 33)[0] == 8 / 5, "no set is left out"
+
+
+def test_late_rows_of_a_long_run_are_those_of_the_same_schedule() -> None:
+    sizes, weights, late = (10**9, 4 * 10**8, 31), (0.7, 0.299, 0.001), 1_400_000_000
+    blend = Blend(sizes, weights, seed=4)
+    for index in range(late, late + 300):
+        before, after = np.array(sizes) * blend.passes(index), np.array(sizes) * blend.passes(index + 1)
+        data_sets, _ = blend.locate(blend.rows(np.array([index])))
+        assert np.rint(after - before).tolist() == [float(number == data_sets[0]) for number in range(3)]
 
 
 def test_any_index_by_itself() -> None:
