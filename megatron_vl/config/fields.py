@@ -16,12 +16,12 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vl.config import schema
+from megatron_vl.config import schema, synonyms
 from megatron_vl.config.schema import ResamplerConfig, RunConfig, VisionConfig
 from megatron_vl.errors import ConfigError
 
@@ -193,7 +193,33 @@ def describe_value(value: object) -> str:
     return "empty" if value is None else repr(value)
 
 
+NEAR = 0.75
+"""Similarity (``difflib``) from which a name is a likely slip of another; below it a suggestion misleads."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name of which ``name`` is a likely slip, if there is one."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=NEAR)), None)
+
+
 def suggestion(name: str, valid: Iterable[str]) -> str:
-    """Return ". Did you mean X?" for the nearest valid name, or nothing."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f". Did you mean {near[0]}?" if near else ""
+    """Return ". Did you mean X?" for the nearest valid name, or nothing where none is near."""
+    near = nearest(name, valid)
+    return f". Did you mean {near}?" if near else ""
+
+
+def suggest_field(name: str, shown: Callable[[FieldSpec], str], siblings: Iterable[str]) -> str:
+    """Return what to say of a name that is no field: the field it means elsewhere, a note, or the nearest sibling.
+
+    Args:
+        name: as the user wrote it.
+        shown: how a field is written where the name stands, for example its flag.
+        siblings: valid names there, to compare with ``name``.
+    """
+    key = name.lstrip("-").lower().replace("-", "_")
+    meant = [spec for spec in iterate_fields() if spec.path[-1] == key or spec.dotted == synonyms.FIELDS.get(key)]
+    if meant:
+        return f". Did you mean {' or '.join(map(shown, meant))}?"
+    if note := synonyms.note(key):
+        return f". {note}"
+    return suggestion(name, siblings)

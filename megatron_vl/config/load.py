@@ -26,11 +26,12 @@ from megatron_vl.config.fields import (
     iterate_fields,
     read_docs,
     section_paths,
+    suggest_field,
     suggestion,
 )
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.config.strict_yaml import KeyPath, parse_yaml
+from megatron_vl.config.strict_yaml import KeyPath, read_yaml
 from megatron_vl.errors import ConfigError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -102,14 +103,7 @@ def dump_config(config: RunConfig) -> str:
 
 def read_recipe(path: Path) -> dict[str, Value]:
     """Return the values of a recipe by dotted path; raises ``ConfigError`` with file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
-    try:
-        tree, lines = parse_yaml(text, str(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree, lines = read_yaml(path)
     return _Recipe(str(path), lines).flatten(tree, RunConfig, ())
 
 
@@ -145,10 +139,8 @@ class _Recipe:
 
     def unknown(self, path: tuple[str, ...], section: type) -> ConfigError:
         """Name the nearest key of the section, or the section to which a key of this name belongs."""
-        key = path[-1].replace("-", "_")
-        elsewhere = [spec.dotted for spec in iterate_fields() if spec.path[-1] == key]
         siblings = [item.name for item in dataclasses.fields(section)]
-        hint = f". Did you mean {' or '.join(elsewhere)}?" if elsewhere else suggestion(key, siblings)
+        hint = suggest_field(path[-1], lambda spec: spec.dotted, siblings)
         return ConfigError(f"{self.where(path)}: unknown key {'.'.join(path)}{hint}")
 
 
@@ -191,8 +183,9 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
     for word in words:
         if word.startswith("-"):
             valid = [name for spec in iterate_fields() for name in (spec.flag, *ALIASES.get(spec.dotted, ()))]
-            near = suggestion(word.split("=")[0].replace("_", "-"), valid)
-            raise ConfigError(f"command line: {word} is not a known flag{near}")
+            flag = word.split("=")[0].replace("_", "-")
+            hint = suggest_field(flag, lambda spec: spec.flag, valid)
+            raise ConfigError(f"command line: {word} is not a known flag{hint}")
     return flags, words
 
 

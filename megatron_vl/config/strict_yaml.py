@@ -5,6 +5,7 @@ Recipes of runs and of data sets are read with it. The line of each key comes al
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,29 @@ from megatron_vl.errors import ConfigError
 
 KeyPath = tuple[str, ...]
 """Keys from the top down; an element of a list is part of the list's: ("sources[0]", "path")."""
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """Read a recipe: its values, and the line of each key.
+
+    Raises:
+        ConfigError: with file and line; the file cannot be read, is no YAML, holds nothing, or gives a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the recipe cannot be read: {error}") from error
+    try:
+        values, lines = parse_yaml(text, str(path))
+    except yaml.MarkedYAMLError as error:
+        mark, words = error.problem_mark or error.context_mark, " ".join(filter(None, (error.context, error.problem)))
+        place = f"{path}:{mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {words}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise ConfigError(f"{path}: the recipe is empty; expected keys and their values, as in examples/")
+    return values, lines
 
 
 def parse_yaml(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:

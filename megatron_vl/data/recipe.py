@@ -18,7 +18,6 @@ source are options of its reader. Unknown keys are errors that name their neares
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +25,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from megatron_vl.config.strict_yaml import parse_yaml
+from megatron_vl.config.fields import nearest
+from megatron_vl.config.strict_yaml import read_yaml
 from megatron_vl.data.chat_prompts import ChatStyle
 from megatron_vl.data.filters.options import FilterOptions, read_filters
 from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
@@ -105,12 +103,7 @@ def load_recipe(
     Relative paths count from ``root``, by default the recipe's folder. Raises ConfigError naming file and
     key.
     """
-    try:
-        values, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    values, _ = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
     values = {**(defaults or {}), **values}
@@ -296,8 +289,8 @@ def _check_keys(values: Mapping[str, Any], kind: type[Any], where: str) -> None:
     valid = [item.name for item in dataclasses.fields(kind)]
     for key in values:
         if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"
+            near = nearest(str(key), valid)
+            hint = f"did you mean {near!r}?" if near else f"valid are {', '.join(valid)}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
 

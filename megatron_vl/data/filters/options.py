@@ -7,7 +7,6 @@ replaces that of the top. Unknown keys and impossible values are errors that nam
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.config.fields import nearest
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7
@@ -91,8 +91,8 @@ def read_filters(values: Any, where: str, *, root: Path, base: FilterOptions | N
     changes = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise ConfigError(f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else
+            near = nearest(str(key), hints)
+            raise ConfigError(f"{where}: unknown key {key!r}; " + (f"did you mean {near!r}?" if near else
                               f"valid are {', '.join(hints)}"))  # fmt: skip
         changes[key] = _convert(value, hints[key], f"{where}.{key}", root)
     return dataclasses.replace(base or FilterOptions(), **changes)

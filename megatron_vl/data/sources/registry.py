@@ -8,13 +8,13 @@ its reader with some fields filled in. Relative paths count from the folder of t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.config.fields import nearest
 from megatron_vl.data.sources.ai2d import AI2D
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.caption_files import CaptionFiles
@@ -110,5 +110,5 @@ def _convert(value: Any, hint: Any, where: str, root: Path | None) -> Any:
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
-    near = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(names)}"
+    near = nearest(word, names)
+    return f"; did you mean {near!r}?" if near else f"; valid are {', '.join(names)}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vl.config.fields import nearest
 from megatron_vl.data.rows import RowStore
 from megatron_vl.errors import ConfigError
 
@@ -63,6 +63,6 @@ def choose_rows(store: RowStore, choice: Choice) -> list[int]:
 def _check_name(kind: str, name: str | None, known: Collection[str], prefix: str) -> None:
     if name is None or name in known:
         return
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    hint = f" Did you mean {near}?" if near else ""
     raise ConfigError(f"--{kind} {name}: {prefix} has no such {kind}, but {', '.join(sorted(known))}.{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vl.config import synonyms
 from megatron_vl.config.fields import FieldSpec, iterate_fields, read_docs
 from megatron_vl.config.load import ALIASES, apply_overrides, dump_config, load_config
 from megatron_vl.config.presets import TINY
@@ -158,8 +160,62 @@ def test_weights_need_no_quotes_and_empty_sections_are_empty(recipe: Writer) -> 
     assert config.training == RunConfig().training
 
 
-def test_empty_recipe_is_the_defaults(recipe: Writer) -> None:
-    assert load_config(recipe("# nothing\n")) == RunConfig()
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_recipe_is_refused(recipe: Writer, text: str) -> None:
+    with pytest.raises(ConfigError, match="the recipe is empty; expected keys"):
+        load_config(recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("training: {seed: 1\nmodel: [", ":2, column 6: not valid YAML"),
+        ("a: b: c", ":1, column 5: not valid YAML: mapping values are not allowed here"),
+        ("training:\n\tseed: 1", ":2, column 1: not valid YAML"),
+        ("training: {seed: !!python/name:os.system x}", ":1, column 18: not valid YAML: could not determine"),
+    ],
+)
+def test_broken_yaml_is_named_by_file_line_and_column_in_one_line(recipe: Writer, text: str, place: str) -> None:
+    path = recipe(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"{path}{place}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--learning-rate", "not a known flag. Did you mean --lr?"),
+        ("--learning_rate=1e-4", "Did you mean --lr?"),
+        ("--max-steps", "Did you mean --train-iters?"),
+        ("--output_dir", "Did you mean --save?"),
+        ("--save_total_limit", "Did you mean --keep-last?"),
+        ("--per_device_train_batch_size", "Did you mean --micro-batch-size?"),
+        ("--tp", "Did you mean --tensor-model-parallel-size?"),
+        ("--gradient-checkpointing", "Did you mean --recompute-granularity?"),
+        ("--num-train-epochs", "counts steps, not epochs"),
+        ("--gradient_accumulation_steps", "--global-batch-size"),
+        ("--lora-rank", "There are no LoRA adapters"),
+        ("--fp16", "bfloat16"),
+        ("--train-itres", "Did you mean --train-iters?"),
+    ],
+)
+def test_names_of_other_trainers_are_answered_with_ours(flag: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(None, [flag])
+
+
+@pytest.mark.parametrize("flag", ["--mixture-of-experts", "--hello", "--expert-parallel", "--x"])
+def test_what_is_near_to_nothing_gets_no_suggestion(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is not a known flag$"):
+        load_config(None, [flag])
+
+
+def test_every_synonym_stands_for_a_field_and_none_is_one() -> None:
+    names = {spec.dotted for spec in iterate_fields()}
+    assert set(synonyms.FIELDS.values()) <= names
+    assert not {spec.path[-1] for spec in iterate_fields()} & (synonyms.FIELDS.keys() | synonyms.NOTES.keys())
+    assert not synonyms.FIELDS.keys() & synonyms.NOTES.keys()
 
 
 def test_override_by_path() -> None:
