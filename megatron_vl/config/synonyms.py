@@ -100,7 +100,8 @@ FIELDS: Mapping[str, str] = {
 """Field by the name that it has elsewhere, with underscores."""
 
 _EPOCHS = (
-    "A run counts steps, not epochs: set training.train_iters (--train-iters); --dry-run says how often it takes each row"
+    "A run counts steps, not epochs: set training.train_iters (--train-iters). --dry-run says how often it takes each "
+    "row"
 )
 _ACCUMULATION = (
     "A step has training.global_batch_size rows (--global-batch-size); micro-batches follow from it, from "
@@ -108,7 +109,8 @@ _ACCUMULATION = (
 )
 _RANKS = "Data-parallel ranks are what tensor and pipeline parallelism leave of the ranks that the launcher starts"
 _NO_LORA = (
-    "There are no LoRA adapters: a run trains whole parts (see --freeze-vision, --freeze-resampler, --freeze-language-model)"
+    "There are no LoRA adapters: a run trains whole parts (see --freeze-vision, --freeze-resampler and "
+    "--freeze-language-model)"
 )
 _NO_FP16 = "Precision is bfloat16 (training.bf16, --bf16) or float32"
 
