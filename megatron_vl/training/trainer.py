@@ -215,10 +215,10 @@ def _same_rows(state: TrainState, data: str) -> TrainState:
     """
     if state.data and state.data != data:
         raise CheckpointError(
-            f"data.data_path, its files or training.seed have changed since step {state.step}, or a version that ordered "
-            f"weighted data sets otherwise wrote the checkpoint: rows {state.data} then, {data} now. Go on with the same "
-            "ones, or start from the weights with --pretrained-checkpoint (or --load with --finetune) and an empty save "
-            "directory"
+            f"data.data_path, its files or training.seed have changed since step {state.step}, or a version that "
+            f"ordered weighted data sets otherwise wrote the checkpoint: rows {state.data} then, {data} now. Go on "
+            "with the same ones, or start from the weights with --pretrained-checkpoint (or --load with --finetune) "
+            "and an empty save directory"
         )
     return replace(state, data=data)
 
