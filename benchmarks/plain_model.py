@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.image import normalize
+from megatron_vl.data.pixels import normalize
 from megatron_vl.model.resampler import sincos_positions
 from megatron_vl.model.vision import interpolate_positions
 

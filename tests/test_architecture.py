@@ -308,6 +308,15 @@ def test_configuration_and_planning_need_no_torch() -> None:
     assert not imported_by("\n".join(f"import {name}" for name in low)) & {"torch", "megatron"}
 
 
+def test_a_training_step_needs_torch_core_numpy_and_yaml_only() -> None:
+    """What a GPU machine without the rest of the environment can run: the model, its step and its checkpoints."""
+    absent = ("PIL", "numba", "tiktoken", "safetensors", "psutil", "tqdm", "transformers", "pyarrow")
+    hidden = "\n".join(f"sys.modules[{name!r}] = None" for name in absent)
+    names = ("training.step", "training.parallel_model", "backends.platform", "checkpoint.contents", "config.load")
+    code = f"import sys\n{hidden}\n" + "\n".join(f"import {PACKAGE}.{name}" for name in names)
+    assert "torch" in imported_by(code)
+
+
 @pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
 def test_help_needs_no_torch(tool: str) -> None:
     code = f"import runpy, sys; sys.argv = ['tools/{tool}', '--help']; runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vl.data.image import IMAGE_MEAN, IMAGE_STD, to_pixels
+from megatron_vl.data.image import to_pixels
+from megatron_vl.data.pixels import IMAGE_MEAN, IMAGE_STD
 from megatron_vl.data.resize import Resize, compiled_resize, resize
 
 IMAGE_SIZE = 448

@@ -24,7 +24,6 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -84,6 +83,8 @@ def index_shard(file: Path) -> dict[str, StoredTensor]:
 
 
 def _index_safetensors(file: Path) -> dict[str, StoredTensor]:
+    from safetensors import SafetensorError, safe_open  # training reads no such file
+
     try:
         with safe_open(file, "pt") as opened:  # validates the header: sizes, overlaps, the file's length
             names = list(opened.keys())

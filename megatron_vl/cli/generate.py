@@ -144,7 +144,7 @@ def _prompt(question: Json, tokenizer: QwenTokenizer, model: ModelConfig, option
     import numpy as np
     import torch
 
-    from megatron_vl.data.image import blank_pixels
+    from megatron_vl.data.pixels import blank_pixels
     from megatron_vl.generation.engine import Prompt
 
     images = question.get("image") or []

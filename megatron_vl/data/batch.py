@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.data.image import blank_pixels
+from megatron_vl.data.pixels import blank_pixels
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
 

@@ -1,9 +1,9 @@
 """Encoded image -> checked pixels, exactly as the original does it.
 
 The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased)
-bicubic filter whatever the aspect ratio (``resize.py``), and normalises with CLIP's constants. EXIF orientation is
-not applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are on the
-device of the model.
+bicubic filter whatever the aspect ratio (``resize.py``), and normalises with CLIP's constants (``pixels.py``). EXIF
+orientation is not applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are
+on the device of the model.
 
 Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit
 on bytes, on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is
@@ -18,7 +18,6 @@ import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +25,6 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_vl.data.resize import Resize, resize
 from megatron_vl.errors import SkipSample
-
-if TYPE_CHECKING:
-    import torch
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-BLANK_RGB = tuple(round(255 * mean) for mean in IMAGE_MEAN)
-"""The grey that normalises to (almost) zero: the colour of a blank image."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +120,3 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
-
-
-def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
-    """uint8[num_images, 3, image_size, image_size] of the blank grey."""
-    colour = np.array(BLANK_RGB, dtype=np.uint8).reshape(1, 3, 1, 1)
-    return np.broadcast_to(colour, (num_images, 3, image_size, image_size)).copy()
-
-
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of
-    the input."""
-    values = pixels.float() / 255
-    mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
-    return values.sub_(mean).div_(std)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.data.batch import CollateOptions, MicroBatch, collate, empty_row
-from megatron_vl.data.image import BLANK_RGB
+from megatron_vl.data.pixels import BLANK_RGB
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
 

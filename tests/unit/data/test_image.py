@@ -17,16 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_vl.data.image import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    ImageLimits,
-    blank_pixels,
-    check_image,
-    decode_image,
-    normalize,
-    to_pixels,
-)
+from megatron_vl.data.image import ImageLimits, check_image, decode_image, to_pixels
+from megatron_vl.data.pixels import IMAGE_MEAN, IMAGE_STD, blank_pixels, normalize
 from megatron_vl.errors import SkipSample
 
 GOLDEN = Path("tests/golden/qwen_vl/qwen_vl_hf_tiny")

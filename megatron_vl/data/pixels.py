@@ -1,0 +1,34 @@
+"""Pixels once they are decoded: the blank image, and what the model makes of uint8.
+
+Apart from ``image.py``, so that training alone, which never decodes an image in its own process, needs no Pillow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+BLANK_RGB = tuple(round(255 * mean) for mean in IMAGE_MEAN)
+"""The grey that normalises to (almost) zero: the colour of a blank image."""
+
+
+def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
+    """uint8[num_images, 3, image_size, image_size] of the blank grey."""
+    colour = np.array(BLANK_RGB, dtype=np.uint8).reshape(1, 3, 1, 1)
+    return np.broadcast_to(colour, (num_images, 3, image_size, image_size)).copy()
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of
+    the input."""
+    values = pixels.float() / 255
+    mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
+    std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
+    return values.sub_(mean).div_(std)
