@@ -74,6 +74,17 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
     check_device(_num_parameters(config), cuda=cuda)
     validate(config, world_size=world_size, cuda=cuda)
     resolve_layout(config)
+    _check_data(config, world_size, cuda=cuda)
+
+
+def _check_data(config: RunConfig, world_size: int, *, cuda: bool) -> None:
+    """Refuse data sets that do not fit the run, and a step whose rows do not divide over the ranks."""
+    from megatron_vl.data.plan import DataPlan
+
+    counted, _ = DataPlan.read(config).count_rows(config, world_size)
+    validate(counted, world_size=world_size, cuda=cuda)
+    if config.data.valid_data_path:
+        DataPlan.read(config, key="valid_data_path")
 
 
 def _num_parameters(config: RunConfig) -> int:
@@ -101,14 +112,16 @@ def _dry_run(config: RunConfig, world_size: int) -> None:
 
     validate(config, world_size=world_size, cuda=True)  # the plan may be for another machine
     layout = resolve_layout(config)
+    data_lines, counted = _plan_data(config, world_size)
+    validate(counted, world_size=world_size, cuda=True)
     write_line(dump_config(config))
     parallel = config.parallel
     data_parallel = data_parallel_size(parallel, world_size)
     write_line(
         f"# {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {data_parallel}; {_describe_batch(config, data_parallel)}"
+        f"{parallel.pipeline_model_parallel_size} x data {data_parallel}; {_describe_batch(counted, data_parallel)}"
     )
-    for line in _describe_data(config):
+    for line in data_lines:
         write_line(f"# {line}")
     write_line(f"# model: {_num_parameters(config):,} parameters; pipeline layout {layout}")
     write_line("#")
@@ -129,16 +142,22 @@ def _describe_batch(config: RunConfig, data_parallel: int) -> str:
     )
 
 
-def _describe_data(config: RunConfig) -> list[str]:
-    """How often the run takes its data, where they are here; a plan for another machine is made without them."""
+def _plan_data(config: RunConfig, world_size: int) -> tuple[list[str], RunConfig]:
+    """Say what the run takes from its data, and count its batch in rows, where the data are here.
+
+    A plan for another machine is made without them; data that are here and do not fit are refused.
+    """
     if not config.data.data_path:
-        return []
-    from megatron_vl.data.repeats import planned
+        return [], config
+    from megatron_vl.data.plan import DataPlan
 
     try:
-        return planned(config)
+        plan = DataPlan.read(config)
     except DataError as error:
-        return [f"data: how often their rows are taken is not known; {' '.join(str(error).split())}"]
+        return [f"data: how often their rows are taken is not known; {' '.join(str(error).split())}"], config
+    counted, said = plan.count_rows(config, world_size)
+    num_rows = counted.training.train_iters * counted.training.global_batch_size
+    return ([said] if said else []) + plan.describe(num_rows), counted
 
 
 def _report(error: MegatronVLError, launch: Launch) -> None:

@@ -1,7 +1,8 @@
 """The arithmetic of batches: ranks, rows and samples.
 
-Invariant: how many rows a step holds never depends on the parallel layout, so a run that goes on at another layout
-goes on with the same batches.
+How many rows a step of so many samples holds depends on the parallel layout only where the number that is right for all
+the usual layouts cannot be divided over it. So a run that goes on at another layout goes on with the same batches,
+except there; the run then says so.
 """
 
 from __future__ import annotations
@@ -34,27 +35,44 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // size
 
 
-def rows_per_step(num_samples: int, samples_per_row: float) -> int:
-    """Rows that hold ``num_samples`` samples on average, where a row holds ``samples_per_row`` (1.0 if unpacked).
+def rows_per_step(num_samples: int, samples_per_row: float, *, multiple_of: int = 1) -> int:
+    """Return the rows that hold ``num_samples`` samples on average, where a row holds ``samples_per_row``.
 
     Of the numbers within 4 % of the quotient it is the one divisible by the highest power of two (the nearest such),
-    so that the usual data-parallel sizes divide it.
+    so that the usual data-parallel sizes divide it. Where ``multiple_of`` does not, the nearest multiple of it counts.
     """
     assert num_samples > 0 and samples_per_row > 0
     exact = num_samples / samples_per_row
     unit = 1
     while abs(round(exact / (2 * unit)) * 2 * unit - exact) <= ROUNDING * exact:
         unit *= 2
-    return max(1, round(exact / unit)) * unit
+    rows = max(1, round(exact / unit)) * unit
+    return rows if rows % multiple_of == 0 else max(1, round(exact / multiple_of)) * multiple_of
 
 
-def with_rows(config: RunConfig, samples_per_row: float) -> RunConfig:
-    """Return ``config`` with a global batch counted in samples turned into rows; as it is if it counts rows."""
+def with_rows(config: RunConfig, samples_per_row: float, world_size: int | None) -> RunConfig:
+    """Return ``config`` with a global batch counted in samples turned into rows; as it is if it counts rows.
+
+    Args:
+        samples_per_row: mean of the data sets (1.0 if unpacked).
+        world_size: ranks over which the rows are to divide; None for any.
+
+    Raises:
+        ConfigError: the parallel sizes do not fit ``world_size``.
+    """
     training = config.training
     if training.global_batch_samples is None:
         return config
-    rows = rows_per_step(training.global_batch_samples, samples_per_row)
+    multiple = 1 if world_size is None else _smallest_step(config, world_size)
+    rows = rows_per_step(training.global_batch_samples, samples_per_row, multiple_of=multiple)
     return replace(config, training=replace(training, global_batch_size=rows, global_batch_samples=None))
+
+
+def _smallest_step(config: RunConfig, world_size: int) -> int:
+    """Return the rows of one micro-batch on every data-parallel rank, or of a whole pipeline of virtual stages."""
+    parallel = config.parallel
+    fill = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size is not None else 1
+    return config.training.micro_batch_size * data_parallel_size(parallel, world_size) * fill
 
 
 def num_microbatches(training: TrainingConfig, data_parallel: int) -> int:

@@ -24,12 +24,11 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.balance import deal, row_costs, split
 from megatron_vl.data.batch import CollateOptions, MicroBatch, collate, empty_row
-from megatron_vl.data.blend import Blend, mean_over
 from megatron_vl.data.decoding import DecodePool
-from megatron_vl.data.manifest import Manifest
+from megatron_vl.data.plan import DataPlan
 from megatron_vl.data.rows import RowStore, SegmentKey
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.errors import ConfigError, DataError
+from megatron_vl.errors import ConfigError
 
 PADDING_ROW = -1
 """In place of a row id: a row of padding that fills the last batch of a finite pass."""
@@ -80,16 +79,10 @@ class DataSets:
         if not pairs:
             raise ConfigError("data.data_path is empty: give the prefix of a prepared data set")
         self.stores = [RowStore(prefix) for _, prefix in pairs]
-        for store in self.stores:
-            _check(store.manifest, store.prefix, config)
-        self.blend = Blend.of(data_path, [len(store) for store in self.stores], seed=config.training.seed)
+        self.plan = DataPlan.of(config, data_path, [(store.prefix, store.manifest) for store in self.stores])
+        self.blend = self.plan.blend
         self.lengths = np.concatenate([store.row_lengths for store in self.stores])
         self.images = np.concatenate([store.row_images for store in self.stores])
-
-    @property
-    def samples_per_row(self) -> float:
-        """Mean samples in a row, over the blend: global batch in rows = samples / this."""
-        return mean_over([store.manifest.samples_per_row for store in self.stores], self.blend)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -252,28 +245,3 @@ class RowLoader:
             assert self._pool is not None
             pixels = self._pool.result(pending.ticket)
         return collate(pending.rows, pixels, self._options, names=pending.names, span_images=pending.span_images)
-
-
-def _check(manifest: Manifest, prefix: str, config: RunConfig) -> None:
-    """The data set fits the model and the rows of the run."""
-    for key, found, expected in (
-        ("model.num_ranks", manifest.num_ranks, config.model.num_ranks),
-        ("model.resampler.num_queries", manifest.num_queries, config.model.resampler.num_queries),
-    ):
-        if found != expected:
-            raise ConfigError(
-                f"{prefix}: was prepared for {key} = {found}, this run has {expected}; prepare the data for "
-                "this model "
-                "(tools/prepare_data.py --model-preset) or change the model"
-            )
-    if manifest.seq_length > config.data.seq_length:
-        raise ConfigError(
-            f"{prefix}: has rows of up to {manifest.seq_length} tokens, but data.seq_length is "
-            f"{config.data.seq_length}"
-        )
-    if manifest.packed and config.data.unpacked:
-        raise ConfigError(
-            f"{prefix}: holds packed rows, but data.unpacked is set; prepare it with pack: {{mode: none}}"
-        )
-    if not manifest.num_rows:
-        raise DataError(f"{prefix}: holds no rows")

@@ -17,7 +17,6 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.blend import Blend
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.data.manifest import read_manifest
-from megatron_vl.data.repeats import describe_data
 from megatron_vl.parallel.collectives import broadcast_batches
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, image_cost
@@ -43,8 +42,7 @@ class Feed:
         """What the data sets hold, and how often a run of so many rows takes theirs; nothing on ranks that receive."""
         if self.loader is None:
             return []
-        data_sets = self.loader.data_sets
-        return describe_data([(store.prefix, store.manifest) for store in data_sets.stores], data_sets.blend, num_rows)
+        return self.loader.data_sets.plan.describe(num_rows)
 
     def close(self) -> None:
         """End the decode workers."""

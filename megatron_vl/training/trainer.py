@@ -13,11 +13,10 @@ import torch
 
 from megatron_vl.backends.platform import prepare_process
 from megatron_vl.checkpoint import contents, store
-from megatron_vl.config.batch import with_rows
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.loader import DataSets
+from megatron_vl.data.plan import DataPlan
 from megatron_vl.errors import CheckpointError
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.rng import seed_all
@@ -43,7 +42,7 @@ def train(config: RunConfig) -> TrainState:
 
 
 def _train(config: RunConfig, topology: Topology) -> TrainState:
-    config = _count_batch_in_rows(config)
+    config = _count_batch_in_rows(config, topology.world_size)
     validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
     run = Run.set_up(config, topology)
     try:
@@ -223,19 +222,11 @@ def _same_rows(state: TrainState, data: str) -> TrainState:
     return replace(state, data=data)
 
 
-def _count_batch_in_rows(config: RunConfig) -> RunConfig:
+def _count_batch_in_rows(config: RunConfig, world_size: int) -> RunConfig:
     """The paper counts samples in a batch; packed rows hold several, how many says the data set's manifest."""
-    if config.training.global_batch_samples is None:
-        return config
-    data_sets = DataSets(config, config.data.data_path)
-    try:
-        counted = with_rows(config, data_sets.samples_per_row)
-    finally:
-        data_sets.close()
-    log_rank_0(
-        f"a step of {config.training.global_batch_samples} samples = {counted.training.global_batch_size} rows of "
-        f"{data_sets.samples_per_row:.2f} samples"
-    )
+    counted, said = DataPlan.read(config).count_rows(config, world_size)
+    if said:
+        log_rank_0(said)
     return counted
 
 

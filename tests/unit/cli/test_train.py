@@ -6,21 +6,36 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vl.cli import train
 from megatron_vl.cli.train import main
 from megatron_vl.config.load import load_config
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.schema import ModelConfig, RunConfig
+from megatron_vl.data.manifest import FORMAT_VERSION, Manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
+def _write_manifest(path: Path, model: ModelConfig, **fields: Any) -> str:
+    """Write the manifest of a data set without files; return its prefix."""
+    values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "tokenizer_sha256": "", "num_ranks": model.num_ranks,
+        "num_queries": model.resampler.num_queries, "seq_length": 2048, "max_sample_length": 2048, "packing": "mixed",
+        "num_rows": 100, "num_samples": 300, "num_segments": 300, "num_tokens": 200_000, "num_images": 0,
+        "num_stored_images": 0, "images_per_row": (100,), "sources": (), "counts": (), "skips": (), "files": (),
+        "amounts_factor": 1.0, "scarcest_group": "", "hashes_sha256": "",
+    }  # fmt: skip
+    write_manifest(path, Manifest(**values | fields))
+    return str(path)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    (tmp_path / "rows.json").touch()
-    return str(tmp_path / "rows")
+    return _write_manifest(tmp_path / "rows", PRESETS["tiny"])
 
 
 @pytest.fixture
@@ -71,6 +86,48 @@ def test_check_starts_nothing(started: list[RunConfig], data: str) -> None:
     assert started == []
 
 
+STAGE_3 = str(ROOT / "examples" / "qwen_vl" / "stage3_sft.yaml")
+
+
+def test_check_and_dry_run_count_a_batch_of_samples_in_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 3's own recipe on 4 x 8 GPUs: 128 samples are 44 rows, which 16 data-parallel ranks do not divide."""
+    monkeypatch.setattr(train, "has_cuda_device", lambda: True)
+    data = _write_manifest(tmp_path / "rows", PRESETS["qwen_vl_7b"])
+    for world_size, said in (
+        ("8", "a step of 128 samples = 44 rows of 3.00 samples\n"),
+        ("32", "48 rows of 3.00 samples (about 144 samples, +12%; 44 rows would be nearest"),
+    ):
+        assert main([STAGE_3, "--data-path", data, "--check", "--world-size", world_size]) == 0
+        assert main([STAGE_3, "--data-path", data, "--dry-run", "--world-size", world_size]) == 0
+        out = capsys.readouterr().out
+        assert said in out and "= 3 micro-batches x 1 rows x data 16" in out or world_size == "8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_ranks": 256}, "was prepared for model.num_ranks = 256, this run has 2048"),
+        ({"num_queries": 4}, "was prepared for model.resampler.num_queries = 4, this run has 16"),
+        ({"seq_length": 4096}, "has rows of up to 4096 tokens, but data.seq_length is 2048"),
+        ({"num_rows": 0}, "holds no rows"),
+        ({"format_version": 1}, "format_version is 1, expected"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--data-path", "--valid-data-path"])
+def test_check_refuses_data_of_another_model(
+    tmp_path: Path, data: str, fields: dict[str, int], said: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = _write_manifest(tmp_path / "other", PRESETS["tiny"], **fields)
+    argv = ["--preset", "tiny", "--check", "--eval-interval", "5"]
+    paths = {"--data-path": data, "--valid-data-path": data, flag: other}
+    assert main([*argv, *(word for pair in paths.items() for word in pair)]) == 2
+    assert f"{other}" in (error := capsys.readouterr().err) and said in error
+    if flag == "--data-path" and "format_version" not in fields and "num_rows" not in fields:
+        assert main(["--preset", "tiny", "--dry-run", flag, other]) == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
@@ -93,8 +150,9 @@ def test_mistakes_are_one_message_and_status_2(
 
 
 def test_7b_without_cuda_is_refused(
-    data: str, started: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, started: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = _write_manifest(tmp_path / "rows", PRESETS["qwen_vl_7b"])
     argv = [str(ROOT / "examples" / "qwen_vl" / "stage1_pretrain.yaml"), "--data-path", data]
     monkeypatch.setattr(train, "has_cuda_device", lambda: False)
     assert main(argv) == 2

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_vl.config.batch import data_parallel_size, num_microbatches, rows_per_step, with_rows
 from megatron_vl.config.load import apply_overrides
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_vl.config.validate import check_batch
 from megatron_vl.errors import ConfigError
 
 
@@ -35,9 +36,26 @@ def test_rows_are_near_the_quotient_and_as_even_as_can_be(samples: int, per_row:
 
 def test_with_rows_replaces_samples_by_rows_once() -> None:
     config = apply_overrides(RunConfig(), {"training.global_batch_samples": 128})
-    counted = with_rows(config, 3.0)
+    counted = with_rows(config, 3.0, None)
     assert (counted.training.global_batch_size, counted.training.global_batch_samples) == (44, None)
-    assert with_rows(counted, 5.0) == counted
+    assert with_rows(counted, 5.0, 4) == counted
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "rows"),
+    [
+        (32, {"tensor_model_parallel_size": 2}, 48),  # stage 3's own recipe on 4 x 8 GPUs: 44 does not divide over 16
+        (8, {"tensor_model_parallel_size": 2}, 44),
+        (64, {"tensor_model_parallel_size": 2}, 32),
+        (256, {"tensor_model_parallel_size": 2}, 128),
+        (8, {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}, 40),
+    ],
+)
+def test_rows_of_samples_divide_over_the_ranks(world_size: int, parallel: dict[str, int], rows: int) -> None:
+    overrides = {f"parallel.{name}": size for name, size in parallel.items()} | {"training.global_batch_samples": 128}
+    config = with_rows(apply_overrides(RunConfig(), overrides), 3.0, world_size)
+    assert config.training.global_batch_size == rows
+    check_batch(config, world_size)
 
 
 def test_data_parallel_size() -> None:

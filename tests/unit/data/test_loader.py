@@ -128,7 +128,7 @@ def test_a_data_set_must_fit_the_run(prefix: str, tmp_path: Path) -> None:
 def test_samples_per_row_is_the_manifests(prefix: str) -> None:
     data_sets = DataSets(run_config(prefix), (prefix,))
     manifest = data_sets.stores[0].manifest
-    assert data_sets.samples_per_row == pytest.approx((NUM_CAPTIONS + NUM_DOCUMENTS) / manifest.num_rows)
+    assert data_sets.plan.samples_per_row == pytest.approx((NUM_CAPTIONS + NUM_DOCUMENTS) / manifest.num_rows)
     assert data_sets.fingerprints == (manifest.fingerprint,)
 
 

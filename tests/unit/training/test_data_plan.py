@@ -12,19 +12,22 @@ import pytest
 
 from megatron_vl.cli.train import main
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.validate import validate
 from megatron_vl.data.blend import Blend
-from megatron_vl.data.loader import DataSets
 from megatron_vl.data.manifest import read_manifest
-from megatron_vl.data.repeats import describe_data, planned
+from megatron_vl.data.plan import DataPlan
 from megatron_vl.log import ROOT
 from megatron_vl.training.trainer import Run
 from tests.helpers.ranks import RankPools, Start
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import MODEL, tiny_config
 from tests.unit.data.prepared import SEQ_LENGTH, make_data_set, run_config
 
 LINE = re.compile(
     r"(\S.*): ([\d,]+) samples in ([\d,]+) rows \(([\d.]+) % filled\); the run takes each row ([\d.,]+) times"
 )
+
+FITTING = f"--preset tiny --num-ranks {MODEL.num_ranks} --resampler-num-queries {MODEL.resampler.num_queries}"
+"""Flags of a model for which the data set is prepared."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_passes_are_those_of_the_rows(weights: tuple[float, ...] | None, num_row
 def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:
     manifest = read_manifest(prefix)
     rows = manifest.num_rows
-    lines = describe_data([("a", manifest), ("b", manifest)], Blend((rows, rows), None, 0), num_rows=7 * rows)
+    lines = DataPlan((("a", manifest), ("b", manifest)), Blend((rows, rows), None, 0)).describe(7 * rows)
     name, samples, shown, fill, times = parsed(lines[0])
     assert len(lines) == 1 and (name, times) == ("data", "3.5")
     assert (samples, shown) == (f"{2 * manifest.num_samples:,}", f"{2 * rows:,}")
@@ -68,13 +71,13 @@ def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:
 )
 def test_numbers_have_the_digits_that_matter(prefix: str, passes: float, said: str) -> None:
     manifest = replace(read_manifest(prefix), num_rows=1000)
-    (line,) = describe_data([("a", manifest)], Blend((1000,), None, 0), num_rows=round(1000 * passes))
+    (line,) = DataPlan((("a", manifest),), Blend((1000,), None, 0)).describe(round(1000 * passes))
     assert line.endswith(f"takes each row {said} times")
 
 
 def test_a_dry_run_says_it_for_every_data_set_of_a_blend(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_manifest(prefix).num_rows
-    argv = f"--preset tiny --dry-run --train-iters 100 --global-batch-size {rows} --data-path 3 {prefix} 1 {prefix}"
+    argv = f"{FITTING} --dry-run --train-iters 100 --global-batch-size {rows} --data-path 3 {prefix} 1 {prefix}"
     assert main(argv.split()) == 0
     said = [parsed(line) for line in re.findall(r"^# (data .*)$", capsys.readouterr().out, re.MULTILINE)]
     assert [(name, times) for name, *_, times in said] == [(f"data {prefix}", "75"), (f"data {prefix}", "25")]
@@ -91,11 +94,26 @@ def test_a_dry_run_without_the_data_plans_all_the_same(tmp_path: Path, capsys: p
 
 def test_a_batch_in_samples_is_counted_in_rows(prefix: str) -> None:
     config = run_config(prefix, training={"global_batch_size": 8, "global_batch_samples": 100, "train_iters": 10})
-    data_sets = DataSets(config, [prefix])
-    *_, times = parsed(planned(config)[0])
-    data_sets.close()
-    epochs = 1000 / read_manifest(prefix).num_samples
-    assert float(times) == pytest.approx(epochs, rel=0.05)  # the rows of a step are rounded by 4 %
+    plan = DataPlan.read(config)
+    counted, said = plan.count_rows(config, world_size=1)
+    rows = counted.training.global_batch_size
+    assert said == f"a step of 100 samples = {rows:,} rows of {plan.samples_per_row:.2f} samples"
+    assert rows * plan.samples_per_row == pytest.approx(100, rel=0.05)  # the rows of a step are rounded by 4 %
+    assert plan.count_rows(counted, world_size=3) == (counted, None)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5, 16])
+def test_rows_of_a_step_are_rounded_to_what_the_ranks_divide(prefix: str, world_size: int) -> None:
+    config = run_config(prefix, training={"global_batch_size": 8, "global_batch_samples": 100, "train_iters": 10})
+    plan = DataPlan.read(config)
+    counted, said = plan.count_rows(config, world_size)
+    validate(counted, world_size=world_size, cuda=False)
+    exact = 100 / plan.samples_per_row
+    rows = counted.training.global_batch_size
+    step = 2 * world_size  # a micro-batch has two rows
+    assert rows % step == 0 and abs(rows - exact) <= max(step / 2, 0.04 * exact)
+    plain = plan.count_rows(config, 1)[0].training.global_batch_size
+    assert said and ("do not divide over" in said) == bool(plain % step)
 
 
 class _Lines(logging.Handler):
