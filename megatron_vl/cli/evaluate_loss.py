@@ -79,7 +79,7 @@ def _configuration(saved: RunConfig, options: argparse.Namespace, world_size: in
         saved,
         parallel=parallel,
         training=TrainingConfig(micro_batch_size=options.micro_batch_size, global_batch_size=rows),
-        data=replace(saved.data, blank_images=options.blank_images, unpacked=False),
+        data=replace(saved.data, blank_images=options.blank_images, unpacked=False, valid_data_path=()),
     )
 
 

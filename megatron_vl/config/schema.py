@@ -133,7 +133,7 @@ class DataConfig:
     data_path: tuple[str, ...] = ()
     """Prefixes of packed data sets, or weight and prefix in turn: 0.7 A 0.3 B."""
     valid_data_path: tuple[str, ...] = ()
-    """The same for the validation loss."""
+    """Prefixes of validation sets; each has a validation loss of its own."""
     seq_length: int = 2048
     """Tokens in a row."""
     attention_span: Literal["row", "segment"] = "row"
@@ -178,7 +178,7 @@ class TrainingConfig:
     eval_interval: int = 0
     """Steps between two validation losses; 0 for none."""
     eval_iters: int = 0
-    """Global batches of one validation; 0 for the whole validation set."""
+    """Global batches of each validation set; 0 for all its rows."""
     exit_interval: int | None = None
     """Save and stop at the next step divisible by this."""
     exit_duration_in_mins: float | None = None

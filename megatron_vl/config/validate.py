@@ -15,6 +15,7 @@ from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.fields import iterate_fields
 from megatron_vl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.errors import ConfigError
 
 TINY_COMMANDS = (
@@ -289,7 +290,8 @@ def check_checkpoints(config: RunConfig) -> None:
 
 
 def check_validation(config: RunConfig) -> None:
-    """Validation steps have validation data."""
+    """Validation steps have validation data, and each set a name."""
+    validation_sets(config)
     if config.training.eval_interval and not config.data.valid_data_path:
         raise ConfigError(
             f"training.eval_interval is {config.training.eval_interval}, but data.valid_data_path is empty"

@@ -178,15 +178,16 @@ class RowLoader:
 
         return self._load(batches())
 
-    def one_pass(self, max_steps: int = 0) -> Iterator[StepBatch]:
-        """Every row once, in the stored order; the last batch is filled with padding rows. 0 steps: all of
-        them."""
-        count, size = self.num_rows, self._global_batch_size
+    def one_pass(self, data_set: int = 0, *, max_steps: int = 0) -> Iterator[StepBatch]:
+        """Every row of a data set once, in the stored order; the last batch is filled with padding rows. 0 steps: all
+        of them."""
+        sizes = self.data_sets.blend.sizes
+        first, count, size = sum(sizes[:data_set]), sizes[data_set], self._global_batch_size
         num_steps = -(-count // size)
         if max_steps:
             num_steps = min(num_steps, max_steps)
         ids = np.full(num_steps * size, PADDING_ROW, dtype=np.int64)
-        ids[: min(count, len(ids))] = np.arange(min(count, len(ids)))
+        ids[: min(count, len(ids))] = first + np.arange(min(count, len(ids)))
         return self._load(iter(ids.reshape(num_steps, size)))
 
     def close(self) -> None:

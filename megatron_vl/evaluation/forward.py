@@ -52,7 +52,7 @@ def forward_config(checkpoint: Path, parallel: ParallelConfig, *, seq_length: in
     return replace(
         saved,
         parallel=replace(parallel, use_distributed_optimizer=False),
-        data=replace(saved.data, seq_length=seq_length, attention_span="row"),
+        data=replace(saved.data, seq_length=seq_length, attention_span="row", valid_data_path=()),
         training=TrainingConfig(bf16=bf16),
     )
 

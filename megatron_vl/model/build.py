@@ -65,7 +65,7 @@ def _context(config: RunConfig, topology: Topology) -> BuildContext:
 def _check_validation(config: RunConfig, backend: Backend) -> None:
     """Refuse now what the backend would refuse at the first validation, hours later."""
     needed = LongContext(config.model.language).needed(config.data.seq_length)
-    if config.training.eval_interval and needed and backend.name == "transformer_engine":
+    if config.data.valid_data_path and needed and backend.name == "transformer_engine":
         native, length = config.model.language.native_seq_length, config.data.seq_length
         raise ConfigError(
             f"data.seq_length {length} is above model.language.native_seq_length {native}: validation would use "

@@ -34,9 +34,9 @@ class Feed:
         """Training steps without end."""
         return self._share(self.loader.steps(consumed_rows) if self.loader else None)
 
-    def one_pass(self, max_steps: int = 0) -> Iterator[list[MicroBatch]]:
-        """Every row once; ``max_steps`` 0 for all of them."""
-        return self._share(self.loader.one_pass(max_steps) if self.loader else None)
+    def one_pass(self, data_set: int = 0, *, max_steps: int = 0) -> Iterator[list[MicroBatch]]:
+        """Every row of a data set once; ``max_steps`` 0 for all of them."""
+        return self._share(self.loader.one_pass(data_set, max_steps=max_steps) if self.loader else None)
 
     def describe(self, num_rows: int) -> list[str]:
         """What the data sets hold, and how often a run of so many rows takes theirs; nothing on ranks that receive."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -109,7 +110,7 @@ class Sink(Protocol):
 
     def step(self, metrics: StepMetrics) -> None: ...
 
-    def validation(self, iteration: int, loss: float) -> None: ...
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -141,8 +142,10 @@ class LogLine:
     def step(self, metrics: StepMetrics) -> None:
         write_line(log_line(metrics))
 
-    def validation(self, iteration: int, loss: float) -> None:
-        write_line(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} |")
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            on = f" on {name}" if len(losses) > 1 else ""
+            write_line(f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} |")
 
     def close(self) -> None:
         pass
@@ -158,8 +161,10 @@ class JsonLines:
     def step(self, metrics: StepMetrics) -> None:
         self._write({"time": time.time(), **asdict(metrics)})
 
-    def validation(self, iteration: int, loss: float) -> None:
-        self._write({"time": time.time(), "iteration": iteration, "validation_loss": loss})
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            record = {"time": time.time(), "iteration": iteration, "validation_set": name, "validation_loss": loss}
+            self._write(record)
 
     def close(self) -> None:
         self._stream.close()
@@ -184,8 +189,9 @@ class TensorBoard:
             if name not in self._SKIP:
                 self._writer.add_scalar(name.replace("_", "-"), value, metrics.iteration)
 
-    def validation(self, iteration: int, loss: float) -> None:
-        self._writer.add_scalar("validation-loss", loss, iteration)
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            self._writer.add_scalar(_tag("validation-loss", name, losses), loss, iteration)
 
     def close(self) -> None:
         self._writer.close()
@@ -208,8 +214,9 @@ class WeightsAndBiases:
     def step(self, metrics: StepMetrics) -> None:
         self._run.log(asdict(metrics), step=metrics.iteration)
 
-    def validation(self, iteration: int, loss: float) -> None:
-        self._run.log({"validation_loss": loss}, step=iteration)
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        values = {_tag("validation_loss", name, losses): loss for name, loss in losses.items()}
+        self._run.log(values, step=iteration)
 
     def close(self) -> None:
         self._run.finish()
@@ -227,7 +234,7 @@ class ProgressBar:
         self._bar.set_postfix(loss=f"{metrics.lm_loss:.3f}", tokens_s=f"{metrics.tokens_per_second:.0f}", refresh=False)
         self._bar.update(metrics.iteration - self._bar.n)
 
-    def validation(self, iteration: int, loss: float) -> None:
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
         pass
 
     def close(self) -> None:
@@ -252,16 +259,21 @@ class Reporter:
                 sink.step(metrics)
             self._window = Window()
 
-    def validation(self, state: TrainState, loss: float, *, seconds: float) -> None:
-        """Report a validation loss; the time it took does not count as training."""
+    def validation(self, state: TrainState, losses: Mapping[str, float], *, seconds: float) -> None:
+        """Report the loss of each validation set by its name; the time it took does not count as training."""
         for sink in self._sinks:
-            sink.validation(state.step, loss)
+            sink.validation(state.step, losses)
         self._window.started += seconds
 
     def close(self) -> None:
         """Write out what is buffered."""
         for sink in self._sinks:
             sink.close()
+
+
+def _tag(kind: str, name: str, losses: Mapping[str, float]) -> str:
+    """Of a chart: with the name of the validation set where there are several."""
+    return f"{kind}/{name}" if len(losses) > 1 else kind
 
 
 def _open_sinks(config: RunConfig, state: TrainState) -> list[Sink]:

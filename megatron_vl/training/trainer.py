@@ -15,6 +15,7 @@ from megatron_vl.backends.platform import prepare_process
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
+from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.plan import DataPlan
 from megatron_vl.errors import CheckpointError
@@ -112,10 +113,15 @@ class Run:
         )
         self.reporter.step(self.state, result)
         if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
-            started = time.perf_counter()
-            steps = self.validation.one_pass(self.config.training.eval_iters)
-            loss = evaluate(self.model.wrapped, steps, topology=self.topology)
-            self.reporter.validation(self.state, loss.mean, seconds=time.perf_counter() - started)
+            self._validate(self.validation)
+
+    def _validate(self, feed: Feed) -> None:
+        """The loss on each validation set."""
+        started, losses = time.perf_counter(), {}
+        for number, (name, _) in enumerate(validation_sets(self.config)):
+            steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
+            losses[name] = evaluate(self.model.wrapped, steps, topology=self.topology).mean
+        self.reporter.validation(self.state, losses, seconds=time.perf_counter() - started)
 
     def save(self) -> None:
         """Write a checkpoint, if the configuration names a place for it."""

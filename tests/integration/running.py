@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class _Losses:
     def step(self, metrics: StepMetrics) -> None:
         self.values.append(metrics.lm_loss)
 
-    def validation(self, iteration: int, loss: float) -> None:
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
         pass
 
     def close(self) -> None:

@@ -37,13 +37,14 @@ def test_spans_above_the_native_length_are_refused(backend: Any) -> None:
         backend.long_attention_inputs(borders, torch.zeros(3010, 1, 1, 16), None)
 
 
-@pytest.mark.parametrize(("length", "interval", "ntk", "refused"), [
-    (4096, 100, True, True), (4096, 0, True, False), (2048, 100, True, False), (4096, 100, False, False),
+@pytest.mark.parametrize(("length", "validates", "ntk", "refused"), [
+    (4096, True, True, True), (4096, False, True, False), (2048, True, True, False), (4096, True, False, False),
 ])  # fmt: skip
 def test_a_run_that_would_be_refused_at_its_validation_does_not_start(
-    backend: Any, monkeypatch: pytest.MonkeyPatch, length: int, interval: int, ntk: bool, refused: bool
+    backend: Any, monkeypatch: pytest.MonkeyPatch, length: int, validates: bool, ntk: bool, refused: bool
 ) -> None:
-    config = tiny_config(training={"eval_interval": interval}, data={"seq_length": length})
+    sets = ("valid",) if validates else ()  # at the end of the run, whatever the interval
+    config = tiny_config(data={"seq_length": length, "valid_data_path": sets})
     language = replace(config.model.language, use_dynamic_ntk=ntk, use_logn_attn=ntk)
     config = replace(config, model=replace(config.model, language=language))
     monkeypatch.setattr(build, "select_backend", lambda _: backend)

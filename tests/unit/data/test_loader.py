@@ -100,6 +100,17 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_padding(prefix: str) ->
     assert [step.row_ids.tolist() for step in loaders[0].one_pass()] == [step.row_ids.tolist() for step in passes[0]]
 
 
+def test_one_pass_of_each_data_set(prefix: str) -> None:
+    loader = RowLoader(run_config(prefix, prefix), share=DataShare(0, 1))
+    size = loader.num_rows // 2
+    for data_set in range(2):
+        ids = np.concatenate([step.row_ids for step in loader.one_pass(data_set)])
+        assert ids[ids != PADDING_ROW].tolist() == list(range(data_set * size, (data_set + 1) * size))
+    assert np.concatenate([step.row_ids for step in loader.one_pass(1, max_steps=1)]).tolist() == [
+        *range(size, size + 8)
+    ]
+
+
 @pytest.mark.parametrize("with_pixels", [False, True])
 def test_ranks_without_pixels_and_blank_images_decode_nothing(prefix: str, with_pixels: bool) -> None:
     config = run_config(prefix, num_workers=2, blank_images=with_pixels)

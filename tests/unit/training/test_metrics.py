@@ -93,13 +93,15 @@ def _config(folder: Path, **logging: Any) -> RunConfig:
     return tiny_config(logging=fields, training={"train_iters": 5}, checkpoint={"save": str(folder / "run")})
 
 
-def _report(config: RunConfig, *, first: int = 0, last: int = 5) -> None:
+def _report(
+    config: RunConfig, *, first: int = 0, last: int = 5, losses: dict[str, float] | None = None
+) -> None:
     state = TrainState(step=first)
     reporter = Reporter(config, layout=LAYOUT, state=state, active=True)
     for _ in range(first, last):
         state = state.advanced(rows=8, samples=5, tokens=100, skipped=False)
         reporter.step(state, _result(2.0 * state.step, 1))
-    reporter.validation(state, 0.25, seconds=0.0)
+    reporter.validation(state, losses or {"set": 0.25}, seconds=0.0)
     reporter.close()
 
 
@@ -109,7 +111,7 @@ def test_reports_come_at_the_interval_and_at_the_end(tmp_path: Path, capsys: pyt
     assert [record["iteration"] for record in records] == [2, 4, 5, 5]
     assert [record["lm_loss"] for record in records[:3]] == [3.0, 7.0, 10.0], "each window's own mean"
     assert [record["consumed_rows"] for record in records[:3]] == [16, 32, 40]
-    assert records[3]["validation_loss"] == 0.25
+    assert (records[3]["validation_set"], records[3]["validation_loss"]) == ("set", 0.25)
     assert records[0]["layout"] == LAYOUT.text and records[0]["time"] > 1e9
     printed = capsys.readouterr().out
     assert len(re.findall(r"iteration +\d+/ +5 \|", printed)) == 3
@@ -136,6 +138,22 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     assert {"learning-rate", "grad-norm", "tokens-per-second", "images-per-second"} <= set(events.Tags()["scalars"])
 
 
+def test_each_of_several_validation_sets_has_its_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _report(_config(tmp_path), losses={"captions": 0.25, "en/text": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["validation_set"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert found == {"captions": 0.25, "en/text": 0.5}
+    printed = capsys.readouterr().out
+    assert " validation loss at iteration 5 on captions | lm loss value: 2.500000E-01 |" in printed
+    assert " validation loss at iteration 5 on en/text | lm loss value: 5.000000E-01 |" in printed
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    values = [events.Scalars(f"validation-loss/{name}")[0].value for name in ("captions", "en/text")]
+    assert values == [0.25, 0.5]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path)
     reporter = Reporter(config, layout=LAYOUT, state=TrainState(), active=False)
@@ -147,7 +165,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_validation_time_is_not_training_time(tmp_path: Path) -> None:
     reporter = Reporter(tiny_config(), layout=LAYOUT, state=TrainState(), active=False)
     started = reporter._window.started
-    reporter.validation(TrainState(step=1), 0.5, seconds=7.0)
+    reporter.validation(TrainState(step=1), {"set": 0.5}, seconds=7.0)
     assert reporter._window.started == started + 7.0
 
 
