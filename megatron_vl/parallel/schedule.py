@@ -2,6 +2,11 @@
 
 Boundary tensors of the vision tower, the resampler and the language model have different shapes, so shapes travel with
 the tensors (``variable_seq_lengths`` in ``model/configs.py``), and the sizes that the schedules ask for are not used.
+
+A schedule frees the memory of an output once it has been sent (``deallocate_pipeline_outputs``): it gives the tensor
+another storage. The interleaved schedule does so while the asynchronous send may still read, because it waits for a
+send one step later, and must: the peer receives only after it has sent something itself. :class:`P2P` sends an alias,
+which keeps the storage until the request is done with.
 """
 
 from __future__ import annotations
@@ -11,11 +16,32 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.topology import Topology
 
 LossRecord = dict[str, torch.Tensor]
+
+
+class P2P(P2PCommunicator):
+    """Messages between stages, each of which holds what it sends.
+
+    A request of torch holds the tensor that it was given, gloo's until it is dropped, NCCL's until the stream of the
+    schedule waits for it. What it holds is a tensor, though, not that tensor's storage of the moment.
+    """
+
+    def _communicate(
+        self, *, tensor_send_next: torch.Tensor | None, tensor_send_prev: torch.Tensor | None, **rest: Any
+    ) -> Any:
+        """Every message of every schedule passes here."""
+        return super()._communicate(
+            tensor_send_next=None if tensor_send_next is None else tensor_send_next.detach(),
+            tensor_send_prev=None if tensor_send_prev is None else tensor_send_prev.detach(),
+            **rest,
+        )
 
 
 def run_schedule(
@@ -24,6 +50,7 @@ def run_schedule(
     *,
     forward_step: Callable[..., tuple[torch.Tensor, Callable[..., Any]]],
     forward_only: bool,
+    topology: Topology,
 ) -> list[LossRecord]:
     """Forward (and backward) of all micro-batches of a step.
 
@@ -45,5 +72,7 @@ def run_schedule(
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,
+        p2p_communicator=P2P(topology.pp_group, get_model_config(chunks[0])),
+        pg_collection=topology.groups,
     )
     return records

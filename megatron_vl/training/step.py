@@ -111,7 +111,8 @@ def forward_backward(
     chunks: Sequence[nn.Module], batches: list[MicroBatch], *, topology: Topology, forward_only: bool
 ) -> tuple[LossSum, Counts]:
     """Run the schedule over the micro-batches, and sum the loss and what was read over all ranks."""
-    records = run_schedule(chunks, batches, forward_step=_forward_step(topology.device), forward_only=forward_only)
+    step = _forward_step(topology.device)
+    records = run_schedule(chunks, batches, forward_step=step, forward_only=forward_only, topology=topology)
     sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)

@@ -19,6 +19,7 @@ from megatron_vl.config.schema import RunConfig
 from tests.helpers.ranks import RankPools
 from tests.helpers.tiny import MODEL, micro_batches, tiny_config
 from tests.parallel.gradients import RankGradients, step_on_rank, whole_gradients
+from tests.parallel.late import evaluate_with_late_rank, step_with_late_rank
 
 TOLERANCE = 1e-5
 BATCHES = 8
@@ -137,6 +138,29 @@ def test_layout_equals_one_process(ranks: RankPools, references: Any, layout: La
 )
 def test_whole_row_attention_equals_one_process(ranks: RankPools, references: Any, layout: Layout) -> None:
     _assert_equal(_run(ranks, layout, span="row"), references[(), "row"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "frozen", "late"),
+    [
+        (Layout(pipeline=4), {}, 0),
+        (Layout(pipeline=4), STAGE_3, 3),
+        (Layout(pipeline=2, virtual=2), {}, 0),
+        (Layout(pipeline=4, virtual=2), {}, 0),
+        (Layout(pipeline=4, virtual=2), {}, 3),
+        (Layout(pipeline=4, virtual=2), STAGE_3, 0),
+    ],
+    ids=["1f1b-first", "1f1b-frozen-last", "pp2-vp2-first", "pp4-vp2-first", "pp4-vp2-last", "pp4-vp2-frozen-first"],
+)
+def test_a_late_receiver_gets_what_was_sent(
+    ranks: RankPools, references: Any, layout: Layout, frozen: dict[str, Any], late: int
+) -> None:
+    """The memory of what is sent is freed only when it has been read; the message to rank 0 was once read later."""
+    config = tiny_config(parallel=layout.fields, training=frozen)
+    given, reference = (config, _batches(config, "segment"), late), references[tuple(frozen), "segment"]
+    _assert_equal(ranks(layout.world_size).run(step_with_late_rank, *given), reference)
+    for loss in ranks(layout.world_size).run(evaluate_with_late_rank, *given):
+        assert loss == pytest.approx(reference[0].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [STAGE_1, STAGE_3, LEGACY, TEXT_ONLY], ids=["stage1", "stage3", "legacy", "text"])
