@@ -71,6 +71,8 @@ class Sample:
     """Grounded caption, referring, region caption: phrases with boxes. OCR: lines with quads."""
     turns: tuple[Turn, ...] = ()
     """Chat only."""
+    annotators: tuple[str, ...] = ()
+    """VQA: the answer of each annotator, for the benchmark's accuracy; empty where a set has not asked several."""
     score: float | None = None
     """How well image and text agree, as the source's metadata says it (CLIP similarity), for the filters."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vl.evaluation.records import Check, HeldOutLoss, Model
-from megatron_vl.evaluation.scoring import Score
+from megatron_vl.evaluation.scoring import VQA_ACCURACY, Score
 
 VQA_MARGIN = 0.20
 LOSS_TASKS = ("caption", "vqa", "referring", "ocr")
@@ -84,9 +84,10 @@ def _loss_bar(stage: str, task: str, losses: Sequence[HeldOutLoss]) -> Bar:
 def _vqa_bar(findings: Findings) -> Bar:
     scores = [findings.scores.get(model, {}).get("vqa") for model in ("sighted", "blind")]
     sighted, blind = (None if score is None else score.value for score in scores)
+    metric = next((score.metric for score in scores if score), VQA_ACCURACY)
     required = f"at least {100 * VQA_MARGIN:.0f} points above the blind model"
     return Bar(
-        what="VQA accuracy after stage 2",
+        what=f"{metric} on vqa after stage 2",
         required=required if blind is None else f"{required}'s {100 * blind:.1f} %",
         found="not measured" if sighted is None else f"{100 * sighted:.1f} %",
         met=sighted is not None and blind is not None and sighted >= blind + VQA_MARGIN,

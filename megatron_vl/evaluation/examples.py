@@ -82,13 +82,13 @@ def _cut(text: str) -> str:
 def _verdict(prediction: Prediction) -> tuple[str, bool]:
     if prediction.task not in SCORERS:
         return "", True
-    points = SCORERS[prediction.task][1](prediction)
+    points = SCORERS[prediction.task](prediction)
     good = points.earned == points.possible
     if prediction.task == "referring":
         return f"IoU {math.floor(100 * reference_iou(prediction)) / 100:.2f}", good
     if prediction.task == "ocr":
         return f"{points.earned:.0f} of {points.possible:.0f} words", good
-    return ("right" if good else "wrong"), good
+    return ("right" if good else f"{points.earned:.2f}" if points.earned else "wrong"), good
 
 
 def _draw(prediction: Prediction) -> str:

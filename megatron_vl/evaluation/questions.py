@@ -1,8 +1,8 @@
 """Questions for ``tools/generate.py`` out of raw data: the prompts of training, and the answers kept aside.
 
 One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt),
-``prompt`` (the task's own, with the markers of grounding written out) and ``reference`` (what training would
-have supervised, without the closing token).
+``prompt`` (the task's own, with the markers of grounding written out), ``reference`` (what training would
+have supervised, without the closing token) and, where several annotators have answered, ``annotators``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Question:
     """What follows the image."""
     reference: str
     image: bytes
+    annotators: tuple[str, ...] = ()
 
 
 def ask(sample: Sample) -> Question | None:
@@ -42,7 +43,7 @@ def ask(sample: Sample) -> Question | None:
     prompt = "".join(piece.text for piece in render_prompt(sample) if piece.kind != "image")
     answer = "".join(piece.text for piece in render(sample) if piece.supervised)
     key = f"{sample.source}/{sample.key}"
-    return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data)
+    return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data, sample.annotators)
 
 
 def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> dict[str, int]:
@@ -73,7 +74,7 @@ def _questions(source: Source) -> Iterator[Question]:
                 yield question
 
 
-def _line(question: Question, folder: Path, name: str) -> dict[str, str]:
+def _line(question: Question, folder: Path, name: str) -> dict[str, str | tuple[str, ...]]:
     """The JSON of a question; its image is stored as ``name`` with the suffix of its format."""
     with Image.open(io.BytesIO(question.image)) as image:
         name += f".{(image.format or 'png').lower()}"
@@ -84,4 +85,5 @@ def _line(question: Question, folder: Path, name: str) -> dict[str, str]:
         "image": name,
         "prompt": question.prompt,
         "reference": question.reference,
+        **({"annotators": question.annotators} if question.annotators else {}),
     }

@@ -41,6 +41,8 @@ class Prediction:
     """The true answer, or several that are equally right, in the model's own markup."""
     prediction: str
     image: Path | None = None
+    annotators: tuple[str, ...] = ()
+    """VQA: what each annotator answered, two or more; the references are then not scored against."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,17 @@ def load_predictions(path: Path) -> tuple[Prediction, ...]:
             **line,
             "references": tuple(reference) if isinstance(reference, list) else (reference,),
             "image": None if image is None else path.parent / image,
+            "annotators": _annotators(line, f"{path}, line {i}"),
         }
         predictions.append(_record(Prediction, values, path, f"line {i}"))
     return tuple(predictions)
+
+
+def _annotators(line: dict[str, Any], where: str) -> tuple[str, ...]:
+    found = line.get("annotators", [])
+    if not isinstance(found, list) or len(found) == 1 or not all(isinstance(answer, str) for answer in found):
+        raise DataError(f"{where}: 'annotators' is {found!r}; expected a list of two or more texts, or nothing")
+    return tuple(found)
 
 
 def load_losses(path: Path) -> tuple[HeldOutLoss, ...]:

@@ -166,10 +166,10 @@ def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
 
 def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, ...]:
     rows = []
-    for task, (metric, _) in SCORERS.items():
+    for task in SCORERS:
         sighted, blind = scores["sighted"].get(task), scores["blind"].get(task)
         if sighted is not None:
-            rows.append(ScoreRow(task, metric, _percent(sighted), _percent(blind), sighted.num_samples))
+            rows.append(ScoreRow(task, sighted.metric, _percent(sighted), _percent(blind), sighted.num_samples))
     return tuple(rows)
 
 

@@ -2,16 +2,17 @@
 
 References and predictions are both texts in the model's markup, so one parser reads both. A task's score is
 the ratio of the points it earned to the points it could earn: one a sample, except OCR, where every true word
-is one.
+is one. A score is named after its metric: VQA accuracy is the benchmark's, over the answers of annotators.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vl.evaluation.metrics.answers import exact_match
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.metrics.answers import exact_match, vqa_accuracy
 from megatron_vl.evaluation.metrics.boxes import box_hit, box_iou
 from megatron_vl.evaluation.metrics.texts import caption_match
 from megatron_vl.evaluation.records import Prediction
@@ -38,7 +39,9 @@ class Score:
 
 
 def score_vqa(prediction: Prediction) -> Points:
-    """Exact answer after the VQA benchmark's normalisation."""
+    """VQA accuracy where several annotators have answered; otherwise the exact answer after VQA's normalisation."""
+    if prediction.annotators:
+        return Points(vqa_accuracy(prediction.prediction, prediction.annotators))
     return Points(exact_match(prediction.prediction, prediction.references))
 
 
@@ -73,24 +76,46 @@ def reference_iou(prediction: Prediction) -> float:
     return box_iou(found, truth) if found and truth else 0.0
 
 
-SCORERS: dict[str, tuple[str, Callable[[Prediction], Points]]] = {
-    "caption": ("exact caption", score_caption),
-    "vqa": ("exact answer", score_vqa),
-    "referring": ("box with IoU ≥ 0.5", score_referring),
-    "ocr": ("exact words", score_ocr),
+SCORERS: dict[str, Callable[[Prediction], Points]] = {
+    "caption": score_caption,
+    "vqa": score_vqa,
+    "referring": score_referring,
+    "ocr": score_ocr,
 }
+METRICS = {
+    "caption": "exact caption",
+    "vqa": "exact match",
+    "referring": "accuracy at IoU ≥ 0.5",
+    "ocr": "recall of words",
+}
+VQA_ACCURACY = "VQA accuracy"
+
+
+def metric_of(prediction: Prediction) -> str:
+    """What the prediction's task is scored by."""
+    return VQA_ACCURACY if prediction.annotators and prediction.task == "vqa" else METRICS[prediction.task]
 
 
 def score_predictions(predictions: Iterable[Prediction]) -> Mapping[str, Score]:
-    """Score each task that has a metric; tasks without one (chat) are left out."""
-    earned: dict[str, list[Points]] = defaultdict(list)
+    """Score each task that has a metric; tasks without one (chat) are left out.
+
+    Raises:
+        DataError: a task's predictions are not all scored by the same metric.
+    """
+    by_task: dict[str, list[Prediction]] = {task: [] for task in SCORERS}
     for prediction in predictions:
-        if prediction.task in SCORERS:
-            earned[prediction.task].append(SCORERS[prediction.task][1](prediction))
-    return {task: _total(task, earned[task]) for task in SCORERS if task in earned}
+        by_task.get(prediction.task, []).append(prediction)
+    return {task: _score(task, found) for task, found in by_task.items() if found}
 
 
-def _total(task: str, points: list[Points]) -> Score:
+def _score(task: str, predictions: Sequence[Prediction]) -> Score:
+    metrics = Counter(map(metric_of, predictions))
+    if len(metrics) > 1:
+        counts = ", ".join(f"{count} by {metric}" for metric, count in metrics.items())
+        raise DataError(
+            f"task {task} has no one score: {counts}. Score questions with annotators' answers apart from others"
+        )
+    points = [SCORERS[task](prediction) for prediction in predictions]
     possible = sum(item.possible for item in points)
     value = sum(item.earned for item in points) / possible if possible else 0.0
-    return Score(task, SCORERS[task][0], value, len(points))
+    return Score(task, metric_of(predictions[0]), value, len(points))

@@ -90,6 +90,7 @@ DATA_SETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "vqa",
         {
             "records": "data",
+            "annotated": True,
             "image_pattern": ["train_images/{image_id}.jpg", "train_val_images.zip/train_images/{image_id}.jpg"],
         },
     ),

@@ -13,12 +13,13 @@ published set:
 Of several answers the one with the highest confidence over the annotators is learnt (yes 1, maybe 1/2, no 0),
 then the most frequent, then the first (paper, A.2). Texts are left as they were published.
 
-The files are streamed; what is kept in memory of a second file is one answer to each question.
+The files are streamed; what is kept in memory of a second file is the answers to each question.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,15 @@ from megatron_vl.data.sources.json_stream import Element, array_shards, iter_arr
 from megatron_vl.errors import DataError, SkipSample
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.0}
-Answers = Mapping[int | str, str | SkipSample]
+Answers = Mapping[int | str, "Answer | SkipSample"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is learnt, and what each annotator said."""
+
+    text: str
+    annotators: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class VQA(Source):
     """Field of the question, or of a list of questions."""
     answer_field: str = "answers"
     """Field of the answer, of several answers to the question, or of one answer to each of the questions."""
+    annotated: bool = False
+    """A list of answers that are texts holds one of each annotator, as a list of VQAv2's objects always does."""
     strip_period: bool = False
     """Learn answers without the period at their end."""
     split_field: str = ""
@@ -99,13 +110,13 @@ class VQA(Source):
         """The answer to each question of the second file, if there is one."""
         if self.annotations is None:
             return None
-        answers: dict[int | str, str | SkipSample] = {}
+        answers: dict[int | str, Answer | SkipSample] = {}
         for element in iter_array(self.annotations, "annotations"):
             record = element.value
             question_id = record.get(self.id_field) if isinstance(record, dict) else None
             if isinstance(question_id, (int, str)):  # of an annotation without it, no question will be found
                 try:
-                    answers[question_id] = best_answer(record, self.answer_field)
+                    answers[question_id] = self._answers_of(record)
                 except SkipSample as error:
                     answers[question_id] = error
         return answers
@@ -132,21 +143,31 @@ class VQA(Source):
                 raise SkipSample("other_split", f"{self.split_field} is {record.get(self.split_field)!r}")
             question = clean_text(field(record, self.question_field, str), "question")
             answer = self._answer(record, answers)
+            text = clean_text(answer.text.strip().removesuffix(".") if self.strip_period else answer.text, "answer")
             image = read_first_image(self.image_root, image_names(self.image_pattern, record))
         except SkipSample as error:
             return skipped(key, error)
-        return Sample(key, self.name, "vqa", self.language, (image,), question=question, text=answer)
+        said = answer.annotators
+        return Sample(
+            key, self.name, "vqa", self.language, (image,), question=question, text=text, annotators=said
+        )
 
-    def _answer(self, record: Json, answers: Answers | None) -> str:
+    def _answer(self, record: Json, answers: Answers | None) -> Answer:
         if answers is None:
-            answer = best_answer(record, self.answer_field)
-        else:
-            found = answers.get(field(record, self.id_field, (int, str)))
-            if not isinstance(found, str):
-                reason, detail = (found.reason, found.detail) if found else ("no_annotation", str(self.annotations))
-                raise SkipSample(reason, detail)
-            answer = found
-        return clean_text(answer.strip().removesuffix(".") if self.strip_period else answer, "answer")
+            return self._answers_of(record)
+        found = answers.get(field(record, self.id_field, (int, str)))
+        if not isinstance(found, Answer):
+            reason, detail = (found.reason, found.detail) if found else ("no_annotation", str(self.annotations))
+            raise SkipSample(reason, detail)
+        return found
+
+    def _answers_of(self, record: Json) -> Answer:
+        said = record.get(self.answer_field)
+        texts: list[str] = []
+        for answer in said if isinstance(said, list) else []:
+            text = answer.get("answer") if isinstance(answer, dict) else answer if self.annotated else None
+            texts += [sys.intern(text)] if isinstance(text, str) else []
+        return Answer(best_answer(record, self.answer_field), tuple(texts) if len(texts) > 1 else ())
 
 
 def best_answer(record: Json, name: str = "answers") -> str:

@@ -1,8 +1,7 @@
-"""Longer texts: captions that must match exactly, words read from a page, and the edit-distance score."""
+"""Longer texts: captions that must match exactly, and the edit-distance score."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
@@ -20,17 +19,6 @@ def caption_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the caption equals a reference after :func:`normalise_caption`, else 0.0."""
     caption = normalise_caption(prediction)
     return float(any(caption == normalise_caption(reference) for reference in references))
-
-
-def word_recall(predicted: Sequence[str], truth: Sequence[str]) -> float:
-    """Share of the true words that were read letter for letter, each predicted word used once; case matters.
-
-    1.0 where there is nothing to read and nothing was read, 0.0 where something was invented.
-    """
-    if not truth:
-        return float(not predicted)
-    found = Counter(predicted) & Counter(truth)
-    return found.total() / len(truth)
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:

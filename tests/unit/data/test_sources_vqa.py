@@ -166,6 +166,19 @@ def test_gqa_in_a_folder_of_ten_files(tmp_path: Path) -> None:
     ]
 
 
+def test_every_annotator_is_heard_where_several_were_asked(tmp_path: Path) -> None:
+    published.write_vqav2(tmp_path)
+    published.write_textvqa(tmp_path)
+    published.write_docvqa(tmp_path)
+    found = {
+        name: [sample.annotators for sample in kept(read_all(source_of(name, tmp_path, **SETS[name][1])))]
+        for name in ("vqav2", "textvqa", "docvqa")
+    }
+    assert found["vqav2"] == [("yes",) * 4 + ("no",) * 6, ("2",) * 5 + ("two",) * 5]
+    assert [len(said) for said in found["textvqa"]] == [10, 4]
+    assert found["docvqa"] == [()], "several answers there are equally right"
+
+
 def test_vgqa_may_learn_answers_without_their_period(tmp_path: Path) -> None:
     published.write_vgqa(tmp_path)
     items = read_all(source_of("vgqa", tmp_path, **SETS["vgqa"][1], strip_period=True))

@@ -130,6 +130,7 @@ def _question(folder: Path, task: str, index: int) -> dict[str, Any]:
         "prompt": prompt,
         "reference": truth,
         "prediction": said,
+        **({"annotators": [truth.strip()] * 10} if task == "vqa" else {}),
     }
 
 

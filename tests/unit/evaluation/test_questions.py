@@ -30,7 +30,7 @@ IMAGES = (ImageRef("i", _jpeg()),)
 QUAD = (0.1, 0.1, 0.5, 0.1, 0.5, 0.3, 0.1, 0.3)
 SAMPLES = (
     Sample("c", "s", "caption", images=IMAGES, text="a red ball"),
-    Sample("v", "s", "vqa", images=IMAGES, question="What colour?", text="red"),
+    Sample("v", "s", "vqa", images=IMAGES, question="What colour?", text="red", annotators=("red", "red", "pink")),
     Sample("r", "s", "referring", images=IMAGES, question="ball", regions=(Region("", ((0.1, 0.2, 0.3, 0.4),)),)),
     Sample("o", "s", "ocr", images=IMAGES, regions=(Region("oak", quads=(QUAD,)), Region("elm", quads=(QUAD,)))),
 )
@@ -65,6 +65,7 @@ def test_each_task_asks_as_in_training(tmp_path: Path) -> None:
         "OCR with grounding:",
     ]
     assert [line["reference"] for line in lines[:3]] == [" a red ball", " red", "<box>(100,200),(300,400)</box>"]
+    assert [line.get("annotators") for line in lines] == [None, ["red", "red", "pink"], None, None]
     assert (tmp_path / lines[0]["image"]).read_bytes() == IMAGES[0].data
 
 

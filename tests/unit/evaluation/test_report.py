@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -106,7 +107,7 @@ def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("true", "false"))
     report = read_report(run_dir)
     missed = [bar.what for bar in report.bars if not bar.met]
-    assert missed == ["Stage 1 leaves the language model as it was", "VQA accuracy after stage 2"]
+    assert missed == ["Stage 1 leaves the language model as it was", "VQA accuracy on vqa after stage 2"]
     assert "5 of 7" in render_page(report, run_dir)
     assert render_text(report).count("MISSED") == 2
 
@@ -193,6 +194,15 @@ def test_references_are_one_text_or_several(tmp_path: Path) -> None:
     first, second = load_predictions(path)
     assert (first.references, second.references) == (("a",), ("a", "b"))
     assert first.image == tmp_path / "x.png"
+
+
+@pytest.mark.parametrize("annotators", ["red", ["red"], ["red", 1]])
+def test_annotators_that_cannot_vote_are_an_error(tmp_path: Path, annotators: Any) -> None:
+    path = tmp_path / "p.jsonl"
+    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": "a", "annotators": annotators}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match="line 1: 'annotators' is .*two or more"):
+        load_predictions(path)
 
 
 def _record(iteration: int, layout: str) -> TrainingRecord:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_vl.errors import DataError
 from megatron_vl.evaluation.bars import LANGUAGE_MODEL_UNCHANGED, Findings, judge
 from megatron_vl.evaluation.records import Check, HeldOutLoss, Prediction
 from megatron_vl.evaluation.scoring import Score, reference_iou, score_predictions
@@ -32,6 +35,25 @@ def test_scores_by_task() -> None:
     assert scores["vqa"].num_samples == 2
 
 
+def _annotated(prediction: str, *annotators: str) -> Prediction:
+    return replace(_prediction("vqa", prediction, annotators[0]), annotators=annotators)
+
+
+def test_answers_of_several_annotators_are_scored_by_vqa_accuracy() -> None:
+    said = ("red",) * 2 + ("crimson",) * 8
+    score = score_predictions(
+        [_annotated("red", *said), _annotated("Crimson.", *said), _annotated("blue", *said), _annotated("x", "x", "x")]
+    )["vqa"]
+    assert score.metric == "VQA accuracy"
+    assert score.value == pytest.approx((0.6 + 1.0 + 0.0 + 1 / 3) / 4)
+    assert score_predictions([_prediction("vqa", "red", "red")])["vqa"].metric == "exact match"
+
+
+def test_one_score_has_one_metric() -> None:
+    with pytest.raises(DataError, match="1 by VQA accuracy, 2 by exact match"):
+        score_predictions([_annotated("a", "a", "b"), *[_prediction("vqa", "a", "a")] * 2])
+
+
 def test_ocr_counts_words_over_all_pages_and_ignores_where_they_are() -> None:
     quad = "<quad>(0,0),(9,0),(9,9),(0,9)</quad>"
     truth = f"<ref>oak elm</ref>{quad}<ref>ash</ref>{quad}"
@@ -58,8 +80,8 @@ def _findings(sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unch
         losses.append(HeldOutLoss("stage2", "sighted", task, sighted_loss, 10))
         losses.append(HeldOutLoss("stage2", "blind", task, 1.0, 10))
     scores = {
-        "sighted": {"vqa": Score("vqa", "exact answer", sighted_vqa, 10)},
-        "blind": {"vqa": Score("vqa", "exact answer", blind_vqa, 10)},
+        "sighted": {"vqa": Score("vqa", "VQA accuracy", sighted_vqa, 10)},
+        "blind": {"vqa": Score("vqa", "VQA accuracy", blind_vqa, 10)},
     }
     return Findings(scores, losses, [Check(LANGUAGE_MODEL_UNCHANGED, unchanged, "39 of 39 tensors equal")])
 
@@ -74,7 +96,7 @@ def test_each_bar_can_be_missed() -> None:
     missed = [bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met]
     assert missed == [
         "Stage 1 leaves the language model as it was",
-        "VQA accuracy after stage 2",
+        "VQA accuracy on vqa after stage 2",
         *(f"Held-out loss on {task} after stage 2" for task in ("caption", "vqa", "referring", "ocr")),
     ]
 
