@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.schema import ModelConfig, ResamplerConfig, TrainingConfig, VisionConfig
 from megatron_vl.errors import ConversionError
 from megatron_vl.log import silence_dependency_warnings, write_line
@@ -48,8 +49,11 @@ def _give_freed_tensors_back() -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/convert_checkpoint.py", description=__doc__, allow_abbrev=False
+    parser = CommandParser(
+        "tools/convert_checkpoint.py",
+        __doc__,
+        example="python tools/convert_checkpoint.py export runs/quickstart/sighted/stage3 runs/mine/hf --release "
+        "chat --vocab-file",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 

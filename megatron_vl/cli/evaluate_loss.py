@@ -17,6 +17,7 @@ from typing import Any
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig, TrainingConfig
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
@@ -31,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/evaluate_loss.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "tools/evaluate_loss.py",
+        __doc__,
+        example="python tools/evaluate_loss.py --checkpoint runs/mine/stage2 --data-path "
+        "runs/quickstart/data/heldout_vqa",
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX", help="prepared data sets")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: standard output)")

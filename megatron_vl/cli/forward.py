@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, whole_file
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.validate import check_tensor_parallel, check_world_size
 from megatron_vl.launch import read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/forward.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "tools/forward.py",
+        __doc__,
+        example="python tools/forward.py --checkpoint runs/mine/golden --inputs inputs.safetensors --output "
+        "ours.safetensors",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--inputs", type=Path, required=True, help="safetensors file to read")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
 from megatron_vl.data.markup import count_images, join_parts, parse_markup
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "tools/generate.py",
+        __doc__,
+        example="python tools/generate.py --checkpoint runs/quickstart/sighted/stage2 --inputs "
+        "runs/quickstart/eval/questions.jsonl --output runs/mine/answers.jsonl",
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")

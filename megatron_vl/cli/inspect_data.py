@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, write_whole
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/inspect_data.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "tools/inspect_data.py", __doc__, example="python tools/inspect_data.py data/mine --output page.html --seed 0"
+    )
     parser.add_argument("prefix", help="path of a prepared data set, without .json")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: PREFIX.html)")
     parser.add_argument(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import check_at_least, exit_status
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.errors import ConfigError
 from megatron_vl.launch import read_launch
@@ -37,7 +38,11 @@ def output_prefix(output: str | None, recipe: Path) -> Path:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/prepare_data.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "tools/prepare_data.py",
+        __doc__,
+        example="python tools/prepare_data.py my_data.yaml --model-preset tiny --output data/mine",
+    )
     parser.add_argument("recipe", type=Path, help="YAML file that lists the sources and how rows are packed")
     parser.add_argument(
         "--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)"

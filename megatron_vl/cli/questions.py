@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.log import write_line
 
@@ -29,7 +30,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/make_questions.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "tools/make_questions.py",
+        __doc__,
+        example="python tools/make_questions.py examples/tiny/data/heldout.yaml --model-preset tiny --root "
+        "runs/quickstart/raw/heldout --output runs/quickstart/eval/questions.jsonl --limit 200",
+    )
     parser.add_argument("recipe", type=Path, help="a recipe of tools/prepare_data.py, whose sources are asked")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the questions, as JSON lines")
     parser.add_argument("--limit", type=int, default=200, metavar="N", help="questions of each source")

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, write_whole
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.log import write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    parser = argparse.ArgumentParser(
-        prog="tools/make_report.py", description="Write a run's report.html and print its tables."
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="for example runs/quickstart")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; by default RUN_DIR/report.html")
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _run(options))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser("tools/make_report.py", __doc__, example="python tools/make_report.py runs/quickstart")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="for example runs/quickstart")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    return parser
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
-"""``make_synthetic_data``: renders scenes and pages whose texts are true, in published formats.
+"""``tools/make_synthetic_data.py OUT``: render scenes and pages whose texts are true, in published formats.
 
-Example: ``python tools/make_synthetic_data.py data/train --profile tiny --split train --seed 1``. Held-out
-data come from the other side of a hash of the content (``--split heldout``), so they share no scene with the
+Held-out data come from the other side of a hash of the content (``--split heldout``), so they share no scene with the
 training data.
 """
 
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.data.synthetic.config import FAMILIES, PROFILES, SyntheticConfig, scaled
 from megatron_vl.data.synthetic.generate import generate
 from megatron_vl.errors import ConfigError
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="make_synthetic_data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "tools/make_synthetic_data.py",
+        __doc__,
+        example="python tools/make_synthetic_data.py raw --profile tiny --split train --num-scenes 300",
     )
     parser.add_argument("out", type=Path, help="folder to make; one that holds the same data set already is kept")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="what kind of images")

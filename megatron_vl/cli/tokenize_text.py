@@ -28,6 +28,7 @@ from typing import Any
 
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import write_whole
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM, ChatStyle, complete_turns, render_turns
 from megatron_vl.data.markup import IMAGE_TAGS, stray_image_tag
@@ -50,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/tokenize_text.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "tools/tokenize_text.py",
+        __doc__,
+        example="python tools/tokenize_text.py --input tests/golden/qwen_vl/qwen_text.json --output "
+        "runs/text.json --label-style released",
     )
     published = PRESETS["qwen_vl_7b"]
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="the cases, as JSON")

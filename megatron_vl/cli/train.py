@@ -56,6 +56,8 @@ def _build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s RECIPE [flags]",
         description="Train Qwen-VL. Flags override the recipe; each is also a key of the recipe, under the section "
         "whose name heads its group. Sizes shown as defaults are those of qwen_vl_7b.",
+        epilog="Example: python tools/train.py examples/qwen_vl/stage2_multitask.yaml --dry-run "
+        "--pipeline-model-parallel-size 4",
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="print configuration, layout and parameters, and stop")

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_vl.cli.output import write_whole
+from megatron_vl.cli.parser import CommandParser
 from megatron_vl.cli.quickstart.findings import gather_findings, write_run_info
 from megatron_vl.cli.quickstart.ledger import Ledger
 from megatron_vl.cli.quickstart.plan import STAGES, Plan
@@ -40,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="examples/quickstart.sh",
-        description="From raw data to a scored tiny Qwen-VL on two cores, and a report. Started again, it goes "
-        "on where it stopped and reuses what is there.",
+    parser = CommandParser(
+        "examples/quickstart.sh",
+        "From raw data to a scored tiny Qwen-VL on two cores, and a report. Started again, it goes on where it stopped "
+        "and reuses what is there.",
+        example="bash examples/quickstart.sh --smoke",
     )
     parser.add_argument("--smoke", action="store_true", help="three minutes: everything runs, nothing is learnt")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: runs/PROFILE)")
