@@ -1,15 +1,33 @@
 """The errors that a user can cause.
 
 Every message says where (configuration key, file, sample key), what was found, what was expected and what to do.
-``assert`` is for our own invariants only. ``cli`` turns these into one line and exit status 2; anything else is a bug
-and keeps its traceback.
+``assert`` is for our own invariants only. ``cli`` turns these into one line and the error's exit status; anything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitStatus(IntEnum):
+    """Every exit status of a command; the table for users is in docs/checkpoints.md."""
+
+    DONE = 0
+    BUG = 1
+    """Python's own, with a traceback; also torchrun's, whatever the status of its ranks was."""
+    USER_ERROR = 2
+    NOT_FINITE = 3
+    """Loss, gradients or weights are not finite, so that going on would teach nothing."""
+    INTERRUPTED = 130
+    """As a shell says it of a program that Ctrl-C ended."""
+
 
 class MegatronVLError(Exception):
     """Base of all errors that are shown to a user without a traceback."""
+
+    exit_status: ClassVar[ExitStatus] = ExitStatus.USER_ERROR
 
 
 class ConfigError(MegatronVLError):
@@ -22,6 +40,12 @@ class DataError(MegatronVLError):
 
 class CheckpointError(MegatronVLError):
     """A checkpoint is absent, torn, or of another model."""
+
+
+class NotFiniteError(MegatronVLError):
+    """A run has loss, gradients or weights that are not finite and does not recover."""
+
+    exit_status = ExitStatus.NOT_FINITE
 
 
 class ConversionError(MegatronVLError):

@@ -132,12 +132,9 @@ def _fill_and_commit(
         known = {record.name: record for record in trained.strategy.records} if trained.strategy else {}
         return [known.get(path.name) or store.record_file(path) for path in _own_files(staging, topology.rank)]
 
-    def commit(files: list[store.FileRecord]) -> None:
-        store.commit(staging, root, step=step, files=files, facts=_facts(topology))
-        store.retain(root, config.checkpoint.keep_last)
-
     records = agreement.by_all(write_own_files)
-    agreement.by_rank_0(lambda: commit([record for own in records for record in own]))
+    files = [record for own in records for record in own]
+    agreement.by_rank_0(lambda: store.commit(staging, root, step=step, files=files, facts=_facts(topology)))
     return store.directory_of(root, step)
 
 

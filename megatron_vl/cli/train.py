@@ -1,8 +1,8 @@
 """``tools/train.py RECIPE [flags]``: train a stage, or say what would be trained.
 
 Everything that can be refused is refused before torch is imported, so a wrong flag, a missing data set or a model that
-this machine cannot hold is answered in a second on every rank. Errors of a user are one message and exit status 2;
-anything else is a bug and keeps its traceback.
+this machine cannot hold is answered in a second on every rank. Errors of a user are one message and an exit
+status; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl.cli.command import EXIT_USER_ERROR
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
-from megatron_vl.errors import ConfigError, DataError, MegatronVLError
+from megatron_vl.errors import ConfigError, DataError, ExitStatus, MegatronVLError
 from megatron_vl.launch import Launch, has_cuda_device, read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 after an error of the user."""
+    """Run the command and return its exit status."""
     launch = read_launch()
     try:
         _run(sys.argv[1:] if argv is None else argv, launch)
     except MegatronVLError as error:
         _report(error, launch)
-        return EXIT_USER_ERROR
-    return 0
+        return error.exit_status
+    return ExitStatus.DONE
 
 
 def _run(argv: Sequence[str], launch: Launch) -> None:

@@ -179,6 +179,8 @@ class TrainingConfig:
     """Steps between two validation losses; 0 for none."""
     eval_iters: int = 0
     """Global batches of each validation set; 0 for all its rows."""
+    max_skipped_steps: int = 10
+    """Steps in a row that are skipped, since their loss or gradient is not finite, after which the run ends."""
     exit_interval: int | None = None
     """Save and stop at the next step divisible by this."""
     exit_duration_in_mins: float | None = None

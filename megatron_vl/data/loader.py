@@ -104,6 +104,14 @@ class DataSets:
         store_id, index = self._find(row_id)
         return self.stores[store_id].keys(index)
 
+    def name_rows(self, row_ids: npt.NDArray[np.int64]) -> list[str]:
+        """One text for each data set that has some of these rows: its prefix and their numbers in it."""
+        store_ids, indices = self.blend.locate(np.unique(row_ids))
+        return [
+            f"{self.stores[store_id].prefix} rows {', '.join(str(index) for index in indices[store_ids == store_id])}"
+            for store_id in np.unique(store_ids).tolist()
+        ]
+
     def close(self) -> None:
         """Close all files."""
         for store in self.stores:
@@ -190,6 +198,15 @@ class RowLoader:
         ids[: min(count, len(ids))] = first + np.arange(min(count, len(ids)))
         return self._load(iter(ids.reshape(num_steps, size)))
 
+    def name_rows(self, consumed_rows: int, places: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """The rows of the step that begins after ``consumed_rows``, one text for each data set that has some.
+
+        ``places``: only the rows of these micro-batches, each (data-parallel rank, index).
+        """
+        row_ids = self.rows_of_step(consumed_rows)
+        chosen = [row_ids[self._positions(row_ids, rank)[index]] for rank, index in places] or [row_ids]
+        return self.data_sets.name_rows(np.concatenate(chosen))
+
     def close(self) -> None:
         """End the decode workers and close all files."""
         if self._pool is not None:
@@ -223,7 +240,7 @@ class RowLoader:
         ``steps``."""
         for row_ids in batches:
             steps.append(row_ids)
-            for positions in self._mine(row_ids):
+            for positions in self._positions(row_ids, self._share.rank):
                 read = [self.data_sets.read(row_id) for row_id in row_ids[positions].tolist()]
                 every = np.concatenate([images for _, _, images in read])
                 images, shown = np.unique(every, axis=0, return_inverse=True)
@@ -231,13 +248,13 @@ class RowLoader:
                 rows, names = [row for row, _, _ in read], [name for _, name, _ in read]
                 yield _Pending(rows, names, shown.reshape(-1), ticket)
 
-    def _mine(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64[micro-batches, rows]: positions in the global batch that this rank computes."""
+    def _positions(self, row_ids: npt.NDArray[np.int64], rank: int) -> npt.NDArray[np.int64]:
+        """int64[micro-batches, rows]: positions in the global batch that a data-parallel rank computes."""
         real = row_ids != PADDING_ROW
         lengths = np.where(real, self.data_sets.lengths[row_ids], 0)
         images = np.where(real, self.data_sets.images[row_ids], 0)
         costs = row_costs(lengths, images, image_cost=self._image_cost)
-        mine = deal(costs, num_ranks=self._share.size)[self._share.rank]
+        mine = deal(costs, num_ranks=self._share.size)[rank]
         return split(costs, mine, num_micro_batches=self._num_micro_batches)
 
     def _collate(self, pending: _Pending) -> MicroBatch:

@@ -44,6 +44,10 @@ class Feed:
             return []
         return self.loader.data_sets.plan.describe(num_rows)
 
+    def name_rows(self, consumed_rows: int, places: Sequence[tuple[int, int]]) -> str:
+        """The rows of a step, or of some of its micro-batches, by data set; nothing on ranks that receive."""
+        return "; ".join(self.loader.name_rows(consumed_rows, places)) if self.loader else ""
+
     def close(self) -> None:
         """End the decode workers."""
         if self.loader is not None:

@@ -18,7 +18,9 @@ class TrainState:
     data: str = ""
     """Fingerprint of the rows and of their order; a run does not go on with other ones."""
     skipped_steps: int = 0
-    """Updates that were skipped on all ranks because the gradient was not finite."""
+    """Updates that were skipped on all ranks because loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, those since the last step that changed the weights."""
 
     def advanced(self, *, rows: int, samples: int, tokens: int, skipped: bool) -> TrainState:
         """The state after one more step."""
@@ -29,4 +31,5 @@ class TrainState:
             consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + tokens,
             skipped_steps=self.skipped_steps + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
         )

@@ -11,16 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.parallel.collectives import from_last_stage, sum_over_data_parallel, to_device
+from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel, to_device
 from megatron_vl.parallel.schedule import run_schedule
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.optimizer import set_learning_rate
@@ -33,6 +35,8 @@ class LossSum:
 
     total: float
     num_tokens: int
+    not_finite: tuple[int, ...] = ()
+    """Micro-batches of this rank whose loss is not finite; known on the last pipeline stage."""
 
     @property
     def mean(self) -> float:
@@ -61,6 +65,13 @@ class Counts:
         )
 
 
+class MicroBatchPlace(NamedTuple):
+    """Which micro-batch of a step."""
+
+    dp_rank: int
+    micro_batch: int
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update did."""
@@ -70,7 +81,9 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     skipped: bool
-    """The gradient was not finite: no rank changed its weights."""
+    """Loss or gradient was not finite: no rank changed its weights."""
+    culprits: tuple[MicroBatchPlace, ...] = ()
+    """Of a skipped step: the micro-batches whose loss was not finite; none if only the gradient was not."""
 
 
 def train_step(
@@ -87,24 +100,39 @@ def train_step(
     model.optimizer.zero_grad()
     loss, counts = forward_backward(model.wrapped, batches, topology=topology, forward_only=False)
     rate = set_learning_rate(model.optimizer, config, step)
-    grad_norm = _update(model.optimizer, clip=config.optimizer.clip_grad)
-    return StepResult(loss, counts, rate, grad_norm, skipped=not math.isfinite(grad_norm))
+    model.optimizer.prepare_grads()
+    grad_norm = float(model.optimizer.get_grad_norm())
+    finite = math.isfinite(loss.total) and math.isfinite(grad_norm) and _replicas_finite(model.optimizer)
+    if max_over_world(float(not finite), device=topology.device):
+        culprits = _gather_places(loss.not_finite, topology=topology)
+        return StepResult(loss, counts, rate, grad_norm, skipped=True, culprits=culprits)
+    _update(model.optimizer, grad_norm, clip=config.optimizer.clip_grad)
+    return StepResult(loss, counts, rate, grad_norm, skipped=False)
 
 
-def _update(optimizer: MegatronOptimizer, *, clip: float) -> float:
-    """One update, unless the gradient is not finite; returns its norm before clipping.
+def _replicas_finite(optimizer: MegatronOptimizer) -> bool:
+    """Whether the gradients are finite that this rank holds as a copy of another tensor-parallel rank's.
 
-    The norm is one number for all ranks, so all of them skip or none. Megatron-Core's own step would not look: without
-    a loss scale it takes every gradient for good.
+    The norm counts a parameter once, so it does not see what goes wrong in a copy alone.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if math.isfinite(norm):
-        parameters = optimizer.get_parameters()
-        if clip > 0.0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
-        optimizer.step_with_ready_grads()
-    return norm
+    replicas = [value for value in optimizer.get_parameters() if not param_is_not_tensor_parallel_duplicate(value)]
+    gradients = [value.grad for value in replicas if value.grad is not None]
+    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+
+def _gather_places(indices: tuple[int, ...], *, topology: Topology) -> tuple[MicroBatchPlace, ...]:
+    """The micro-batches that any rank names, in order."""
+    gathered: list[list[MicroBatchPlace]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(gathered, [MicroBatchPlace(topology.dp_rank, index) for index in indices])
+    return tuple(sorted({place for places in gathered for place in places}))
+
+
+def _update(optimizer: MegatronOptimizer, grad_norm: float, *, clip: float) -> None:
+    """One update. Megatron-Core's own step would not look at the norm: without a loss scale it takes every gradient."""
+    parameters = optimizer.get_parameters()
+    if clip > 0.0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def forward_backward(
@@ -119,7 +147,11 @@ def forward_backward(
         sums[1] = sum(record["tokens"] for record in records)
     from_last_stage(sum_over_data_parallel(sums, topology=topology), topology=topology)
     loss, supervised, images, samples, tokens, squared_spans = sums.tolist()
-    return LossSum(loss, round(supervised)), Counts(round(images), round(samples), round(tokens), squared_spans)
+    not_finite: tuple[int, ...] = ()
+    if topology.on_last_stage and not math.isfinite(loss):
+        not_finite = tuple(index for index, record in enumerate(records) if not record["loss"].isfinite())
+    counts = Counts(round(images), round(samples), round(tokens), squared_spans)
+    return LossSum(loss, round(supervised), not_finite), counts
 
 
 @torch.no_grad()

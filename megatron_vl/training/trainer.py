@@ -23,6 +23,7 @@ from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import resolve_layout
+from megatron_vl.training import not_finite
 from megatron_vl.training.feed import Feed, data_fingerprint, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
@@ -54,7 +55,7 @@ def _train(config: RunConfig, topology: Topology) -> TrainState:
 
 @dataclass
 class Run:
-    """Everything a run holds on this rank. ``state`` is the only field that changes."""
+    """Everything a run holds on this rank. ``state`` and ``saved_step`` are the only fields that change."""
 
     config: RunConfig
     topology: Topology
@@ -63,6 +64,8 @@ class Run:
     validation: Feed | None
     reporter: Reporter
     state: TrainState
+    saved_step: int
+    """Step of the last checkpoint that was written or loaded."""
 
     @classmethod
     def set_up(cls, config: RunConfig, topology: Topology) -> Run:
@@ -83,7 +86,7 @@ class Run:
         for line in feed.describe(_rows_of_run(config, state)):
             log_rank_0(line)
         reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
-        return cls(config, topology, model, feed, validation, reporter, state)
+        return cls(config, topology, model, feed, validation, reporter, state, saved_step=state.step)
 
     def loop(self) -> TrainState:
         """Train to the last step, or until something asks to stop; a checkpoint is written either way."""
@@ -93,7 +96,7 @@ class Run:
             while self.state.step < last:
                 self.advance(next(steps))
                 reason = stop.reason(self.state.step)
-                if self._due(self.config.checkpoint.save_interval) or reason or self.state.step == last:
+                if self._checkpoint_due() or reason or self.state.step == last:
                     self.save()
                 if reason:
                     log_rank_0(f"stopping after step {self.state.step}: {reason}")
@@ -102,9 +105,8 @@ class Run:
 
     def advance(self, batches: list[MicroBatch]) -> None:
         """One step, and the validation that is due after it."""
-        result = train_step(
-            self.model, batches, config=self.config, topology=self.topology, step=self.state.step
-        )
+        before = self.state
+        result = train_step(self.model, batches, config=self.config, topology=self.topology, step=before.step)
         self.state = self.state.advanced(
             rows=self.config.training.global_batch_size,
             samples=result.counts.samples,
@@ -112,6 +114,9 @@ class Run:
             skipped=result.skipped,
         )
         self.reporter.step(self.state, result)
+        if result.skipped:
+            not_finite.describe_skipped(result, before, self.feed)
+            not_finite.check_progress(self.state, self.config)
         if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
             self._validate(self.validation)
 
@@ -122,15 +127,20 @@ class Run:
             steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
             losses[name] = evaluate(self.model.wrapped, steps, topology=self.topology).mean
         self.reporter.validation(self.state, losses, seconds=time.perf_counter() - started)
+        not_finite.describe_validation(losses, self.state)
 
     def save(self) -> None:
         """Write a checkpoint, if the configuration names a place for it."""
         if self.config.checkpoint.save is None:
             return
+        not_finite.check_before_save(self.model, self.topology, self.state.step)
         trained = contents.Trained(self.model.chunks, self.model.optimizer)
         root = Path(self.config.checkpoint.save)
         path = contents.save(trained, asdict(self.state), config=self.config, topology=self.topology, root=root)
         log_rank_0(f"saved {path}")
+        self.saved_step = self.state.step
+        if self.topology.rank == 0 and not self.state.skipped_in_a_row:
+            store.retain(root, self.config.checkpoint.keep_last)
 
     def close(self) -> None:
         """End workers and write out reports."""
@@ -138,6 +148,13 @@ class Run:
         if self.validation:
             self.validation.close()
         self.reporter.close()
+
+    def _checkpoint_due(self) -> bool:
+        """Whether an interval has ended since the last checkpoint; after a skipped step it waits for a good one."""
+        interval = self.config.checkpoint.save_interval
+        if not interval or self.state.step // interval == self.saved_step // interval:
+            return False
+        return self.state.skipped_in_a_row == 0
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.step % (interval or 1) == 0
@@ -193,6 +210,7 @@ def _load(model: ParallelModel, source: Source, config: RunConfig, topology: Top
     if not source.optimizer:
         # The optimizer keeps fp32 copies of the weights, made when it was built.
         model.optimizer.reload_model_params()
+    not_finite.check_loaded(model, topology, source.path)
     log_rank_0(f"loaded {store.resolve(source.path)}" + ("" if source.progress else " (weights only)"))
     return TrainState(**progress) if source.progress else TrainState()
 

@@ -172,4 +172,4 @@ def test_validation_time_is_not_training_time(tmp_path: Path) -> None:
 def test_state_advances_by_what_was_read() -> None:
     state = TrainState(step=3, consumed_rows=24, data="abc").advanced(rows=8, samples=5, tokens=100, skipped=True)
     read = {"consumed_rows": 32, "consumed_samples": 5, "consumed_tokens": 100}
-    assert state == TrainState(step=4, data="abc", skipped_steps=1, **read)
+    assert state == TrainState(step=4, data="abc", skipped_steps=1, skipped_in_a_row=1, **read)

@@ -1,0 +1,129 @@
+"""What a run does when numbers are not finite.
+
+A step whose loss or gradient is not finite changes no weight on any rank (``training/step.py``) and is named with its
+rows. While such steps follow each other no checkpoint is written, since it might replace the last one that is known to
+work; after ``training.max_skipped_steps`` of them, or when the whole run has consisted of nothing else, the run ends
+with a status of its own. A checkpoint is neither written nor taken for good when weights or moments in it are not
+finite.
+
+All ranks decide alike: progress is the same on every rank, and what single ranks find in their tensors is gathered.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import CheckpointError, NotFiniteError
+from megatron_vl.log import log_rank_0
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.training.feed import Feed
+from megatron_vl.training.parallel_model import ParallelModel
+from megatron_vl.training.state import TrainState
+from megatron_vl.training.step import StepResult
+
+_MAX_NAMED = 3
+_HINT = (
+    "Look at the rows that were named with tools/inspect_data.py PREFIX --first ROW --rows 1; if the weights are the "
+    "cause, go on from an earlier checkpoint with a lower --lr, a longer --lr-warmup-iters or other data"
+)
+
+
+def describe_skipped(result: StepResult, before: TrainState, feed: Feed) -> None:
+    """Say on rank 0 which step was skipped, why, and which rows it read; ``before`` is the state before it."""
+    if result.culprits:
+        what = f"loss of {len(result.culprits)} micro-batches not finite"
+    else:
+        what = f"loss {result.loss.mean:.6g}, but gradient norm {result.grad_norm}"
+    rows = feed.name_rows(before.consumed_rows, result.culprits)
+    log_rank_0(f"step {before.step + 1} skipped on all ranks: {what}; {rows}", level=logging.WARNING)
+
+
+def describe_validation(losses: Mapping[str, float], state: TrainState) -> None:
+    """Warn on rank 0 of validation losses that are not finite; they change no weight, so the run goes on."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            log_rank_0(
+                f"validation loss of {name} after step {state.step} is {loss}, and training goes on: a row of that set "
+                "cannot be computed, or the weights are growing without bound",
+                level=logging.WARNING,
+            )
+
+
+def check_progress(state: TrainState, config: RunConfig) -> None:
+    """End a run that only skips steps.
+
+    Raises:
+        NotFiniteError: on all ranks, too many steps were skipped in a row, or every step to the last.
+    """
+    limit, count = config.training.max_skipped_steps, state.skipped_in_a_row
+    nothing_learnt = state.step == config.training.train_iters == count
+    if count < limit and not nothing_learnt:
+        return
+    saved = f"checkpoints in {config.checkpoint.save} are" if config.checkpoint.save else "nothing is saved"
+    good = f"; {saved} of before step {state.step - count + 1}" if config.checkpoint.save else f"; {saved}"
+    raise NotFiniteError(
+        f"step {state.step}: loss or gradient was not finite in {count} steps in a row, all of which were skipped "
+        f"(training.max_skipped_steps is {limit}){good}. {_HINT}"
+    )
+
+
+def find_not_finite(model: ParallelModel, topology: Topology) -> list[str]:
+    """Names of weights and of moments that hold values that are not finite on any rank; the same list on all ranks."""
+    named = list(_tensors(model))
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist() if named else []
+    own = [name for (name, _), good in zip(named, finite, strict=True) if not good]
+    gathered: list[list[str]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(gathered, own)
+    return sorted({name for names in gathered for name in names})
+
+
+def check_before_save(model: ParallelModel, topology: Topology, step: int) -> None:
+    """Refuse to save what is not finite.
+
+    Raises:
+        NotFiniteError: on all ranks, names what is not.
+    """
+    if names := find_not_finite(model, topology):
+        raise NotFiniteError(
+            f"step {step}: {describe(names)} not finite, so no checkpoint is written; earlier ones stay. {_HINT}"
+        )
+
+
+def check_loaded(model: ParallelModel, topology: Topology, path: Path) -> None:
+    """Refuse weights or moments that are not finite, wherever they come from.
+
+    Raises:
+        CheckpointError: on all ranks, names what is not.
+    """
+    if names := find_not_finite(model, topology):
+        raise CheckpointError(f"{path}: {describe(names)} not finite; start from another checkpoint")
+
+
+def describe(names: list[str]) -> str:
+    """The first few names, and how many there are."""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"{', '.join(names[:_MAX_NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _tensors(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:
+    for chunk in model.chunks:
+        yield from ((name, parameter.detach()) for name, parameter in chunk.named_parameters())
+    for optimizer in model.optimizer.chained_optimizers:
+        if optimizer.optimizer is not None:  # a rank whose parameters are all frozen has none
+            yield from _moments(optimizer.optimizer)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """State of the optimizer under the name of its kind; a shard has no parameter's name."""
+    for state in optimizer.state.values():
+        for kind, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"optimizer {kind}", value
