@@ -1,0 +1,194 @@
+"""Everything that one GPU can tell in six minutes: whether it runs, whether it is right, and how fast it is.
+
+    python benchmarks/gpu.py [--json FILE] [--parts NAME ..] [--minutes 6] [--small] [--log FILE]
+
+Each part is a process of its own with a time limit, so one that fails or hangs costs the others nothing; the rows that
+it had by then are kept. Parts come in order of importance, and those that no time is left for are named. ``--small``
+runs the same parts at tiny sizes, on a CPU as well, which shows that they work and nothing else.
+
+It needs torch, megatron-core, numpy and PyYAML. Transformer Engine is used where it is installed; a part whose name
+ends in a backend uses that one. What the rows say: ``docs/results/gpu.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_parts.report import as_table, read_rows
+from measure import Row, write_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process, and how many seconds it may take."""
+
+    name: str
+    limit: float
+    says: str
+
+
+PARTS = (
+    Part("machine", 40, "what this is"),
+    Part("runs", 60, "a step in one process over NCCL, beside the CPU's"),
+    Part("stage2", 80, "stage 2 at full width: time, rate, memory, kernels"),
+    Part("stage1", 90, "stage 1 at full size"),
+    Part("parity", 60, "bf16 and Transformer Engine beside fp32, forward and gradients"),
+    Part("products", 40, "ceilings of matrix products at our shapes"),
+    Part("text", 60, "text alone"),
+    Part("stage3", 70, "stage 3 at full width"),
+    Part("layouts", 70, "two ranks on one device: tensor, sequence, pipeline, virtual, data"),
+    Part("resume", 60, "resumes, checkpoints across backends, deterministic mode, AdamW"),
+    Part("tiny", 60, "the tiny model through its four stages, and an answer"),
+    Part("stage2-local", 70, "stage 2 without Transformer Engine"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended."""
+
+    part: Part
+    rows: list[Row]
+    seconds: float
+    failure: str = ""
+    output: str = ""
+
+
+def main() -> int:
+    """The command; exit status 1 if a part did not end well."""
+    options = _parse()
+    deadline = time.monotonic() + 60.0 * options.minutes
+    outcomes = []
+    for part in [part for part in PARTS if part.name in options.parts]:
+        left = deadline - time.monotonic()
+        outcome = run_part(part, seconds=min(part.limit, left), small=options.small)
+        outcomes.append(outcome)
+        print(_ending(outcome), flush=True)
+    rows = [row for outcome in outcomes for row in [*outcome.rows, _row_of(outcome)]] + compared(outcomes)
+    print("\n".join(["", *summary(outcomes, rows)]))
+    if options.log:
+        texts = [f"==== {outcome.part.name}\n{outcome.output}\n" for outcome in outcomes]
+        options.log.write_text("".join(texts), encoding="utf-8")
+    if options.json:
+        write_rows(options.json, rows)
+    return 1 if any(outcome.failure for outcome in outcomes) else 0
+
+
+def run_part(part: Part, *, seconds: float, small: bool, command: Sequence[str] = ()) -> Outcome:
+    """Run a part in a session of its own, and end all of it when its time is over."""
+    if seconds < 2.0:
+        return Outcome(part, [], 0.0, "no time was left for it")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows, log = Path(folder, "rows.json"), Path(folder, "log")
+        arguments = [part.name, "--rows", str(rows), *(["--small"] if small else [])]
+        argv = list(command) or [sys.executable, "-m", "gpu_parts.part"]
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [*argv, *arguments], cwd=ROOT, env=_environment(), stdout=stream, stderr=stream, start_new_session=True
+            )
+            failure = _wait(process, seconds)
+        output = log.read_text(encoding="utf-8", errors="replace")
+        return Outcome(part, read_rows(rows), time.monotonic() - began, failure, output)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """Why it failed, or nothing; its whole session is ended."""
+    try:
+        status = process.wait(timeout=seconds)
+        failure = f"exit status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        failure = f"it took longer than {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return failure
+
+
+def _environment() -> dict[str, str]:
+    """This checkout and the parts can be imported; launchers of this process are none of theirs."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launchers}
+    places = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
+
+
+def _row_of(outcome: Outcome) -> Row:
+    """The part itself: seconds beside its limit."""
+    met = not outcome.failure
+    name = f"part {outcome.part.name}: seconds" + (f" ({outcome.failure})" if outcome.failure else "")
+    return Row(name, outcome.seconds, outcome.part.limit, outcome.seconds / outcome.part.limit, 1.0, met)
+
+
+def compared(outcomes: Sequence[Outcome]) -> list[Row]:
+    """Utilisation of each stage beside that of text alone."""
+    found = {outcome.part.name: _utilisation(outcome.rows) for outcome in outcomes}
+    text = found.get("text")
+    if not text:
+        return []
+    goals = {"stage1": None, "stage2": 1.0 / 0.95, "stage3": 1.0 / 0.95}
+    return [
+        _beside(f"{name}: MFU beside text alone", found[name], text, goal)
+        for name, goal in goals.items()
+        if found.get(name)
+    ]
+
+
+def _utilisation(rows: Sequence[Row]) -> float:
+    return next((row.ours for row in rows if ": MFU" in row.name), 0.0)
+
+
+def _beside(name: str, ours: float, text: float, goal: float | None) -> Row:
+    ratio = text / ours
+    return Row(name, ours, text, ratio, goal, None if goal is None else ratio <= goal)
+
+
+def summary(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> list[str]:
+    """How the parts ended, and the goals that were missed."""
+    failed = [outcome.part.name for outcome in outcomes if outcome.failure]
+    missed = [row for row in rows if row.met is False]
+    goals = sum(row.goal is not None for row in rows)
+    head = (
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} parts ended well, {goals - len(missed)} of {goals} goals met"
+    )
+    return [head, *([f"failed: {', '.join(failed)}"] if failed else []), *(as_table(missed) if missed else [])]
+
+
+def _ending(outcome: Outcome) -> str:
+    """Lines for people, when a part has ended."""
+    head = f"== {outcome.part.name}: {outcome.part.says}"
+    lines = outcome.output.strip().splitlines()
+    if outcome.failure:
+        return "\n".join([f"{head}: FAILED, {outcome.failure}", *lines[-LAST_LINES:], *as_table(outcome.rows)])
+    if not outcome.rows:
+        return "\n".join([head, *lines])
+    return "\n".join([f"{head}: {outcome.seconds:.0f} s", *as_table(outcome.rows)])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="what is run; all by default")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time of all parts together")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU as well")
+    parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each row")
+    parser.add_argument("--log", type=Path, help="write what the parts printed")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

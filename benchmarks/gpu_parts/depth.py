@@ -1,0 +1,111 @@
+"""How deep a model of full width fits: estimates of what a step holds, and a ladder of attempts.
+
+Three vision layers go with two language layers, as at full depth, so that a shallower model still spends its time where
+the whole one does, but for embedding and head, which weigh more. The estimate chooses where the ladder begins; what
+really fits is found by trying.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.flops import Work
+from megatron_vl.planning.layout import resolve_layout
+from megatron_vl.planning.parameters import parameters_by_rank
+
+EIGHTHS = 8
+USED = 0.94
+"""Share of the free memory that an estimate may take."""
+SLACK = 1.6
+"""Activations over those of fused kernels: norms and rotary positions in plain torch keep copies."""
+WORKSPACE = 3e9
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One size to try."""
+
+    vision_layers: int
+    language_layers: int
+    recompute: Literal["full"] | None = None
+
+    def __str__(self) -> str:
+        recompute = ", recomputed" if self.recompute else ""
+        return f"{self.vision_layers} + {self.language_layers} layers{recompute}"
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The configuration at this size."""
+        model = config.model
+        model = replace(
+            model,
+            vision=replace(model.vision, num_layers=self.vision_layers),
+            language=replace(model.language, num_layers=self.language_layers),
+        )
+        return replace(config, model=model, training=replace(config.training, recompute_granularity=self.recompute))
+
+
+def ladder(config: RunConfig, work: Work, *, free_bytes: int) -> Iterator[Attempt]:
+    """Sizes from the largest that should fit downwards; full depth also with recomputation.
+
+    Args:
+        work: of one micro-batch.
+        free_bytes: memory of the device; 0 for no limit.
+    """
+    vision, language = config.model.vision.num_layers, config.model.language.num_layers
+    depths = [(vision * part // EIGHTHS, language * part // EIGHTHS) for part in range(EIGHTHS, 0, -1)]
+    attempts = [Attempt(vision, language), Attempt(vision, language, "full")]
+    attempts += [Attempt(*depth) for depth in depths[1:] if min(depth) > 0]
+    limit = USED * free_bytes if free_bytes else float("inf")
+    fitting = [attempt for attempt in attempts if step_bytes(attempt.applied(config), work) <= limit]
+    yield from fitting or attempts[-1:]
+
+
+def step_bytes(config: RunConfig, work: Work) -> float:
+    """Weights, gradients, optimizer and activations of a step with micro-batches of ``work``, in one process."""
+    rank = parameters_by_rank(config, resolve_layout(config))[0]
+    weight = 2 if config.training.bf16 else 4
+    master = 4 if config.training.bf16 else 0
+    state = rank.trained * (weight + 4 + master + 8) + rank.frozen * weight
+    return state + SLACK * _activation_bytes(config, work) + WORKSPACE
+
+
+def first_that_fits(attempts: Iterator[Attempt], run: Callable[[Attempt], T]) -> tuple[Attempt, T, list[str]]:
+    """Run the attempts in turn until one does not run out of memory; also what was tried before it.
+
+    Raises:
+        torch.OutOfMemoryError: none fits.
+    """
+    failed: list[str] = []
+    for attempt in attempts:
+        try:
+            return attempt, run(attempt), failed
+        except torch.OutOfMemoryError as error:
+            failed.append(f"{attempt}: {str(error).splitlines()[0]}")
+        gc.collect()  # the failed model is part of a cycle
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise torch.OutOfMemoryError("; ".join(failed))
+
+
+def _activation_bytes(config: RunConfig, work: Work) -> float:
+    model, training = config.model, config.training
+    vision, language = model.vision, model.language
+    patches = max(work.num_images, 1) * model.num_patches
+    token = 14 * language.hidden_size + 6 * language.ffn_hidden_size
+    patch = 14 * vision.hidden_size + 4 * vision.ffn_hidden_size
+    vision_layers = 0 if training.freeze_vision else vision.num_layers
+    layers = language.num_layers * token * work.num_tokens, vision_layers * patch * patches
+    if training.recompute_granularity == "full":
+        kept = 2 * (language.num_layers * language.hidden_size * work.num_tokens)
+        kept += 2 * vision_layers * vision.hidden_size * patches
+        body = kept + token * work.num_tokens + patch * patches
+    else:
+        body = sum(layers)
+    return body + 14 * work.num_supervised * language.vocab_size

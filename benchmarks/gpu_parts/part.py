@@ -1,0 +1,80 @@
+"""Run one part of ``benchmarks/gpu.py`` in this process: ``python -m gpu_parts.part NAME --rows FILE``.
+
+The rows go to the file as they come. Anything that goes wrong is a traceback and an exit status of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from gpu_parts.report import Report
+
+# Read when CUDA starts: one queue a device where ranks share it, and workspaces that allow deterministic products.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def run_part(name: str, report: Report, *, small: bool) -> None:
+    """Measure one part."""
+    parts: dict[str, Callable[[], None]] = {
+        "machine": _machine,
+        "runs": lambda: _checks("check_runs", report),
+        "layouts": lambda: _checks("check_layouts", report),
+        "parity": lambda: _checks("check_parity", report),
+        "resume": lambda: _checks("check_resume", report),
+        "products": lambda: _products(report, small=small),
+        "tiny": lambda: _tiny(report, small=small),
+    }
+    if name in parts:
+        parts[name]()
+        return
+    from gpu_parts.training import measure_stage
+
+    stage, _, backend = name.partition("-")
+    measure_stage(stage, report, small=small, backend=backend or "auto")
+
+
+def _machine() -> None:
+    from measure import describe_machine
+
+    from gpu_parts.device import describe_device
+
+    print("\n".join([describe_machine(), *describe_device()]))
+
+
+def _checks(name: str, report: Report) -> None:
+    from gpu_parts import checks
+
+    getattr(checks, name)(report)
+
+
+def _products(report: Report, *, small: bool) -> None:
+    from gpu_parts.products import measure_products
+
+    measure_products(report, small=small)
+
+
+def _tiny(report: Report, *, small: bool) -> None:
+    from gpu_parts.tiny import measure_tiny
+
+    measure_tiny(report, small=small)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--rows", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    run_part(options.name, Report(options.rows), small=options.small)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Rows of a step at the lengths of a recipe: random ids and pixels, laid out as packed rows are and collated as ever.
+
+What a row holds stands in the headers of ``examples/qwen_vl``: stage 1 packs six captions of 258 + 67 tokens, stage 2
+five samples, stage 3 three chats, each with an image of 258 positions here. Text alone is one document a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.data.batch import CollateOptions, MicroBatch, collate
+from megatron_vl.data.sample import PackedRow
+from megatron_vl.planning.flops import Work
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What a row is made of."""
+
+    samples: int
+    with_images: bool
+    supervised: float
+    """Share of the text that is supervised."""
+    fill: float = 1.0
+    """Share of the row that is not padding."""
+
+
+SHAPES = {
+    "stage1": RowShape(samples=6, with_images=True, supervised=1.0, fill=0.952),
+    "stage2": RowShape(samples=5, with_images=True, supervised=0.9),
+    "stage3": RowShape(samples=3, with_images=True, supervised=0.5),
+    "text": RowShape(samples=1, with_images=False, supervised=1.0),
+}
+
+
+def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0) -> list[MicroBatch]:
+    """Micro-batches of one row each."""
+    rng = np.random.default_rng(seed)
+    model = config.model
+    options = CollateOptions(
+        special=SpecialTokens(model.num_ranks),
+        seq_length=config.data.seq_length,
+        num_queries=model.resampler.num_queries,
+        image_size=model.image_size,
+        attention_span=config.data.attention_span,
+    )
+    batches = []
+    for number in range(rows):
+        row = _row(config, shape, rng)
+        size = (len(row.image_ids), 3, model.image_size, model.image_size)
+        pixels = rng.integers(0, 256, size, dtype=np.uint8) if shape.with_images else None
+        batches.append(collate([row], pixels, options, names=[f"row {number}"]))
+    return batches
+
+
+def work_of(batches: list[MicroBatch]) -> Work:
+    """What the micro-batches compute; the blank image of text alone does not count."""
+    return Work(
+        num_images=sum(batch.num_images for batch in batches if batch.slots.numel()),
+        num_tokens=sum(len(batch.tokens) for batch in batches),
+        sum_squared_spans=sum(float(batch.cu_seqlens.diff().double().square().sum()) for batch in batches),
+        num_supervised=sum(len(batch.targets) for batch in batches),
+    )
+
+
+def _row(config: RunConfig, shape: RowShape, rng: np.random.Generator) -> PackedRow:
+    model, special = config.model, SpecialTokens(config.model.num_ranks)
+    length = int(config.data.seq_length * shape.fill) // shape.samples
+    image = [special.img_start, *[special.img_pad] * model.resampler.num_queries, special.img_end]
+    head = image if shape.with_images else []
+    assert length > len(head), "a sample has text"
+    tokens, supervised = [], []
+    for _ in range(shape.samples):
+        text = length - len(head)
+        first = text - max(1, round(shape.supervised * text))
+        tokens += [*head, *rng.integers(0, model.num_ranks, text).tolist()]
+        supervised += [False] * (len(head) + first) + [True] * (text - first)
+    images = shape.samples if shape.with_images else 0
+    return PackedRow(
+        tokens=np.array(tokens, dtype=np.int32),
+        supervised=np.array(supervised, dtype=np.bool_),
+        segment_lengths=np.full(shape.samples, length, dtype=np.int32),
+        image_ids=np.arange(images, dtype=np.int64),
+    )

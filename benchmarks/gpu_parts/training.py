@@ -1,0 +1,265 @@
+"""Stages of training at the published width: time, rate, memory and kernels of real steps, and of each tower alone.
+
+The configuration is the recipe of ``examples/qwen_vl`` without tensor parallelism, and the steps are ``train_step`` on
+the model of ``build_parallel_model``. Weights are random numbers that are drawn on the device, since drawing them one
+parameter at a time on the CPU takes minutes; a step costs the same on any weights.
+
+Operations are those of ``planning/flops.py``, what the step requires: recomputation and padding of the head are not
+counted, padding of rows is (the language model computes it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_parts.depth import Attempt, first_that_fits, ladder
+from gpu_parts.device import median_ms, memory_bytes, norm_scaled, peak_flops, seconds_of
+from gpu_parts.kernels import profile_step
+from gpu_parts.report import Report
+from gpu_parts.rows import SHAPES, make_batches, work_of
+from megatron_vl.backends.platform import prepare_process
+from megatron_vl.config.load import load_config
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.collectives import to_device
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.flops import Flops, FrozenParts, Work, step_flops, training_flops
+from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
+from megatron_vl.training.step import train_step
+
+RECIPES = Path(__file__).resolve().parents[2] / "examples" / "qwen_vl"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, and how good its utilisation should be."""
+
+    recipe: str
+    shape: str
+    goal: float
+    """Share of the device's peak; the best published text-only figure at 2,048 tokens on an H100 is 0.464."""
+
+
+STAGES = {
+    "stage1": Stage("stage1_pretrain.yaml", "stage1", 0.45),
+    "stage2": Stage("stage2_multitask.yaml", "stage2", 0.48),
+    "stage3": Stage("stage3_sft.yaml", "stage3", 0.50),
+    "text": Stage("stage2_multitask.yaml", "text", 0.464),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rows: int
+    """Rows of the long step; the short one has one."""
+    steps: int
+    small: bool
+    backend: str
+
+    @classmethod
+    def of(cls, *, small: bool, backend: str) -> Sizes:
+        return cls(2, 2, small, backend) if small else cls(8, 4, small, backend)
+
+
+@dataclass
+class Trained:
+    """A model that steps on rows of one shape."""
+
+    config: RunConfig
+    topology: Topology
+    model: ParallelModel
+    batches: list[MicroBatch]
+
+    def step(self, rows: int) -> None:
+        """One step over the first rows; what is frozen or skipped is the trainer's business."""
+        result = train_step(self.model, self.batches[:rows], config=self.config, topology=self.topology, step=0)
+        assert not result.skipped, "the gradient was not finite"
+
+
+def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
+    """The recipe on one device; small: the tiny model with the recipe's everything else."""
+    flags = ["--tensor-model-parallel-size", "1", "--no-sequence-parallel", "--backend", sizes.backend]
+    config = load_config(RECIPES / stage.recipe, flags)
+    training = replace(config.training, global_batch_samples=None, global_batch_size=sizes.rows)
+    config = replace(config, training=training)
+    if sizes.small:
+        tiny = PRESETS["tiny"]
+        image = tiny.image_size * config.model.image_size // 448
+        config = replace(config, model=replace(tiny, image_size=image), data=replace(config.data, seq_length=160))
+    if stage.shape == "text":
+        # One layer that sees the blank image of a text-only micro-batch: the published model would have none to train.
+        training = replace(config.training, freeze_vision=True, freeze_resampler=True)
+        model = replace(config.model, vision=replace(config.model.vision, num_layers=1))
+        config = replace(config, model=model, training=training)
+    return config
+
+
+def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> None:
+    """Everything about one stage."""
+    stage, sizes = STAGES[name], Sizes.of(small=small, backend=backend)
+    config = stage_config(stage, sizes)
+    batches = make_batches(config, SHAPES[stage.shape], rows=sizes.rows)
+    prepare_process()
+    with Topology(config.parallel) as topology:
+        first = work_of(batches[:1])
+        attempts = ladder(config, first, free_bytes=memory_bytes())
+        if stage.shape == "text":
+            attempts = iter(_language_only(attempts))
+
+        def run(attempt: Attempt) -> Trained:
+            trained = _build(attempt.applied(config), topology, batches)
+            trained.step(min(2, sizes.rows))
+            return trained
+
+        attempt, trained, failed = first_that_fits(attempts, run)
+        for line in failed:
+            print(f"did not fit: {line}")
+        title = f"{name}, {_backend_of(trained)}, {attempt}"
+        _report_steps(trained, stage, report, title=title, sizes=sizes)
+        _report_parts(trained, report, title=title, sizes=sizes)
+        _report_profile(trained, report, title=title)
+
+
+def _language_only(attempts: Iterator[Attempt]) -> list[Attempt]:
+    """Text alone keeps one vision layer at every depth."""
+    return [replace(attempt, vision_layers=1) for attempt in attempts]
+
+
+def _build(config: RunConfig, topology: Topology, batches: list[MicroBatch]) -> Trained:
+    model = build_parallel_model(config, topology, fresh_weights=False)
+    with torch.no_grad():
+        for chunk in model.chunks:
+            for name, parameter in chunk.named_parameters():
+                _fill(name, parameter, config.model.init_method_std)
+    model.optimizer.reload_model_params()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return Trained(config, topology, model, batches)
+
+
+def _fill(name: str, parameter: Tensor, deviation: float) -> None:
+    if parameter.dim() > 1:
+        parameter.normal_(0.0, deviation)
+    elif name.endswith("bias"):
+        parameter.zero_()
+    else:
+        parameter.fill_(1.0)
+
+
+def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str, sizes: Sizes) -> None:
+    rows = sizes.rows
+    long = median(seconds_of(lambda: trained.step(rows), repeat=sizes.steps))
+    short = median(seconds_of(lambda: trained.step(1), repeat=sizes.steps))
+    work, frozen = work_of(trained.batches), FrozenParts.of(trained.config.training)
+    flops = step_flops(trained.config.model, frozen, work)
+    peak, source = peak_flops()
+    tokens = sum(batch.num_tokens for batch in trained.batches)
+    report.cost(f"{title}: ms a row, steps of {rows}", 1e3 * long / rows, 1e3 * flops / (peak * stage.goal) / rows)
+    report.figure(f"{title}: ms a further row", 1e3 * (long - short) / (rows - 1))
+    report.figure(f"{title}: ms a step beside its rows", 1e3 * max(0.0, short - (long - short) / (rows - 1)))
+    report.figure(f"{title}: useful tokens/s", tokens / long)
+    report.figure(f"{title}: images/s", work.num_images / long)
+    report.figure(f"{title}: TFLOP/s", flops / long / 1e12)
+    report.rate(f"{title}: MFU ({source}, {peak / 1e12:.4g} TFLOP/s)", flops / long / peak, stage.goal)
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        report.share(f"{title}: peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30, whole)
+
+
+def _report_parts(trained: Trained, report: Report, *, title: str, sizes: Sizes) -> None:
+    """Each tower alone, forward and backward on what it really gets; hooks of data parallelism included."""
+    batch = to_device(trained.batches[0], trained.topology.device)
+    flops = _tower_flops(trained.config, work_of(trained.batches[:1]))
+    peak, _ = peak_flops()
+    for name, function in _towers(trained, batch):
+        milliseconds = median_ms(function, repeat=2 + sizes.steps)
+        report.figure(f"{title}: {name}, ms a row", milliseconds)
+        report.rate(f"{title}: {name}, TFLOP/s", flops[name] / milliseconds / 1e9, peak / 1e12, goal=None)
+
+
+def _tower_flops(config: RunConfig, work: Work) -> dict[str, float]:
+    each: Flops = training_flops(config.model, FrozenParts.of(config.training), work)
+    return {
+        "vision": each.vision_layer * config.model.vision.num_layers,
+        "resampler": each.resampler,
+        "language_model": each.language_layer * config.model.language.num_layers,
+        "head": each.head,
+    }
+
+
+def _towers(trained: Trained, batch: MicroBatch) -> Iterator[tuple[str, Callable[[], None]]]:
+    chunk = trained.model.chunks[0]
+    names = ("vision", "resampler", "language_model") if batch.slots.numel() else ("language_model",)
+    with _kept_inputs(chunk, names) as inputs:
+        chunk(batch)
+    for name in names:
+        yield name, _tower(getattr(chunk, name), *inputs[name])
+    hidden = norm_scaled(inputs["language_model"][0][0]).requires_grad_()
+
+    def head() -> None:
+        chunk.language_model.token_losses(hidden, positions=batch.supervised, targets=batch.targets).sum().backward()
+
+    yield "head", head
+
+
+def _tower(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+    hidden = args[0]
+    trains = hidden.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+
+    def run() -> None:
+        with torch.set_grad_enabled(trains):
+            output = module(hidden, *args[1:], **kwargs)
+        if trains:
+            output.backward(norm_scaled(output))
+            hidden.grad = None
+
+    return run
+
+
+@contextmanager
+def _kept_inputs(chunk: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """What towers get in the passes that run meanwhile."""
+    kept: dict[str, Any] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Without the graph behind it, which would hold the activations of the towers before.
+            hidden = args[0].detach().requires_grad_(args[0].requires_grad)
+            kept[name] = ((hidden, *args[1:]), kwargs)
+
+        return keep
+
+    handles = [getattr(chunk, name).register_forward_pre_hook(keeper(name), with_kwargs=True) for name in names]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _report_profile(trained: Trained, report: Report, *, title: str) -> None:
+    rows = min(2, len(trained.batches))
+    trained.step(rows)
+    wall = 1e3 * seconds_of(lambda: trained.step(rows), repeat=1, warm_up=0)[0]
+    profiled = profile_step(lambda: trained.step(rows))
+    for name, milliseconds in profiled.by_class.items():
+        report.share(f"{title}: kernels of {name}, ms of a step of {rows}", milliseconds, profiled.total)
+    report.share(f"{title}: kernels of a step of {rows} beside its time, ms", profiled.total, wall)
+    for kernel, milliseconds in profiled.longest:
+        print(f"{milliseconds:10.2f} ms  {kernel[:140]}")
+
+
+def _backend_of(trained: Trained) -> str:
+    context = trained.model.chunks[0].language_model.backend
+    return str(context.name)
