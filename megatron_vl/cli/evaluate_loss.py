@@ -1,7 +1,9 @@
 """``tools/evaluate_loss.py``: the loss of a checkpoint on prepared data sets, also under torchrun with any layout.
 
-Writes a JSON object with one entry for each data set: ``{"PREFIX": {"loss": ..., "num_tokens": ...}}``, where the loss
-is that of a supervised token.
+Writes a JSON object with one entry for each data set: ``{"PREFIX": {"loss": ..., "num_tokens": ..., ...}}``, where the
+loss is that of a supervised token. Of the checkpoint's configuration only the model counts, not how it was trained.
+What a loss depends on, beside the weights and the rows, stands beside it: the flags of this command, and the model's
+image size, native length and what it does above that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.batch import data_parallel_size
-from megatron_vl.config.schema import RunConfig, TrainingConfig
+from megatron_vl.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron_vl.errors import DataError
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 
@@ -42,6 +45,13 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX", help="prepared data sets")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: standard output)")
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="ROWS", help="rows in a forward pass")
+    parser.add_argument(
+        "--attention-span",
+        choices=("row", "segment"),
+        default="segment",
+        help="what a token may look back at (default: its own sample, whatever shares the row)",
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a grey one")
     add_parallel_flags(parser)
     return parser
@@ -64,32 +74,59 @@ def _run(options: argparse.Namespace) -> None:
                 write_whole(options.output, text + "\n")
 
 
-def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, float]]:
-    """The loss of the checkpoint on each data set, the same on every rank."""
+def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, Any]]:
+    """The loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
     from megatron_vl.checkpoint import contents, store
+    from megatron_vl.data.manifest import read_manifest
     from megatron_vl.model.build import build_model
 
-    saved = store.read_config(store.resolve(options.checkpoint))
-    config = _configuration(saved, options, topology.world_size)
+    lengths = {prefix: read_manifest(prefix).seq_length for prefix in options.data_path}
+    checkpoint = store.resolve(options.checkpoint)
+    config = _configuration(store.read_config(checkpoint).model, options, topology.world_size)
+    config = _with_rows_of(config, max(lengths.values()))
     chunks = build_model(config, topology, fresh_weights=False)
-    trained = contents.Trained(chunks, None)
-    contents.load(trained, options.checkpoint, config=config, topology=topology, load_rng=False)
-    return {prefix: _loss(prefix, chunks, config, topology) for prefix in options.data_path}
+    contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology, load_rng=False)
+    losses = {}
+    for prefix, length in lengths.items():
+        config = _with_rows_of(config, length)
+        losses[prefix] = _loss(prefix, chunks, config, topology) | _settings(config) | {"checkpoint": str(checkpoint)}
+    return losses
 
 
-def _configuration(saved: RunConfig, options: argparse.Namespace, world_size: int) -> RunConfig:
-    """The saved model and rows, at the layout of this command; a step is one micro-batch for each pipeline stage."""
+def _configuration(model: ModelConfig, options: argparse.Namespace, world_size: int) -> RunConfig:
+    """The saved model at the layout of this command; a step is one micro-batch for each pipeline stage."""
     parallel = parallel_config(options)
     rows = options.micro_batch_size * parallel.pipeline_model_parallel_size * data_parallel_size(parallel, world_size)
-    return replace(
-        saved,
+    return RunConfig(
+        model=model,
         parallel=parallel,
-        training=TrainingConfig(micro_batch_size=options.micro_batch_size, global_batch_size=rows),
-        data=replace(saved.data, blank_images=options.blank_images, unpacked=False, valid_data_path=()),
+        data=DataConfig(attention_span=options.attention_span, blank_images=options.blank_images),
+        training=TrainingConfig(
+            micro_batch_size=options.micro_batch_size, global_batch_size=rows, bf16=options.bf16
+        ),
     )
 
 
-def _loss(prefix: str, chunks: Sequence[Any], config: RunConfig, topology: Any) -> dict[str, float]:
+def _with_rows_of(config: RunConfig, seq_length: int) -> RunConfig:
+    return replace(config, data=replace(config.data, seq_length=seq_length))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What a loss depends on beside weights and rows, under the names of the configuration."""
+    data, model = config.data, config.model
+    return {
+        "attention_span": data.attention_span,
+        "seq_length": data.seq_length,
+        "blank_images": data.blank_images,
+        "bf16": config.training.bf16,
+        "image_size": model.image_size,
+        "native_seq_length": model.language.native_seq_length,
+        "use_dynamic_ntk": model.language.use_dynamic_ntk,
+        "use_logn_attn": model.language.use_logn_attn,
+    }
+
+
+def _loss(prefix: str, chunks: Sequence[Any], config: RunConfig, topology: Any) -> dict[str, Any]:
     from megatron_vl.training.feed import open_feed
     from megatron_vl.training.step import evaluate
 
@@ -98,4 +135,6 @@ def _loss(prefix: str, chunks: Sequence[Any], config: RunConfig, topology: Any) 
         loss = evaluate(chunks, feed.one_pass(), topology=topology)
     finally:
         feed.close()
+    if not loss.num_tokens:
+        raise DataError(f"{prefix}: none of its tokens is supervised, so there is no loss")
     return {"loss": loss.mean, "num_tokens": loss.num_tokens}

@@ -40,8 +40,8 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Loss of a supervised token; 0 where there was none."""
-        return self.total / max(1, self.num_tokens)
+        """Loss of a supervised token; not a number where there was none."""
+        return self.total / self.num_tokens if self.num_tokens else math.nan
 
 
 @dataclass(frozen=True)
