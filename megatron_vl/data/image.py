@@ -1,9 +1,9 @@
 """Encoded image -> checked pixels, exactly as the original does it.
 
-The original opens the file with Pillow, converts to RGB, squashes to a square by Pillow's (antialiased)
+The original opens the file with Pillow, converts to RGB (``rgb.py``), squashes to a square by Pillow's (antialiased)
 bicubic filter whatever the aspect ratio (``resize.py``), and normalises with CLIP's constants (``pixels.py``). EXIF
-orientation is not applied, since boxes of the data sets refer to the stored pixels. Pixels stay uint8 until they are
-on the device of the model.
+orientation is not looked at, here or wherever else an image is decoded (``image_check.py``). Pixels stay uint8 until
+they are on the device of the model.
 
 Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit
 on bytes, on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from megatron_vl.data.resize import Resize, resize
+from megatron_vl.data.rgb import to_rgb
 from megatron_vl.errors import SkipSample
 
 
@@ -43,10 +44,11 @@ DEFAULT_LIMITS = ImageLimits()
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode an image to RGB.
 
-    Raises SkipSample: ``image_too_large`` (bytes, pixels or aspect ratio) or ``unreadable_image``.
+    Raises SkipSample: ``image_too_large`` (bytes, pixels or aspect ratio), ``unreadable_image``, or what
+    ``to_rgb`` raises.
     """
-    with _opened(data, limits) as image:
-        return _to_rgb(image)
+    with open_image(data, limits) as image:
+        return to_rgb(image)
 
 
 def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -56,23 +58,23 @@ def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int,
     column is computed, which takes 40 % less time. What is refused so, the whole decoding decides.
     """
     try:
-        with _opened(data, limits) as image:
+        with open_image(data, limits) as image:
             size = image.size
             image.draft("RGB", (1, 1))
-            _to_rgb(image)
+            to_rgb(image)
             return size
     except SkipSample:
         return decode_image(data, limits).size
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """The image before it is decoded; what goes wrong with it becomes SkipSample."""
+def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Iterator[Image.Image]:
+    """The image before it is decoded; what goes wrong with it until it is left becomes SkipSample."""
     if len(data) > limits.max_bytes:
         raise SkipSample("image_too_large", f"{len(data)} bytes, the limit is {limits.max_bytes}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            warnings.simplefilter("ignore")  # our own limit is stricter, and damaged EXIF is no damage
             with Image.open(io.BytesIO(data), formats=limits.formats) as image:
                 _check_size(image.size, limits)
                 yield image
@@ -93,16 +95,6 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         raise SkipSample(
             "image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit greys to white; keep their upper byte instead.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "RGB":
-        image.load()  # convert would copy it
-        return image
-    return image.convert("RGB")
 
 
 def to_pixels(

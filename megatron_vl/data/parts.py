@@ -23,6 +23,7 @@ from megatron_vl import __version__
 from megatron_vl.data.filters.duplicates import looks_of
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.image import check_image, decode_image
+from megatron_vl.data.image_check import settle_image
 from megatron_vl.data.part_files import PartWriter
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.rows import join_tokens
@@ -97,6 +98,7 @@ class _PartMaker:
         self._recipe = recipe
         self._tokenizer = _load_tokenizer(recipe.num_ranks, recipe.vocab_file)
         self._options = _tokenize_options(recipe)
+        self._source = entry.source
         self._filter = SampleFilter(entry.filters)
         self._needs_looks = entry.filters.needs_looks
         self._writer = PartWriter(prefix)
@@ -135,15 +137,16 @@ class _PartMaker:
 
     def _check(self, image: ImageRef) -> tuple[int | None, tuple[bytes, bytes, int]]:
         """The image's number, if it is stored; its bytes and hashes, after decoding it if it is not."""
-        digest = hashlib.sha256(image.data).digest()
-        number, looks = self._writer.find_image(digest), 0
-        if number is None:
-            try:
+        try:
+            image = settle_image(image, self._source)
+            digest = hashlib.sha256(image.data).digest()
+            number, looks = self._writer.find_image(digest), 0
+            if number is None:
                 decoded = decode_image(image.data) if self._needs_looks else None
                 self._filter.check_image(check_image(image.data) if decoded is None else decoded.size)
                 looks = 0 if decoded is None else looks_of(decoded)
-            except SkipSample as error:
-                raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
+        except SkipSample as error:
+            raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
         return number, (image.data, digest, looks)
 
 

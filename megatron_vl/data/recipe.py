@@ -83,6 +83,8 @@ class DataRecipe:
     max_sample_length: int | None = None
     """Longest sample; by default the row (stage 1 of the paper: 512)."""
     chat_style: ChatStyle = "paper"
+    exif_orientation: Literal["ignore", "apply"] = "ignore"
+    """Take images as they are stored, or turned as EXIF says; a source's own entry replaces this."""
     vocab_file: str | None = None
     pack: PackOptions = field(default_factory=PackOptions)
     filters: FilterOptions = field(default_factory=FilterOptions)
@@ -114,7 +116,7 @@ def load_recipe(
             raise ConfigError(f"{path}: {key} is missing{hint}")
     root = root or path.parent
     filters = read_filters(values.get("filters", {}), f"{path}: filters", root=root)
-    sources, amounts = _sources(values["sources"], path, root, filters)
+    sources, amounts = _sources(_with_defaults(values), path, root, filters)
     recipe = DataRecipe(
         **{
             **values,
@@ -160,6 +162,15 @@ def read_amount(value: Any, where: str) -> int:
     if amount < 1 or amount != int(amount):
         raise ConfigError(f"{where}: found {value!r:.60}, expected a number of samples such as 350000, 350K or 19.7M")
     return int(amount)
+
+
+def _with_defaults(values: Mapping[str, Any]) -> Any:
+    """The entries of the sources with what the recipe says for all of them."""
+    entries = values["sources"]
+    if "exif_orientation" not in values or not isinstance(entries, list):
+        return entries
+    common = {"exif_orientation": values["exif_orientation"]}
+    return [{**common, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _sources(
@@ -275,6 +286,7 @@ def _check_values(recipe: DataRecipe, where: str) -> None:
     for key in ("num_queries", "num_ranks", "seq_length"):
         _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
     _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
+    _check_choice(recipe.exif_orientation, ("ignore", "apply"), f"{where}: exif_orientation")
     if recipe.max_sample_length is not None:
         _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
     if recipe.longest_sample > recipe.seq_length:

@@ -30,6 +30,8 @@ class ImageRef:
 
     key: str
     data: bytes
+    declared: tuple[int, int] | None = None
+    """Width and height with which the record's coordinates were reckoned, where it says so."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from megatron_vl.data.image import decode_image
 from megatron_vl.data.sample import Region
-from megatron_vl.errors import DataError
+from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.evaluation.records import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
 from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
@@ -96,8 +97,8 @@ def _draw(prediction: Prediction) -> str:
     if prediction.image is None:
         return ""
     try:
-        image = Image.open(prediction.image).convert("RGB")
-    except OSError as error:
+        image = decode_image(prediction.image.read_bytes())
+    except (OSError, SkipSample) as error:
         raise DataError(f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}") from None
     scale = max(1.0, _MIN_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)

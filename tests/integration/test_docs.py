@@ -219,11 +219,15 @@ def test_ranks_are_those_of_the_architecture_test() -> None:
 
 
 def test_sources_have_the_options_of_their_readers() -> None:
+    from megatron_vl.data.sources.base import Source
     from megatron_vl.data.sources.registry import SOURCES
 
     documented = {code(kind)[0]: set(code(cells[2])) for kind, cells in column("docs/data.md", "type").items()}
     found = {kind: {item.name for item in dataclasses.fields(reader)} for kind, reader in SOURCES.items()}
-    assert documented == {kind: options - {"name"} for kind, options in found.items()}
+    common = {item.name for item in dataclasses.fields(Source)}
+    assert documented == {kind: options - common for kind, options in found.items()}
+    (sentence,) = re.findall(r"^Every source has .*", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert common <= set(code(sentence))
 
 
 def test_recipe_keys_and_defaults_are_those_of_the_code() -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from PIL import ImageDraw, ImageFont
 
 from megatron_vl.data.image import decode_image
+from megatron_vl.data.image_check import settle_image
 from megatron_vl.data.sample import ImageRef, Sample
 from megatron_vl.data.sources.base import (
     Json,
@@ -37,6 +38,7 @@ from megatron_vl.data.sources.base import (
     range_shards,
     skipped,
     slice_of,
+    words_of,
 )
 from megatron_vl.data.sources.images import read_bytes, read_image, require_images
 from megatron_vl.data.sources.zips import list_folder
@@ -117,7 +119,8 @@ class AI2D(Source):
         right = field(question, "correctAnswer", int)
         if not 0 <= right < len(options):
             raise SkipSample("no_annotation", f"correctAnswer is {right} of {len(options)} options")
-        answer = clean_text(str(options[right]), "answer")
+        options = [words_of(option, "an option") for option in options]
+        answer = clean_text(options[right], "answer")
         if answer == NO_OPTION:
             raise SkipSample("no_annotation", f"the right option is {NO_OPTION!r}")
         prompt = clean_text(text, "question")
@@ -125,7 +128,7 @@ class AI2D(Source):
             prompt += "\nOptions: " + "\n".join(_lettered(options))
         image = read_image(self.path, f"images/{image_name}")
         if question.get("abcLabel") is True:
-            image = paint_letters(image, self._load("annotations", f"{image_name}.json"))
+            image = paint_letters(settle_image(image, self), self._load("annotations", f"{image_name}.json"))
         return Sample(key, self.name, "vqa", "en", (image,), question=prompt, text=answer)
 
 
@@ -154,7 +157,7 @@ def _corners(rectangle: list[Any], size: tuple[int, int]) -> tuple[float, float,
     return x1, y1, x2, y2
 
 
-def _lettered(options: list[Any]) -> list[str]:
+def _lettered(options: list[str]) -> list[str]:
     """The options that are some, each once, with letters."""
-    distinct = [option for option in dict.fromkeys(str(option).strip() for option in options) if option != NO_OPTION]
+    distinct = [option for option in dict.fromkeys(option.strip() for option in options) if option != NO_OPTION]
     return [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, distinct, strict=False)]

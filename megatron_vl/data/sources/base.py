@@ -13,8 +13,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.errors import DataError, SkipSample
@@ -60,6 +61,10 @@ class Source(ABC):
 
     name: str
     """Name of the source in the recipe; becomes ``Sample.source``."""
+    exif_orientation: Literal["ignore", "apply"] = dataclasses.field(default="ignore", kw_only=True)
+    """Take the pixels as they are stored, or turned as EXIF says."""
+    scaled_images: bool = dataclasses.field(default=False, kw_only=True)
+    """Images were scaled as a whole after they were annotated: compare the proportions of declared sizes only."""
 
     @abstractmethod
     def shards(self) -> list[Shard]:
@@ -110,6 +115,23 @@ def is_finite(value: Any) -> bool:
     """Whether a value of a record is a number with which to reckon: no bool, no NaN, not beyond what a float can be (an
     integer of JSON can)."""
     return type(value) in (float, int) and -_LARGEST < value < _LARGEST
+
+
+def words_of(value: Any, what: str) -> str:
+    """What is to be learnt of a value: a text, or a finite number as decimals; SkipSample('wrong_field') otherwise.
+
+    Whether ``true`` is to be learnt as "true" or as "yes" is not for us to say.
+    """
+    if isinstance(value, str):
+        return value
+    if not is_finite(value):
+        raise SkipSample("wrong_field", f"{what} is {value!r:.40}, expected a text or a number")
+    return format(Decimal(repr(value)), "f")
+
+
+def words_in(record: Json, name: str) -> str:
+    """``record[name]`` as ``words_of`` gives it; raises SkipSample as ``field`` does."""
+    return words_of(field(record, name, object), repr(name))
 
 
 def clean_text(text: str, what: str) -> str:

@@ -1,4 +1,9 @@
-"""Boxes and quadrilaterals of published records as fractions of the image in [0, 1]."""
+"""Boxes and quadrilaterals of published records as fractions of the image in [0, 1].
+
+Published ones reach a few pixels beyond the image; what does is clipped, corner by corner. One that reaches further
+beyond an edge than the image is large was reckoned in other units; it is none, as is one of which nothing lies in the
+image, or without an area.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from megatron_vl.data.sources.base import is_finite
 from megatron_vl.errors import SkipSample
 
 Box = tuple[float, float, float, float]
+Point = tuple[float, float]
 
 MIN_EXTENT = 1e-6
 """Of the image's side; a narrower box has no area, and rounding could turn it inside out."""
@@ -24,7 +30,10 @@ def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float
     """
     x1, y1, x2, y2 = _numbers(corners, 4, "bad_box")
     _check_size(width, height)
-    box = (_clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height))
+    fractions = (x1 / width, y1 / height, x2 / width, y2 / height)
+    if not _is_near(fractions):
+        raise SkipSample("bad_box", f"{list(corners)} is far beyond an image of {width:g} x {height:g}")
+    box = (_clip(fractions[0]), _clip(fractions[1]), _clip(fractions[2]), _clip(fractions[3]))
     if min(box[2] - box[0], box[3] - box[1]) < MIN_EXTENT:
         raise SkipSample("bad_box", f"{list(corners)} in an image of {width:g} x {height:g} has no area")
     return box
@@ -37,15 +46,28 @@ def box_from_xywh(xywh: Sequence[float], width: float, height: float) -> Box:
 
 
 def quad_from_points(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
-    """Eight fractions from four points, clipped to the image; raises SkipSample('bad_quad')."""
-    _check_size(width, height)
-    if not _has_size(points, 4) or not all(_has_size(point, 2) for point in points):
-        raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
-    x1, y1, x2, y2, x3, y3, x4, y4 = _numbers([*itertools.chain.from_iterable(points)], 8, "bad_quad")
-    return (
-        _clip(x1 / width), _clip(y1 / height), _clip(x2 / width), _clip(y2 / height),
-        _clip(x3 / width), _clip(y3 / height), _clip(x4 / width), _clip(y4 / height),
-    )  # fmt: skip
+    """Eight fractions from four points in their order around the quad, clipped to the image.
+
+    Raises SkipSample('bad_quad') if it is not four points, nothing of it lies inside the image, or sides cross.
+    """
+    a, b, c, d = _corners(points, width, height)
+    if not _is_near((*a, *b, *c, *d)):
+        raise SkipSample("bad_quad", f"{points!r:.80} is far beyond an image of {width:g} x {height:g}")
+    if _cross(a, b, c, d) or _cross(b, c, d, a):
+        raise SkipSample("bad_quad", f"{points!r:.80}: sides cross; expected the corners in their order around it")
+    if not shows_in_image(points, width, height):
+        raise SkipSample("bad_quad", f"{points!r:.80} in an image of {width:g} x {height:g} has no area")
+    return clipped_quad(points, width, height)
+
+
+def clipped_quad(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
+    """Eight fractions of the image, clipped to it; raises SkipSample('bad_quad') if it is not four points."""
+    return tuple(_clip(value) for corner in _corners(points, width, height) for value in corner)
+
+
+def shows_in_image(points: Sequence[Sequence[float]], width: float, height: float) -> bool:
+    """Whether some area of a quad lies inside the image; raises SkipSample('bad_quad') if it is not four points."""
+    return _area(_inside(_corners(points, width, height))) >= MIN_EXTENT**2
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -61,6 +83,49 @@ def about_region(sample: Sample, region: Region) -> Sample:
     if sample.task == "referring":
         return replace(sample, question=region.text, regions=(region,))
     return replace(sample, text=region.text, regions=(region,))
+
+
+def _corners(points: Sequence[Sequence[float]], width: float, height: float) -> list[Point]:
+    """Four points as fractions of the image, not clipped."""
+    _check_size(width, height)
+    if not _has_size(points, 4) or not all(_has_size(point, 2) for point in points):
+        raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
+    numbers = _numbers([*itertools.chain.from_iterable(points)], 8, "bad_quad")
+    return [(x / width, y / height) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def _is_near(fractions: Sequence[float]) -> bool:
+    return min(fractions) >= -1 and max(fractions) <= 2
+
+
+def _inside(corners: list[Point]) -> list[Point]:
+    """The polygon's part in the unit square: cut along each side of that in turn."""
+    for axis, limit, sign in ((0, 0.0, 1), (0, 1.0, -1), (1, 0.0, 1), (1, 1.0, -1)):
+        kept: list[Point] = []
+        for before, corner in zip([*corners[-1:], *corners[:-1]], corners, strict=True):
+            was_in, is_in = ((point[axis] - limit) * sign >= 0 for point in (before, corner))
+            if was_in != is_in:
+                share = (limit - before[axis]) / (corner[axis] - before[axis])
+                other = before[1 - axis] + share * (corner[1 - axis] - before[1 - axis])
+                kept.append((limit, other) if axis == 0 else (other, limit))
+            if is_in:
+                kept.append(corner)
+        corners = kept
+    return corners
+
+
+def _area(corners: list[Point]) -> float:
+    pairs = itertools.pairwise([*corners, *corners[:1]])
+    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in pairs)) / 2
+
+
+def _cross(a: Point, b: Point, c: Point, d: Point) -> bool:
+    """Whether the segments from a to b and from c to d cross, not only touch."""
+    return _side(a, b, c) * _side(a, b, d) < 0 and _side(c, d, a) * _side(c, d, b) < 0
+
+
+def _side(a: Point, b: Point, point: Point) -> float:
+    return (b[0] - a[0]) * (point[1] - a[1]) - (b[1] - a[1]) * (point[0] - a[0])
 
 
 def _numbers(values: Sequence[float], count: int, reason: str) -> list[float]:

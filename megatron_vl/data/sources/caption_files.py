@@ -10,6 +10,7 @@ line (``image_pattern: "GCC_train_{line:09d}.jpg"``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from megatron_vl.data.sources.base import Shard, Skipped, Source
 from megatron_vl.data.sources.captions import Choice, as_score, caption_samples, skip_captions
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, read_array
-from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_lines
+from megatron_vl.data.sources.jsonl import Line, line_shards, parse_object, read_lines
 from megatron_vl.errors import DataError, SkipSample
 
 FORMS = (".jsonl", ".tsv", ".json")
+_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//\S+|data:\S+|[^\s/]+\.[^\s/]+/\S*", re.IGNORECASE)
 Record = dict[str, Any]
 
 
@@ -44,6 +46,8 @@ class CaptionFiles(Source):
     """Field that holds the CLIP score."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a .tsv, for example [caption, url]."""
+    header: bool | None = None
+    """Whether the first line of a .tsv is a header; by default it is if it holds the names of the columns."""
     records: str = ""
     """Key of the list in a .json; empty: the document is the list."""
     captions: Choice = "longest"
@@ -83,6 +87,8 @@ class CaptionFiles(Source):
                 f"{self.name}: columns are {list(self.columns)}, expected names for the columns of {file}, with "
                 f"{self.caption_field!r} among them"
             )
+        if file.suffix == ".tsv":
+            self._has_header(file)  # refused now, not in the middle of the work
         return line_shards(file, self.records_per_shard)
 
     def _records(self, shard: Shard) -> Iterator[Record | Skipped]:
@@ -90,7 +96,7 @@ class CaptionFiles(Source):
         if shard.path.suffix == ".json":
             for element in read_array(shard):
                 value = element.value if isinstance(element.value, dict) else {self.caption_field: element.value}
-                yield {"line": element.index, **value}
+                yield {**value, "line": element.index}
             return
         is_table = shard.path.suffix == ".tsv"
         header = is_table and self._has_header(shard.path)
@@ -98,7 +104,7 @@ class CaptionFiles(Source):
             if isinstance(line, Skipped):
                 yield line
             elif not (header and line.number == 1):
-                yield {"line": line.number - 1 - header, **line.record}
+                yield {**line.record, "line": line.number - 1 - header}
 
     def _split(self, text: str) -> Record:
         values = text.rstrip("\r\n").split("\t")
@@ -107,9 +113,40 @@ class CaptionFiles(Source):
         return dict(zip(self.columns, values, strict=True))
 
     def _has_header(self, file: Path) -> bool:
-        """Tools that want names of columns have them put into the first line; then its address is none."""
-        first = next(read_lines(Shard("", file, count=1), self._split), None)
-        return first is not None and not isinstance(first, Skipped) and "http" not in first.record.get("url", "http")
+        """Whether the first line of a table is a header: as it was declared, or because it is one beyond doubt.
+
+        Raises DataError where there is a doubt: what was taken wrongly would move every caption to another image.
+        """
+        if self.header is not None:
+            return self.header
+        lines = list(read_lines(Shard("", file, count=2), self._split))
+        if not lines:
+            return False
+        first, second = lines[0], lines[-1]
+        if isinstance(first, Skipped):
+            doubt = first.detail
+        elif all(_is_name(name, value) for name, value in first.record.items()):
+            return True
+        else:
+            doubt = self._doubt(first.record, second.record if isinstance(second, Line) else first.record)
+        if doubt:
+            raise DataError(
+                f"{file}, line 1: {doubt}. Is it a header? Say so with 'header: true' or 'header: false'; the columns "
+                f"are taken to be {', '.join(self.columns)}"
+            )
+        return False
+
+    def _doubt(self, first: Record, second: Record) -> str:
+        """What is odd about the first line of a table beside the second, if it is a record."""
+        for name, value in first.items():
+            if _is_name(name, value):
+                return f"{value!r} is the name of its column"
+            kind = _kind(second[name])
+            if name != self.caption_field and kind != "text" and _kind(value) == "text":
+                return f"{name!r} is {value!r:.60}, but in line 2 it is {kind}"
+        if _kind(first[self.caption_field]) == _kind(second[self.caption_field]) == "an address":
+            return f"{self.caption_field!r} is an address, {first[self.caption_field]!r:.60}"
+        return ""
 
     def _samples(self, record: Record, key: str) -> Iterator[Sample | Skipped]:
         captions = record.get(self.caption_field)
@@ -125,3 +162,18 @@ class CaptionFiles(Source):
         score = as_score(record.get(self.score_field))
         sample = Sample(key, self.name, "caption", language, (image,), score=score)
         yield from caption_samples(sample, several, self.captions)
+
+
+def _is_name(name: str, value: str) -> bool:
+    return value.strip().lower() == name.lower()
+
+
+def _kind(value: str) -> str:
+    """What a value of a table looks like."""
+    if _ADDRESS.fullmatch(value.strip()):
+        return "an address"
+    try:
+        float(value)
+    except ValueError:
+        return "text"
+    return "a number"

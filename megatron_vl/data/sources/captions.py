@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Skipped, clean_text, is_finite, skipped
+from megatron_vl.data.sources.base import Skipped, clean_text, is_finite, skipped, words_of
 from megatron_vl.errors import SkipSample
 
 Choice = Literal["longest", "first", "all"]
@@ -54,8 +54,8 @@ def as_score(value: Any) -> float | None:
 
 def _check(key: str, caption: Any) -> str | Skipped:
     try:
-        if not isinstance(caption, str):
-            raise SkipSample("no_caption" if caption is None else "wrong_field", f"a {type(caption).__name__}")
-        return clean_text(caption, "caption")
+        if caption is None:
+            raise SkipSample("no_caption", "null")
+        return clean_text(words_of(caption, "caption"), "caption")
     except SkipSample as error:
         return skipped(key, error)

@@ -1,20 +1,22 @@
 """What the dialogue formats share: a JSON array of ``{"conversations": [{"from", "value"}]}``, whoever speaks.
 
 As in Qwen-VL's script a first turn that is not the user's is dropped, and an unknown role is an error (of the
-record); the answers of a dialogue cut in mid-turn are kept up to the last one.
+record); the answers of a dialogue cut in mid-turn are kept up to the last one. The system turn stands before the
+others (``"from": "system"``) or beside them, under ``system`` or ``system_prompt``; null is none, and "" an empty one.
+Sizes of the images, if there are any, stand under ``width`` and ``height``, of several images as lists.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
 from megatron_vl.data.sources.images import require_images
 from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.errors import SkipSample
@@ -53,16 +55,19 @@ class Dialogues(Source):
 def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"]]) -> list[Turn]:
     """Turns from the first of the user to the last of the assistant; ``roles`` says who is who.
 
-    Raises SkipSample.
+    The system turn, if there is one, comes first. Raises SkipSample.
     """
+    items = field(record, "conversations", list)
+    told = bool(items) and isinstance(items[0], Mapping) and items[0].get("from") == "system"
+    system = _system_turn([record.get("system"), record.get("system_prompt"), items[0].get("value") if told else None])
     turns: list[Turn] = []
-    for item in field(record, "conversations", list):
+    for item in items[told:]:
         speaker = field(item, "from", str)
         if speaker not in roles:
             raise SkipSample("unknown_role", f"{speaker!r}, expected {' or '.join(map(repr, roles))}")
         role = roles[speaker]
         if role == "user" or turns:
-            turns.append(Turn(role, clean_text(field(item, "value", str), f"value of a {role} turn")))
+            turns.append(Turn(role, clean_text(words_in(item, "value"), f"value of a {role} turn")))
     while turns and turns[-1].role == "user":
         turns.pop()
     if not turns:
@@ -70,4 +75,23 @@ def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"
     for before, after in itertools.pairwise(turns):
         if before.role == after.role:
             raise SkipSample("turns_out_of_order", f"two turns of {after.role!r} in a row")
-    return turns
+    return [*system, *turns]
+
+
+def _system_turn(found: Sequence[Any]) -> list[Turn]:
+    """The one system turn that a record says, in whichever of its places."""
+    texts = {value for value in found if isinstance(value, str)}
+    if len(texts) > 1 or not all(value is None or isinstance(value, str) for value in found):
+        raise SkipSample("wrong_field", f"the system turn is {found!r:.80}, expected one text")
+    return [Turn("system", clean_text(text, "system turn") if text.strip() else "") for text in texts]
+
+
+def declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:
+    """Width and height of each of a record's images, as far as it says them; raises SkipSample('bad_size')."""
+    width, height = record.get("width"), record.get("height")
+    if count == 0 or width is None or height is None:
+        return [None] * count
+    widths, heights = (value if isinstance(value, list) else [value] for value in (width, height))
+    if not (len(widths) == len(heights) == count) or not all(type(side) is int for side in (*widths, *heights)):
+        raise SkipSample("bad_size", f"width is {width!r:.40} and height {height!r:.40}, for {count} images")
+    return list(zip(widths, heights, strict=True))

@@ -13,6 +13,7 @@ told otherwise: an image whose aspect ratio has changed is refused.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ class GroundedCaption(Source):
     """Drop boxes below this confidence."""
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
+    scaled_images: bool = dataclasses.field(default=True, kw_only=True)
+    """Compare the proportions of declared sizes only: boxes are fractions."""
 
     def shards(self) -> list[Shard]:
         return pair_shards(self.path)
@@ -73,7 +76,8 @@ class GroundedCaption(Source):
             raise SkipSample("no_regions", f"{self.phrases} has no box with a score of {self.min_score:g} or more")
         regions = tuple(Region(caption[a:b], boxes[a, b], span=(a, b)) for a, b in spans)
         score = as_score(pair.fields.get("clip_similarity_vitb32"))
-        base = Sample(pair.key, self.name, "grounded_caption", self.language, (ImageRef(pair.key, pair.image),))
+        image = ImageRef(pair.key, pair.image, _stored_size(pair.fields))
+        base = Sample(pair.key, self.name, "grounded_caption", self.language, (image,))
         sample = replace(base, text=caption, regions=regions, score=score)
         return sample, sorted(set(boxes) - set(spans))
 
@@ -110,6 +114,12 @@ def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
         if not chosen or start >= chosen[-1][1]:
             chosen.append((start, end))
     return chosen
+
+
+def _stored_size(meta: Json) -> tuple[int, int] | None:
+    """What the metadata says of the stored image."""
+    width, height = meta.get("width"), meta.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) and width > 0 < height else None
 
 
 def _check_aspect(meta: Json) -> None:

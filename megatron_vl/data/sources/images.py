@@ -12,6 +12,7 @@ import os
 import stat
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,14 @@ def read_image(root: Path, name: str) -> ImageRef:
     return ImageRef(name, data)
 
 
-def read_first_image(root: Path, names: Sequence[str]) -> ImageRef:
-    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does."""
+def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int] | None = None) -> ImageRef:
+    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does.
+
+    ``declared``: width and height as the record says them.
+    """
     for name in names:
         try:
-            return read_image(root, name)
+            return replace(read_image(root, name), declared=declared)
         except SkipSample as error:
             if error.reason != "missing_image":
                 raise

@@ -6,6 +6,10 @@ which comes Qwen-VL's ``Picture 1: <img>path</img>``; a single one at the end of
 LLaVA's own code has it. The referring expressions and regions of mix665k carry
 boxes ``[0.1, 0.2, 0.3, 0.4]`` in fractions of the image padded to a square in its middle; they become
 ``<box>`` in thousandths of the image itself.
+
+Four numbers in brackets are a box if all lie in [0, 1] and they are not all bare digits, however they are written
+(``0``, ``.25``, ``1e-05``); ``[0, 1, 1, 0]`` and ``[12.5, 30, 200, 100]`` are text. Where that leaves a doubt
+(``[0, 0, 1, 1]``, a number just beyond the square, several images) the dialogue is left out as ``ambiguous_box``.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ from dataclasses import dataclass, replace
 
 from megatron_vl.data.coordinates import format_points
 from megatron_vl.data.image import check_image
-from megatron_vl.data.sample import ImageRef, Sample, Turn
+from megatron_vl.data.image_check import settle_image
+from megatron_vl.data.sample import Sample, Turn
 from megatron_vl.data.sources.base import Json
 from megatron_vl.data.sources.boxes import box_from_corners
-from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns
+from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.errors import SkipSample
 
 PLACE = "<image>"
-_NUMBER = r"([01]\.\d+)"
+_NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 BOX = re.compile(rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]")
 MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 
@@ -43,9 +48,15 @@ class LLaVA(Dialogues):
         places = sum(turn.text.count(PLACE) for turn in turns)
         if places != len(names):
             raise SkipSample("image_mismatch", f"{places} times {PLACE}, but {len(names)} images")
-        images = tuple(read_image(self.image_root, name) for name in names)
-        if self.convert_boxes and len(images) == 1:
-            turns = [replace(turn, text=_with_boxes(turn.text, images[0])) for turn in turns]
+        sizes = declared_sizes(record, len(names))
+        images = tuple(
+            replace(read_image(self.image_root, name), declared=size) for name, size in zip(names, sizes, strict=True)
+        )
+        if self.convert_boxes and images and any(_is_box(match) for turn in turns for match in BOX.finditer(turn.text)):
+            if len(images) > 1:
+                raise SkipSample("ambiguous_box", f"a box, but {len(images)} images")
+            size = check_image(settle_image(images[0], self).data)
+            turns = [replace(turn, text=_with_boxes(turn.text, size)) for turn in turns]
         return Sample(key, self.name, "chat", self.language, images, turns=_with_pictures(turns, names))
 
 
@@ -70,17 +81,30 @@ def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
     return tuple(found)
 
 
-def _with_boxes(text: str, image: ImageRef) -> str:
-    if not BOX.search(text):
-        return text
-    width, height = check_image(image.data)
-    side = max(width, height)
+def _is_box(match: re.Match[str]) -> bool:
+    """Whether four numbers are a box of the padded square; raises SkipSample('ambiguous_box') where it is in doubt."""
+    numbers = [float(number) for number in match.groups()]
+    if all(number.isdecimal() for number in match.groups()):
+        if numbers == [0, 0, 1, 1]:
+            raise SkipSample("ambiguous_box", f"{match[0]}: the whole image, or a list? write [0.0, 0.0, 1.0, 1.0]")
+        return False
+    if all(0 <= number <= 1 for number in numbers):
+        return True
+    if all(-1 <= number <= 2 for number in numbers):
+        raise SkipSample("ambiguous_box", f"{match[0]}: a box beyond the padded square, or no box?")
+    return False
+
+
+def _with_boxes(text: str, size: tuple[int, int]) -> str:
+    width, height = size
+    side = max(size)
     left, top = (side - width) // 2, (side - height) // 2
 
     def box(match: re.Match[str]) -> str:
+        if not _is_box(match):
+            return match[0]
         x1, y1, x2, y2 = (float(number) * side for number in match.groups())
-        return (
-            f"<box>{format_points(box_from_corners((x1 - left, y1 - top, x2 - left, y2 - top), width, height))}</box>"
-        )
+        corners = box_from_corners((x1 - left, y1 - top, x2 - left, y2 - top), width, height)
+        return f"<box>{format_points(corners)}</box>"
 
     return BOX.sub(box, text)

@@ -22,15 +22,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    require_folder,
-)
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, require_folder, words_in
 from megatron_vl.data.sources.boxes import quad_from_points
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_samples
@@ -81,18 +73,18 @@ class OCR(Source):
             raise SkipSample("bad_size", f"{name}: size is {size!r:.40}, expected [width, height]")
         regions = []
         for line in field(record, "lines", list):
-            text = clean_text(field(line, "text", str), "text of a line")
+            text = clean_text(words_in(line, "text"), "text of a line")
             regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
         if not regions:
             raise SkipSample("no_lines", f"{name}: 'lines' is empty")
-        image = read_image(self._root, name)
+        image = replace(read_image(self._root, name), declared=(size[0], size[1]))
         text = " ".join(region.text for region in regions)
         return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
 
     def _plain_sample(self, record: Json, sample: Sample) -> Sample:
         """The question about a page without places."""
         truth = _ground_truth(field(record, "ground_truth", str))
-        text = clean_text(field(field(truth, "gt_parse", dict), "text_sequence", str), "text_sequence")
+        text = clean_text(words_in(field(truth, "gt_parse", dict), "text_sequence"), "text_sequence")
         if not self.question:
             raise SkipSample(
                 "no_lines", f"{record['file_name']}: no 'lines' with quads, and no 'question' to ask instead"

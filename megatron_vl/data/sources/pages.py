@@ -18,7 +18,7 @@ from PIL import Image
 from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.sample import ImageRef, Region, Sample
 from megatron_vl.data.sources.base import Source, clean_text
-from megatron_vl.data.sources.boxes import quad_from_points
+from megatron_vl.data.sources.boxes import clipped_quad, shows_in_image
 from megatron_vl.errors import SkipSample
 
 Point = tuple[float, float]
@@ -90,7 +90,6 @@ def _region(line: TextLine, size: tuple[int, int]) -> Region | None:
     text = " ".join(line.text.split())
     if not text:
         return None
-    quad = quad_from_points(line.quad, *size)
-    if min(max(quad[axis::2]) - min(quad[axis::2]) for axis in (0, 1)) <= 0:
+    if not shows_in_image(line.quad, *size):
         return None
-    return Region(clean_text(text, "text of a line"), quads=(quad,))
+    return Region(clean_text(text, "text of a line"), quads=(clipped_quad(line.quad, *size),))

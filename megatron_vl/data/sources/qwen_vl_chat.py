@@ -2,17 +2,20 @@
 "value"}]}`` between ``user`` and ``assistant``.
 
 Images stand in the text, ``Picture 1: <img>path</img>``, boxes as ``<box>(x1,y1),(x2,y2)</box>``. The text
-stays as it is; the images are read in their order.
+stays as it is; the images are read in their order. A dialogue with a box or quad that is none, such as one in pixels
+beyond the grid, is left out: the model would learn to write what nobody can read.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from megatron_vl.data.coordinates import GRID, parse_points
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json
-from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns
+from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.errors import SkipSample
 
@@ -31,5 +34,43 @@ class QwenVLChat(Dialogues):
             if turn.text.count("<img>") != len(found) or turn.text.count("</img>") != len(found):
                 raise SkipSample("unbalanced_image_tag", turn.text[:80])
             names += found
-        images = tuple(read_image(self.image_root, name) for name in names)
+        check_boxes("".join(turn.text for turn in turns))
+        sizes = declared_sizes(record, len(names))
+        images = tuple(
+            replace(read_image(self.image_root, name), declared=size) for name, size in zip(names, sizes, strict=True)
+        )
         return Sample(key, self.name, "chat", self.language, images, turns=tuple(turns))
+
+
+def check_boxes(text: str) -> None:
+    """Raise SkipSample unless each <box> of a dialogue holds two corners, and each <quad> four points of the grid.
+
+    A user's turn may end in an open ``<box>`` that the answer closes, so ``text`` is that of all turns.
+    """
+    if (problem := _misplaced(text, "box", 2)) is not None:
+        raise SkipSample("bad_box", problem)
+    if (problem := _misplaced(text, "quad", 4)) is not None:
+        raise SkipSample("bad_quad", problem)
+
+
+def _misplaced(text: str, tag: str, num_points: int) -> str | None:
+    """The first place in a text that is no <box>, or no <quad>, if there is one."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    found = re.findall(f"{opening}(.*?){closing}", text, re.DOTALL)
+    if text.count(opening) != len(found) or text.count(closing) != len(found):
+        return f"{opening} and {closing} do not match"
+    for content in found:
+        points = parse_points(content, num_points)
+        if points is None or not _has_order(points):
+            return f"{content!r:.60}; expected {num_points} points of integers from 0 to {GRID - 1}" + (
+                ", top left and bottom right" if num_points == 2 else ""
+            )
+    return None
+
+
+def _has_order(points: Sequence[float]) -> bool:
+    """Whether two corners are top left and bottom right (of the smallest box, the same cell); of a quad, whether it is
+    more than one point."""
+    if len(points) == 4:
+        return points[0] <= points[2] and points[1] <= points[3]
+    return len(set(zip(points[::2], points[1::2], strict=True))) > 1

@@ -24,6 +24,7 @@ from megatron_vl.data.sources.base import (
     range_shards,
     skipped,
     slice_of,
+    words_in,
 )
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
 from megatron_vl.data.sources.images import read_first_image, require_images
@@ -100,10 +101,10 @@ class RefCOCO(Source):
         return [reference for reference in load_references(self._pickle) if reference["split"] == self.split]
 
     def _sample(self, key: str, sentence: Json, annotation: Json, image: Json) -> Sample:
-        expression = clean_text(plain_text(field(sentence, self.expression, str)), self.expression)
+        expression = clean_text(plain_text(words_in(sentence, self.expression)), self.expression)
         size = field(image, "width", int), field(image, "height", int)
         box = box_from_xywh(field(annotation, "bbox", list), *size)
-        picture = read_first_image(self.image_root, train_images(field(image, "file_name", str)))
+        picture = read_first_image(self.image_root, train_images(field(image, "file_name", str)), size)
         sample = Sample(key, self.name, self.task, self.language, (picture,))
         return about_region(sample, Region(expression, (box,)))
 

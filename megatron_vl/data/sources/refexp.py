@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
 from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
@@ -59,13 +59,13 @@ class RefExp(Source):
         return found
 
     def _sample(self, record: Json, boxes: dict[Any, list[Json]], key: str) -> Sample:
-        expression = clean_text(field(record, "caption", str), "caption")
-        width, height = field(record, "width", int), field(record, "height", int)
+        expression = clean_text(words_in(record, "caption"), "caption")
+        size = field(record, "width", int), field(record, "height", int)
         annotations = boxes.get(field(record, "id", (int, str)), [])
         if not annotations:
             raise SkipSample("no_annotation", f"no annotation has image_id {record['id']}")
-        corners = tuple(box_from_xywh(field(item, "bbox", list), width, height) for item in annotations)
-        image = read_first_image(self.image_root, train_images(field(record, "file_name", str)))
+        corners = tuple(box_from_xywh(field(item, "bbox", list), *size) for item in annotations)
+        image = read_first_image(self.image_root, train_images(field(record, "file_name", str)), size)
         sample = Sample(key, self.name, self.task, self.language, (image,))
         return about_region(sample, Region(expression, corners))
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
 from megatron_vl.data.sources.boxes import Box, about_region, box_from_xywh, overlap
 from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
@@ -107,7 +107,7 @@ class VisualGenome(Source):
             picture = pictures[number]
             if picture.coco_id in excluded:
                 raise SkipSample("evaluation_image", f"image {number} is COCO's {picture.coco_id}")
-            return picture, read_first_image(self.image_root, picture.names)
+            return picture, read_first_image(self.image_root, picture.names, (picture.width, picture.height))
         except SkipSample as error:
             return error
 
@@ -137,6 +137,6 @@ def _image_id(record: Json) -> int:
 
 
 def _region(record: Json, picture: Picture) -> Region:
-    phrase = clean_text(" ".join(field(record, "phrase", str).split()), "phrase")
+    phrase = clean_text(" ".join(words_in(record, "phrase").split()), "phrase")
     xywh = [field(record, side, (int, float)) for side in ("x", "y", "width", "height")]
     return Region(phrase, (box_from_xywh(xywh, picture.width, picture.height),))

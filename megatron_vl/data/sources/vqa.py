@@ -23,14 +23,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in, words_of
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.json_stream import Element, array_shards, iter_array, read_array
 from megatron_vl.errors import DataError, SkipSample
 
+NO_ANSWER: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing; a number 0 is an answer."""
 CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.0}
 Answers = Mapping[int | str, "Answer | SkipSample"]
 
@@ -127,9 +129,9 @@ class VQA(Source):
         if self.unfold:
             nested = field(record, self.unfold, list)
             return [{**record, **question} if isinstance(question, dict) else record for question in nested]
-        texts = field(record, self.question_field, (str, list))
+        texts = field(record, self.question_field, (str, int, float, list))
         record = {**record, "key": element.key} if element.key else record
-        if isinstance(texts, str):
+        if not isinstance(texts, list):
             return [record]
         answers = field(record, self.answer_field, list)
         pairs = itertools.zip_longest(texts, answers)
@@ -141,7 +143,7 @@ class VQA(Source):
                 key = f"question {field(record, self.id_field, (int, str))}"
             if self.splits and str(record.get(self.split_field)) not in self.splits:
                 raise SkipSample("other_split", f"{self.split_field} is {record.get(self.split_field)!r}")
-            question = clean_text(field(record, self.question_field, str), "question")
+            question = clean_text(words_in(record, self.question_field), "question")
             answer = self._answer(record, answers)
             text = clean_text(answer.text.strip().removesuffix(".") if self.strip_period else answer.text, "answer")
             image = read_first_image(self.image_root, image_names(self.image_pattern, record))
@@ -173,20 +175,23 @@ class VQA(Source):
 def best_answer(record: Json, name: str = "answers") -> str:
     """The answer to learn: highest summed confidence, then most frequent, then first; raises SkipSample.
 
-    ``record[name]`` is one answer, or a list of texts or of VQAv2's objects with ``answer`` and
+    ``record[name]`` is one answer, or a list of answers or of VQAv2's objects with ``answer`` and
     ``answer_confidence``; where it is empty or absent, ``multiple_choice_answer`` counts.
     """
     answers = record.get(name)
-    if not answers and isinstance(record.get("multiple_choice_answer"), str):
-        answers = record["multiple_choice_answer"]
-    if not answers and name in record:
+    if answers in NO_ANSWER and not isinstance(record.get("multiple_choice_answer"), (list, dict)):
+        answers = record.get("multiple_choice_answer")
+    if answers in NO_ANSWER and name in record:
         raise SkipSample("no_annotation", f"{name!r} is empty")
-    if isinstance(answers, str):
-        return answers
+    if answers in NO_ANSWER:
+        raise SkipSample("missing_field", f"no {name!r}; found {sorted(record)[:8]}")
+    if not isinstance(answers, list):
+        return words_of(answers, repr(name))
     scores: dict[str, tuple[float, int]] = {}
-    for answer in field(record, name, list):
-        text = (answer if isinstance(answer, str) else field(answer, "answer", str)).strip()
-        confidence = 0.0 if isinstance(answer, str) else CONFIDENCE.get(str(answer.get("answer_confidence")), 0.0)
+    for answer in answers:
+        entry = answer if isinstance(answer, dict) else {"answer": answer}
+        text = words_in(entry, "answer").strip()
+        confidence = CONFIDENCE.get(str(entry.get("answer_confidence")), 0.0)
         total, count = scores.get(text, (0.0, 0))
         scores[text] = (total + confidence, count + 1)
     return max(scores, key=lambda text: scores[text])

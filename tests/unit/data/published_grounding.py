@@ -68,7 +68,7 @@ def write_refcoco(folder: Path) -> RefCOCO:
     root, images = folder / "refer" / "data" / "refcoco", folder / "train2014"
     root.mkdir(parents=True)
     images.mkdir()
-    (images / "COCO_train2014_000000581857.jpg").write_bytes(picture(90))
+    (images / "COCO_train2014_000000581857.jpg").write_bytes(picture(90, size=(427, 640)))
     with (root / "refs(unc).p").open("wb") as stream:
         Python2Pickler(stream, protocol=2).dump(REFERENCES)
     outline = {"segmentation": [[0.5] * 8], "area": 1.5, "iscrowd": 0, "category_id": 1, "image_id": 581857}

@@ -57,7 +57,8 @@ def test_blank_is_close_to_zero() -> None:
 def test_modes_become_rgb() -> None:
     for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         kind = "TIFF" if mode == "CMYK" else "PNG"
-        assert to_pixels(encode(Image.new(mode, (5, 9)), kind), 14).shape == (3, 14, 14)
+        white = 255 if len(mode) == 1 else (255,) * len(mode)
+        assert to_pixels(encode(Image.new(mode, (5, 9), white), kind), 14).shape == (3, 14, 14)
     grey16 = Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16))
     assert (to_pixels(encode(grey16), 4) == 0x80).all()
 

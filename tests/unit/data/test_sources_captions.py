@@ -182,7 +182,7 @@ def test_flickr30k_names_neither_folder_nor_coco_id(tmp_path: Path) -> None:
 )
 def test_choice_of_several_captions(tmp_path: Path, choice: str, expected: str | list[str]) -> None:
     (tmp_path / "1.jpg").write_bytes(JPEG)
-    record = {"image": "1.jpg", "caption": [None, "one", "a longer one", 5, "a long one"]}
+    record = {"image": "1.jpg", "caption": [None, "one", "a longer one", True, "a long one"]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
     items = read_all(source_of("pairs", tmp_path, path="pairs.jsonl", image_root=".", captions=choice))
     found = [sample.text for sample in kept(items)]

@@ -275,7 +275,7 @@ def test_best_answer_falls_back_to_the_multiple_choice_answer() -> None:
     with pytest.raises(SkipSample, match="missing_field"):
         best_answer({"multiple_choice_answer": None})
     with pytest.raises(SkipSample, match="wrong_field"):
-        best_answer({"answers": [3]})
+        best_answer({"answers": [[3]]})
 
 
 def test_a_bad_annotation_is_the_fault_of_its_question(tmp_path: Path) -> None:
