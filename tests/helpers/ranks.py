@@ -50,6 +50,8 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        self.repeats = 1
+        """How often each step with asynchronous messages runs."""
         self._directory = tempfile.TemporaryDirectory()
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
@@ -60,20 +62,21 @@ class Ranks:
         A rank that fails leaves its peers in the middle of a collective, so all are replaced for the next call.
 
         Raises:
-            RankError: a rank raised, died, or took longer than ``TIMEOUT_S``.
+            RankError: a rank raised, died, or took longer than ``TIMEOUT_S``; longer where steps are repeated often.
         """
         if not self._processes:
             self._start()
         store = str(Path(self._directory.name) / uuid.uuid4().hex)
         for pipe in self._pipes:
-            pipe.send((function, store, args))
+            pipe.send((function, store, args, self.repeats))
         results: list[Any] = [None] * self.world_size
         waiting = dict(enumerate(self._pipes))
-        deadline = time.monotonic() + TIMEOUT_S
+        limit = TIMEOUT_S * max(1, self.repeats // 5)
+        deadline = time.monotonic() + limit
         while waiting:
             ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {sorted(waiting)} of {self.world_size} did not answer in {TIMEOUT_S} s")
+                self._fail(f"ranks {sorted(waiting)} of {self.world_size} did not answer in {limit} s")
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                 results[rank] = self._receive(rank, waiting.pop(rank))
         return results
@@ -116,12 +119,15 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
+    from tests.helpers.repeats import repeated_schedules
 
     while True:
-        function, store, args = pipe.recv()
+        function, store, args, repeats = pipe.recv()
         start = Start(Launch(rank, world_size, rank), f"file://{store}")
         try:
-            pipe.send((False, function(start, *args)))
+            with repeated_schedules(repeats):
+                result = function(start, *args)
+            pipe.send((False, result))
         except BaseException:  # noqa: BLE001 - torch's CheckpointException is a BaseException; the test must see it
             pipe.send((True, traceback.format_exc()))
 
@@ -131,11 +137,13 @@ class RankPools:
 
     def __init__(self) -> None:
         self._pools: dict[int, Ranks] = {}
+        self.repeats = 1
+        """How often each step with asynchronous messages runs, in calls from now on."""
 
     def __call__(self, world_size: int) -> Ranks:
-        if world_size not in self._pools:
-            self._pools[world_size] = Ranks(world_size)
-        return self._pools[world_size]
+        pool = self._pools.setdefault(world_size, Ranks(world_size))
+        pool.repeats = self.repeats
+        return pool
 
     def stop(self) -> None:
         """End all processes."""
