@@ -42,6 +42,10 @@ class CheckpointError(MegatronVLError):
     """A checkpoint is absent, torn, or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written: a file is missing, truncated or changed."""
+
+
 class NotFiniteError(MegatronVLError):
     """A run has loss, gradients or weights that are not finite and does not recover."""
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_vl.checkpoint import store
 from megatron_vl.checkpoint.streaming import StreamingStrategy
+from megatron_vl.checkpoint.verification import Verified, verify_together
 from megatron_vl.config.load import dump_config
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import CheckpointError
@@ -29,9 +30,6 @@ from megatron_vl.parallel import rng
 from megatron_vl.parallel.topology import Topology
 
 T = TypeVar("T")
-
-HASH_LIMIT_BYTES = 8 * 2**30
-"""Checkpoints up to this size are read twice at load: once to compare every file with its recorded SHA-256."""
 
 _NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_logn_attn"})
 
@@ -139,25 +137,24 @@ def _fill_and_commit(
 
 
 def load(
-    trained: Trained, path: Path, *, config: RunConfig, topology: Topology, load_rng: bool = True
+    trained: Trained, source: Path | Verified, *, config: RunConfig, topology: Topology, load_rng: bool = True
 ) -> dict[str, Any]:
     """Load a checkpoint into the model, and into the optimizer if one is given; every rank calls it.
 
     Args:
-        path: a checkpoint, or a directory of them (the newest is taken).
+        source: a checkpoint, or a directory of them (the newest is taken); every file is compared with the manifest,
+            unless that has been done.
 
     Returns:
         The progress that was saved with it.
 
     Raises:
-        CheckpointError: there is none, a file is missing or corrupt, or it is of another model.
+        CheckpointError: there is none, a file is not what was written, or it is of another model.
     """
-    checkpoint = store.resolve(path)
+    if not isinstance(source, Verified):
+        source = verify_together(store.resolve(source), topology)
+    checkpoint = source.path
     manifest = store.read_manifest(checkpoint)
-    if topology.rank == 0:
-        total = sum(entry["size"] for entry in manifest["files"].values())
-        store.verify(checkpoint, hashes=total <= HASH_LIMIT_BYTES)
-    dist.barrier()
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     _load_tensors(trained, checkpoint)
     if load_rng and manifest["layout"] == _layout(topology):

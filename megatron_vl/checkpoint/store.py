@@ -8,28 +8,37 @@ A checkpoint is written into a fresh staging directory. When every rank has writ
 manifest with the size and SHA-256 of each is added, and one rename makes it visible. So nothing that carries its final
 name can be torn, and two saves can never mix. The tracker is replaced by a rename too; when it is missing or wrong,
 the newest committed directory counts.
+
+What happens to a checkpoint afterwards, on a disk or by a hand, the manifest tells: everything that is read from one is
+compared with it before, and the manifest with its own digest.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.errors import CheckpointError
+from megatron_vl.errors import CheckpointError, DamagedCheckpointError
 
 CONFIG = "config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_DIGEST = "digest"
+_THREADS = 4
+"""Files that a process hashes at a time."""
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -79,6 +88,7 @@ def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], fac
     """
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts}
     manifest["files"] = {record.name: {"size": record.size, "sha256": record.sha256} for record in files}
+    manifest[_DIGEST] = _digest(manifest)
     _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1))
     _sync_directory(staging)
     final = directory_of(root, step)
@@ -98,10 +108,14 @@ def discard(staging: Path) -> None:
 
 def steps_in(root: Path) -> list[int]:
     """Steps of the committed checkpoints of a directory, in order."""
+    return [step for step in steps_named(root) if (directory_of(root, step) / MANIFEST).is_file()]
+
+
+def steps_named(root: Path) -> list[int]:
+    """Steps of everything that bears the name of a checkpoint, usable or not, in order."""
     if not root.is_dir():
         return []
-    names = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted(int(match[1]) for match, path in names if match and (path / MANIFEST).is_file())
+    return sorted(int(match[1]) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def resolve(path: Path) -> Path:
@@ -116,23 +130,35 @@ def resolve(path: Path) -> Path:
     if not steps:
         what = "does not exist" if not path.exists() else "holds no committed checkpoint (iter_*/manifest.json)"
         raise CheckpointError(f"{path} {what}; give the directory that --save wrote to, or one iter_* directory in it")
-    hinted = _read_tracker(path / TRACKER)
+    hinted = read_tracker(path)
     return directory_of(path, hinted if hinted in steps else steps[-1])
+
+
+def read_tracker(root: Path) -> int | None:
+    """The step that the tracker names, or None if there is none or it cannot be read."""
+    try:
+        return int((root / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another format version.
+        DamagedCheckpointError: it is missing, or not what was written.
+        CheckpointError: it is of another format version.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # damaged bytes may be no JSON, or not even text
-        raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is not usable") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedCheckpointError(f"{path}: missing; this is no checkpoint, or no longer one") from error
+    except ValueError as error:  # damaged bytes may be no JSON, or not even text
+        raise DamagedCheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get(_DIGEST, _digest(manifest)) != _digest(manifest):
+        raise DamagedCheckpointError(f"{path}: is not what was written: its digest differs")
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version}, expected {FORMAT_VERSION}: written by another version of megatron_vl"
         )
@@ -140,36 +166,62 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
     ):
-        raise CheckpointError(f"{path}: lists no files with their sizes and hashes; it is damaged, use an earlier one")
-    return dict(manifest)
+        raise DamagedCheckpointError(f"{path}: lists no files with their sizes and hashes")
+    name = _NAME.fullmatch(checkpoint.name)
+    if name and int(name[1]) != manifest.get("step"):
+        raise DamagedCheckpointError(f"{path}: is of step {manifest.get('step')}, under the name of another one")
+    return manifest
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration that was saved with a checkpoint."""
+    """The resolved configuration that was saved with a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it is not what was written.
+    """
+    _compare_size(checkpoint, record := _files(checkpoint)[CONFIG])
+    _compare_contents(checkpoint, record)
     return load_config(checkpoint / CONFIG)
 
 
-def verify(checkpoint: Path, *, hashes: bool) -> None:
-    """Compare every file with the manifest: its size, and with ``hashes`` its contents.
+def verify(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the size of every file with the manifest, and the contents of this rank's share of them.
 
     Raises:
-        CheckpointError: names the file, what was found and what was expected.
+        DamagedCheckpointError: names the file, what was found and what was expected.
+        CheckpointError: a file cannot be read, so that nothing is known of it, or is of another version.
     """
-    for name, expected in read_manifest(checkpoint)["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, use an earlier one")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(
-                f"{path}: {size} bytes, but {expected['size']} were written; the file is truncated or was changed, "
-                "use an earlier checkpoint"
-            )
-        if hashes and (found := _sha256(path)) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path}: SHA-256 {found[:16]}..., but {str(expected['sha256'])[:16]}... was written; the file is "
-                "corrupt, use an earlier checkpoint"
-            )
+    try:
+        files = list(_files(checkpoint).values())
+        for record in files:
+            _compare_size(checkpoint, record)
+        mine = share_out(files, world_size)[rank]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(_compare_contents, [checkpoint] * len(mine), mine))
+    except OSError as error:
+        where = error.filename or checkpoint
+        if error.errno == errno.EIO:
+            raise DamagedCheckpointError(f"{where}: the disk cannot read it ({error.strerror})") from error
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error}); mend access to it") from error
+
+
+def share_out(files: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
+    """Shares of about the same size: each file, from the largest on, goes to the rank that has the least."""
+    shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for file in sorted(files, key=lambda file: (-file.size, file.name)):
+        rank = load.index(min(load))
+        shares[rank].append(file)
+        load[rank] += file.size
+    return shares
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint to a name that no run reads, writes or removes; returns the name."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
+    checkpoint.rename(aside)
+    _sync_directory(checkpoint.parent)
+    return aside
 
 
 def retain(root: Path, keep_last: int | None) -> None:
@@ -181,16 +233,38 @@ def retain(root: Path, keep_last: int | None) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def _files(checkpoint: Path) -> dict[str, FileRecord]:
+    files = read_manifest(checkpoint)["files"]
+    return {name: FileRecord(name, entry["size"], entry["sha256"]) for name, entry in files.items()}
+
+
+def _compare_size(checkpoint: Path, expected: FileRecord) -> None:
+    path = checkpoint / expected.name
+    if not path.is_file():
+        raise DamagedCheckpointError(f"{path}: missing, {expected.size} bytes were written")
+    if (size := path.stat().st_size) != expected.size:
+        raise DamagedCheckpointError(
+            f"{path}: {size} bytes, but {expected.size} were written; the file is truncated or was changed"
+        )
+
+
+def _compare_contents(checkpoint: Path, expected: FileRecord) -> None:
+    path = checkpoint / expected.name
+    if (found := _sha256(path)) != expected.sha256:
+        raise DamagedCheckpointError(
+            f"{path}: SHA-256 {found[:16]}..., but {str(expected.sha256)[:16]}... was written; the file was changed"
+        )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says beside its digest."""
+    said = {name: value for name, value in manifest.items() if name != _DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_tracker(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _write_durably(path: Path, text: str) -> None:

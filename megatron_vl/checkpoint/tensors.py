@@ -116,11 +116,11 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: Path) -> CheckpointTensors:
-    """Open a checkpoint, or the newest one in a directory of checkpoints, after comparing its files' sizes.
+    """Open a checkpoint, or the newest one in a directory of checkpoints, after comparing its files with the manifest.
 
     Raises:
-        CheckpointError: there is none, or a file is missing or truncated.
+        CheckpointError: there is none, or a file is not what was written.
     """
     checkpoint = store.resolve(path)
-    store.verify(checkpoint, hashes=False)
+    store.verify(checkpoint)
     return CheckpointTensors(checkpoint)

@@ -6,7 +6,7 @@ Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from megatron_vl.config.validate import validate
 from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.plan import DataPlan
-from megatron_vl.errors import CheckpointError
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
@@ -27,6 +26,7 @@ from megatron_vl.training import not_finite
 from megatron_vl.training.feed import Feed, data_fingerprint, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
+from megatron_vl.training.resume import check_nothing_later, check_same_rows, choose_source, load_source
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import evaluate, train_step
 from megatron_vl.training.stopping import StopRequest
@@ -76,11 +76,13 @@ class Run:
         validation = None
         if config.data.valid_data_path:
             validation = open_feed(config, topology, data_path=config.data.valid_data_path)
-        source = _weights_from(config)
+        source = choose_source(config, topology)
         model = build_parallel_model(config, topology, fresh_weights=source is None)
-        state = _load(model, source, config, topology) if source else TrainState()
-        state = _same_rows(state, data_fingerprint(config))
-        _check_nothing_later(state, config)
+        state = TrainState()
+        if source:
+            state = load_source(source, model, config=config, topology=topology)
+        state = check_same_rows(state, data_fingerprint(config))
+        check_nothing_later(state, config)
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
         for line in feed.describe(_rows_of_run(config, state)):
@@ -161,89 +163,6 @@ class Run:
 
     def _at_end(self) -> bool:
         return self.state.step == self.config.training.train_iters
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a run's weights come from, and what comes with them."""
-
-    path: Path
-    optimizer: bool
-    rng: bool
-    progress: bool
-
-
-def _weights_from(config: RunConfig) -> Source | None:
-    """Decide what to load; refuse to start over in a directory that already holds checkpoints.
-
-    Raises:
-        CheckpointError: the save directory holds checkpoints that this run would not continue.
-    """
-    checkpoint = config.checkpoint
-    saved = store.steps_in(Path(checkpoint.save)) if checkpoint.save else []
-    if checkpoint.auto_resume and saved:
-        assert checkpoint.save is not None
-        # The newest one itself: a run that died before it wrote the tracker would otherwise save a step again.
-        newest = store.directory_of(Path(checkpoint.save), saved[-1])
-        return Source(newest, optimizer=True, rng=True, progress=True)
-    resumes = checkpoint.load is not None and not checkpoint.finetune
-    if saved and not resumes:
-        raise CheckpointError(
-            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
-            "would start over: add --auto-resume to go on from there, or choose an empty directory"
-        )
-    if checkpoint.load:
-        return Source(
-            Path(checkpoint.load),
-            optimizer=resumes and not checkpoint.no_load_optim,
-            rng=resumes and not checkpoint.no_load_rng,
-            progress=resumes,
-        )
-    if checkpoint.pretrained_checkpoint:
-        return Source(Path(checkpoint.pretrained_checkpoint), optimizer=False, rng=False, progress=False)
-    return None
-
-
-def _load(model: ParallelModel, source: Source, config: RunConfig, topology: Topology) -> TrainState:
-    trained = contents.Trained(model.chunks, model.optimizer if source.optimizer else None)
-    progress = contents.load(trained, source.path, config=config, topology=topology, load_rng=source.rng)
-    if not source.optimizer:
-        # The optimizer keeps fp32 copies of the weights, made when it was built.
-        model.optimizer.reload_model_params()
-    not_finite.check_loaded(model, topology, source.path)
-    log_rank_0(f"loaded {store.resolve(source.path)}" + ("" if source.progress else " (weights only)"))
-    return TrainState(**progress) if source.progress else TrainState()
-
-
-def _check_nothing_later(state: TrainState, config: RunConfig) -> None:
-    """Refuse a save directory whose later checkpoints this run would come upon after hours of training.
-
-    Raises:
-        CheckpointError: there are such checkpoints.
-    """
-    save = config.checkpoint.save
-    later = [step for step in store.steps_in(Path(save)) if step > state.step] if save else []
-    if later:
-        raise CheckpointError(
-            f"checkpoint.save: {save} holds step {later[-1]}, and this run goes on from step {state.step}: remove the "
-            "later checkpoints, or save to another directory"
-        )
-
-
-def _same_rows(state: TrainState, data: str) -> TrainState:
-    """Refuse to go on with other rows, or in another order, than the position in the data was counted in.
-
-    Raises:
-        CheckpointError: the data sets, their weights or the seed have changed.
-    """
-    if state.data and state.data != data:
-        raise CheckpointError(
-            f"data.data_path, its files or training.seed have changed since step {state.step}, or a version that "
-            f"ordered weighted data sets otherwise wrote the checkpoint: rows {state.data} then, {data} now. Go on "
-            "with the same ones, or start from the weights with --pretrained-checkpoint (or --load with --finetune) "
-            "and an empty save directory"
-        )
-    return replace(state, data=data)
 
 
 def _count_batch_in_rows(config: RunConfig, world_size: int) -> RunConfig:

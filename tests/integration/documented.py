@@ -117,7 +117,6 @@ RULES = (
     # Two ranks are started by tests/integration/test_forward.py.
     Rule(r"torchrun --nproc-per-node 2 (tools/forward\.py .*) --tensor-model-parallel-size 2", r"python \1"),
     Rule(r"(python compare\.py)", r"\1", says="logits"),
-    Rule(r"(python -c .*megatron_vl\.checkpoint\.store.*)", r"\1"),
     # At the published sizes: up to the answer of a machine without GPU.
     Rule(
         r"torchrun --nproc-per-node (\d+) (examples/pretrain_qwenvl\.sh .*)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.checkpoint import store
-from megatron_vl.errors import CheckpointError
+from megatron_vl.errors import CheckpointError, DamagedCheckpointError
 
 
 class Killed(BaseException):
@@ -34,7 +35,7 @@ def _save(root: Path, step: int, text: str = "first") -> Path:
 
 
 def _content(checkpoint: Path) -> str:
-    store.verify(checkpoint, hashes=True)
+    store.verify(checkpoint)
     return (checkpoint / "config.yaml").read_text().removeprefix("config.yaml: ")
 
 
@@ -164,15 +165,57 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard = checkpoint / "__0_0.distcp"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=f"__0_0.distcp: {len(content) - 1} bytes, but {len(content)} were"):
-        store.verify(checkpoint, hashes=False)
+    with pytest.raises(DamagedCheckpointError, match=f"__0_0.distcp: {len(content) - 1} bytes, but {len(content)}"):
+        store.verify(checkpoint)
     shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    store.verify(checkpoint, hashes=False)
-    with pytest.raises(CheckpointError, match="__0_0.distcp: SHA-256 .* the file is corrupt"):
-        store.verify(checkpoint, hashes=True)
+    with pytest.raises(DamagedCheckpointError, match="__0_0.distcp: SHA-256 .* the file was changed"):
+        store.verify(checkpoint)
     shard.unlink()
-    with pytest.raises(CheckpointError, match="__0_0.distcp: missing"):
-        store.verify(checkpoint, hashes=False)
+    with pytest.raises(DamagedCheckpointError, match="__0_0.distcp: missing"):
+        store.verify(checkpoint)
+
+
+def test_each_file_is_in_one_share_and_shares_are_of_a_size() -> None:
+    files = [store.FileRecord(f"__{number}_0.distcp", 100 + number, "") for number in range(16)]
+    files += [store.FileRecord("rng.pt", 3, "")]
+    for world_size in (1, 3, 8, 40):
+        shares = store.share_out(files, world_size)
+        assert sorted(file.name for share in shares for file in share) == sorted(file.name for file in files)
+        load = [sum(file.size for file in share) for share in shares]
+        assert max(load) - min(load) <= 115
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that is away for a minute is no reason to rename a checkpoint and go back; a broken disk is."""
+    checkpoint = _save(tmp_path, 5)
+
+    def fail(number: int) -> Callable[[Path], str]:
+        def sha256(path: Path) -> str:
+            raise OSError(number, os.strerror(number), str(path))
+
+        return sha256
+
+    for number, kind in ((errno.ESTALE, CheckpointError), (errno.EIO, DamagedCheckpointError)):
+        monkeypatch.setattr(store, "_sha256", fail(number))
+        with pytest.raises(kind) as caught:
+            store.verify(checkpoint)
+        assert type(caught.value) is kind
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) -> None:
+    _save(tmp_path, 5).rename(tmp_path / "iter_0000007")
+    with pytest.raises(DamagedCheckpointError, match="is of step 5, under the name of another one"):
+        store.verify(tmp_path / "iter_0000007")
+    (tmp_path / "iter_0000007").rename(tmp_path / "best")
+    store.verify(tmp_path / "best")
+
+
+def test_a_manifest_written_before_there_were_digests_is_read(tmp_path: Path) -> None:
+    checkpoint = _save(tmp_path, 5)
+    manifest = store.read_manifest(checkpoint)
+    del manifest["digest"]
+    (checkpoint / store.MANIFEST).write_text(json.dumps(manifest))
+    store.verify(checkpoint)
 
 
 @settings(
@@ -191,18 +234,20 @@ def test_a_damaged_manifest_is_named_or_harmless(tmp_path: Path, place: int, bit
     content[place % len(content)] ^= 1 << bit
     path.write_bytes(bytes(content))
     try:
-        store.verify(checkpoint, hashes=True)
-    except CheckpointError as error:
+        store.verify(checkpoint)
+    except DamagedCheckpointError as error:
         assert str(checkpoint) in str(error)
     else:
-        assert store.read_manifest(checkpoint)["files"] == before["files"]
+        read = store.read_manifest(checkpoint)
+        assert read == before or "digest" not in read
+        assert read["files"] == before["files"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"format_version": 2}', "format_version 2, expected 1: written by another version"),
-        ("[]", "format_version None"),
+        ("[]", "is not what was written"),
         ('{"format_version": 1, "files": {"a": 3}}', "lists no files with their sizes and hashes"),
         ("{", "cannot be read"),
     ],
