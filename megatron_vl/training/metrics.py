@@ -35,6 +35,9 @@ class StepMetrics:
     consumed_tokens: int
     lm_loss: float
     learning_rate: float
+    """The largest of all parameter groups, at the last of these steps."""
+    smallest_learning_rate: float
+    """Under layer-wise decay the first vision layers learn at it; else it is the largest one."""
     grad_norm: float
     elapsed_ms_per_iteration: float
     global_batch_size: int
@@ -82,7 +85,8 @@ class Window:
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
             lm_loss=self.loss_total / max(1, self.loss_tokens),
-            learning_rate=result.learning_rate,
+            learning_rate=result.learning_rates.largest,
+            smallest_learning_rate=result.learning_rates.smallest,
             grad_norm=result.grad_norm,
             elapsed_ms_per_iteration=1000.0 * seconds / self.steps,
             global_batch_size=config.training.global_batch_size,
@@ -124,6 +128,7 @@ def log_line(metrics: StepMetrics) -> str:
         f"elapsed time per iteration (ms): {metrics.elapsed_ms_per_iteration:.1f}",
         f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_rank:.4f}",
         f"learning rate: {metrics.learning_rate:.6E}",
+        f"smallest learning rate: {metrics.smallest_learning_rate:.6E}",
         f"global batch size: {metrics.global_batch_size:5d}",
         f"lm loss: {metrics.lm_loss:.6E}",
         "loss scale: 1.0",

@@ -4,6 +4,9 @@ The schedule is a pure function of the step, so resuming it needs no state. Laye
 vision layers, layer i (from 0) learns at lr x decay^(D - i), the patch and position embeddings at lr x decay^(D + 1),
 everything behind the tower at lr. Vectors (norms, biases) have no weight decay; tables have, as in the released script,
 also the resampler's position table where it trains.
+
+A parameter group is made once and knows its two multiples (``lr_mult``, ``wd_mult``). Everything else that an update
+depends on is set from the configuration before each one, so no value of an earlier run lives on in a group.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,20 +27,28 @@ from torch import nn
 from megatron_vl.config.schema import OptimizerConfig, RunConfig
 
 
-def learning_rate(step: int, config: OptimizerConfig, *, train_iters: int, peak: float, minimum: float) -> float:
-    """The learning rate of the update that leads from ``step`` to ``step + 1``.
+@dataclass(frozen=True)
+class LearningRates:
+    """The learning rates of one update, over all parameter groups."""
 
-    Linear from 0 over ``lr_warmup_iters`` (the first update has peak / warm-up), then the decay to ``minimum`` at
+    smallest: float
+    largest: float
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, train_iters: int) -> float:
+    """The learning rate of the update that leads from ``step`` to ``step + 1``, without layer-wise decay.
+
+    Linear from 0 over ``lr_warmup_iters`` (the first update has lr / warm-up), then the decay to ``min_lr`` at
     ``lr_decay_iters``.
     """
     if step < config.lr_warmup_iters:
-        return peak * (step + 1) / config.lr_warmup_iters
+        return config.lr * (step + 1) / config.lr_warmup_iters
     last = config.lr_decay_iters or train_iters
     if config.lr_decay_style == "constant":
-        return peak
+        return config.lr
     progress = min(1.0, (step - config.lr_warmup_iters) / max(1, last - config.lr_warmup_iters))
     share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1.0 - progress
-    return minimum + (peak - minimum) * share
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
 def layer_multiplier(name: str, *, num_layers: int, decay: float) -> float:
@@ -69,21 +81,17 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
     )
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> float:
-    """Set every group's learning rate for the coming update; returns that of groups without a multiplier."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(
-            step,
-            config.optimizer,
-            train_iters=config.training.train_iters,
-            peak=group["max_lr"],
-            minimum=group["min_lr"],
-        )
-        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+def set_groups(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> LearningRates:
+    """Set every parameter group to what the configuration says of the coming update."""
     settings = config.optimizer
-    return learning_rate(
-        step, settings, train_iters=config.training.train_iters, peak=settings.lr, minimum=settings.min_lr
-    )
+    rate = learning_rate(step, settings, train_iters=config.training.train_iters)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_mult"]
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+        group["eps"] = settings.adam_eps
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return LearningRates(min(rates), max(rates))
 
 
 def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
@@ -97,10 +105,7 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
     if settings.vision_layer_decay != 1.0:
         for distance in range(1, depth + 2):
             multiple = settings.vision_layer_decay**distance
-            overrides[_key(f"vision_layer_{distance}_from_top", _learns_at(multiple, config))] = {
-                "max_lr": settings.lr * multiple,
-                "min_lr": settings.min_lr * multiple,
-            }
+            overrides[_key(f"vision_layer_{distance}_from_top", _learns_at(multiple, config))] = {"lr_mult": multiple}
     return overrides
 
 

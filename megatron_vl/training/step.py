@@ -25,7 +25,7 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel, to_device
 from megatron_vl.parallel.schedule import run_schedule
 from megatron_vl.parallel.topology import Topology
-from megatron_vl.training.optimizer import set_learning_rate
+from megatron_vl.training.optimizer import LearningRates, set_groups
 from megatron_vl.training.parallel_model import ParallelModel
 
 
@@ -78,7 +78,7 @@ class StepResult:
 
     loss: LossSum
     counts: Counts
-    learning_rate: float
+    learning_rates: LearningRates
     grad_norm: float
     skipped: bool
     """Loss or gradient was not finite: no rank changed its weights."""
@@ -93,21 +93,21 @@ def train_step(
 
     Args:
         batches: the micro-batches of this data-parallel rank.
-        step: number of the step, from 0; sets the learning rate.
+        step: number of the step, from 0; sets the learning rates.
     """
     for chunk in model.wrapped:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     loss, counts = forward_backward(model.wrapped, batches, topology=topology, forward_only=False)
-    rate = set_learning_rate(model.optimizer, config, step)
+    rates = set_groups(model.optimizer, config, step)
     model.optimizer.prepare_grads()
     grad_norm = float(model.optimizer.get_grad_norm())
     finite = math.isfinite(loss.total) and math.isfinite(grad_norm) and _replicas_finite(model.optimizer)
     if max_over_world(float(not finite), device=topology.device):
         culprits = _gather_places(loss.not_finite, topology=topology)
-        return StepResult(loss, counts, rate, grad_norm, skipped=True, culprits=culprits)
+        return StepResult(loss, counts, rates, grad_norm, skipped=True, culprits=culprits)
     _update(model.optimizer, grad_norm, clip=config.optimizer.clip_grad)
-    return StepResult(loss, counts, rate, grad_norm, skipped=False)
+    return StepResult(loss, counts, rates, grad_norm, skipped=False)
 
 
 def _replicas_finite(optimizer: MegatronOptimizer) -> bool:

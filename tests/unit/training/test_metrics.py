@@ -13,6 +13,7 @@ import pytest
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.training.metrics import Layout, Reporter, StepMetrics, Window, log_line
+from megatron_vl.training.optimizer import LearningRates
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import Counts, LossSum, StepResult
 from tests.helpers.tiny import tiny_config
@@ -25,6 +26,7 @@ METRICS = StepMetrics(
     consumed_tokens=200_000,
     lm_loss=2.345678,
     learning_rate=1.5e-4,
+    smallest_learning_rate=1.2e-5,
     grad_norm=0.98765,
     elapsed_ms_per_iteration=123.45,
     global_batch_size=8,
@@ -49,6 +51,7 @@ def test_the_log_line_is_found_by_megatron_s_patterns() -> None:
         r"elapsed time per iteration \(ms\): ([\d.]+) \|": ("123.5",),
         r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \|": ("0.0123",),
         r"learning rate: ([\d.E+-]+) \|": ("1.500000E-04",),
+        r"smallest learning rate: ([\d.E+-]+) \|": ("1.200000E-05",),
         r"global batch size: +(\d+) \|": ("8",),
         r"lm loss: ([\d.E+-]+) \|": ("2.345678E+00",),
         r"loss scale: ([\d.]+) \|": ("1.0",),
@@ -64,7 +67,7 @@ def test_the_log_line_is_found_by_megatron_s_patterns() -> None:
 
 def _result(total: float, tokens: int, *, skipped: bool = False) -> StepResult:
     counts = Counts(images=3, samples=5, tokens=100, squared_spans=5000.0)
-    return StepResult(LossSum(total, tokens), counts, learning_rate=0.1, grad_norm=0.5, skipped=skipped)
+    return StepResult(LossSum(total, tokens), counts, LearningRates(0.02, 0.1), grad_norm=0.5, skipped=skipped)
 
 
 def test_a_window_weighs_tokens_not_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +138,7 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("lm-loss")] == [(2, 3.0), (4, 7.0), (5, 10.0)]
     assert [event.step for event in events.Scalars("validation-loss")] == [5]
+    assert [round(event.value, 6) for event in events.Scalars("smallest-learning-rate")] == [0.02] * 3
     assert {"learning-rate", "grad-norm", "tokens-per-second", "images-per-second"} <= set(events.Tags()["scalars"])
 
 

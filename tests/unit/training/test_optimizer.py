@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from megatron_vl.config.schema import OptimizerConfig, RunConfig
-from megatron_vl.training.optimizer import layer_multiplier, learning_rate, set_learning_rate
+from megatron_vl.training.optimizer import layer_multiplier, learning_rate, set_groups
 from megatron_vl.training.parallel_model import build_parallel_model
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import MODEL, tiny_config
 
 
 def _rates(steps: list[int], **fields: Any) -> list[float]:
-    config = OptimizerConfig(**fields)
-    return [learning_rate(step, config, train_iters=110, peak=1.0, minimum=0.2) for step in steps]
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, **fields)
+    return [learning_rate(step, config, train_iters=110) for step in steps]
 
 
 def test_warm_up_is_linear_and_starts_above_zero() -> None:
@@ -65,24 +65,27 @@ def test_layers_further_from_the_head_learn_more_slowly(name: str, power: int) -
 
 
 def _settings_on_rank(start: Start, config: RunConfig, step: int) -> dict[str, tuple[float, float]]:
-    """Learning rate and weight decay of every parameter, as the built optimizer would apply them at ``step``."""
+    """Learning rate and weight decay of every parameter, as the built optimizer would apply them at ``step``.
+
+    Under no name: the smallest and the largest rate that are reported.
+    """
     with start.topology(config.parallel) as topology:
         model = build_parallel_model(config, topology)
-        returned = set_learning_rate(model.optimizer, config, step)
+        rates = set_groups(model.optimizer, config, step)
         names = {id(parameter): name for chunk in model.chunks for name, parameter in chunk.named_parameters()}
         found = {
             names[id(parameter)]: (group["lr"], group["weight_decay"])
             for group in model.optimizer.param_groups
             for parameter in group["params"]
         }
-        return found | {"": (returned, 0.0)}
+        return found | {"": (rates.smallest, rates.largest)}
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_the_built_optimizer_applies_them(ranks: RankPools, decay: float) -> None:
     fields = {"lr": 1.0, "min_lr": 0.1, "lr_decay_style": "linear", "weight_decay": 0.05, "vision_layer_decay": decay}
     found = ranks(1).run(_settings_on_rank, tiny_config(optimizer=fields, training={"train_iters": 10}), 5)[0]
-    assert found.pop("")[0] == pytest.approx(0.55)
+    assert found.pop("") == pytest.approx((0.55 * decay**5, 0.55))
     assert len(found) == 4 + 4 * 12 + 13 + 1 + 4 * 7 + 2, "every parameter is in one group"
     for name, (rate, weight_decay) in found.items():
         multiple = layer_multiplier(name, num_layers=MODEL.vision.num_layers, decay=decay)
