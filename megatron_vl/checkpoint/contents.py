@@ -18,25 +18,22 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import ChainedOptimizer
 from torch import nn
 
-from megatron_vl.checkpoint import store
+from megatron_vl.checkpoint import optimizer_state, store
 from megatron_vl.checkpoint.streaming import StreamingStrategy
 from megatron_vl.checkpoint.verification import Verified, verify_together
 from megatron_vl.config.load import dump_config
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import rng
+from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
 
 T = TypeVar("T")
 
 _NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_logn_attn"})
-
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
 
 
 class ShardedChunk(Protocol):
@@ -47,22 +44,12 @@ class ShardedChunk(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
 
-class ShardedOptimizer(Protocol):
-    """An optimizer that can describe and take its state."""
-
-    def sharded_state_dict(
-        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: Any = None
-    ) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Trained:
     """What a checkpoint is made of, on this rank."""
 
     chunks: Sequence[ShardedChunk]
-    optimizer: ShardedOptimizer | None
+    optimizer: ChainedOptimizer | None
     strategy: StreamingStrategy | None = None
     """How the tensors are written, if not as Megatron-Core does it."""
 
@@ -119,7 +106,7 @@ def _fill_and_commit(
     staging: Path, trained: Trained, progress: dict[str, Any], *, config: RunConfig, agreement: _Agreement
 ) -> Path:
     topology, root, step = agreement.topology, agreement.root, progress["step"]
-    _save_tensors(trained, staging, topology.rank)
+    _save_tensors(trained, staging, topology)
     streams = agreement.by_all(rng.state_dict)
 
     def write_own_files() -> list[store.FileRecord]:
@@ -186,47 +173,53 @@ def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) 
         raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(differences))
 
 
-def _tensors(trained: Trained, *, loading: bool) -> dict[str, Any]:
+def _model(trained: Trained) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for chunk in trained.chunks:
         model.update(chunk.sharded_state_dict())
-    state: dict[str, Any] = {"model": model}
+    return model
+
+
+def _tensors(trained: Trained, topology: Topology) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": _model(trained)}
     if trained.optimizer is not None:
-        state["optimizer"] = trained.optimizer.sharded_state_dict(
-            model, is_loading=loading, metadata=_OPTIMIZER_FORMAT
-        )
+        step = max_over_world(optimizer_state.own_step(trained.optimizer), device=topology.device)
+        state["optimizer"] = optimizer_state.describe(trained.optimizer, state["model"], step=round(step))
     return state
 
 
-def _save_tensors(trained: Trained, staging: Path, rank: int) -> None:
+def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> None:
     # torch's CheckpointException derives from BaseException, so that is what has to be caught by name. All ranks get
     # it if one fails, but only the first one learns which and why.
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        dist_checkpointing.save(_tensors(trained, loading=False), str(staging), trained.strategy)
+        dist_checkpointing.save(_tensors(trained, topology), str(staging), trained.strategy)
     except CheckpointException as error:
         reasons = [f"rank {failed}: {reason}" for failed, (reason, _) in error.failures.items()]
         told = "; ".join(reasons) or "another rank has failed, and rank 0 says why"
         raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: rank {rank}: {error}") from error
+        told = f"rank {topology.rank}: {error}"
+        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
 
 
 def _load_tensors(trained: Trained, checkpoint: Path) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
+    model = _model(trained)
     try:
-        loaded = dist_checkpointing.load(_tensors(trained, loading=True), str(checkpoint))
+        if trained.optimizer is not None:
+            optimizer_state.use_masters(model, checkpoint)
+        loaded = dist_checkpointing.load({"model": model}, str(checkpoint))
+        for chunk in trained.chunks:
+            assert isinstance(chunk, nn.Module)
+            names = chunk.state_dict().keys()
+            chunk.load_state_dict({name: loaded["model"][name] for name in names})
+        if trained.optimizer is not None:
+            optimizer_state.load(trained.optimizer, _model(trained), checkpoint)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
-    for chunk in trained.chunks:
-        assert isinstance(chunk, nn.Module)
-        names = chunk.state_dict().keys()
-        chunk.load_state_dict({name: loaded["model"][name] for name in names})
-    if trained.optimizer is not None:
-        with torch.no_grad():
-            trained.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _own_files(staging: Path, rank: int) -> list[Path]:

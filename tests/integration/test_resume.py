@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vl.checkpoint import store
+from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import CheckpointConfig, RunConfig
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankError, RankPools
@@ -20,6 +21,8 @@ from tests.helpers.tiny import tiny_config
 from tests.integration.running import RunRecord, train_on_rank
 
 HALF = 4
+STAGE_2 = load_config(Path("examples/tiny/stage2_multitask.yaml"))
+"""Its optimizer is every run's here."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def _config(prefix: str, *, steps: int, **sections: dict[str, Any]) -> RunConfig
         "data": {"data_path": (prefix,), "seq_length": SEQ_LENGTH, "attention_span": "segment"},
         "training": {"train_iters": steps, "micro_batch_size": 1, "global_batch_size": 4},
         "parallel": {"use_distributed_optimizer": True},
-        "optimizer": {"lr_warmup_iters": 2, "lr_decay_iters": 2 * HALF},
+        "optimizer": vars(STAGE_2.optimizer) | {"lr_warmup_iters": 2, "lr_decay_iters": 2 * HALF},
         "logging": {"log_interval": 1, "progress": False},
     }
     for name, fields in sections.items():
@@ -56,9 +59,13 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "unsharded"])
 @pytest.mark.parametrize("name", ["one process", "dp2", "tp2-sp", "pp2-vp2", "pp2-dp2"])
-def test_resume_is_bit_exact_at_the_same_layout(ranks: RankPools, prefix: str, tmp_path: Path, name: str) -> None:
+def test_resume_is_bit_exact_at_the_same_layout(
+    ranks: RankPools, prefix: str, tmp_path: Path, name: str, sharded: bool
+) -> None:
     world_size, parallel = LAYOUTS[name]
+    parallel = parallel | {"use_distributed_optimizer": sharded}
     whole = _train(ranks, world_size, _config(prefix, steps=2 * HALF, parallel=parallel))
     save = {"save": str(tmp_path)}
     first = _train(ranks, world_size, _config(prefix, steps=HALF, parallel=parallel, checkpoint=save))

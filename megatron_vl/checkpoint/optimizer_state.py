@@ -1,0 +1,145 @@
+"""The optimizer's part of a checkpoint: the same, whichever of Megatron-Core's optimizers writes or reads it.
+
+Of each parameter X that trains there are the tensors
+
+    optimizer.state.exp_avg.X, optimizer.state.exp_avg_sq.X   its moments
+    optimizer.state.fp32_param.X                              its master weight, where X itself is not fp32
+
+and of all of them together the number of updates. Megatron-Core's optimizers differ in more: the sharded one stores
+masters under another name, and also where the weight is its own master; each nests what it stores in its own way; and
+each takes learning rates, betas, epsilon and weight decay from the stored parameter groups, which it recognizes by
+their multiples. Here tensors go by name alone, and of stored groups only the step is read: everything else in a group
+is what the configuration of the run says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.optimizer import ChainedOptimizer
+
+from megatron_vl.errors import CheckpointError
+
+_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+_STATE = "optimizer.state."
+_MASTER = f"{_STATE}fp32_param."
+_SHARDED_MASTER = f"{_STATE}param."
+"""Under this name Megatron-Core's sharded optimizer keeps masters."""
+
+_Sharded = dict[str, Any]
+
+
+def own_step(optimizer: ChainedOptimizer) -> int:
+    """Updates that this rank knows of: a fused optimizer does not count in groups of which the rank holds nothing."""
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
+
+
+def describe(optimizer: ChainedOptimizer, model: _Sharded, *, step: int) -> _Sharded:
+    """What to store of an optimizer after ``step`` updates.
+
+    Args:
+        model: the sharded state of this rank's chunks.
+    """
+    for member in optimizer.chained_optimizers:
+        if member.optimizer is not None:  # moments exist from the first update on; before it they are zero
+            member.init_state_fn(member.optimizer, member.config)
+    for group in optimizer.param_groups:
+        group["step"] = step
+    state: _Sharded = optimizer.sharded_state_dict(model, is_loading=False, metadata=_FORMAT)
+    is_master = {entry.key for entry in model.values() if _is_fp32(entry)}
+    for holder, place, entry in _sharded_tensors(state):
+        name = _of_master(entry.key)
+        if name in is_master:
+            del holder[place]
+        elif name is not None:
+            entry.key = _MASTER + name
+    return state
+
+
+def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None:
+    """Load moments, masters and the step of a checkpoint into an optimizer of any kind.
+
+    Args:
+        model: the sharded state of this rank's chunks.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the state of a parameter that trains.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
+    state: _Sharded = optimizer.sharded_state_dict(model, is_loading=True, metadata=_FORMAT)
+    places = list(_sharded_tensors(state))
+    for _, _, entry in places:
+        name = _of_master(entry.key)
+        entry.key = entry.key if name is None else _key_of_master(name, stored)
+    _check_stored([entry.key for _, _, entry in places], stored, checkpoint)
+    wanted = {str(number): entry for number, (_, _, entry) in enumerate(places)}
+    loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint))
+    for number, (holder, place, _) in enumerate(places):
+        holder[place] = loaded["wanted"][str(number)]
+    step = _stored_step(loaded["optimizer"], checkpoint)
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    _groups_of(state)["param_groups"] = [group | {"step": step} for group in groups]
+    with torch.no_grad():
+        optimizer.load_state_dict(state)
+
+
+def use_masters(model: _Sharded, checkpoint: Path) -> None:
+    """Let fp32 weights be read from the masters, where a checkpoint of a bf16 run has them."""
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
+    for entry in model.values():
+        if _is_fp32(entry):
+            entry.key = _key_of_master(entry.key, stored)
+
+
+def _is_fp32(entry: ShardedBase) -> bool:
+    return getattr(entry.data, "dtype", None) == torch.float32
+
+
+def _key_of_master(name: str, stored: Collection[str]) -> str:
+    """Under which key a checkpoint keeps the most exact values of a parameter."""
+    return next((key for key in (_MASTER + name, _SHARDED_MASTER + name) if key in stored), name)
+
+
+def _sharded_tensors(state: _Sharded) -> Iterator[tuple[Any, Any, Any]]:
+    """Every tensor of an optimizer's state: what holds it, its place there, its description."""
+    yield from [item for item in nested_items_iter(state) if isinstance(item[2], ShardedBase)]
+
+
+def _of_master(key: str) -> str | None:
+    """The parameter of which a key names the master; None if it names something else."""
+    prefix = next((prefix for prefix in (_MASTER, _SHARDED_MASTER) if key.startswith(prefix)), None)
+    return key.removeprefix(prefix) if prefix else None
+
+
+def _groups_of(state: _Sharded) -> _Sharded:
+    """Where the groups lie: at the top, or one level down in optimizers that keep masters."""
+    return state if "param_groups" in state else state["optimizer"]
+
+
+def _stored_step(common: _Sharded, checkpoint: Path) -> int:
+    steps = {int(group["step"]) for group in _groups_of(common)["param_groups"] if "step" in group}
+    if len(steps) != 1:
+        raise CheckpointError(
+            f"{checkpoint}: the optimizer's number of updates is {sorted(steps) or 'missing'}, expected one number; "
+            "start from the weights alone, with --no-load-optim or --pretrained-checkpoint"
+        )
+    return steps.pop()
+
+
+def _check_stored(keys: list[str], stored: Collection[str], checkpoint: Path) -> None:
+    missing = sorted(key for key in keys if key not in stored)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: holds no {missing[0]} ({len(missing)} such tensors of the optimizer): it was saved without "
+            "an optimizer, or by a run in which these parameters were frozen. Freeze the same parts, or start from the "
+            "weights alone, with --no-load-optim or --pretrained-checkpoint"
+        )
