@@ -41,11 +41,17 @@ def format_points(coordinates: Sequence[float]) -> str:
     return ",".join(["(%d,%d)"] * (len(cells) // 2)) % cells
 
 
-def parse_points(text: str, num_points: int) -> tuple[float, ...] | None:
-    """Flat coordinates in [0, 1] of exactly ``num_points`` points, or None if the text is anything else."""
+def parse_cells(text: str, num_points: int) -> tuple[int, ...] | None:
+    """Flat cells of exactly ``num_points`` points, or None if the text is anything else."""
     if not _POINTS_PATTERN.fullmatch(text):
         return None
     points = _POINT_PATTERN.findall(text)
     if len(points) != num_points:
         return None
-    return tuple(from_cell(int(value)) for point in points for value in point)
+    return tuple(int(value) for point in points for value in point)
+
+
+def parse_points(text: str, num_points: int) -> tuple[float, ...] | None:
+    """Flat coordinates in [0, 1] of exactly ``num_points`` points, or None if the text is anything else."""
+    cells = parse_cells(text, num_points)
+    return None if cells is None else tuple(map(from_cell, cells))

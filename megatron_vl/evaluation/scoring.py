@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.metrics.answers import exact_match, vqa_accuracy
 from megatron_vl.evaluation.metrics.boxes import box_hit, box_iou
 from megatron_vl.evaluation.metrics.texts import caption_match
 from megatron_vl.evaluation.records import Prediction
-from megatron_vl.generation.grounding import first_box, parse_grounding
+from megatron_vl.generation.grounding import first_cells, parse_grounding
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ def score_caption(prediction: Prediction) -> Points:
 
 def score_referring(prediction: Prediction) -> Points:
     """First box of the prediction against the first of each reference, IoU >= 0.5."""
-    boxes = [box for box in map(first_box, prediction.references) if box is not None]
-    found = first_box(prediction.prediction)
-    return Points(max((box_hit(found, box) for box in boxes), default=0.0))
+    found = first_cells(prediction.prediction)
+    return Points(max((box_hit(found, truth) for truth in _true_boxes(prediction)), default=0.0))
 
 
 def score_ocr(prediction: Prediction) -> Points:
@@ -70,10 +70,15 @@ def read_words(text: str) -> list[str]:
     return [word for phrase in (parsed.phrases or (parsed.text,)) for word in phrase.split()]
 
 
-def reference_iou(prediction: Prediction) -> float:
-    """IoU of the predicted box with the reference's; 0 where either cannot be read."""
-    found, truth = first_box(prediction.prediction), first_box(prediction.references[0])
-    return box_iou(found, truth) if found and truth else 0.0
+def reference_iou(prediction: Prediction) -> Fraction:
+    """Largest IoU of the predicted box with a reference's; 0 where either cannot be read."""
+    found = first_cells(prediction.prediction)
+    ious = [box_iou(found, truth) for truth in _true_boxes(prediction)] if found else []
+    return max(ious, default=Fraction(0))
+
+
+def _true_boxes(prediction: Prediction) -> list[tuple[int, int, int, int]]:
+    return [box for box in map(first_cells, prediction.references) if box is not None]
 
 
 SCORERS: dict[str, Callable[[Prediction], Points]] = {

@@ -4,6 +4,10 @@ Prompts of a batch are padded on the left, so that the last position is everybod
 the prompts (images included) and fills the cache; then each pass feeds one token. Stages run one after the other, each
 sending its output to the next, so the virtual pipeline works too; data-parallel ranks take prompts in turn.
 
+Of equal logits the lowest id is chosen, at any layout. In fp32 the tokens are those of recomputing the whole sequence
+for each. In bf16 a pass over one token rounds otherwise than one over the sequence, so tokens may differ where logits
+are as close as that.
+
 The layers are those of the local backend, whose attention takes a mask for the padding. Sequence parallelism is off:
 a pass over one token has nothing to split.
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vl.data.coordinates import parse_points
+from megatron_vl.data.coordinates import from_cell, parse_cells, parse_points
 from megatron_vl.data.sample import Region
 
 _PAIR = re.compile(r"\(\s*\d{1,3}\s*,\s*\d{1,3}\s*\)\s*,\s*\(\s*\d{1,3}\s*,\s*\d{1,3}\s*\)")
@@ -66,10 +66,20 @@ def parse_grounding(text: str) -> GroundedText:
     return GroundedText(plain, kept, tuple(phrases))
 
 
-def first_box(text: str) -> tuple[float, float, float, float] | None:
-    """The first ``(x1,y1),(x2,y2)`` of a text, in tags or not, as coordinates in [0, 1]; None without one."""
+def first_cells(text: str) -> tuple[int, int, int, int] | None:
+    """The first ``(x1,y1),(x2,y2)`` of a text, in tags or not, in cells; None without one."""
     found = _PAIR.search(text)
-    return None if found is None else _as_box(parse_points(found[0], 2))
+    cells = None if found is None else parse_cells(found[0], 2)
+    if cells is None:
+        return None
+    x1, y1, x2, y2 = cells
+    return x1, y1, x2, y2
+
+
+def first_box(text: str) -> tuple[float, float, float, float] | None:
+    """The same as coordinates in [0, 1]."""
+    cells = first_cells(text)
+    return None if cells is None else _as_box(tuple(map(from_cell, cells)))
 
 
 def draw_regions(

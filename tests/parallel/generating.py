@@ -34,6 +34,16 @@ def generate_on_rank(start: Start, config: RunConfig) -> list[list[int]]:
         return engine.generate(prompts(config), GenerationOptions(max_new_tokens=NEW_TOKENS, batch_size=3))
 
 
+def generate_from_ties(start: Start, config: RunConfig) -> list[list[int]]:
+    """The same where all logits are equal, those of padded rows of the vocabulary aside."""
+    with start.topology(config.parallel) as topology:
+        chunks = build_model(config, topology)
+        for chunk in chunks:
+            if chunk.language_model is not None and chunk.stage.head:
+                chunk.language_model.output_layer.weight.data.zero_()
+        return Engine(chunks, config, topology).generate(prompts(config), GenerationOptions(max_new_tokens=2))
+
+
 def recompute_on_rank(start: Start, config: RunConfig) -> list[list[int]]:
     """The same tokens in one process without cache or padding: each new token from a pass over the whole sequence."""
     with start.topology(config.parallel) as topology, torch.no_grad():

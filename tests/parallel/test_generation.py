@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.ranks import RankPools
 from tests.helpers.tiny import tiny_config
-from tests.parallel.generating import generate_on_rank, recompute_on_rank
+from tests.parallel.generating import generate_from_ties, generate_on_rank, recompute_on_rank
 
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -35,3 +35,11 @@ def test_cached_tokens_equal_full_recomputation(
     for world_size in {size, 2 * size} & {1, 2, 4}:
         for tokens in ranks(world_size).run(generate_on_rank, tiny_config(parallel=parallel)):
             assert tokens == expected
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_of_equal_logits_the_lowest_id_is_chosen(ranks: RankPools, world_size: int, bf16: bool) -> None:
+    config = tiny_config(parallel={"tensor_model_parallel_size": world_size}, training={"bf16": bf16})
+    for tokens in ranks(world_size).run(generate_from_ties, config):
+        assert tokens == [[0, 0]] * 5

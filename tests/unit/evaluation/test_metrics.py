@@ -121,6 +121,22 @@ def test_box_hit_counts_the_threshold_itself_and_no_box_as_a_miss() -> None:
     assert box_hit(None, (0, 0, 1, 1)) == 0.0
 
 
+CELL = st.integers(0, 999)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(CELL, CELL, st.integers(1, 333), st.integers(1, 999))
+def test_an_iou_of_one_half_is_a_hit(left: int, top: int, width: int, height: int) -> None:
+    """A box and its right half, and two boxes that share half of what both cover; as texts, as models write them."""
+    right, bottom = left + 2 * width, top + height
+    whole, half = (left, top, right, bottom), (left + width, top, right, bottom)
+    wide = 3 * width
+    shifted = (left, top, left + wide, bottom), (left + width, top, left + width + wide, bottom)
+    for first, second in ((whole, half), shifted):
+        assert box_hit(first, second) == 1.0 == box_hit(second, first)
+    assert box_hit((left + width + 1, top, right, bottom), whole) == 0.0, "a cell less is a miss"
+
+
 UNIT = st.floats(0, 1, allow_nan=False)
 BOXES = st.tuples(UNIT, UNIT, UNIT, UNIT)
 

@@ -66,6 +66,14 @@ def test_ocr_counts_words_over_all_pages_and_ignores_where_they_are() -> None:
     assert scores["ocr"].value == pytest.approx(2 / 4)
 
 
+def test_an_iou_of_one_half_is_a_hit_for_every_box_of_cells() -> None:
+    """A float of these cells called 42 % of such boxes a miss."""
+    boxes = [(x, y, x + 2 * w, y + h) for x in range(0, 400, 37) for y in (0, 13, 500) for w, h in ((7, 9), (149, 300))]
+    texts = [(f"({x1},{y1}),({(x1 + x2) // 2},{y2})", f"({x1},{y1}),({x2},{y2})") for x1, y1, x2, y2 in boxes]
+    predictions = [_prediction("referring", f"<box>{half}</box>", f"<box>{box}</box>") for half, box in texts]
+    assert score_predictions(predictions)["referring"].value == 1.0
+
+
 def test_reference_iou_is_zero_without_a_box() -> None:
     assert reference_iou(_prediction("referring", "", "<box>(0,0),(9,9)</box>")) == 0.0
     assert reference_iou(_prediction("referring", "(0,0),(9,9)", "<box>(0,0),(9,9)</box>")) == 1.0
