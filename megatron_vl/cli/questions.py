@@ -25,8 +25,10 @@ def _run(options: argparse.Namespace) -> None:
     preset = PRESETS[options.model_preset]
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
-    counts = write_questions(recipe, options.output, limit=options.limit)
+    counts, left_out = write_questions(recipe, options.output, limit=options.limit)
     write_line(f"{options.output}: " + ", ".join(f"{count} {task}" for task, count in counts.items()))
+    if left_out:
+        write_line("left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
 
 
 def _build_parser() -> argparse.ArgumentParser:

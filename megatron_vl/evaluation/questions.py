@@ -2,7 +2,8 @@
 
 One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt),
 ``prompt`` (the task's own, with the markers of grounding written out), ``reference`` (what training would
-have supervised, without the closing token) and, where several annotators have answered, ``annotators``.
+have supervised, without the closing token) and, where several annotators have answered, ``annotators``. What
+preparation leaves out by itself (filters of single samples, images that cannot be used) is not asked.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
+from megatron_vl.data.filters.rules import SampleFilter
+from megatron_vl.data.image import check_image
+from megatron_vl.data.image_check import settle_image
 from megatron_vl.data.prompts import END, render, render_prompt
-from megatron_vl.data.recipe import DataRecipe
+from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Source
-from megatron_vl.errors import DataError
+from megatron_vl.data.sources.base import Skipped, Source
+from megatron_vl.errors import DataError, SkipSample
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,52 @@ def ask(sample: Sample) -> Question | None:
     return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data, sample.annotators)
 
 
-def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> dict[str, int]:
-    """Write the first ``limit`` questions of each source of a recipe; returns how many of each task.
+def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:
+    """Write the first ``limit`` questions of each source of a recipe.
 
-    Images go into a folder beside ``path``, named after it. Raises DataError if nothing can be asked.
+    Returns how many there are of each task, and how many records before them were left out for which reason. Images go
+    into a folder beside ``path``, named after it. Raises DataError if nothing can be asked.
     """
     folder = path.with_name(f"{path.stem}_images")
     folder.mkdir(parents=True, exist_ok=True)
-    counts: dict[str, int] = {}
+    counts, left_out = Counter[str](), Counter[str]()
     lines: list[str] = []
     for entry in recipe.sources:
-        for question in itertools.islice(_questions(entry.source), limit):
+        for question in itertools.islice(_questions(entry, left_out), limit):
             name = f"{folder.name}/{len(lines):06d}"
             lines.append(json.dumps(_line(question, path.parent, name), ensure_ascii=False) + "\n")
-            counts[question.task] = counts.get(question.task, 0) + 1
+            counts[question.task] += 1
     if not lines:
-        raise DataError(f"{path}: the sources gave no question; are they empty, or text alone?")
+        lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        why = f"left out: {lost}" if lost else "are they empty, or text alone?"
+        raise DataError(f"{path}: the sources gave no question; {why}")
     path.write_text("".join(lines), encoding="utf-8")
-    return counts
+    return counts, left_out
 
 
-def _questions(source: Source) -> Iterator[Question]:
-    for shard in source.shards():
-        for item in source.read(shard):
-            question = ask(item) if isinstance(item, Sample) else None
-            if question is not None:
-                yield question
+def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]:
+    """The questions of a source; what is left out is counted in ``left_out``."""
+    cleaning = SampleFilter(entry.filters)
+    for shard in entry.source.shards():
+        for item in entry.source.read(shard):
+            try:
+                if isinstance(item, Skipped):
+                    raise SkipSample(item.reason)
+                question = ask(_as_prepared(item, entry.source, cleaning))
+            except SkipSample as error:
+                left_out[error.reason] += 1
+            else:
+                if question is not None:
+                    yield question
+
+
+def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Sample:
+    """The sample as preparation stores it; raises SkipSample where that leaves it out."""
+    sample = cleaning.apply(sample)
+    images = tuple(settle_image(image, source) for image in sample.images)
+    for image in images:
+        cleaning.check_image(check_image(image.data))
+    return replace(sample, images=images)
 
 
 def _line(question: Question, folder: Path, name: str) -> dict[str, str | tuple[str, ...]]:

@@ -117,6 +117,14 @@ def is_finite(value: Any) -> bool:
     return type(value) in (float, int) and -_LARGEST < value < _LARGEST
 
 
+def size_of(width: Any, height: Any, what: str) -> tuple[int, int]:
+    """Width and height in pixels that a record declares, ``640.0`` among them; raises SkipSample('bad_size')."""
+    sides = [int(side) for side in (width, height) if is_finite(side) and side > 0 and side == int(side)]
+    if len(sides) != 2:
+        raise SkipSample("bad_size", f"{what} are {width!r:.40} and {height!r:.40}, expected pixels")
+    return sides[0], sides[1]
+
+
 def words_of(value: Any, what: str) -> str:
     """What is to be learnt of a value: a text, or a finite number as decimals; SkipSample('wrong_field') otherwise.
 

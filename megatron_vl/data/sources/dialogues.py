@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
 from megatron_vl.data.sources.images import require_images
 from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.errors import SkipSample
@@ -92,6 +92,6 @@ def declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:
     if count == 0 or width is None or height is None:
         return [None] * count
     widths, heights = (value if isinstance(value, list) else [value] for value in (width, height))
-    if not (len(widths) == len(heights) == count) or not all(type(side) is int for side in (*widths, *heights)):
+    if not len(widths) == len(heights) == count:
         raise SkipSample("bad_size", f"width is {width!r:.40} and height {height!r:.40}, for {count} images")
-    return list(zip(widths, heights, strict=True))
+    return [size_of(*pair, "width and height") for pair in zip(widths, heights, strict=True)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped
 from megatron_vl.data.sources.boxes import about_region, box_from_corners
 from megatron_vl.data.sources.captions import as_score
 from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
@@ -119,7 +119,7 @@ def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
 def _stored_size(meta: Json) -> tuple[int, int] | None:
     """What the metadata says of the stored image."""
     width, height = meta.get("width"), meta.get("height")
-    return (width, height) if isinstance(width, int) and isinstance(height, int) and width > 0 < height else None
+    return None if width is None or height is None else size_of(width, height, "width and height")
 
 
 def _check_aspect(meta: Json) -> None:

@@ -22,7 +22,17 @@ from typing import Literal
 import numpy as np
 
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, require_folder, words_in
+from megatron_vl.data.sources.base import (
+    Json,
+    Shard,
+    Skipped,
+    Source,
+    clean_text,
+    field,
+    require_folder,
+    size_of,
+    words_in,
+)
 from megatron_vl.data.sources.boxes import quad_from_points
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_samples
@@ -68,16 +78,17 @@ class OCR(Source):
         language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
         if "lines" not in record:
             return self._plain_sample(record, Sample(key, self.name, "vqa", language, question=self.question))
-        size = field(record, "size", list)
-        if len(size) != 2 or not all(isinstance(side, int) for side in size):
-            raise SkipSample("bad_size", f"{name}: size is {size!r:.40}, expected [width, height]")
+        sides = field(record, "size", list)
+        if len(sides) != 2:
+            raise SkipSample("bad_size", f"{name}: size is {sides!r:.40}, expected [width, height]")
+        size = size_of(sides[0], sides[1], "the two of 'size'")
         regions = []
         for line in field(record, "lines", list):
             text = clean_text(words_in(line, "text"), "text of a line")
             regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
         if not regions:
             raise SkipSample("no_lines", f"{name}: 'lines' is empty")
-        image = replace(read_image(self._root, name), declared=(size[0], size[1]))
+        image = replace(read_image(self._root, name), declared=size)
         text = " ".join(region.text for region in regions)
         return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
 

@@ -22,6 +22,7 @@ from megatron_vl.data.sources.base import (
     clean_text,
     field,
     range_shards,
+    size_of,
     skipped,
     slice_of,
     words_in,
@@ -102,7 +103,7 @@ class RefCOCO(Source):
 
     def _sample(self, key: str, sentence: Json, annotation: Json, image: Json) -> Sample:
         expression = clean_text(plain_text(words_in(sentence, self.expression)), self.expression)
-        size = field(image, "width", int), field(image, "height", int)
+        size = size_of(field(image, "width", object), field(image, "height", object), "width and height")
         box = box_from_xywh(field(annotation, "bbox", list), *size)
         picture = read_first_image(self.image_root, train_images(field(image, "file_name", str)), size)
         sample = Sample(key, self.name, self.task, self.language, (picture,))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
 from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
@@ -60,7 +60,7 @@ class RefExp(Source):
 
     def _sample(self, record: Json, boxes: dict[Any, list[Json]], key: str) -> Sample:
         expression = clean_text(words_in(record, "caption"), "caption")
-        size = field(record, "width", int), field(record, "height", int)
+        size = size_of(field(record, "width", object), field(record, "height", object), "width and height")
         annotations = boxes.get(field(record, "id", (int, str)), [])
         if not annotations:
             raise SkipSample("no_annotation", f"no annotation has image_id {record['id']}")

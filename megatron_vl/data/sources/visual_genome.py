@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
 from megatron_vl.data.sources.boxes import Box, about_region, box_from_xywh, overlap
 from megatron_vl.data.sources.images import read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
@@ -89,7 +89,8 @@ class VisualGenome(Source):
             try:
                 number = _image_id(element.value)
                 name = "/".join(PurePosixPath(urlsplit(field(element.value, "url", str)).path).parts[-2:])
-                size = field(element.value, "width", int), field(element.value, "height", int)
+                width, height = field(element.value, "width", object), field(element.value, "height", object)
+                size = size_of(width, height, "width and height")
                 coco_id = field({"coco_id": None, **element.value}, "coco_id", (int, NoneType))
             except SkipSample as error:
                 raise DataError(f"{self.images}: element {element.index}: {error.detail}") from error

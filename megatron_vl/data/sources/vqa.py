@@ -164,12 +164,13 @@ class VQA(Source):
         return found
 
     def _answers_of(self, record: Json) -> Answer:
-        said = record.get(self.answer_field)
+        best, said = best_answer(record, self.answer_field), record.get(self.answer_field)
         texts: list[str] = []
         for answer in said if isinstance(said, list) else []:
-            text = answer.get("answer") if isinstance(answer, dict) else answer if self.annotated else None
-            texts += [sys.intern(text)] if isinstance(text, str) else []
-        return Answer(best_answer(record, self.answer_field), tuple(texts) if len(texts) > 1 else ())
+            if isinstance(answer, dict) or self.annotated:
+                value = answer["answer"] if isinstance(answer, dict) else answer
+                texts.append(sys.intern(words_of(value, "an answer")))
+        return Answer(best, tuple(texts) if len(texts) > 1 else ())
 
 
 def best_answer(record: Json, name: str = "answers") -> str:

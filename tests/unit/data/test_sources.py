@@ -57,7 +57,7 @@ def test_only_regular_files_under_the_root_are_read(tmp_path: Path, name: str, r
 def write_refexp(folder: Path) -> Path:
     (folder / "a.jpg").write_bytes(JPEG)
     image = {"file_name": "a.jpg", "height": 200, "width": 400, "caption": "lady in blue"}
-    boxes = [[100, 50, 200, 100], [-20, 20, 60, 500], [400, 0, 10, 10]]
+    boxes = [[100, 50, 200, 100], [-20, 20, 60, 300], [400, 0, 10, 10]]
     return write_json(
         folder / "ref.json",
         {

@@ -207,7 +207,7 @@ def test_visual_genome_refuses_what_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"duplicate_iou is 1\.5"):
         source.shards()
     write_json(source.images, [{"image_id": 1, "url": "x", "width": "800", "height": 600}])
-    with pytest.raises(DataError, match=r"image_data\.json: element 0: 'width' is str"):
+    with pytest.raises(DataError, match=r"image_data\.json: element 0: width and height are '800' and 600"):
         read_all(dataclasses.replace(source, duplicate_iou=0.5))
 
 

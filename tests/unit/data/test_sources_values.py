@@ -116,6 +116,18 @@ def test_a_quad_that_is_none_is_a_bad_quad(tmp_path: Path, kind: str, quad: list
     assert reasons(read_all(OCR("o", tmp_path))) == {"bad_quad": 1}
 
 
+@pytest.mark.parametrize("size", [[100.0, 50.0], [100, 50]])
+def test_sizes_are_pixels_however_they_are_written(tmp_path: Path, size: list[float]) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    line = {"text": "word", "quad": [[10, 10], [40, 10], [40, 20], [10, 20]]}
+    page = {"file_name": "a.jpg", "lines": [line]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**page, "size": size}) + "\n")
+    assert kept(read_all(OCR("o", tmp_path)))[0].images[0].declared == (100, 50)
+    for wrong in ([100.5, 50], [0, 50], [100, True], [100, None], [100], [100, float("inf")]):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({**page, "size": wrong}) + "\n")
+        assert reasons(read_all(OCR("o", tmp_path))) == {"bad_size": 1}
+
+
 def test_a_quad_that_is_partly_on_the_page_is_clipped() -> None:
     points = [[-20, 10], [50, 10], [50, 60], [-20, 60]]
     assert quad_from_points(points, *PAGE) == (0, 0.2, 0.5, 0.2, 0.5, 1, 0, 1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
 from megatron_vl.data.sources.base import Shard, Skipped, Source
@@ -86,3 +87,27 @@ def test_what_cannot_be_asked_is_left_out_and_the_limit_counts_questions(tmp_pat
     assert ask(Sample("d", "s", "chat", turns=(Turn("user", "Hi"), Turn("assistant", "Hello")))) is None
     with pytest.raises(DataError, match="no question"):
         _write(tmp_path / "q.jsonl", text)
+
+
+def test_what_preparation_leaves_out_is_not_asked_and_counted(tmp_path: Path) -> None:
+    def caption(text: str, image: ImageRef) -> Sample:
+        return Sample("c", "s", "caption", images=(image,), text=text)
+
+    samples = (
+        Skipped("x", "missing_image"),
+        caption("a cut image", ImageRef("cut", _jpeg()[:-20])),
+        caption("no image", ImageRef("none", b"text")),
+        caption("another size", replace(IMAGES[0], declared=(8, 9))),
+        caption(" ", IMAGES[0]),
+        caption("<PERSON> walks", IMAGES[0]),
+        caption("a red ball", replace(IMAGES[0], declared=(8, 8))),
+    )
+    entry = SourceEntry(_Fixed("s", samples), filters=FilterOptions(drop_special_tags=True))
+    recipe = DataRecipe((entry,), num_queries=16, num_ranks=2048)
+    counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=9)
+    assert counts == {"caption": 1}
+    reasons = ("missing_image", "unreadable_image", "size_mismatch", "empty_text", "special_tag")
+    assert left_out == dict(zip(reasons, (1, 2, 1, 1, 1), strict=True))
+    broken = replace(recipe, sources=(replace(entry, source=_Fixed("s", samples[:3])),))
+    with pytest.raises(DataError, match="no question; left out: 1 missing_image, 2 unreadable_image"):
+        write_questions(broken, tmp_path / "q.jsonl", limit=9)
