@@ -87,6 +87,7 @@ def make_batch(model: ModelConfig, workload: Workload) -> MicroBatch:
         tokens=torch.randint(0, model.num_ranks, (total,), generator=generator),
         positions=torch.arange(workload.seq_length).repeat(workload.rows),
         cu_seqlens=torch.arange(0, total + 1, workload.seq_length, dtype=torch.int32),
+        span_lengths=(workload.seq_length,) * workload.rows,
         supervised=supervised,
         targets=torch.randint(0, model.num_ranks, (len(supervised),), generator=generator),
         slots=slots.flatten(),

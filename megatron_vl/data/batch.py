@@ -40,6 +40,8 @@ class MicroBatch:
     cu_seqlens: torch.Tensor
     """int32[spans + 1]: borders of the attention spans, 0 first, t last. Padding ends its row's span (whole rows)
     or is a span of its own (segments)."""
+    span_lengths: tuple[int, ...]
+    """Lengths of the spans between these borders, where no device has to be asked for them."""
     supervised: torch.Tensor
     """int64[m]: positions in [0, t) whose *next* token is a target."""
     targets: torch.Tensor
@@ -122,6 +124,7 @@ def collate(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(np.arange(total) - np.repeat(borders[:-1], np.diff(borders))),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+        span_lengths=tuple(np.diff(borders).tolist()),
         supervised=torch.from_numpy(supervised),
         targets=torch.from_numpy(tokens[supervised + 1]),
         slots=torch.from_numpy(slots),

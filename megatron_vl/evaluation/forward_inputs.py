@@ -143,6 +143,7 @@ def _row_batch(
         tokens=ids,
         positions=torch.arange(length),
         cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        span_lengths=(length,),
         supervised=heads[0],
         targets=heads[1],
         slots=slots.flatten(),

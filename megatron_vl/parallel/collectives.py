@@ -15,52 +15,38 @@ from megatron_vl.parallel.topology import Topology
 Key = TypeVar("Key", bound=Hashable)
 
 
-def broadcast_batches(batches: Sequence[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch] | None:
-    """Give the micro-batches that the first rank of each tensor-parallel group has read to its other ranks.
+def share_outlines(batches: Sequence[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch] | None:
+    """Tell the ranks of each tensor-parallel group what its first rank has read for a step.
+
+    The other ranks get the same micro-batches with tensors that have a shape and a type but no contents; those come
+    when a micro-batch's turn does (``parallel/arrival.py``).
 
     Args:
         batches: the micro-batches of one step, or None at the end of the data; ignored on the other ranks.
     """
     if topology.tp_size == 1:
         return None if batches is None else list(batches)
-    source, group = topology.tp_source, topology.tp_group
     outlines = [None if batches is None else [_outline(batch) for batch in batches]]
-    dist.broadcast_object_list(outlines, src=source, group=group, device=topology.device)
+    dist.broadcast_object_list(outlines, src=topology.tp_source, group=topology.tp_group, device=topology.device)
     if outlines[0] is None:
         return None
-    received = list(batches or [])
-    if topology.tp_rank != 0:
-        received = [_empty_like(outline, topology.device) for outline in outlines[0]]
-    for batch in received:
-        for tensor in _tensors(batch).values():
-            dist.broadcast(tensor, src=source, group=group)
-    return received
+    return list(batches or []) if topology.tp_rank == 0 else outlines[0]
 
 
-def _tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
+def _outline(batch: MicroBatch) -> MicroBatch:
+    return with_tensors(batch, {name: value.to("meta") for name, value in tensors_of(batch).items()})
+
+
+def tensors_of(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """The fields of a micro-batch that are tensors, in their order."""
     values = {item.name: getattr(batch, item.name) for item in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _outline(batch: MicroBatch) -> MicroBatch:
-    """The batch with tensors that have a shape and a type but no contents: cheap to send as an object."""
-    return _with(batch, {name: value.to("meta") for name, value in _tensors(batch).items()})
-
-
-def _empty_like(outline: MicroBatch, device: torch.device) -> MicroBatch:
-    return _with(outline, {name: torch.empty_like(value, device=device) for name, value in _tensors(outline).items()})
-
-
-def _with(batch: MicroBatch, tensors: dict[str, torch.Tensor]) -> MicroBatch:
+def with_tensors(batch: MicroBatch, tensors: dict[str, torch.Tensor]) -> MicroBatch:
+    """The batch with other tensors under the same names."""
     replaced: dict[str, Any] = dict(tensors)
     return replace(batch, **replaced)
-
-
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch on the device of this rank."""
-    if device.type == "cpu":
-        return batch
-    return _with(batch, {name: value.to(device, non_blocking=True) for name, value in _tensors(batch).items()})
 
 
 def from_last_stage(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:

@@ -11,7 +11,7 @@ which keeps the storage until the request is done with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class P2P(P2PCommunicator):
 
 def run_schedule(
     chunks: Sequence[nn.Module],
-    batches: Sequence[MicroBatch],
+    batches: Collection[MicroBatch],
     *,
     forward_step: Callable[..., tuple[torch.Tensor, Callable[..., Any]]],
     forward_only: bool,
@@ -56,7 +56,7 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks, in order of their virtual stage.
-        batches: the micro-batches of this data-parallel rank.
+        batches: the micro-batches of this data-parallel rank; each chunk goes through them once.
         forward_step: ``(iterator, chunk) -> (output, loss function)``.
 
     Returns:

@@ -1,8 +1,9 @@
 """Micro-batches for every rank, from the loaders of those that read.
 
-The first rank of each tensor-parallel group reads the rows of its data-parallel rank and broadcasts them to the group;
-each pipeline stage reads for itself, and only stages with the patch embedding decode images. So no data travels
-between stages, and no field is missing on some ranks for any other reason than that nothing there would use it.
+The first rank of each tensor-parallel group reads the rows of its data-parallel rank and tells the group what they look
+like; their contents follow when a micro-batch's turn comes (``parallel/arrival.py``). Each pipeline stage reads for
+itself, and only stages with the patch embedding decode images. So no data travels between stages, and no field is
+missing on some ranks for any other reason than that nothing there would use it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.blend import Blend
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.data.manifest import read_manifest
-from megatron_vl.parallel.collectives import broadcast_batches
+from megatron_vl.parallel.collectives import share_outlines
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, image_cost
 from megatron_vl.planning.layout import resolve_layout
@@ -56,7 +57,7 @@ class Feed:
     def _share(self, steps: Iterator[StepBatch] | None) -> Iterator[list[MicroBatch]]:
         while True:
             step = next(steps, None) if steps is not None else None
-            batches = broadcast_batches(step.micro_batches if step else None, topology=self.topology)
+            batches = share_outlines(step.micro_batches if step else None, topology=self.topology)
             if batches is None:
                 return
             yield batches

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel, to_device
+from megatron_vl.parallel.arrival import Arrivals
+from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel
 from megatron_vl.parallel.schedule import run_schedule
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.optimizer import LearningRates, set_groups
@@ -139,8 +140,10 @@ def forward_backward(
     chunks: Sequence[nn.Module], batches: list[MicroBatch], *, topology: Topology, forward_only: bool
 ) -> tuple[LossSum, Counts]:
     """Run the schedule over the micro-batches, and sum the loss and what was read over all ranks."""
-    step = _forward_step(topology.device)
-    records = run_schedule(chunks, batches, forward_step=step, forward_only=forward_only, topology=topology)
+    arrivals = Arrivals(batches, topology, takers=len(chunks))
+    records = run_schedule(
+        chunks, arrivals, forward_step=_forward_step, forward_only=forward_only, topology=topology
+    )
     sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)
@@ -182,20 +185,17 @@ def _count(batches: list[MicroBatch]) -> tuple[float, ...]:
     images = sum(batch.num_images for batch in batches if batch.slots.numel())
     samples = sum(batch.num_samples for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
-    squared_spans = sum(float(batch.cu_seqlens.diff().double().square().sum()) for batch in batches)
+    squared_spans = float(sum(length**2 for batch in batches for length in batch.span_lengths))
     return images, samples, tokens, squared_spans
 
 
-def _forward_step(device: torch.device) -> Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]:
-    def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        batch = to_device(next(batches), device)
-        return chunk(batch), lambda losses: _sum_losses(losses, batch)
-
-    return forward_step
+def _forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    batch = next(batches)
+    return chunk(batch), lambda losses: _sum_losses(losses, batch)
 
 
 def _sum_losses(losses: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What Megatron-Core's schedule expects on the last stage: the summed loss, its token count, and a record."""
     total = losses.sum()
-    tokens = torch.tensor(batch.targets.numel(), dtype=torch.int, device=losses.device)
+    tokens = torch.full((), batch.targets.numel(), dtype=torch.int, device=losses.device)
     return total, tokens, {"loss": total.detach().clone(), "tokens": tokens}

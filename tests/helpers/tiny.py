@@ -73,6 +73,7 @@ def _micro_batch(model: ModelConfig, images: int, rows: int, span: str, generato
         tokens=torch.randint(0, vocabulary, (length,), generator=generator),
         positions=positions,
         cu_seqlens=borders.int(),
+        span_lengths=tuple(borders.diff().tolist()),
         supervised=supervised,
         targets=torch.randint(0, vocabulary, (len(supervised),), generator=generator),
         slots=slots,

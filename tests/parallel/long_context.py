@@ -64,6 +64,7 @@ def packed(texts: Sequence[Sequence[int]]) -> MicroBatch:
         tokens=tokens,
         positions=positions,
         cu_seqlens=borders.int(),
+        span_lengths=tuple(lengths.tolist()),
         supervised=targets - 1,
         targets=tokens[targets],
         slots=torch.zeros(0, dtype=torch.int64),
