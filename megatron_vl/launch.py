@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from megatron_vl.errors import ConfigError
@@ -57,6 +57,16 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             missing = tuple(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env)
             return Launch(int(env[rank]), int(env[size]), int(env.get(local, "0")), missing)
     return Launch(0, 1, 0)
+
+
+def set_deterministic_environment(environment: MutableMapping[str, str] | None = None) -> None:
+    """Ask cuBLAS and Transformer Engine for kernels that give the same bits twice; what the user has set stays.
+
+    One looks when it is first used, the other when it is imported, so this comes before torch is.
+    """
+    env = os.environ if environment is None else environment
+    env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def has_cuda_device() -> bool:

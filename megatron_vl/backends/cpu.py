@@ -191,17 +191,21 @@ def _drop_process_groups() -> None:
     """Let ``destroy_model_parallel`` drop every group; some it leaves in its module.
 
     A gloo group ends its threads when its last reference goes. A thread that is still there when the interpreter ends
-    may ask for the interpreter's lock at that moment, which aborts a process that had finished its work.
+    may ask for the interpreter's lock at that moment, which aborts a process that had finished its work. Some it
+    would end itself, although here they are shared with the rest.
     """
     from megatron.core import parallel_state
 
     destroy = parallel_state.destroy_model_parallel
 
-    def destroy_model_parallel() -> None:
-        destroy()
+    def drop() -> None:
         for name, value in vars(parallel_state).items():
             if isinstance(value, dist.ProcessGroup):
                 setattr(parallel_state, name, None)
+
+    def destroy_model_parallel() -> None:
+        drop()
+        destroy()
 
     setattr(parallel_state, "destroy_model_parallel", destroy_model_parallel)
 

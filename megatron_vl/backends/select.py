@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.errors import ConfigError
+from megatron_vl.log import log_rank_0
 
 
 class Backend(Protocol):
@@ -30,19 +33,27 @@ class Backend(Protocol):
     ) -> AttentionInputs: ...
 
 
-def select_backend(name: Literal["auto", "local", "transformer_engine"]) -> Backend:
-    """The backend of that name; ``auto`` is Transformer Engine where CUDA and the package are present.
+def select_backend(name: Literal["auto", "local", "transformer_engine"], *, bf16: bool = False) -> Backend:
+    """The backend of that name; ``auto`` is Transformer Engine for bf16 on CUDA, where it can be used.
 
     Raises:
-        ConfigError: Transformer Engine was named and cannot be imported.
+        ConfigError: Transformer Engine was named and cannot be used.
     """
-    if name == "auto":
-        present = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-        name = "transformer_engine" if present else "local"
-    if name == "transformer_engine":
-        from megatron_vl.backends.te import TransformerEngineBackend
-
-        return TransformerEngineBackend()
     from megatron_vl.backends.local import LocalBackend
+    from megatron_vl.backends.te import TransformerEngineBackend
 
-    return LocalBackend()
+    if name == "transformer_engine":
+        return TransformerEngineBackend()
+    if name == "local" or not torch.cuda.is_available():
+        return LocalBackend()
+    if not bf16:
+        log_rank_0("backend local: Transformer Engine would compute an fp32 run with TF32 products")
+        return LocalBackend()
+    if find_spec("transformer_engine") is None:
+        log_rank_0("backend local: Transformer Engine is not installed")
+        return LocalBackend()
+    try:
+        return TransformerEngineBackend()
+    except ConfigError as error:
+        log_rank_0(f"backend local: {error}", level=logging.WARNING)
+        return LocalBackend()

@@ -1,30 +1,31 @@
 """Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows.
 
-Imported only when the backend is asked for, so that nothing else needs the package. The checkpoint keys are those of
-``local.py``: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it back under
-its own name, so that a checkpoint written by one backend loads in the other.
+The package is imported only when the backend is asked for, so that nothing else needs it. The checkpoint keys are
+those of ``local.py``: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it back
+under its own name, so that a checkpoint written by one backend loads in the other.
 """
 
 from __future__ import annotations
 
 import copy
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from packaging.version import Version
 from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
 from megatron_vl.errors import ConfigError
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
-except (ImportError, RuntimeError) as error:  # the meta package without its libraries raises RuntimeError
-    raise ConfigError(
-        f"parallel.backend: transformer_engine was asked for, but it cannot be imported ({error}). "
-        "Use NVIDIA's PyTorch image (see Dockerfile), or --backend local."
-    ) from error
+_VERSIONS = ((2, 9), (2, 12))
+"""Versions that Megatron-Core 0.16.1 takes: from the first, below the second."""
+
+_FLASH_ATTN = (2, 1)
+"""The flash-attn that Transformer Engine needs for packed rows before Hopper, where cuDNN has no kernel for them."""
 
 _FUSED_NORM_KEYS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -33,9 +34,16 @@ _FUSED_NORM_KEYS = {
 
 
 class TransformerEngineBackend:
-    """Layer specs of Transformer Engine's modules."""
+    """Layer specs of Transformer Engine's modules.
+
+    Raises ConfigError if the package cannot be used here.
+    """
 
     name = "transformer_engine"
+
+    def __init__(self) -> None:
+        _check_package()
+        _check_attention()
 
     def vision_layer(self) -> ModuleSpec:
         """A pre-norm block with attention without a mask; the norm's kind comes from the layer's configuration."""
@@ -73,6 +81,48 @@ class TransformerEngineBackend:
             "evaluation then uses dynamic NTK and logn attention, which the transformer_engine backend does not have; "
             "use --backend local, or turn them off with --no-use-dynamic-ntk --no-use-logn-attn"
         )
+
+
+def _check_package() -> None:
+    """Refuse a package that is not there, not whole, or of another version, before Megatron-Core stumbles over it."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+
+        found = Version(version("transformer_engine")).release
+    # The meta package without its libraries, a missing library, and libraries of another version, in this order.
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+        raise _unusable(f"cannot be imported ({error})") from error
+    lowest, limit = (".".join(map(str, bound)) for bound in _VERSIONS)
+    if not _VERSIONS[0] <= found < _VERSIONS[1]:
+        told = ".".join(map(str, found))
+        raise _unusable(f"has version {told}, and Megatron-Core takes those from {lowest} and below {limit}")
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        raise _unusable("lacks a part that Megatron-Core imports")
+
+
+def _check_attention() -> None:
+    """Refuse GPUs on which attention over packed rows would silently take a path with a whole matrix of scores."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+        return
+    try:
+        found = Version(version("flash_attn")).release
+    except PackageNotFoundError:
+        found = ()
+    if found < _FLASH_ATTN:
+        raise ConfigError(
+            "parallel.backend: on a GPU before Hopper Transformer Engine computes attention over packed rows with "
+            f"flash-attn {'.'.join(map(str, _FLASH_ATTN))} or newer, and found {'.'.join(map(str, found)) or 'none'}: "
+            "pip install flash-attn, or use --backend local, which has torch's FlashAttention"
+        )
+
+
+def _unusable(reason: str) -> ConfigError:
+    return ConfigError(
+        f"parallel.backend: transformer_engine {reason}. Use NVIDIA's PyTorch image (see Dockerfile), or "
+        "--backend local."
+    )
 
 
 def _layer(mask: AttnMaskType) -> ModuleSpec:

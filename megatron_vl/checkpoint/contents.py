@@ -3,7 +3,8 @@
 Weights and optimizer state go through Megatron-Core's distributed checkpointing: each tensor is stored under its
 global name with its global shape, so any tensor x pipeline x data layout loads what any other has saved. Beside them
 lie the resolved configuration (``config.yaml``), progress (``state.json``) and each rank's random streams (``rng.pt``),
-which are restored only on the layout that wrote them: nothing else maps one rank's stream onto another's.
+which are restored only on the layout and kind of device that wrote them: nothing else maps one rank's stream onto
+another's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from megatron_vl.parallel.topology import Topology
 T = TypeVar("T")
 
 _NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_logn_attn"})
+
+_EXTRA_STATE = "_extra_state"
+"""Ends the names under which Transformer Engine keeps bytes of its own, which it unpickles without looking when it is
+given them. They hold what FP8 remembers of past steps, no weight, so they are neither written nor read."""
 
 
 class ShardedChunk(Protocol):
@@ -144,7 +149,7 @@ def load(
     manifest = store.read_manifest(checkpoint)
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     _load_tensors(trained, checkpoint)
-    if load_rng and manifest["layout"] == _layout(topology):
+    if load_rng and {"device": "cpu"} | manifest["layout"] == _layout(topology):  # older ones do not name the device
         streams = torch.load(checkpoint / "rng.pt", weights_only=True)
         rng.load_state_dict(streams[topology.rank])
     progress: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
@@ -176,7 +181,8 @@ def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) 
 def _model(trained: Trained) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for chunk in trained.chunks:
-        model.update(chunk.sharded_state_dict())
+        described = chunk.sharded_state_dict()
+        model.update({name: value for name, value in described.items() if not name.endswith(_EXTRA_STATE)})
     return model
 
 
@@ -215,7 +221,10 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
         for chunk in trained.chunks:
             assert isinstance(chunk, nn.Module)
             names = chunk.state_dict().keys()
-            chunk.load_state_dict({name: loaded["model"][name] for name in names})
+            # Modules with an extra state want its name in the dictionary, and take None for nothing.
+            chunk.load_state_dict(
+                {name: None if name.endswith(_EXTRA_STATE) else loaded["model"][name] for name in names}
+            )
         if trained.optimizer is not None:
             optimizer_state.load(trained.optimizer, _model(trained), checkpoint)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -229,8 +238,10 @@ def _own_files(staging: Path, rank: int) -> list[Path]:
     return sorted(own + common)
 
 
-def _layout(topology: Topology) -> dict[str, int]:
-    return {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size}
+def _layout(topology: Topology) -> dict[str, int | str]:
+    """What random streams belong to; those of a CPU and of a GPU have states of other forms."""
+    sizes = {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size}
+    return {**sizes, "device": topology.device.type}
 
 
 def _facts(topology: Topology) -> dict[str, Any]:

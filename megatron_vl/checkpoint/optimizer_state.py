@@ -28,7 +28,9 @@ from megatron_vl.errors import CheckpointError
 
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    # Gathered over gloo to one rank of each data-parallel group; otherwise every rank would hold the whole optimizer of
+    # its model shard in host memory, and whole buckets of it on its GPU. The keys are the same.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 _STATE = "optimizer.state."
 _MASTER = f"{_STATE}fp32_param."

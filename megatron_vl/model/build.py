@@ -7,7 +7,7 @@ import torch
 from megatron_vl.backends.select import Backend, select_backend
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
-from megatron_vl.model.configs import core_configs
+from megatron_vl.model.configs import Target, core_configs
 from megatron_vl.model.context import BuildContext
 from megatron_vl.model.freeze import freeze
 from megatron_vl.model.initialize import initialize, mark_tensor_parallel
@@ -27,7 +27,9 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
             checkpoint is loaded.
     """
     layout = resolve_layout(config)
-    context = _context(config, topology)
+    backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
+    _check_validation(config, backend)
+    context = _context(config, topology, backend, device=topology.device.type)
     virtual = topology.vp_size > 1
     chunks = [
         QwenVL(context, layout.stage(topology.pp_rank, chunk), vp_stage=chunk if virtual else None)
@@ -46,15 +48,13 @@ def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
     """The whole network in one chunk without memory for its weights: names, shapes and counts only."""
     layout = PipelineLayout.whole(config.model)
     with torch.device("meta"):
-        return QwenVL(_context(config, topology), layout.stages[0])
+        return QwenVL(_context(config, topology, select_backend("local"), device="meta"), layout.stages[0])
 
 
-def _context(config: RunConfig, topology: Topology) -> BuildContext:
-    backend = select_backend(config.parallel.backend)
-    _check_validation(config, backend)
+def _context(config: RunConfig, topology: Topology, backend: Backend, *, device: str) -> BuildContext:
     return BuildContext(
         model=config.model,
-        core=core_configs(config, fused=backend.name == "transformer_engine"),
+        core=core_configs(config, Target(device, transformer_engine=backend.name == "transformer_engine")),
         backend=backend,
         groups=topology.groups,
         recompute_layers=config.training.recompute_granularity == "full",

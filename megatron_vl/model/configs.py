@@ -8,6 +8,7 @@ configuration alone, which is what the wrapped model carries as ``.config``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,18 +29,30 @@ class CoreConfigs:
     schedule: TransformerConfig
 
 
-def core_configs(config: RunConfig, *, fused: bool) -> CoreConfigs:
-    """Megatron-Core's configurations of a run; ``fused`` allows kernels that only Transformer Engine brings."""
-    language = _language(config, fused=fused)
+@dataclass(frozen=True)
+class Target:
+    """What the layers are built from, and for."""
+
+    device: str
+    """``cuda``, ``cpu``, or ``meta`` where nothing shall have memory."""
+    transformer_engine: bool
+
+
+def core_configs(config: RunConfig, target: Target) -> CoreConfigs:
+    """Megatron-Core's configurations of a run."""
+    language = _language(config, target)
+    # The output layer is Megatron-Core's own, which adds weight gradients up with a kernel of Apex; Transformer
+    # Engine's layers bring one.
+    fuses = target.transformer_engine and find_spec("fused_weight_gradient_mlp_cuda") is not None
     return CoreConfigs(
-        vision=TransformerConfig(**_vision(config, fused=fused)),
+        vision=TransformerConfig(**_vision(config, target)),
         language=TransformerConfig(**language),
-        head=TransformerConfig(**language | {"sequence_parallel": False}),
+        head=TransformerConfig(**language | {"sequence_parallel": False, "gradient_accumulation_fusion": fuses}),
         schedule=TransformerConfig(**language | _pipeline(config)),
     )
 
 
-def _common(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+def _common(config: RunConfig, target: Target) -> dict[str, Any]:
     parallel, training = config.parallel, config.training
     tensor_parallel = parallel.tensor_model_parallel_size
     return {
@@ -47,24 +60,25 @@ def _common(config: RunConfig, *, fused: bool) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel and tensor_parallel > 1,
         "bf16": training.bf16,
         "params_dtype": torch.bfloat16 if training.bf16 else torch.float32,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Otherwise Megatron-Core and Transformer Engine name the CUDA device, whatever torch's own default is.
+        "use_cpu_initialization": target.device != "cuda",
         "perform_initialization": False,  # model/initialize.py does it, the same for every layout
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bias_activation_fusion": False,  # its GELU is the tanh approximation; Qwen-VL's is exact
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": fused,
-        "apply_rope_fusion": fused,
+        "gradient_accumulation_fusion": target.transformer_engine,
+        "apply_rope_fusion": target.transformer_engine,
         "deterministic_mode": training.deterministic_mode,
         "recompute_granularity": "selective" if training.recompute_granularity == "selective" else None,
         "calculate_per_token_loss": True,
     }
 
 
-def _vision(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+def _vision(config: RunConfig, target: Target) -> dict[str, Any]:
     vision = config.model.vision
-    return _common(config, fused=fused) | {
+    return _common(config, target) | {
         "num_layers": vision.num_layers,
         "hidden_size": vision.hidden_size,
         "ffn_hidden_size": vision.ffn_hidden_size,
@@ -77,9 +91,9 @@ def _vision(config: RunConfig, *, fused: bool) -> dict[str, Any]:
     }
 
 
-def _language(config: RunConfig, *, fused: bool) -> dict[str, Any]:
+def _language(config: RunConfig, target: Target) -> dict[str, Any]:
     language = config.model.language
-    return _common(config, fused=fused) | {
+    return _common(config, target) | {
         "num_layers": language.num_layers,
         "hidden_size": language.hidden_size,
         "ffn_hidden_size": language.ffn_hidden_size,

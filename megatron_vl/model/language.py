@@ -126,11 +126,18 @@ class LanguageModel(ShardedModule):
         return logits
 
     def token_losses(self, hidden: Tensor, *, positions: Tensor, targets: Tensor) -> Tensor:
-        """float32[m]: cross-entropy of each target at its position."""
+        """float32[m]: cross-entropy of each target at its position.
+
+        The head runs on one position where there is no target, and its loss is left out: not every kernel takes zero
+        rows. The gradients are zeros either way.
+        """
+        count = len(positions)
+        if count == 0:
+            positions = targets = positions.new_zeros(1)
         losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(
             self.logits(hidden, positions=positions).float(), targets
         )
-        return losses
+        return losses[:count]
 
 
 def _not_initialised(weight: Tensor) -> Tensor:

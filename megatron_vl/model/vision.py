@@ -2,13 +2,16 @@
 
 * No class token: the position table has a row for each cell of a 16 x 16 grid and nothing else.
 * The table is interpolated (bicubic, no antialiasing, in fp32) to the grid of the image on every forward pass, in
-  training too, so gradients reach all its rows.
+  training too, so gradients reach all its rows. Interpolation is linear, so it is a product with a fixed matrix along
+  each axis: torch's own has no deterministic backward pass on GPUs.
 * ``ln_pre`` comes before the blocks; there is no norm behind them (``ln_post`` follows the resampler).
 * q, k and v are interleaved by head, which is also Megatron-Core's layout; GELU is exact; LayerNorm's epsilon is 1e-6.
 * Images are normalised here, on the device: they travel as uint8.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +38,17 @@ def interpolate_positions(table: Tensor, *, grid: int) -> Tensor:
     source = round(table.shape[0] ** 0.5)
     if source == grid:
         return table
-    image = table.float().view(1, source, source, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(table.dtype)
+    matrix = _bicubic(source, grid, table.device)
+    resized = matrix @ (matrix @ table.float().view(source, -1)).view(grid, source, -1)
+    return resized.view(grid * grid, -1).to(table.dtype)
+
+
+@functools.cache
+def _bicubic(source: int, grid: int, device: torch.device) -> Tensor:
+    """float32[grid, source]: what each cell of a line takes from each cell of a line of another length."""
+    lines = torch.eye(source, dtype=torch.float64)[:, None, None, :]
+    resized = F.interpolate(lines, size=(1, grid), mode="bicubic", align_corners=False)
+    return resized.view(source, grid).T.to(device, torch.float32)
 
 
 class PatchEmbedding(nn.Module):

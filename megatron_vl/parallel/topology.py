@@ -44,7 +44,7 @@ class Topology:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
-            create_gloo_process_groups=torch.cuda.is_available(),
+            create_gloo_process_groups=True,  # over which a save gathers the optimizer in host memory
         )
         return self
 

@@ -76,9 +76,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(
-        core, list(chunks), config_overrides=_overrides(config), use_gloo_process_groups=torch.cuda.is_available()
-    )
+    return get_megatron_optimizer(core, list(chunks), config_overrides=_overrides(config))
 
 
 def set_groups(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> LearningRates:

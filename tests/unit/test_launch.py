@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.launch import Launch, read_launch
+from megatron_vl.launch import Launch, read_launch, set_deterministic_environment
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -39,3 +39,9 @@ def test_peers_need_a_place_to_meet() -> None:
     launch = read_launch({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
     with pytest.raises(ConfigError, match="2 ranks.*MASTER_ADDR is not set"):
         _ = launch.init_method
+
+
+def test_a_deterministic_run_asks_for_deterministic_kernels_and_keeps_what_is_set() -> None:
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    set_deterministic_environment(environment)
+    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from megatron_vl.backends import select, te
 from megatron_vl.backends.local import LocalBackend
 from megatron_vl.backends.select import select_backend
 from megatron_vl.errors import ConfigError
@@ -16,6 +17,32 @@ HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not N
 def test_auto_is_local_without_cuda() -> None:
     assert isinstance(select_backend("auto"), LocalBackend)
     assert isinstance(select_backend("local"), LocalBackend)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "installed", "usable", "chosen", "told"),
+    [
+        (True, True, True, "transformer_engine", ""),
+        (False, True, True, "local", "TF32"),
+        (True, False, False, "local", "not installed"),
+        (True, True, False, "local", "version 9.9"),
+    ],
+)
+def test_auto_falls_back_to_local_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, installed: bool, usable: bool, chosen: str, told: str
+) -> None:
+    def check() -> None:
+        if not usable:
+            raise ConfigError("it has version 9.9")
+
+    said: list[str] = []
+    monkeypatch.setattr(te, "_check_package", check)
+    monkeypatch.setattr(te, "_check_attention", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(select, "log_rank_0", lambda message, **_: said.append(message))
+    assert select_backend("auto", bf16=bf16).name == chosen
+    assert len(said) == bool(told) and all("backend local: " in line and told in line for line in said)
 
 
 @pytest.mark.skipif(HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")

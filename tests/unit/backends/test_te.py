@@ -2,33 +2,91 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+from megatron_vl.backends import te
 from megatron_vl.errors import ConfigError
 from megatron_vl.model import build
 from tests.helpers.tiny import tiny_config
 
-MODULE = "megatron_vl.backends.te"
-
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The backend over a package that has nothing in it."""
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend, whatever is installed."""
+    monkeypatch.setattr(te, "_check_package", lambda: None)
+    return te.TransformerEngineBackend()
+
+
+def _installed(monkeypatch: pytest.MonkeyPatch, number: str, *, usable: bool = True) -> None:
+    """A package of that version which has nothing in it."""
     for name in ("transformer_engine", "transformer_engine.pytorch"):
-        if name not in sys.modules:
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    yield importlib.import_module(MODULE).TransformerEngineBackend()
-    sys.modules.pop(MODULE, None)
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(te, "version", lambda _: number)
+    extension = SimpleNamespace(HAVE_TE=usable)
+    monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", extension)
+
+
+@pytest.mark.parametrize("number", ["2.9.0", "2.11.0+c188b53"])
+def test_tested_versions_are_taken(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    _installed(monkeypatch, number)
+    te._check_package()
+
+
+@pytest.mark.parametrize(
+    ("number", "usable", "told"),
+    [
+        ("2.8.0", True, r"has version 2\.8\.0, and Megatron-Core takes those from 2\.9 and below 2\.12"),
+        ("2.12.0", True, r"has version 2\.12\.0"),
+        ("2.11.0", False, "lacks a part that Megatron-Core imports"),
+    ],
+)
+def test_others_are_refused(monkeypatch: pytest.MonkeyPatch, number: str, usable: bool, told: str) -> None:
+    _installed(monkeypatch, number, usable=usable)
+    with pytest.raises(ConfigError, match=rf"parallel.backend: transformer_engine {told}.*--backend local"):
+        te._check_package()
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, FileNotFoundError, AssertionError])
+def test_whatever_a_broken_installation_raises_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "transformer_engine":
+                raise error("no binding")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(no binding\).*see Dockerfile.*--backend local"):
+        te._check_package()
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attn", "taken"),
+    [((8, 0), None, False), ((8, 0), "2.0.9", False), ((8, 0), "2.8.3", True), ((9, 0), None, True)],
+)
+def test_gpus_before_hopper_need_flash_attn(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash_attn: str | None, taken: bool
+) -> None:
+    def found(name: str) -> str:
+        if flash_attn is None:
+            raise PackageNotFoundError(name)
+        return flash_attn
+
+    monkeypatch.setattr(te, "version", found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with contextlib.nullcontext() if taken else pytest.raises(ConfigError, match="flash-attn 2.1 or newer.*--backend"):
+        te._check_attention()
 
 
 def test_spans_above_the_native_length_are_refused(backend: Any) -> None:
@@ -47,7 +105,7 @@ def test_a_run_that_would_be_refused_at_its_validation_does_not_start(
     config = tiny_config(data={"seq_length": length, "valid_data_path": sets})
     language = replace(config.model.language, use_dynamic_ntk=ntk, use_logn_attn=ntk)
     config = replace(config, model=replace(config.model, language=language))
-    monkeypatch.setattr(build, "select_backend", lambda _: backend)
+    monkeypatch.setattr(build, "select_backend", lambda _, **__: backend)
     monkeypatch.setattr(build, "core_configs", mock.Mock(side_effect=LookupError("it was not refused")))
     expected = r"data.seq_length 4096 .*native_seq_length 2048.*--backend local.*--native-seq-length 4096"
     with pytest.raises(ConfigError if refused else LookupError, match=expected if refused else "not refused"):

@@ -1,20 +1,29 @@
-"""A checkpoint that one rank cannot write is refused by all of them, with that rank's reason, and nothing is left."""
+"""What a checkpoint holds and what it does not; one that a rank cannot write is refused by all, and nothing is left."""
 
 from __future__ import annotations
 
 import errno
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from torch import nn
 
-from megatron_vl.checkpoint import contents, store
+from megatron_vl.checkpoint import contents, optimizer_state, store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.model.build import build_model
+from megatron_vl.model.sharding import ShardedModule
+from megatron_vl.parallel import rng
+from megatron_vl.parallel.topology import Topology
+from megatron_vl.training.parallel_model import build_parallel_model
+from megatron_vl.training.step import train_step
 from tests.helpers.ranks import RankPools, Start
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import micro_batches, tiny_config
 
 
 def _no_space(*_: Any, **__: Any) -> None:
@@ -61,3 +70,117 @@ def test_a_rank_that_cannot_write_is_named_by_all(ranks: RankPools, tmp_path: Pa
         assert f"rank {rank}: " in message and "No space left on device" in message
     assert store.steps_in(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".staging")] == []
+
+
+class _Engine(nn.Module):
+    """A module with an extra state, as Transformer Engine's have: bytes that it unpickles when it is given them."""
+
+    def __init__(self, marker: Path | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.marker = marker
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(pickle.dumps(_Attack(self.marker))), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        if state is not None:
+            pickle.loads(state.numpy().tobytes())  # noqa: S301 - what is tested is that it is never called
+
+
+class _Attack:
+    def __init__(self, marker: Path | None) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+class _Chunk(ShardedModule):
+    """A chunk that describes its weight and, as Megatron-Core's layers do, its extra state."""
+
+    def __init__(self, topology: Topology, marker: Path | None) -> None:
+        super().__init__(topology.groups)
+        self.norm = _Engine(marker)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        name = "norm._extra_state"
+        state = ShardedObject(name, self.norm.get_extra_state(), (1,), (0,), replica_id=0)
+        return super().sharded_state_dict(*args, **kwargs) | {name: state}
+
+
+def _save_and_load_extra_state(start: Start, config: RunConfig, root: Path, marker: Path) -> list[Any]:
+    """Save, once without what keeps extra states out; load both with it: the weight, and what each file holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    with start.topology(config.parallel) as topology:
+        found: list[Any] = []
+        for step, suffix in enumerate(["_extra_state", "nothing"]):
+            hostile = contents.Trained([_Chunk(topology, marker)], None)
+            with mock.patch.object(contents, "_EXTRA_STATE", suffix):
+                path = contents.save(hostile, {"step": step}, config=config, topology=topology, root=root)
+            honest = _Chunk(topology, None)
+            nn.init.zeros_(honest.norm.weight)
+            contents.load(contents.Trained([honest], None), path, config=config, topology=topology)
+            held = FileSystemReader(path).read_metadata().state_dict_metadata
+            found.append((honest.norm.weight.tolist(), sorted(held)))
+        return found
+
+
+def test_the_extra_state_of_a_file_is_never_unpickled(ranks: RankPools, tmp_path: Path) -> None:
+    """Neither is ours written, nor a hostile one given to the module, which would run its code."""
+    marker = tmp_path / "marker"
+    (written, ours), (read, hostile) = ranks(1).run(_save_and_load_extra_state, tiny_config(), tmp_path, marker)[0]
+    assert written == read == [1.0] * 3
+    assert ours == ["norm.weight"] and len(hostile) == 2
+    assert not marker.exists()
+
+
+def _optimizer_keys(start: Start, config: RunConfig, efficient: bool) -> set[str]:
+    """Keys of the optimizer's tensors that this rank describes for a save."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    name = "distrib_optim_fully_reshardable_mem_efficient"
+    with start.topology(config.parallel) as topology:
+        model = build_parallel_model(config, topology)
+        train_step(model, micro_batches(config.model, 1), config=config, topology=topology, step=0)
+        trained = contents.Trained(model.chunks, model.optimizer)
+        with mock.patch.dict(optimizer_state._FORMAT, {} if efficient else {name: False}):
+            state = contents._tensors(trained, topology)["optimizer"]
+        return {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+
+
+def test_one_rank_of_a_data_parallel_group_holds_the_optimizer_of_a_save(ranks: RankPools) -> None:
+    """Under the keys that all of them would have: older checkpoints load."""
+    config = tiny_config(parallel={"use_distributed_optimizer": True})
+    first, second = ranks(2).run(_optimizer_keys, config, True)
+    everywhere = ranks(2).run(_optimizer_keys, config, False)
+    assert everywhere == [first, first] and len(first) > 100
+    assert not second
+
+
+def _restored_streams(start: Start, config: RunConfig, root: Path) -> list[bool]:
+    """Whether a load restores the random streams of a CPU, of a GPU, and of a checkpoint that does not say."""
+    with start.topology(config.parallel) as topology:
+        trained = contents.Trained(build_model(config, topology), None)
+        path = contents.save(trained, {"step": 1}, config=config, topology=topology, root=root)
+        manifest = store.read_manifest(path)
+        restored = []
+        for device in ({"device": "cpu"}, {"device": "cuda"}, {}):
+            sizes = {name: size for name, size in manifest["layout"].items() if name != "device"}
+            changed = manifest | {"layout": sizes | device}
+            with (
+                mock.patch.object(store, "read_manifest", mock.Mock(return_value=changed)),
+                mock.patch.object(rng, "load_state_dict") as load,
+            ):
+                contents.load(trained, path, config=config, topology=topology)
+            restored.append(load.called)
+        return restored
+
+
+def test_random_streams_go_to_the_kind_of_device_that_they_are_of(ranks: RankPools, tmp_path: Path) -> None:
+    """torch refuses the state of a CPU's generator for a GPU's; all checkpoints that do not say are of CPUs."""
+    assert ranks(1).run(_restored_streams, tiny_config(), tmp_path) == [[True, False, True]]

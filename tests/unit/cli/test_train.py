@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -201,3 +202,21 @@ def test_help_is_grouped_and_shows_defaults(capsys: pytest.CaptureFixture[str]) 
     text = " ".join(capsys.readouterr().out.split())
     assert "checkpoint: Where checkpoints go to and come from. --save" in text
     assert "--train-iters N Steps of the whole run. (default: 1000)" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--deterministic-mode"]])
+def test_a_deterministic_run_says_so_before_torch_is_imported(data: str, flags: list[str]) -> None:
+    """Where cuBLAS and Transformer Engine read it; the run ends at the import of torch."""
+    code = (
+        "import os, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit('CUBLAS_WORKSPACE_CONFIG' in os.environ)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from megatron_vl.cli import train\n"
+        "train._refuse_early = lambda *_: None\n"
+        f"train.main(['--preset', 'tiny', '--data-path', {data!r}, *{flags!r}])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False)
+    assert ended.returncode == len(flags)

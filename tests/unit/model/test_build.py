@@ -23,6 +23,7 @@ from tests.helpers.tiny import MODEL, tiny_config
 def _shapes_on_meta(start: Start, config: RunConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     with start.topology(config.parallel) as topology:
         model = build_on_meta(config, topology)
+        assert model.config.use_cpu_initialization, "Megatron-Core would name the CUDA device"
         assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
         return {
             "parameters": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
@@ -137,3 +138,24 @@ def test_padding_of_the_vocabulary_is_in_no_logits_and_no_loss(ranks: RankPools,
     rows = torch.cat([part[3] for part in parts])
     assert torch.equal(rows[vocab_size:], torch.zeros_like(rows[vocab_size:]))
     assert (rows[:vocab_size].abs().sum(dim=1) > 0).all()
+
+
+def _head_without_labels(start: Start, config: RunConfig, hidden: Tensor) -> tuple[list[int], list[bool]]:
+    """Rows that the final norm gets; whether its, the head's and the input's gradients are zeros."""
+    with start.topology(config.parallel) as topology:
+        head = build_model(config, topology)[0].language_model
+        rows: list[int] = []
+        head.final_layernorm.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        line, nothing = hidden.clone().requires_grad_(), torch.zeros(0, dtype=torch.int64)
+        losses = head.token_losses(line, positions=nothing, targets=nothing)
+        assert losses.shape == (0,)
+        losses.sum().backward()
+        gradients = [line.grad, head.final_layernorm.weight.grad, head.output_layer.weight.grad]
+        return rows, [gradient is not None and not gradient.any() for gradient in gradients]
+
+
+def test_the_head_never_runs_on_no_rows(ranks: RankPools) -> None:
+    """Transformer Engine's norm would launch a grid of none; every weight gets a gradient all the same."""
+    config = tiny_config(parallel={"tensor_model_parallel_size": 2})
+    hidden = torch.randn(6, 1, MODEL.language.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert ranks(2).run(_head_without_labels, config, hidden) == [([1], [True] * 3)] * 2

@@ -28,6 +28,32 @@ def test_positions_are_resized_as_an_image(grid: int) -> None:
         assert row // 2 == 1 and column // 2 == 3
 
 
+@pytest.mark.parametrize(("source", "grid"), [(16, 32), (16, 8), (9, 14), (3, 4)])
+def test_the_fixed_matrix_is_torch_s_interpolation(source: int, grid: int) -> None:
+    """Values and gradients to the rounding of fp32, at the published sizes and at odd ones."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(source**2, 24, generator=generator, requires_grad=True)
+    weights = torch.randn(grid**2, 24, generator=generator)
+    found = interpolate_positions(table, grid=grid)
+    image = table.double().view(1, source, source, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False)[0].flatten(1).T
+    gradients = [torch.autograd.grad((values * weights).sum(), table)[0] for values in (found, expected)]
+    for ours, theirs in ((found.detach(), expected.detach()), gradients):
+        assert (ours - theirs).abs().max() <= 2e-7 * theirs.abs().max()
+
+
+def test_no_operation_without_a_deterministic_backward_is_used() -> None:
+    """On GPUs torch refuses the backward pass of its own interpolation under deterministic algorithms."""
+    table = torch.randn(16, 2, requires_grad=True)
+    todo, names = [interpolate_positions(table, grid=5).grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.add(node.name())
+            todo += [following for following, _ in node.next_functions]
+    assert not any("Upsample" in name for name in names) and "MmBackward0" in names
+
+
 def test_bfloat16_positions_are_resized_in_fp32() -> None:
     table = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = interpolate_positions(table, grid=7)
