@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ScaledQueries:
-    """A mask together with a factor for each query: of what a layer gets, its attention sees the mask alone.
+class PackedLine:
+    """Where the attention spans of a packed line lie."""
 
-    Only for evaluation: Megatron-Core's recomputation takes nothing but tensors.
-    """
+    lengths: Sequence[int]
+    """Of the spans, known without asking a device."""
+    cu_seqlens: Tensor
+    """int32[spans + 1], their borders."""
+    positions: Tensor
+    """int64[t], index of each token within its span."""
 
-    mask: Tensor
-    scale: Tensor
-    """float32[sq, 1 or b, 1, 1]."""
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> PackedLine:
+        """Spans of these lengths, on the CPU."""
+        borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(lengths, borders, torch.cat([torch.arange(length) for length in lengths]))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
     """Arguments of ``TransformerLayer.forward`` beside the hidden states."""
 
-    mask: Tensor | ScaledQueries | None
+    mask: Tensor | None = None
     """``attention_mask``, in the form that the backend's attention reads."""
-    rotary: Tensor | None
-    """``rotary_pos_emb``: angles [t, 1, 1, d], or [longest, 1, 1, d] for packed parameters."""
-    packed: Any | None
-    """Megatron-Core's ``PackedSeqParams``, or nothing."""
-
-
-def scaled(mask: Tensor, scale: Tensor | None) -> Tensor | ScaledQueries:
-    """The mask, with a factor for each query if there is one; ``scale`` is [sq] or [sq, b]."""
-    if scale is None:
-        return mask
-    return ScaledQueries(mask, scale.view(scale.shape[0], -1, 1, 1))
+    rotary: Tensor | None = None
+    """``rotary_pos_emb``: angles [t, 1, 1, d], or [longest, 1, 1, d] for packed parameters; None where the backend's
+    attention has them elsewhere, or there are none."""
+    packed: Any | None = None
+    """Megatron-Core's ``PackedSeqParams``, or what a backend has in its place."""

@@ -1,10 +1,13 @@
 """What is replaced inside Megatron-Core on every device.
 
-Four things, each because the original would break a promise of ours:
+Each because the original would break a promise of ours:
 
 * the optimizer, where neither Apex nor Transformer Engine brings a fused one: torch's AdamW keeps a ``step`` for each
   parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for
   each parameter group, as the fused ones do;
+* the norm and the scaling of gradients on CUDA, where neither brings them: the original waits for the device once for
+  each parameter;
+* the fused bias and GELU of an MLP: the original's is the tanh approximation, Qwen-VL's is exact;
 * the checkpoint writer: it starts processes, and one that is killed leaves the save waiting for ever. Ours writes in
   the rank's own process, so a dead writer is a dead rank, which the launcher notices;
 * the results queue of that writer, which would start a manager process;
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vl.backends import safe_metadata
+from megatron_vl.backends import kernels, safe_metadata
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -56,18 +59,11 @@ class GroupStepAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means = [self._moment(parameter, "exp_avg") for parameter in parameters]
         squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
-        torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, (1.0 - beta2 ** group["step"]) ** 0.5)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1.0 - beta1 ** group["step"]))
+        update = fused_adamw if parameters[0].is_cuda else exact_adamw
+        update((parameters, gradients, means, squares), group)
 
     def _moment(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
@@ -77,9 +73,50 @@ class GroupStepAdamW(torch.optim.Optimizer):
         return moment
 
 
+Moments = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Parameters, their gradients, and the means of these and of their squares."""
+
+
+def exact_adamw(tensors: Moments, group: dict[str, Any]) -> None:
+    """One update in steps, each over all parameters of a group."""
+    parameters, gradients, means, squares = tensors
+    beta1, beta2 = group["betas"]
+    torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+    torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, (1.0 - beta2 ** group["step"]) ** 0.5)
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1.0 - beta1 ** group["step"]))
+
+
+def fused_adamw(tensors: Moments, group: dict[str, Any]) -> None:
+    """One update in a single pass over memory, without a copy of anything: torch's kernel."""
+    parameters, gradients, means, squares = tensors
+    step = torch.full((), float(group["step"]), device=parameters[0].device)
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        means,
+        squares,
+        [],
+        [step] * len(parameters),
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 def install() -> None:
     """Replace the parts named above; harmless when called again."""
     _replace_optimizer()
+    _replace_norms()
+    _replace_gelu()
     _replace_writer()
     safe_metadata.install()
 
@@ -96,6 +133,40 @@ def _replace_optimizer() -> None:
     # The form of a fused optimizer's state: a step in the group, two moments for each parameter.
     setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     setattr(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+
+
+def l2_norm(_chunk: int, _overflow: Tensor, lists: list[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
+    """float32[1]: the norm of all tensors of one list; the signature is Megatron-Core's."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
+
+
+def scale(_chunk: int, _overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Multiply the gradients in place; the signature is Megatron-Core's, which gives them as source and as target."""
+    sources, targets = lists
+    assert all(source is target for source, target in zip(sources, targets, strict=True))
+    torch._foreach_mul_(targets, factor)
+
+
+def _replace_norms() -> None:
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        setattr(clip_grads, "l2_norm_impl", l2_norm)
+        setattr(clip_grads, "multi_tensor_scale_impl", scale)
+
+
+def _replace_gelu() -> None:
+    from megatron.core.transformer import mlp
+
+    setattr(mlp, "bias_gelu_impl", kernels.bias_gelu)
+
+
+def is_installed() -> bool:
+    """Whether :func:`install` has run in this process."""
+    from megatron.core.transformer import mlp
+
+    return bool(mlp.bias_gelu_impl is kernels.bias_gelu)
 
 
 class _Unjoined:

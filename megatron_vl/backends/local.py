@@ -4,18 +4,19 @@ Megatron-Core's own local parts do not serve here. ``WrappedTorchNorm`` refuses 
 ``LocalSpecProvider.layer_norm(rms_norm=True)`` rewrites a module global and so changes every other norm of the
 process, and ``DotProductAttention`` refuses packed sequences. The linear layers are Megatron-Core's.
 
-Attention masks. A layer gets one tensor that says who may look at whom:
+Who may look at whom. Without a mask everybody may at everybody (vision tower), or at what lies before (language model);
+``bool[b, 1, sq, sk]`` hides a key from a query where it is True (generation with a key-value cache). Everything else is
+in :class:`LocalInputs`, which Megatron-Core hands on as packed parameters: it looks at ``qkv_format`` alone, and its
+recomputation keeps them, where a mask may be nothing but a tensor. With spans, attention is causal within each, and its
+cost is that of the spans, not that of the line.
 
-* ``None``: everybody at everybody (vision tower), or the plain causal triangle (language model);
-* ``int64[...]``: the spans of a packed line as ``backends/spans.py`` writes them; attention is causal within a span,
-  and its cost is that of the spans, not that of the line;
-* ``bool[b, 1, sq, sk]``: True hides a key from a query (generation with a key-value cache);
-* :class:`ScaledQueries`: one of the last two, and a factor for each query (evaluation above the native length).
+Rotary angles of a packed line are in it too, so that their cosines and sines are computed once for all layers.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,25 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vl.backends.attention_inputs import AttentionInputs, ScaledQueries, scaled
-from megatron_vl.backends.spans import SpanGroup, decode_groups, encode_groups, group_spans
+from megatron_vl.backends import kernels
+from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
+from megatron_vl.backends.spans import SpanGroup, group_spans
+
+
+@dataclass(frozen=True)
+class LocalInputs:
+    """What :class:`SpanAttention` is told beside the mask."""
+
+    line: PackedLine | None = None
+    """The spans within which to attend."""
+    groups: tuple[SpanGroup, ...] = ()
+    """Those spans as batches, where no kernel takes them as they are."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of the angles of queries and keys, [t, 1, 1, d], if they have not been rotated before."""
+    query_scale: Tensor | None = None
+    """float32[sq, 1 or b, 1, 1]: a factor for each query (evaluation above the native length)."""
+    qkv_format: str = "sbhd"
+    """The form that Megatron-Core leaves queries, keys and values in: [s, b, heads, d]."""
 
 
 class LayerNorm(nn.Module):
@@ -43,7 +61,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm in Qwen's order: normalise in fp32, cast back, then multiply by the weight."""
+    """RMSNorm, as ``kernels.py`` computes it on the device."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
@@ -51,9 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = _norm_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).type_as(hidden) * self.weight
+        return kernels.rms_norm(hidden, self.weight, self.eps)
 
 
 def _norm_parameter(value: Tensor, config: TransformerConfig) -> nn.Parameter:
@@ -72,29 +88,43 @@ class SpanAttention(nn.Module):
         self.softmax_scale: float | None = kwargs.get("softmax_scale")
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | ScaledQueries | None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: LocalInputs | None = None,
+        **_: Any,
     ) -> Tensor:
         """query, key, value: [s, b, heads, d]; returns [s, b, heads * d]."""
         length, batch = query.shape[:2]
-        if isinstance(attention_mask, ScaledQueries):
-            query, attention_mask = query * attention_mask.scale.to(query.dtype), attention_mask.mask
-        if attention_mask is not None and attention_mask.dtype == torch.int64:
-            context = self._within_spans(query, key, value, attention_mask)
+        told = packed_seq_params or LocalInputs()
+        if told.rotary is not None:
+            query, key = kernels.rotate(query, *told.rotary), kernels.rotate(key, *told.rotary)
+        if told.query_scale is not None:
+            query = query * told.query_scale.to(query.dtype)
+        if told.line is not None:
+            lines = [tensor.squeeze(1) for tensor in (query, key, value)]
+            context = self._within_spans(lines, told.groups) if told.groups else self._packed(lines, told.line)
         else:
             mask = None if attention_mask is None else ~attention_mask
             heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             context = self._attend(*heads_first, mask=mask).permute(2, 0, 1, 3)
         return context.reshape(length, batch, -1)
 
-    def _within_spans(self, query: Tensor, key: Tensor, value: Tensor, encoded: Tensor) -> Tensor:
+    def _packed(self, lines: list[Tensor], line: PackedLine) -> Tensor:
+        """lines: query, key and value as [t, heads, d]; returns the same form."""
+        return kernels.varlen_attention(lines, line.cu_seqlens, line.longest, self.softmax_scale)
+
+    def _within_spans(self, lines: list[Tensor], groups: tuple[SpanGroup, ...]) -> Tensor:
         """The line is a batch of one: batch its spans, attend within them, and lay the results out again."""
-        lines = [tensor.squeeze(1) for tensor in (query, key, value)]
+        query = lines[0]
         length = query.shape[0]
-        groups = decode_groups(encoded)
         if len(groups) == 1 and groups[0].positions.numel() == length:  # whole rows: batching is a reshape
             return self._attend_group(lines, groups[0])
         # Padding is written to one extra position behind the line, which is cut off.
-        result = query.new_zeros(length + 1, query.shape[2] * query.shape[3])
+        result = query.new_zeros(length + 1, query.shape[1] * query.shape[2])
         for group in groups:
             flat = group.positions.reshape(-1)
             chosen = flat.clamp(max=length - 1)
@@ -111,9 +141,7 @@ class SpanAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
         """query, key, value: [b, heads, s, d]."""
         causal = self.causal and mask is None and query.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale
-        )
+        return kernels.attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale)
 
 
 class LocalBackend:
@@ -133,29 +161,33 @@ class LocalBackend:
         """The norm before the output layer."""
         return RMSNorm
 
-    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor, rotary_table: Tensor) -> AttentionInputs:
-        """Masks and angles of a packed line.
+    def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
+        """What the layers are told of a packed line.
 
         Args:
-            cu_seqlens: int32[spans + 1], borders of the attention spans on the line.
-            positions: int64[t], index of each token within its span.
             rotary_table: float[longest, 1, 1, d], angles by position.
+            dtype: of the hidden states.
         """
-        return AttentionInputs(
-            mask=encode_groups(group_spans(cu_seqlens)), rotary=rotary_table.index_select(0, positions), packed=None
-        )
+        return self.long_attention_inputs(line, rotary_table.index_select(0, line.positions), None, dtype=dtype)
 
     def long_attention_inputs(
-        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+        self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs:
-        """Masks and angles of a packed line in evaluation, where spans are longer than the native length.
+        """What the layers are told in evaluation of a line with spans that are longer than the native length.
 
         Args:
             angles: float[t, 1, 1, d], of each token.
             query_scale: float[t], the factor of each token's query, if there is one.
+            dtype: of the hidden states.
         """
-        mask = scaled(encode_groups(group_spans(cu_seqlens)), query_scale)
-        return AttentionInputs(mask=mask, rotary=angles, packed=None)
+        device = line.cu_seqlens.device
+        told = LocalInputs(
+            line=line,
+            groups=() if kernels.has_varlen(device, dtype) else group_spans(line.lengths, device),
+            rotary=(angles.cos().to(dtype), angles.sin().to(dtype)),
+            query_scale=None if query_scale is None else query_scale.view(-1, 1, 1, 1),
+        )
+        return AttentionInputs(packed=told)
 
 
 def _layer(norm: type[nn.Module], mask: AttnMaskType) -> ModuleSpec:

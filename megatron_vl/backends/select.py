@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import log_rank_0
 
@@ -26,10 +26,10 @@ class Backend(Protocol):
 
     def final_norm(self) -> type[nn.Module]: ...
 
-    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor, rotary_table: Tensor) -> AttentionInputs: ...
+    def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs: ...
 
     def long_attention_inputs(
-        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+        self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs: ...
 
 

@@ -4,16 +4,13 @@ Spans of a line differ in length: an answer has ten tokens, a document five hund
 make a batch of mostly nothing, and one call a span costs more in calls than in work. So spans are grouped by length up
 to the next power of two, which at most doubles a span and leaves a handful of groups.
 
-Megatron-Core passes a layer one tensor as its mask, and its recomputation accepts nothing else; so the groups travel
-as one int64 vector:
-
-    number of groups | spans and longest of each group | positions, group by group, [spans, longest] each
-
-A position equal to the length of the line is padding.
+They are grouped once a micro-batch, from lengths that the CPU knows: a device that has to be asked for a length stands
+still meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,35 +33,18 @@ class SpanGroup:
         return self.positions.shape[1]
 
 
-def group_spans(cu_seqlens: Tensor) -> list[SpanGroup]:
-    """Group the spans between the borders ``cu_seqlens`` (int[spans + 1])."""
-    borders = cu_seqlens.long()
-    starts, lengths = borders[:-1], borders.diff()
-    if bool((lengths == lengths[0]).all()):
-        return [SpanGroup(torch.arange(int(borders[-1]), device=borders.device).view(len(lengths), -1))]
-    powers = torch.ceil(torch.log2(lengths.clamp(min=16).double()))
+def group_spans(lengths: Sequence[int], device: torch.device | None = None) -> tuple[SpanGroup, ...]:
+    """Group the spans of these lengths, which lie end to end."""
+    total, sizes = sum(lengths), torch.tensor(lengths)
+    if len(set(lengths)) == 1:
+        return (SpanGroup(torch.arange(total, device=device).view(len(lengths), -1)),)
+    starts = sizes.cumsum(0) - sizes
+    powers = torch.tensor([(max(length, 16) - 1).bit_length() for length in lengths])
     groups = []
     for power in powers.unique().tolist():
         members = powers == power
-        offsets = torch.arange(int(lengths[members].max()), device=borders.device)
+        offsets = torch.arange(int(sizes[members].max()))
         positions = starts[members, None] + offsets
-        groups.append(SpanGroup(positions.masked_fill(offsets >= lengths[members, None], int(borders[-1]))))
-    return groups
-
-
-def encode_groups(groups: list[SpanGroup]) -> Tensor:
-    """The groups as one vector."""
-    sizes = [size for group in groups for size in group.positions.shape]
-    header = torch.tensor([len(groups), *sizes], device=groups[0].positions.device)
-    return torch.cat([header, *(group.positions.flatten() for group in groups)])
-
-
-def decode_groups(encoded: Tensor) -> list[SpanGroup]:
-    """The groups of a vector that :func:`encode_groups` made; views, not copies."""
-    count = int(encoded[0])
-    sizes = encoded[1 : 1 + 2 * count].tolist()
-    groups, begin = [], 1 + 2 * count
-    for spans, longest in zip(sizes[::2], sizes[1::2], strict=True):
-        groups.append(SpanGroup(encoded[begin : begin + spans * longest].view(spans, longest)))
-        begin += spans * longest
-    return groups
+        positions = positions.masked_fill(offsets >= sizes[members, None], total)
+        groups.append(SpanGroup(positions.to(device, non_blocking=True)))
+    return tuple(groups)

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from packaging.version import Version
 from torch import Tensor
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.errors import ConfigError
 
 _VERSIONS = ((2, 9), (2, 12))
@@ -59,25 +59,24 @@ class TransformerEngineBackend:
 
         return TENorm
 
-    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor, rotary_table: Tensor) -> AttentionInputs:
+    def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
         """Packed parameters of a line; arguments as in ``LocalBackend.attention_inputs``."""
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         packed = PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            cu_seqlens_q=line.cu_seqlens,
+            cu_seqlens_kv=line.cu_seqlens,
+            max_seqlen_q=line.longest,
+            max_seqlen_kv=line.longest,
         )
         # The table of the longest span, not of the line: rotary angles then start anew in each span.
-        return AttentionInputs(mask=None, rotary=rotary_table[:longest], packed=packed)
+        return AttentionInputs(rotary=rotary_table[: line.longest], packed=packed)
 
     def long_attention_inputs(
-        self, cu_seqlens: Tensor, angles: Tensor, query_scale: Tensor | None
+        self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs:
         """Not here: the fused kernels take one table of angles for all spans, and no factor for a query."""
         raise ConfigError(
-            f"a span of {int(cu_seqlens.diff().max())} tokens is longer than model.language.native_seq_length, and "
+            f"a span of {line.longest} tokens is longer than model.language.native_seq_length, and "
             "evaluation then uses dynamic NTK and logn attention, which the transformer_engine backend does not have; "
             "use --backend local, or turn them off with --no-use-dynamic-ntk --no-use-logn-attn"
         )

@@ -24,7 +24,8 @@ from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_vl.backends.attention_inputs import AttentionInputs, scaled
+from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.local import LocalInputs
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
@@ -246,11 +247,12 @@ class Engine:
         mask[..., keys - new :] &= ~itself
         language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
         rotary = None if language is None else language.angles(keys, hidden_keys.device, read=prompt)
-        scale = None
+        packed = None
         if self._long_context.needed(keys):
             indices = torch.arange(keys - new, keys, device=hidden_keys.device)[:, None] - hidden_keys.sum(1)
             scale = self._long_context.query_scale(indices)
-        return AttentionInputs(mask=scaled(mask, scale), rotary=rotary, packed=None)
+            packed = LocalInputs(query_scale=None if scale is None else scale[..., None, None])
+        return AttentionInputs(mask=mask, rotary=rotary, packed=packed)
 
 
 def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vl.backends import core
 from megatron_vl.backends.select import Backend, select_backend
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
@@ -52,9 +53,11 @@ def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
 
 
 def _context(config: RunConfig, topology: Topology, backend: Backend, *, device: str) -> BuildContext:
+    configs = core_configs(config, Target(device, transformer_engine=backend.name == "transformer_engine"))
+    assert core.is_installed(), "prepare_process comes first: without it the vision tower would compute another GELU"
     return BuildContext(
         model=config.model,
-        core=core_configs(config, Target(device, transformer_engine=backend.name == "transformer_engine")),
+        core=configs,
         backend=backend,
         groups=topology.groups,
         recompute_layers=config.training.recompute_granularity == "full",

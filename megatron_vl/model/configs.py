@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vl.backends import kernels
 from megatron_vl.config.schema import RunConfig
 
 
@@ -65,7 +66,6 @@ def _common(config: RunConfig, target: Target) -> dict[str, Any]:
         "perform_initialization": False,  # model/initialize.py does it, the same for every layout
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "bias_activation_fusion": False,  # its GELU is the tanh approximation; Qwen-VL's is exact
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": target.transformer_engine,
@@ -86,6 +86,7 @@ def _vision(config: RunConfig, target: Target) -> dict[str, Any]:
         "normalization": "LayerNorm",
         "layernorm_epsilon": vision.layernorm_epsilon,
         "activation_func": F.gelu,
+        "bias_activation_fusion": True,  # as backends/core.py has it: exact
         "add_bias_linear": True,
         "add_qkv_bias": True,
     }
@@ -101,6 +102,7 @@ def _language(config: RunConfig, target: Target) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": language.norm_epsilon,
         "activation_func": F.silu,
+        "bias_activation_fusion": target.device == "cuda" and kernels.can_compile(),  # SwiGLU in one kernel
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": True,

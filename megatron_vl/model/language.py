@@ -17,7 +17,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
+from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.model.context import BuildContext, build_layers, run_layers
 from megatron_vl.model.rotary import LongContext, rotary_angles
 from megatron_vl.model.sharding import ShardedModule
@@ -32,6 +32,7 @@ class LanguageModel(ShardedModule):
         super().__init__(context.groups)
         language, config = context.model.language, context.core.language
         self.vocab_size = language.vocab_size
+        self.dtype = config.params_dtype
         self.head_dim = language.hidden_size // language.num_attention_heads
         self.rotary_base = language.rotary_base
         self.long_context = LongContext(language)
@@ -83,18 +84,18 @@ class LanguageModel(ShardedModule):
             line = tensor_parallel.scatter_to_sequence_parallel_region(line)
         return line
 
-    def attention_inputs(self, cu_seqlens: Tensor, positions: Tensor) -> AttentionInputs:
+    def attention_inputs(self, line: PackedLine) -> AttentionInputs:
         """Masks and angles of a packed line, for all layers of a forward pass.
 
         Raises:
             ConfigError: in evaluation, a span is longer than the backend can compute as the published model does.
         """
-        longest = int(positions.max()) + 1
-        if not self.training and self.long_context.needed(longest):
-            spans = [self.angles(span, positions.device, read=span) for span in cu_seqlens.diff().tolist()]
-            scale = self.long_context.query_scale(positions)
-            return self.backend.long_attention_inputs(cu_seqlens, torch.cat(spans), scale)
-        return self.backend.attention_inputs(cu_seqlens, positions, self.angles(longest, positions.device))
+        device = line.positions.device
+        if not self.training and self.long_context.needed(line.longest):
+            spans = [self.angles(span, device, read=span) for span in line.lengths]
+            scale = self.long_context.query_scale(line.positions)
+            return self.backend.long_attention_inputs(line, torch.cat(spans), scale, dtype=self.dtype)
+        return self.backend.attention_inputs(line, self.angles(line.longest, device), dtype=self.dtype)
 
     def angles(self, length: int, device: torch.device, *, read: int | None = None) -> Tensor:
         """Rotary angles of the first ``length`` positions; in evaluation, ``read`` tokens are read at once."""

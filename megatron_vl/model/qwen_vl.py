@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.model.context import BuildContext
 from megatron_vl.model.fusion import fuse
@@ -90,10 +91,11 @@ class QwenVL(MegatronModule):
 
     def _read(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
         if self.stage.word_embedding:
-            line = fuse(language.embed(batch.tokens), hidden, slots=batch.slots, span_images=batch.span_images)
-            hidden = language.scatter(line)
+            embedded = language.embed(batch.tokens)
+            hidden = language.scatter(fuse(embedded, hidden, slots=batch.slots, span_images=batch.span_images))
         if self.stage.language_layers:
-            hidden = language(hidden, language.attention_inputs(batch.cu_seqlens, batch.positions))
+            line = PackedLine(batch.span_lengths, batch.cu_seqlens, batch.positions)
+            hidden = language(hidden, language.attention_inputs(line))
         if self.stage.head:
             hidden = language.token_losses(hidden, positions=batch.supervised, targets=batch.targets)
         return hidden

@@ -102,5 +102,4 @@ class VisionTower(ShardedModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[patches (/ tp), n, h] -> the same, through this stage's layers."""
-        nothing = AttentionInputs(mask=None, rotary=None, packed=None)
-        return run_layers(self.layers, hidden, inputs=nothing, recompute=self.recompute)
+        return run_layers(self.layers, hidden, inputs=AttentionInputs(), recompute=self.recompute)

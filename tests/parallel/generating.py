@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
@@ -67,8 +68,7 @@ def _last_logits(chunk: object, config: RunConfig, tokens: list[int], prompt: Pr
         slots = torch.nonzero(line == SpecialTokens(config.model.num_ranks).img_pad).flatten()
         spans = torch.arange(len(prompt.pixels))
         embedded = fuse(embedded, chunk.features(prompt.pixels), slots=slots, span_images=spans)
-    borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    inputs = language.attention_inputs(borders, torch.arange(len(tokens)))
+    inputs = language.attention_inputs(PackedLine.of([len(tokens)]))
     hidden = language(embedded.unsqueeze(1), inputs)
     return language.logits(hidden, positions=torch.tensor([len(tokens) - 1]))[0]
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.hf_config import hf_config
@@ -132,7 +133,7 @@ def packed_logits_on_rank(start: Start, config: RunConfig, batch: MicroBatch, tr
         (chunk,) = build_model(config, topology)
         chunk.train(training)
         language = chunk.language_model
-        inputs = language.attention_inputs(batch.cu_seqlens, batch.positions)
+        inputs = language.attention_inputs(PackedLine.of(batch.span_lengths))
         hidden = language(language.embed(batch.tokens).unsqueeze(1), inputs)
         return language.logits(hidden, positions=torch.arange(len(batch.tokens)))[:, : config.model.language.vocab_size]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vl.backends import core
+from megatron_vl.backends import core, kernels
 from megatron_vl.backends.core import GroupStepAdamW
 from tests.unit.backends.patches import recorded
 
@@ -52,6 +52,48 @@ def test_adamw_equals_torch() -> None:
             torch.testing.assert_close(mine.state[found][name], reference.state[expected][name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("number", [1, 2, 50])
+def test_the_fused_update_is_the_one_in_steps(number: int) -> None:
+    """To the rounding of fp32; on CUDA it is the one that runs."""
+    group = {**SETTINGS, "step": number}
+    generator = torch.Generator().manual_seed(number)
+    before = [[torch.randn(33, 7, generator=generator), torch.randn(5, generator=generator)] for _ in range(3)]
+    before.append([torch.rand(33, 7, generator=generator), torch.rand(5, generator=generator)])
+    both = []
+    for update in (core.exact_adamw, core.fused_adamw):
+        tensors = tuple([tensor.clone() for tensor in tensors] for tensors in before)
+        update(tensors, group)
+        both.append(tensors)
+    for found, expected, old in zip(both[1], both[0], before, strict=True):
+        for one, other, start in zip(found, expected, old, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+            assert torch.equal(one, start) == (old is before[1]), "all but the gradients change"
+
+
+def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither Apex nor Transformer Engine brings them; they ask the device for nothing on the way."""
+    from megatron.core.optimizer import clip_grads
+
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in [(40, 30), (7,), (2, 3, 4)]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", clip_grads.local_multi_tensor_l2_norm)
+    replaced = recorded(core, core._replace_norms)
+    assert replaced == {
+        "megatron.core.optimizer.clip_grads.l2_norm_impl": core.l2_norm,
+        "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl": core.scale,
+    }
+    none = torch.zeros(1, dtype=torch.int)
+    norm, _ = clip_grads.multi_tensor_applier(core.l2_norm, none, [gradients], False)
+    assert norm.shape == (1,)
+    torch.testing.assert_close(norm[0], torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    expected = [gradient * 0.25 for gradient in gradients]
+    clip_grads.multi_tensor_applier(core.scale, none, [gradients, gradients], 0.25)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(gradients, expected, strict=True))
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", object())
+    assert recorded(core, core._replace_norms) == {}, "a fused one stays"
+
+
 def test_a_parameter_without_gradient_stays() -> None:
     parameters = _parameters()
     optimizer = GroupStepAdamW(parameters, **SETTINGS)
@@ -89,7 +131,8 @@ def test_state_goes_on_after_a_round_trip() -> None:
 
 @pytest.fixture(scope="module")
 def replaced() -> dict[str, Any]:
-    return recorded(core, core._replace_optimizer) | recorded(core, core._replace_writer)
+    functions = (core._replace_optimizer, core._replace_writer, core._replace_gelu)
+    return {name: value for function in functions for name, value in recorded(core, function).items()}
 
 
 def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
@@ -101,9 +144,21 @@ def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
         "megatron.core.optimizer.distrib_optimizer.Adam",
         "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
         "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+        "megatron.core.transformer.mlp.bias_gelu_impl",
         f"{filesystem}._get_write_results_queue",
         "FileSystemWriterAsync.write_preloaded_data_multiproc",
     }
+
+
+def test_the_gelu_of_the_vision_tower_is_exact(replaced: dict[str, Any]) -> None:
+    from megatron.core.transformer import mlp
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, bias = torch.randn(9, 2, 16, generator=generator), torch.randn(16, generator=generator)
+    gelu = replaced["megatron.core.transformer.mlp.bias_gelu_impl"]
+    assert gelu is kernels.bias_gelu
+    assert torch.equal(gelu(hidden, bias), torch.nn.functional.gelu(hidden + bias))
+    assert (mlp.bias_gelu_impl(hidden, bias) - gelu(hidden, bias)).abs().max() > 1e-4, "theirs is not"
 
 
 def test_the_writer_takes_what_megatron_core_gives(replaced: dict[str, Any]) -> None:

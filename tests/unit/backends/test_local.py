@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_vl.backends.local import LayerNorm, LocalBackend, RMSNorm, SpanAttention
-from megatron_vl.backends.spans import encode_groups, group_spans
+from megatron_vl.backends import kernels
+from megatron_vl.backends.attention_inputs import PackedLine
+from megatron_vl.backends.local import LayerNorm, LocalBackend, LocalInputs, RMSNorm, SpanAttention
+from megatron_vl.backends.spans import group_spans
 
 HEADS, WIDTH = 3, 8
 
@@ -34,6 +36,10 @@ def _by_hand(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
 
 
+def _spans(lengths: list[int]) -> LocalInputs:
+    return LocalInputs(line=PackedLine.of(lengths), groups=group_spans(lengths))
+
+
 def _causal(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).triu(1)
 
@@ -43,8 +49,7 @@ def test_attention_stays_within_spans(lengths: list[int]) -> None:
     """Values and gradients, also where spans of one group differ in length."""
     attention = SpanAttention(_config(), AttnMaskType.causal)
     lines = _qkv(sum(lengths))
-    borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    found = attention(*lines, encode_groups(group_spans(borders)))
+    found = attention(*lines, None, packed_seq_params=_spans(lengths))
     assert found.shape == (sum(lengths), 1, HEADS * WIDTH)
     spans = zip(*(line.squeeze(1).split(lengths) for line in lines), strict=True)
     expected = torch.cat([_by_hand(*span, _causal(len(span[0]))) for span in spans])
@@ -59,13 +64,59 @@ def test_attention_stays_within_spans(lengths: list[int]) -> None:
 def test_attention_within_a_span_is_torch_s_own() -> None:
     lengths = [5, 40, 17]
     lines = _qkv(sum(lengths))
-    found = SpanAttention(_config(), AttnMaskType.causal)(
-        *lines, encode_groups(group_spans(torch.tensor([0, 5, 45, 62])))
-    )
+    found = SpanAttention(_config(), AttnMaskType.causal)(*lines, None, packed_seq_params=_spans(lengths))
     for part, *span in zip(found.split(lengths), *(line.split(lengths) for line in lines), strict=True):
         query, key, value = (line.permute(1, 2, 0, 3) for line in span)
         expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
         torch.testing.assert_close(part, expected, rtol=0, atol=2e-6)
+
+
+def test_where_a_kernel_takes_spans_as_they_are_it_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA in half precision: the lines without their batch of one, the borders, and no groups."""
+    lengths, given = [5, 40, 17], []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+        given.append((query, key, value, *others, options))
+        return torch.cat([
+            _by_hand(*span, _causal(len(span[0])))
+            for span in zip(*(line.split(lengths) for line in (query, key, value)), strict=True)
+        ]).view_as(query)  # fmt: skip
+
+    monkeypatch.setattr(kernels, "has_varlen", lambda *_: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", record)
+    inputs = LocalBackend().attention_inputs(PackedLine.of(lengths), torch.zeros(40, 1, 1, WIDTH), dtype=torch.float32)
+    assert inputs.packed.groups == () and inputs.mask is None and inputs.rotary is None
+    lines = _qkv(62)
+    attention = SpanAttention(_config(), AttnMaskType.causal)
+    found = attention(*lines, None, packed_seq_params=inputs.packed)
+    torch.testing.assert_close(found, attention(*lines, None, packed_seq_params=_spans(lengths)), rtol=0, atol=2e-6)
+    ((_, _, value, borders, same, *longest, options),) = given
+    assert value.shape == (62, HEADS, WIDTH) and borders is same and borders.tolist() == [0, 5, 45, 62]
+    assert borders.dtype == torch.int32 and longest == [40, 40]
+    assert all(type(length) is int for length in longest), "no tensor, for which the CPU would wait"
+
+
+def test_rotary_angles_and_scales_are_applied_to_queries_and_keys_only() -> None:
+    """Equal to Megatron-Core's own, bit for bit; the scale comes behind, and to queries alone."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    lengths = [5, 3]
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(5, 1, 1, WIDTH // 2, generator=generator).repeat(1, 1, 1, 2)
+    scale = torch.rand(8, generator=generator)
+    backend, line = LocalBackend(), PackedLine.of(lengths)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = (tensor.to(dtype) for tensor in _qkv(8))
+        angles = table.index_select(0, line.positions)
+        told = backend.long_attention_inputs(line, angles, scale, dtype=dtype).packed
+        plain = backend.attention_inputs(line, table, dtype=dtype).packed
+        rotated = [_apply_rotary_pos_emb_bshd(tensor, angles) for tensor in (query, key)]
+        assert torch.equal(kernels.rotate(query, *plain.rotary), rotated[0])
+        attention = SpanAttention(_config(), AttnMaskType.causal)
+        expected = attention(
+            rotated[0] * scale.view(-1, 1, 1, 1).to(dtype), rotated[1], value, None, packed_seq_params=_spans(lengths)
+        )
+        assert torch.equal(attention(query, key, value, None, packed_seq_params=told), expected)
 
 
 def test_a_boolean_mask_hides_keys() -> None:

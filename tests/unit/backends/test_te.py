@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_vl.backends import te
+from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.errors import ConfigError
 from megatron_vl.model import build
 from tests.helpers.tiny import tiny_config
@@ -90,9 +91,9 @@ def test_gpus_before_hopper_need_flash_attn(
 
 
 def test_spans_above_the_native_length_are_refused(backend: Any) -> None:
-    borders = torch.tensor([0, 7, 3007, 3010])
+    line = PackedLine.of([7, 3000, 3])
     with pytest.raises(ConfigError, match=r"a span of 3000 tokens .*native_seq_length.* --backend local"):
-        backend.long_attention_inputs(borders, torch.zeros(3010, 1, 1, 16), None)
+        backend.long_attention_inputs(line, torch.zeros(3010, 1, 1, 16), None, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("length", "validates", "ntk", "refused"), [

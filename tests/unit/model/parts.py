@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import Start
@@ -45,14 +46,12 @@ def run_parts(start: Start, config: RunConfig, inputs: Inputs) -> Outputs:
         with torch.no_grad():
             for parameter in chunk.parameters():  # norms and biases too, which start as ones and zeros
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        borders = torch.tensor([0, *inputs.spans]).cumsum(0).int()
-        positions = torch.cat([torch.arange(length) for length in inputs.spans])
         language = chunk.language_model
         features = chunk.resampler(inputs.patches)
         features.square().sum().backward()
         with torch.no_grad():
             vision = chunk.vision(inputs.patches)
-            line = language(inputs.embedded, language.attention_inputs(borders, positions))
+            line = language(inputs.embedded, language.attention_inputs(PackedLine.of(inputs.spans)))
         return Outputs(
             weights={name: value.detach() for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]},
             vision=vision.detach(),

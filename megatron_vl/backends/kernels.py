@@ -1,0 +1,122 @@
+"""Small operations of a layer: one kernel each on CUDA, and elsewhere the steps of the published model, bit for bit.
+
+The device of the tensors decides which of the two runs, here and nowhere else. On CUDA a chain of elementwise steps
+costs what its passes over memory cost, so it is one kernel of torch where torch has one, and else compiled. Compiled
+and fused kernels compute in fp32 and round once, where steps in bf16 round after each; in fp32 both give the same to
+the last bits.
+
+No kernel here asks the device for anything, so that the CPU can run ahead of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_BY_SPEED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""On Hopper; torch takes the first that can compute what is asked for, as it is asked for."""
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch can compile for CUDA here: that takes Triton, a C compiler, and Python's headers."""
+    compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return find_spec("triton") is not None and compiler and headers
+
+
+@functools.cache
+def _compiled(steps: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(steps, dynamic=True)
+
+
+def _one_kernel(steps: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
+    """Compute ``steps``, compiled where that is possible and worth it."""
+    chosen = _compiled(steps) if first.is_cuda and can_compile() else steps
+    return chosen(first, *others)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return fused_rms_norm(hidden, weight, eps) if hidden.is_cuda else exact_rms_norm(hidden, weight, eps)
+
+
+def fused_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Torch's own: one kernel, which saves a number for each row and not a copy of the rows."""
+    return F.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+
+
+def exact_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Qwen's order: normalise in fp32, cast back, then multiply by the weight."""
+    wide = hidden.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).type_as(hidden) * weight
+
+
+def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """GELU of a sum, by the error function."""
+    return _one_kernel(_bias_gelu, hidden, bias)
+
+
+def _bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(hidden + bias)
+
+
+def rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary embedding of [t, b, heads, d] by angles of the form [t, 1, 1, d]; d halves are the two coordinates."""
+    return _one_kernel(_rotate, line, cosines, sines)
+
+
+def _rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = line.chunk(2, dim=-1)
+    return line * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`varlen_attention` can compute here: it is FlashAttention, on CUDA and in half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def varlen_attention(lines: Sequence[Tensor], cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+    """Causal attention within the spans of a packed line, without padding.
+
+    Args:
+        lines: query, key and value, [t, heads, d].
+        cu_seqlens: int32[spans + 1].
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.11 it says is_causal, and takes no scale.
+    says = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in says else {"is_causal": True}
+    query, key, value = lines
+    if scale is not None:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **causal)
+    assert isinstance(context, Tensor)  # with an auxiliary output there would be two
+    return context
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Torch's attention of [b, heads, s, d] by the fastest kernel that takes ``options``."""
+    with _fastest(query.device):
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _fastest(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Left alone, torch takes FlashAttention 2, which reaches half of what cuDNN does on Hopper."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return contextlib.nullcontext()
+    return sdpa_kernel(_BY_SPEED, set_priority=True)

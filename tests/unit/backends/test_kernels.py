@@ -1,0 +1,104 @@
+"""What runs on CUDA against what runs on a CPU: the functions of both, on a CPU."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vl.backends import kernels
+
+
+def _rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = (3 * torch.randn(64, 1, 48, generator=generator)).to(dtype).requires_grad_()
+    weight = (1 + 0.2 * torch.randn(48, generator=generator)).to(dtype).requires_grad_()
+    return hidden, weight, torch.randn(64, 1, 48, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1.2e-2)])
+def test_the_fused_norm_is_the_exact_one_but_for_one_rounding(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, gradient = _rows(dtype)
+    both = []
+    for norm in (kernels.exact_rms_norm, kernels.fused_rms_norm):
+        output = norm(hidden, weight, 1e-6)
+        assert output.dtype == dtype
+        both.append((output, *torch.autograd.grad(output, (hidden, weight), gradient)))
+    for found, expected in zip(both[1], both[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_the_fused_norm_is_not_further_from_the_truth() -> None:
+    hidden, weight, _ = _rows(torch.bfloat16)
+    wide = hidden.double()
+    truth = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    errors = [
+        float((norm(hidden, weight, 1e-6).double() - truth).abs().mean())
+        for norm in (kernels.exact_rms_norm, kernels.fused_rms_norm)
+    ]
+    assert errors[1] <= errors[0]
+
+
+def test_a_cpu_computes_the_exact_norm() -> None:
+    hidden, weight, _ = _rows(torch.bfloat16)
+    assert torch.equal(kernels.rms_norm(hidden, weight, 1e-6), kernels.exact_rms_norm(hidden, weight, 1e-6))
+
+
+def test_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "can_compile", lambda: True)
+    monkeypatch.setattr(kernels, "_compiled", None)
+    hidden, weight, _ = _rows(torch.float32)
+    assert torch.equal(kernels.bias_gelu(hidden, weight), torch.nn.functional.gelu(hidden + weight))
+
+
+@pytest.mark.parametrize("missing", [None, "triton", "compiler", "headers"])
+def test_compiling_takes_triton_a_compiler_and_headers(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    """Without one of them the steps run as they are: a run must not end at its first kernel."""
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None if missing == "triton" else object())
+    there = [] if missing == "compiler" else ["gcc"]
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in there else None)
+    monkeypatch.setattr(Path, "is_file", lambda _: missing != "headers")
+    assert kernels.can_compile.__wrapped__() is (missing is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_lines_need_cuda_and_half_precision(dtype: torch.dtype) -> None:
+    assert not kernels.has_varlen(torch.device("cpu"), dtype)
+    assert kernels.has_varlen(torch.device("cuda"), dtype) is (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_both_forms_of_torch_s_packed_attention_are_asked_for_a_causal_one(
+    monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    """torch 2.10 says is_causal; later ones have a window."""
+    given: list[dict[str, Any]] = []
+
+    def before(query: Tensor, *_: Any, is_causal: bool = False) -> Tensor:
+        given.append({"is_causal": is_causal})
+        return query
+
+    def since(query: Tensor, *_: Any, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+        given.append({"window_size": window_size})
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", before if older else since)
+    line = torch.ones(7, 3, 16)
+    found = kernels.varlen_attention([line, line, line], torch.tensor([0, 7], dtype=torch.int32), 7, 0.5)
+    assert given == [{"is_causal": True} if older else {"window_size": (-1, 0)}]
+    assert torch.equal(found, line * 2.0), "the default scale is a quarter here, so queries are doubled"
+
+
+@pytest.mark.skipif(find_spec("torch.nn.attention.varlen") is None, reason="torch before 2.10")
+def test_the_installed_torch_has_one_of_the_two_forms() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "window_size" in names or "is_causal" in names
