@@ -62,7 +62,7 @@ def work_of(batches: list[MicroBatch]) -> Work:
     return Work(
         num_images=sum(batch.num_images for batch in batches if batch.slots.numel()),
         num_tokens=sum(len(batch.tokens) for batch in batches),
-        sum_squared_spans=sum(float(batch.cu_seqlens.diff().double().square().sum()) for batch in batches),
+        sum_squared_spans=sum(float(length**2) for batch in batches for length in batch.span_lengths),
         num_supervised=sum(len(batch.targets) for batch in batches),
     )
 

@@ -30,7 +30,7 @@ from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.parallel.collectives import to_device
+from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import Flops, FrozenParts, Work, step_flops, training_flops
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
@@ -179,7 +179,7 @@ def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str,
 
 def _report_parts(trained: Trained, report: Report, *, title: str, sizes: Sizes) -> None:
     """Each tower alone, forward and backward on what it really gets; hooks of data parallelism included."""
-    batch = to_device(trained.batches[0], trained.topology.device)
+    (batch,) = Arrivals(trained.batches[:1], trained.topology)
     flops = _tower_flops(trained.config, work_of(trained.batches[:1]))
     peak, _ = peak_flops()
     for name, function in _towers(trained, batch):
