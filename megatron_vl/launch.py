@@ -1,8 +1,8 @@
 """Who this process is among its peers, as its launcher says in the environment: torchrun, Slurm's srun, or MPI.
 
-These variables are the launchers' own interface and the only part of the environment that is read. Read here without
-torch, as is the presence of a CUDA device, so that a run that cannot work is answered before anything expensive is
-imported.
+These variables are the launchers' own interface and the only part of the environment that is read; what the libraries
+of a GPU read is set. All without torch, as is the look for a CUDA device, so that a run that cannot work is answered
+before anything expensive is imported.
 """
 
 from __future__ import annotations
@@ -59,14 +59,23 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(0, 1, 0)
 
 
-def set_deterministic_environment(environment: MutableMapping[str, str] | None = None) -> None:
-    """Ask cuBLAS and Transformer Engine for kernels that give the same bits twice; what the user has set stays.
+def set_device_environment(
+    *, tensor_parallel: bool, deterministic: bool, environment: MutableMapping[str, str] | None = None
+) -> None:
+    """Set what CUDA and its libraries read from the environment, before torch is imported; what the user has set stays.
 
-    One looks when it is first used, the other when it is imported, so this comes before torch is.
+    Memory grows in place, since activations differ in size from step to step and fragments would be lost. Under tensor
+    parallelism kernels start in the order in which they were asked for, so that collectives overlap with products.
+    Deterministic runs ask cuBLAS and Transformer Engine for kernels that give the same bits twice.
     """
     env = os.environ if environment is None else environment
-    env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    if "PYTORCH_ALLOC_CONF" not in env:  # its newer name
+        env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if tensor_parallel:
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def has_cuda_device() -> bool:

@@ -18,7 +18,7 @@ from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_fl
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, DataError, ExitStatus, MegatronVLError
-from megatron_vl.launch import Launch, has_cuda_device, read_launch, set_deterministic_environment
+from megatron_vl.launch import Launch, has_cuda_device, read_launch, set_device_environment
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 
@@ -97,8 +97,10 @@ def _num_parameters(config: RunConfig) -> int:
 def _start(config: RunConfig) -> None:
     setup_logging()
     silence_dependency_warnings()
-    if config.training.deterministic_mode:
-        set_deterministic_environment()
+    set_device_environment(
+        tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
+        deterministic=config.training.deterministic_mode,
+    )
     import torch
 
     # A torch without CUDA on a machine with a GPU passes the early check.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.launch import Launch, read_launch, set_deterministic_environment
+from megatron_vl.launch import Launch, read_launch, set_device_environment
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -41,7 +41,11 @@ def test_peers_need_a_place_to_meet() -> None:
         _ = launch.init_method
 
 
-def test_a_deterministic_run_asks_for_deterministic_kernels_and_keeps_what_is_set() -> None:
+@pytest.mark.parametrize("tensor_parallel", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_libraries_of_a_gpu_are_told_and_what_is_set_stays(tensor_parallel: bool, deterministic: bool) -> None:
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    set_deterministic_environment(environment)
-    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    set_device_environment(tensor_parallel=tensor_parallel, deterministic=deterministic, environment=environment)
+    expected = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    expected |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if tensor_parallel else {}
+    assert environment == expected | ({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if deterministic else {})
