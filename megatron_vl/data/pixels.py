@@ -5,6 +5,7 @@ Apart from ``image.py``, so that training alone, which never decodes an image in
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,14 @@ def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """uint8[n, 3, H, W] -> float32[n, 3, H, W]: to [0, 1], then CLIP's mean and deviation, on the device of
     the input."""
-    values = pixels.float() / 255
-    mean = values.new_tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    std = values.new_tensor(IMAGE_STD).view(1, 3, 1, 1)
-    return values.sub_(mean).div_(std)
+    mean, deviation = _statistics(pixels.device)
+    return (pixels.float() / 255).sub_(mean).div_(deviation)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32[1, 3, 1, 1] each; kept, since the CPU would wait for a device that they are copied to anew."""
+    import torch
+
+    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return mean, deviation

@@ -46,7 +46,7 @@ def make(rows: list[PackedRow], **options: Any) -> MicroBatch:
 def test_whole_rows() -> None:
     batch = make([MIXED, TEXT])
     assert batch.tokens.tolist() == [S, P, P, E, 5, 6, END, 7, 8, END, END, END, *range(12)]
-    assert batch.cu_seqlens.tolist() == [0, 12, 24]
+    assert batch.cu_seqlens.tolist() == [0, 12, 24] and batch.span_lengths == (12, 12)
     assert batch.positions.tolist() == [*range(12), *range(12)]
     assert batch.supervised.tolist() == [4, 5, 6, 7, 8, *range(12, 23)]
     assert batch.targets.tolist() == [6, END, 7, 8, END, *range(1, 12)]
@@ -60,7 +60,7 @@ def test_whole_rows() -> None:
 
 def test_per_segment_nothing_crosses_a_border() -> None:
     batch = make([MIXED, TEXT], attention_span="segment")
-    assert batch.cu_seqlens.tolist() == [0, 7, 10, 12, 24]
+    assert batch.cu_seqlens.tolist() == [0, 7, 10, 12, 24] and batch.span_lengths == (7, 3, 2, 12)
     assert batch.positions.tolist() == [*range(7), 0, 1, 2, 0, 1, *range(12)]
     assert batch.supervised.tolist() == [4, 5, 7, 8, *range(12, 23)]
     assert batch.targets.tolist() == [6, END, 8, END, *range(1, 12)]
