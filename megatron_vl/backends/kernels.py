@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_BY_SPEED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BY_SPEED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """On Hopper; torch takes the first that can compute what is asked for, as it is asked for."""
 
 
@@ -119,4 +119,4 @@ def _fastest(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Left alone, torch takes FlashAttention 2, which reaches half of what cuDNN does on Hopper."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return contextlib.nullcontext()
-    return sdpa_kernel(_BY_SPEED, set_priority=True)
+    return sdpa_kernel(list(_BY_SPEED), set_priority=True)
