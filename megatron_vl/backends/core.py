@@ -7,6 +7,8 @@ Each because the original would break a promise of ours:
   each parameter group, as the fused ones do;
 * the norm and the scaling of gradients on CUDA, where neither brings them: the original waits for the device once for
   each parameter;
+* the kernel by which linear layers add weight gradients to their fp32 sum, which Megatron-Core has from Apex alone:
+  without it each micro-batch passes over all gradients once more;
 * the fused bias and GELU of an MLP: the original's is the tanh approximation, Qwen-VL's is exact;
 * the checkpoint writer: it starts processes, and one that is killed leaves the save waiting for ever. Ours writes in
   the rank's own process, so a dead writer is a dead rank, which the launcher notices;
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -116,6 +119,7 @@ def install() -> None:
     """Replace the parts named above; harmless when called again."""
     _replace_optimizer()
     _replace_norms()
+    _replace_weight_gradients()
     _replace_gelu()
     _replace_writer()
     safe_metadata.install()
@@ -154,6 +158,15 @@ def _replace_norms() -> None:
     if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         setattr(clip_grads, "l2_norm_impl", l2_norm)
         setattr(clip_grads, "multi_tensor_scale_impl", scale)
+
+
+def _replace_weight_gradients() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    if torch.cuda.is_available() and not layers._grad_accum_fusion_available:
+        setattr(layers, "_grad_accum_fusion_available", True)
+        kernel = SimpleNamespace(wgrad_gemm_accum_fp32=kernels.add_weight_gradient)
+        setattr(layers, "fused_weight_gradient_mlp_cuda", kernel)
 
 
 def _replace_gelu() -> None:

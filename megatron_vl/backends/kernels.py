@@ -84,6 +84,33 @@ def _rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return line * cosines + torch.cat((-second, first), dim=-1) * sines
 
 
+def add_weight_gradient(rows: Tensor, gradients: Tensor, total: Tensor) -> None:
+    """Add the gradient of a linear layer's weight to the fp32 sum over micro-batches, in the product where that goes.
+
+    Args:
+        rows: [t, k], the layer's input.
+        gradients: [t, n], of its output.
+        total: float32[n, k].
+    """
+    if rows.dtype == total.dtype:
+        total.addmm_(gradients.t(), rows)
+    elif _adds_in_fp32(rows.device, rows.dtype):
+        torch.addmm(total, gradients.t(), rows, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(gradients.t() @ rows)
+
+
+@functools.cache
+def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product in half precision to fp32, in place; it is tried, since no version says so."""
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
+
+
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`varlen_attention` can compute here: it is FlashAttention, on CUDA and in half precision."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)

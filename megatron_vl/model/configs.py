@@ -8,7 +8,6 @@ configuration alone, which is what the wrapped model carries as ``.config``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,13 +41,10 @@ class Target:
 def core_configs(config: RunConfig, target: Target) -> CoreConfigs:
     """Megatron-Core's configurations of a run."""
     language = _language(config, target)
-    # The output layer is Megatron-Core's own, which adds weight gradients up with a kernel of Apex; Transformer
-    # Engine's layers bring one.
-    fuses = target.transformer_engine and find_spec("fused_weight_gradient_mlp_cuda") is not None
     return CoreConfigs(
         vision=TransformerConfig(**_vision(config, target)),
         language=TransformerConfig(**language),
-        head=TransformerConfig(**language | {"sequence_parallel": False, "gradient_accumulation_fusion": fuses}),
+        head=TransformerConfig(**language | {"sequence_parallel": False}),
         schedule=TransformerConfig(**language | _pipeline(config)),
     )
 
@@ -68,7 +64,7 @@ def _common(config: RunConfig, target: Target) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": target.transformer_engine,
+        "gradient_accumulation_fusion": target.device == "cuda",
         "apply_rope_fusion": target.transformer_engine,
         "deterministic_mode": training.deterministic_mode,
         "recompute_granularity": "selective" if training.recompute_granularity == "selective" else None,

@@ -94,6 +94,22 @@ def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> 
     assert recorded(core, core._replace_norms) == {}, "a fused one stays"
 
 
+@pytest.mark.parametrize(("cuda", "apex"), [(True, False), (True, True), (False, False)])
+def test_linear_layers_add_their_gradients_by_our_kernel_where_apex_is_not(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, apex: bool
+) -> None:
+    """Megatron-Core's output layer ends at once where it is to use Apex's and there is none."""
+    from megatron.core.tensor_parallel import layers
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    core._replace_weight_gradients()
+    assert layers._grad_accum_fusion_available is (cuda or apex)
+    ours = getattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None)
+    assert ours is (kernels.add_weight_gradient if cuda and not apex else None)
+
+
 def test_a_parameter_without_gradient_stays() -> None:
     parameters = _parameters()
     optimizer = GroupStepAdamW(parameters, **SETTINGS)

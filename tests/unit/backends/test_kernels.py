@@ -68,6 +68,44 @@ def test_compiling_takes_triton_a_compiler_and_headers(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_up_in_fp32(dtype: torch.dtype) -> None:
+    """On a CPU torch does not add products of half precision to fp32, so the product comes first."""
+    generator = torch.Generator().manual_seed(0)
+    rows, gradients = (torch.randn(64, size, generator=generator).to(dtype) for size in (24, 16))
+    total = torch.randn(16, 24, generator=generator)
+    expected = total + (gradients.t() @ rows).float()
+    kernels.add_weight_gradient(rows, gradients, total)
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-5)
+
+
+def test_where_torch_adds_products_to_fp32_it_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addmm(start: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> None:
+        assert start is out and out.dtype == out_dtype == torch.float32 and left.dtype == right.dtype == torch.bfloat16
+        out += left.float() @ right.float()
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert kernels._adds_in_fp32.__wrapped__(torch.device("cpu"), torch.bfloat16), "it is tried"
+    monkeypatch.setattr(kernels, "_adds_in_fp32", lambda *_: True)
+    generator = torch.Generator().manual_seed(0)
+    rows, gradients = (torch.randn(64, size, generator=generator).bfloat16() for size in (24, 16))
+    total = torch.ones(16, 24)
+    kernels.add_weight_gradient(rows, gradients, total)
+    torch.testing.assert_close(total, 1.0 + gradients.float().t() @ rows.float())
+
+
+@pytest.mark.parametrize("broken", [RuntimeError, TypeError, None])
+def test_a_torch_that_cannot_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: type[Exception] | None) -> None:
+    """Also one that does not raise and gives something else."""
+
+    def addmm(*_: Any, **__: Any) -> None:
+        if broken:
+            raise broken("not for this device")
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert not kernels._adds_in_fp32.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_lines_need_cuda_and_half_precision(dtype: torch.dtype) -> None:
     assert not kernels.has_varlen(torch.device("cpu"), dtype)
     assert kernels.has_varlen(torch.device("cuda"), dtype) is (dtype == torch.bfloat16)

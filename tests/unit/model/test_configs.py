@@ -24,23 +24,11 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return recorded
 
 
-@pytest.mark.parametrize("apex", [False, True])
-@pytest.mark.parametrize("engine", [False, True])
-def test_the_head_fuses_weight_gradients_only_with_apex(
-    given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, engine: bool, apex: bool
-) -> None:
-    """Its output layer is Megatron-Core's, which ends at once when it is told to and Apex's kernel is not there."""
-    monkeypatch.setattr(configs, "find_spec", lambda name: object() if apex else None)
-    found = core_configs(tiny_config(), Target("cuda", transformer_engine=engine))
-    assert given[found.head]["gradient_accumulation_fusion"] is (engine and apex)
-    assert given[found.language]["gradient_accumulation_fusion"] is engine
-    assert given[found.vision]["gradient_accumulation_fusion"] is engine
-
-
 @pytest.mark.parametrize(("device", "on_cpu"), [("cuda", False), ("cpu", True), ("meta", True)])
 def test_megatron_core_names_the_cuda_device_only_for_cuda(
     given: list[dict[str, Any]], device: str, on_cpu: bool
 ) -> None:
-    """It asks for it outright otherwise, within torch's meta context too."""
+    """It asks for it outright otherwise, within torch's meta context too. Kernels are asked for on CUDA alone."""
     core_configs(tiny_config(), Target(device, transformer_engine=False))
     assert [arguments["use_cpu_initialization"] for arguments in given] == [on_cpu] * 4
+    assert [arguments["gradient_accumulation_fusion"] for arguments in given] == [not on_cpu] * 4
