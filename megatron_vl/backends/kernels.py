@@ -136,10 +136,11 @@ def varlen_attention(lines: Sequence[Tensor], cu_seqlens: Tensor, longest: int, 
     return context
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     """Torch's attention of [b, heads, s, d] by the fastest kernel that takes ``options``."""
-    with _fastest(query.device):
-        return F.scaled_dot_product_attention(query, key, value, **options)
+    # With a mask, which generation has, lengths grow by one token, and cuDNN plans anew for each.
+    with _fastest(query.device) if mask is None else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 def _fastest(device: torch.device) -> contextlib.AbstractContextManager[Any]:

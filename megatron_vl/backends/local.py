@@ -141,7 +141,7 @@ class SpanAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
         """query, key, value: [b, heads, s, d]."""
         causal = self.causal and mask is None and query.shape[2] > 1
-        return kernels.attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.softmax_scale)
+        return kernels.attention(query, key, value, mask, is_causal=causal, scale=self.softmax_scale)
 
 
 class LocalBackend:

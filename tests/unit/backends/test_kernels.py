@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron_vl.backends import kernels
 
@@ -103,6 +106,31 @@ def test_a_torch_that_cannot_is_found_out(monkeypatch: pytest.MonkeyPatch, broke
 
     monkeypatch.setattr(torch, "addmm", addmm)
     assert not kernels._adds_in_fp32.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("capability", "masked", "chosen"), [
+    ((9, 0), False, True), ((9, 0), True, False), ((8, 0), False, False),
+])  # fmt: skip
+def test_cudnn_comes_first_on_hopper_for_lengths_that_stay(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], masked: bool, chosen: bool
+) -> None:
+    """It plans for each form anew, which a token at a time would wait for."""
+    asked: list[Any] = []
+
+    @contextlib.contextmanager
+    def record(backends: list[Any], *, set_priority: bool) -> Iterator[None]:
+        assert set_priority and backends[0] == SDPBackend.CUDNN_ATTENTION and len(backends) == 4
+        asked.append(backends)
+        yield
+
+    fastest = kernels._fastest
+    monkeypatch.setattr(kernels, "_fastest", lambda _: fastest(torch.device("cuda")))
+    monkeypatch.setattr(kernels, "sdpa_kernel", record)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    line = torch.ones(1, 2, 3, 8)
+    mask = torch.ones(3, 3, dtype=torch.bool) if masked else None
+    assert torch.equal(kernels.attention(line, line, line, mask), line)
+    assert bool(asked) is chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
