@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_vl.errors import DataError
+from megatron_vl.errors import DataError, NotFiniteError
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 
@@ -137,4 +138,6 @@ def _loss(prefix: str, chunks: Sequence[Any], config: RunConfig, topology: Any) 
         feed.close()
     if not loss.num_tokens:
         raise DataError(f"{prefix}: none of its tokens is supervised, so there is no loss")
+    if not math.isfinite(loss.mean):
+        raise NotFiniteError(f"{prefix}: the loss is {loss.mean}: the weights are damaged, or have diverged")
     return {"loss": loss.mean, "num_tokens": loss.num_tokens}

@@ -2,7 +2,8 @@
 
 A question is a JSON line ``{"key", "task", "image", "prompt", "reference"}``: ``image`` is a path (relative to the
 file) or a list of them, ``prompt`` is the text, in which ``<ref>``, ``<box>`` and ``<quad>`` markers count as such. The
-output has the same lines with ``prediction`` added, in the same order.
+output has the same lines with ``prediction`` added, in the same order. A question whose image cannot be used, or
+without anything to read, has ``prediction`` null and the reason as ``skipped``; the command's last line counts them.
 
 ``--chat-format raw`` puts the images before the prompt and goes on from there, as a base model does. ``chatml`` makes a
 dialogue of it: a line may have ``system`` and ``history``, a list of ``[query, reply]``; ``<img>PATH</img>`` in a query
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ from megatron_vl.data.tokenize import encode_pieces
 from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
-from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings
+from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
 
 if TYPE_CHECKING:
     from megatron_vl.generation.engine import Prompt
@@ -82,43 +84,76 @@ def _run(options: argparse.Namespace) -> None:
 
     prepare_process()
     with Topology(parallel_config(options)) as topology:
-        predictions = _predictions(questions, options, topology)
+        answers = _answers(questions, options, topology)
         if topology.rank == 0:
             lines = [
-                json.dumps({**question, "prediction": prediction}, ensure_ascii=False)
-                for question, prediction in zip(questions, predictions, strict=True)
+                json.dumps({**question.content, **answer}, ensure_ascii=False)
+                for question, answer in zip(questions, answers, strict=True)
             ]
             write_whole(options.output, "\n".join(lines) + "\n")
+            write_line(f"{options.output}: {_summary(questions, answers)}")
 
 
-def _predictions(questions: list[Json], options: argparse.Namespace, topology: Any) -> list[str]:
-    """The answer to each question, the same on every rank."""
+def _summary(questions: list[Question], answers: list[Json]) -> str:
+    skipped = [f"{q.name}, {a['skipped']}" for q, a in zip(questions, answers, strict=True) if "skipped" in a]
+    said = f"{len(answers) - len(skipped)} answers"
+    return f"{said}; skipped {len(skipped)} of {len(answers)} questions: {'; '.join(skipped[:3])}" if skipped else said
+
+
+def _answers(questions: list[Question], options: argparse.Namespace, topology: Any) -> list[Json]:
+    """What is added to each question, the same on every rank."""
     from megatron_vl.generation.engine import Engine, GenerationOptions
 
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
     tokenizer = QwenTokenizer(engine.model.num_ranks, options.vocab_file)
-    prompts = [_prompt(question, tokenizer, engine.model, options) for question in questions]
+    prompts: list[Prompt] = []
+    answers: list[Json] = []
+    for question in questions:
+        try:
+            prompts.append(_prompt(question, tokenizer, engine.model, options))
+            answers.append({"prediction": ""})
+        except SkipSample as error:
+            answers.append({"prediction": None, "skipped": str(error)})
     limits = GenerationOptions(
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         stop_sequences=stop_sequences(options.chat_format, tokenizer),
     )
-    return [tokenizer.decode(tokens).strip() for tokens in engine.generate(prompts, limits)]
+    answered = [answer for answer in answers if "skipped" not in answer]
+    for answer, tokens in zip(answered, engine.generate(prompts, limits), strict=True):
+        answer["prediction"] = tokenizer.decode(tokens).strip()
+    return answers
 
 
-def read_questions(path: Path, chat_format: str = "raw") -> list[Json]:
-    """The lines of a file of questions.
+@dataclass(frozen=True)
+class Question:
+    """A line of the file."""
+
+    line: int
+    content: Json
+
+    @property
+    def name(self) -> str:
+        """The line, and its key if it has one, for messages."""
+        key = self.content.get("key")
+        return f"line {self.line}" + ("" if key is None else f" ({key})")
+
+
+def read_questions(path: Path, chat_format: str = "raw") -> list[Question]:
+    """The lines of a file of questions; lines of white space are none.
 
     Raises:
         DataError: the file cannot be read, or a line is not a question; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--inputs {path}: cannot be read ({error}); expected JSON lines with a prompt") from error
     questions = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             question = json.loads(line)
         except json.JSONDecodeError as error:
@@ -127,7 +162,7 @@ def read_questions(path: Path, chat_format: str = "raw") -> list[Json]:
             _check_question(question, chat_format)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}; found {line[:80]!r}") from error
-        questions.append(question)
+        questions.append(Question(number, question))
     return questions
 
 
@@ -146,50 +181,55 @@ def _check_question(question: Any, chat_format: str) -> None:
     read_history(question.get("history"))
 
 
-def _prompt(question: Json, tokenizer: QwenTokenizer, model: ModelConfig, options: argparse.Namespace) -> Prompt:
+def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, options: argparse.Namespace) -> Prompt:
     import numpy as np
     import torch
 
     from megatron_vl.data.pixels import blank_pixels
     from megatron_vl.generation.engine import Prompt
 
-    images = question.get("image") or []
+    images = question.content.get("image") or []
     paths = [images] if isinstance(images, str) else list(images)
     if options.chat_format == "chatml":
         encoder = ChatEncoder(tokenizer, model.resampler.num_queries, options.max_window_size)
         tokens, paths = _chat(question, paths, encoder)
     else:
-        pieces = [Piece("image")] * len(paths) + parse_markup(question["prompt"], images=False)
+        pieces = [Piece("image")] * len(paths) + parse_markup(question.content["prompt"], images=False)
         tokens = tuple(encode_pieces(pieces, tokenizer, num_queries=model.resampler.num_queries).tokens.tolist())
+    if not tokens:
+        raise SkipSample("empty_prompt", "neither text nor an image")
     if not paths:
         return Prompt(tokens)
     if options.blank_images:
         return Prompt(tokens, torch.from_numpy(blank_pixels(len(paths), model.image_size)))
-    pixels = [_pixels(options.inputs.parent / path, question, model.image_size) for path in paths]
+    pixels = [_pixels(options.inputs.parent / path, model.image_size) for path in paths]
     return Prompt(tokens, torch.from_numpy(np.stack(pixels)))
 
 
-def _chat(question: Json, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
+def _chat(question: Question, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
     """The tokens of a dialogue, and the paths of the images in it."""
-    text, system, history = question["prompt"], question.get("system"), read_history(question.get("history"))
+    asked = question.content
+    text, system, history = asked["prompt"], asked.get("system"), read_history(asked.get("history"))
     parts = [*({"image": path} for path in paths), *([{"text": text}] if isinstance(text, str) else text)]
     try:
-        query = join_parts(parts, images_before=sum(count_images(asked) for asked, _ in history))
+        query = join_parts(parts, images_before=sum(count_images(earlier) for earlier, _ in history))
     except DataError as error:
-        raise DataError(f"question {question.get('key')!r}: {error}") from error
+        raise DataError(f"--inputs, {question.name}: {error}") from error
     prompt = encoder.prompt(Dialogue(query, history, DEFAULT_SYSTEM if system is None else system))
     if prompt.left_out:
         log_rank_0(
-            f"question {question.get('key')!r}: the oldest {prompt.left_out} of {len(history)} exchanges do not fit "
+            f"--inputs, {question.name}: the oldest {prompt.left_out} of {len(history)} exchanges do not fit "
             f"--max-window-size {encoder.max_window_size}",
         )
     return prompt.tokens, list(prompt.images)
 
 
-def _pixels(path: Path, question: Json, image_size: int) -> Any:
+def _pixels(path: Path, image_size: int) -> Any:
     from megatron_vl.data.image import to_pixels
 
     try:
         return to_pixels(path.read_bytes(), image_size)
-    except (OSError, ValueError, SkipSample) as error:  # ValueError: a path with a zero byte
-        raise DataError(f"question {question.get('key')!r}: image {path} cannot be used: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise SkipSample("missing_image", f"{path}: {error}") from error
+    except SkipSample as error:
+        raise SkipSample(error.reason, f"{path}: {error.detail}") from error

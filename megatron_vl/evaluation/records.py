@@ -158,6 +158,11 @@ def load_predictions(path: Path) -> tuple[Prediction, ...]:
     """Read the output of ``tools/generate.py``; image paths may be relative to the file's folder."""
     predictions = []
     for i, line in enumerate(_read_jsonl(path, written_by="tools/generate.py"), 1):
+        if line.get("prediction") is None and "skipped" in line:
+            raise DataError(
+                f"{path}, line {i}: was not answered ({line['skipped']}), so there is no score of the whole file; mend "
+                "or remove the question and generate again"
+            )
         reference = line.get("reference")
         image = line.get("image")
         values = {

@@ -29,6 +29,7 @@ from megatron_vl.backends.local import LocalInputs
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.errors import NotFiniteError
 from megatron_vl.model.build import build_model
 from megatron_vl.model.fusion import fuse
 from megatron_vl.model.qwen_vl import QwenVL
@@ -36,6 +37,8 @@ from megatron_vl.model.rotary import LongContext
 from megatron_vl.parallel.collectives import from_last_stage, receive, send
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
+
+_NOT_A_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,11 @@ class Engine:
         if self.topology.on_last_stage:
             assert state is not None
             state[:, list(banned_ids)] = float("-inf")
-            newest = state.argmax(-1)
-        return from_last_stage(newest, topology=self.topology)
+            newest = state.argmax(-1).masked_fill(state.isnan().any(-1), _NOT_A_TOKEN)
+        from_last_stage(newest, topology=self.topology)
+        if bool((newest == _NOT_A_TOKEN).any()):
+            raise NotFiniteError("the model's logits are not numbers: its weights are damaged, or have diverged")
+        return newest
 
     def _hand_over(self, state: Tensor | None, owner: int, following: int) -> Tensor | None:
         """Send a stage's output to the stage that follows, if that is elsewhere."""

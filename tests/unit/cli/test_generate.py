@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from megatron_vl.cli.generate import read_questions
+from megatron_vl.cli import generate
+from megatron_vl.cli.generate import Question, read_questions
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import DataError
+from megatron_vl.generation.engine import Engine, GenerationOptions
+from megatron_vl.model.build import build_model
+from tests.helpers.ranks import RankError, RankPools, Start
+from tests.helpers.tiny import tiny_config
+from tests.parallel.generating import prompts
+from tests.parallel.saving import save_fresh_weights
 
 DIALOGUE = {"prompt": [{"text": "a"}], "history": [["b", "c"]], "system": "d", "image": ["e.png"]}
 
@@ -22,8 +32,53 @@ def write(folder: Path, *questions: Any) -> Path:
 
 def test_questions_come_as_they_are(tmp_path: Path) -> None:
     plain = {"prompt": "a", "image": "b.png", "mine": [1]}
-    assert read_questions(write(tmp_path, plain)) == [plain]
-    assert read_questions(write(tmp_path, plain, DIALOGUE), "chatml") == [plain, DIALOGUE]
+    assert read_questions(write(tmp_path, plain)) == [Question(1, plain)]
+    assert read_questions(write(tmp_path, plain, DIALOGUE), "chatml") == [Question(1, plain), Question(2, DIALOGUE)]
+
+
+def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
+    """JSON escapes no U+2028, U+2029 or U+0085, and Python takes each for the end of a line."""
+    path = tmp_path / "questions.jsonl"
+    lines = [json.dumps({"prompt": f"a{mark}b"}, ensure_ascii=False) for mark in "\u2028\u2029\x85"]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
+    assert [question.content["prompt"] for question in read_questions(path)] == [f"a{m}b" for m in "\u2028\u2029\x85"]
+
+
+def answers(start: Start, arguments: list[str]) -> list[dict[str, Any]]:
+    options = generate._build_parser().parse_args(arguments)
+    with start.topology(generate.parallel_config(options)) as topology:
+        return generate._answers(read_questions(options.inputs), options, topology)
+
+
+def test_what_cannot_be_asked_is_skipped_and_counted(ranks: RankPools, tmp_path: Path) -> None:
+    checkpoint = ranks(1).run(save_fresh_weights, tiny_config(), tmp_path / "saved")[0]
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    good = {"key": "k", "prompt": "a", "image": "good.png"}
+    wrong = [{**good, "image": "bad.png"}, {"prompt": ""}, {"prompt": "a", "image": "absent.png"}]
+    inputs = write(tmp_path, good, *wrong, good)
+    arguments = ["--checkpoint", str(checkpoint), "--inputs", str(inputs), "--output", "-", "--max-new-tokens", "2"]
+    found = ranks(1).run(answers, arguments)[0]
+    assert found[0] == found[4] and isinstance(found[0]["prediction"], str)
+    reasons = [answer["skipped"].partition(":")[0] for answer in found[1:4]]
+    assert reasons == ["unreadable_image", "empty_prompt", "missing_image"]
+    said = generate._summary(read_questions(inputs), found)
+    assert said.startswith("2 answers; skipped 3 of 5 questions: line 2 (k), unreadable_image: ")
+    assert "line 3, empty_prompt" in said
+
+
+def nothing_but_nan(start: Start, config: RunConfig) -> list[list[int]]:
+    with start.topology(config.parallel) as topology:
+        chunks = build_model(config, topology)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(math.nan)
+        return Engine(chunks, config, topology).generate(prompts(config), GenerationOptions(max_new_tokens=2))
+
+
+def test_weights_that_are_no_numbers_give_no_answers(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="NotFiniteError.*logits are not numbers"):
+        ranks(1).run(nothing_but_nan, tiny_config())
 
 
 @pytest.mark.parametrize(

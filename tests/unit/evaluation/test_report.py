@@ -196,6 +196,14 @@ def test_references_are_one_text_or_several(tmp_path: Path) -> None:
     assert first.image == tmp_path / "x.png"
 
 
+def test_a_question_that_was_skipped_has_no_score(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": None, "reference": "a", "skipped": "empty_prompt"}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"line 1: was not answered \(empty_prompt\)"):
+        load_predictions(path)
+
+
 @pytest.mark.parametrize("annotators", ["red", ["red"], ["red", 1]])
 def test_annotators_that_cannot_vote_are_an_error(tmp_path: Path, annotators: Any) -> None:
     path = tmp_path / "p.jsonl"
