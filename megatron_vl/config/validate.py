@@ -311,9 +311,11 @@ def check_data_files(config: RunConfig) -> None:
             if not manifest.is_file():
                 if unfinished := unfinished_data_set(prefix):
                     raise ConfigError(f"data.{key}: {unfinished}")
+                # Of a user's own data, the quickstart knows nothing.
+                hint = f".\n{TINY_COMMANDS}" if "quickstart" in manifest.parts else ""
                 raise ConfigError(
                     f"data.{key}: there is no data set {prefix} (its manifest {manifest} is missing). Prepare it with "
-                    f"tools/prepare_data.py.\n{TINY_COMMANDS}"
+                    f"tools/prepare_data.py{hint}"
                 )
 
 

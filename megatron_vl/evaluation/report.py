@@ -68,6 +68,8 @@ class ScoreRow:
     metric: str
     sighted: str
     blind: str
+    above: str
+    """yes, no, or a dash where one was not measured."""
     num_samples: int
 
 
@@ -98,6 +100,15 @@ class Report:
     times: tuple[TimeRow, ...]
     seconds: float
     """Time in which at least one step ran."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Scores that no requirement is about and that looking at pictures did not raise."""
+        return tuple(
+            f"the score on {row.task} ({row.metric}) is {row.sighted}, that of the blind model {row.blind}."
+            for row in self.scores
+            if row.above == "no"
+        )
 
     @property
     def num_met(self) -> int:
@@ -150,6 +161,7 @@ def render_text(report: Report) -> str:
     parts = [f"{title}\n{format_table(header, rows)}" for title, header, rows in tables if rows]
     if report.run.profile == "smoke":
         parts.append("A smoke test trains a few steps only: it shows that everything runs, and learns nothing.")
+    parts += [f"Not required, and not reached: {remark}" for remark in report.remarks]
     total = f"{report.num_met} of {len(report.bars)} requirements met; {show_duration(report.seconds)} in all"
     return "\n\n".join([*parts, total])
 
@@ -169,7 +181,9 @@ def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, 
     for task in SCORERS:
         sighted, blind = scores["sighted"].get(task), scores["blind"].get(task)
         if sighted is not None:
-            rows.append(ScoreRow(task, sighted.metric, _percent(sighted), _percent(blind), sighted.num_samples))
+            above = "–" if blind is None else "yes" if sighted.value > blind.value else "no"
+            shown = _percent(sighted), _percent(blind)
+            rows.append(ScoreRow(task, sighted.metric, *shown, above, sighted.num_samples))
     return tuple(rows)
 
 

@@ -57,6 +57,7 @@ def results_markdown(report: Report) -> str:
         "The language model is not Qwen-7B but a tiny one, pre-trained on text alone (stage 0). The blind model "
         "was trained and tested with every picture blanked.",
         _table(("Requirement", "required", "found", ""), bars),
+        *(f"Not required, and not reached: {remark}" for remark in report.remarks),
         _table(("Held-out task", "measured by", "this model", "blind model", "samples"), scores),
         _table(("Held-out loss after stage", "task", "this model", "blind model"), losses),
         _table(("Stage", "steps", "layouts"), steps),
