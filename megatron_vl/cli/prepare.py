@@ -4,6 +4,7 @@ and why not."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,11 @@ def _build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out sources whose files are not there, and say so (a file that is there must be readable)",
     )
+    parser.add_argument(
+        "--allow-empty",
+        action="store_true",
+        help="go on if nothing of a source passes, with a warning (by default that is an error)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -104,6 +110,8 @@ def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
         recipe, missing = without_missing(recipe)
         for line in missing:
             write_line(line)
+    if options.allow_empty:
+        recipe = dataclasses.replace(recipe, allow_empty=True)
     manifest = prepare(recipe, prefix, pool=pool, progress=not options.quiet, keep_parts=options.keep_parts)
     for line in summary_lines(manifest):
         write_line(line)

@@ -100,12 +100,17 @@ def collate(
     ``pixels``: uint8[n, 3, H, W], the images of all rows; None if none is needed (text-only rows, blank images,
     or ranks without pixels). ``span_images``: int64[k], which image each span of the rows shows, by default each
     the next one. ``names`` name the rows in messages. Raises DataError for a
-    row that is too long or whose image spans do not match its images.
+    row that is too long, holds an id outside the vocabulary, or whose image spans do not match its images.
     """
     seq_length, total = options.seq_length, len(rows) * options.seq_length
     for row, name in zip(rows, names, strict=True):
         if len(row.tokens) > seq_length:
             raise DataError(f"{name}: {len(row.tokens)} tokens, but data.seq_length is {seq_length}")
+        if row.tokens.max(initial=0) > options.special.img_pad:
+            raise DataError(
+                f"{name}: holds the token {row.tokens.max()}, but the vocabulary ends at {options.special.img_pad}; "
+                "the data set is damaged or was prepared for another model. Prepare it again."
+            )
     tokens = np.full(total, options.special.endoftext, dtype=np.int64)
     is_target = np.zeros(total + 1, dtype=np.bool_)
     for index, row in enumerate(rows):

@@ -28,6 +28,7 @@ class Tally:
     read: int = 0
     skips: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    num_scored: int = 0
 
     def skip(self, reason: str, count: int, examples: Iterable[str] = ()) -> None:
         """Count samples that were left out, and keep the first examples."""
@@ -85,16 +86,20 @@ class Gathered:
     images: Images
     tallies: tuple[Tally, ...]
     """One for each source."""
+    largest_token: int
+    """Largest id of all samples; -1 if there is none."""
 
 
 def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
     """The columns of all parts; ``indices`` gives the source of each part and its index, in the order of the units."""
     tallies = tuple(Tally() for _ in range(num_sources))
     parts = []
+    largest = -1
     for source, index in indices:
+        largest = max(largest, index.largest_token)
         _count(tallies[source], index)
         parts.append((source, dataclasses.replace(index, outcomes=index.outcomes[:0], examples=())))
-    return Gathered(*_columns(parts), tallies)
+    return Gathered(*_columns(parts), tallies, largest)
 
 
 def cut(index: PartIndex, most: int) -> PartIndex:
@@ -114,6 +119,7 @@ def cut(index: PartIndex, most: int) -> PartIndex:
 
 def _count(tally: Tally, index: PartIndex) -> None:
     tally.read += len(index.outcomes)
+    tally.num_scored += index.num_scored
     counts = np.bincount(index.outcomes[index.outcomes != KEPT], minlength=len(index.reasons))
     for reason, count in zip(index.reasons, counts.tolist(), strict=True):
         tally.skip(reason, count, (item.text for item in index.examples if item.reason == reason))

@@ -107,6 +107,8 @@ class Manifest:
     """The group, or source, that has too few; empty if none has."""
     hashes_sha256: str
     """SHA-256 of ``<prefix>.sha256``, which holds those of the other files: see ``hash_lines``."""
+    largest_token: int = -1
+    """Largest id of all samples; -1 where it is not known."""
 
     def __post_init__(self) -> None:
         """Nothing is lost without a reason: kept + left out = read, for every source. Raises ValueError."""
@@ -250,9 +252,8 @@ def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     """A record from JSON values, tuples of records included; unknown keys are derived figures."""
     hints = typing.get_type_hints(kind)
-    return kind(
-        **{item.name: _convert(hints[item.name], values[item.name]) for item in dataclasses.fields(kind)}
-    )
+    fields = [item for item in dataclasses.fields(kind) if item.name in values or item.default is dataclasses.MISSING]
+    return kind(**{item.name: _convert(hints[item.name], values[item.name]) for item in fields})
 
 
 def _convert(hint: Any, value: Any) -> Any:

@@ -26,6 +26,7 @@ from megatron_vl.data.manifest import (
     SourceTotals,
 )
 from megatron_vl.data.mixture import Draw, Supply, copies_of, draw_samples
+from megatron_vl.data.outcome import check_outcome
 from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.part_files import PartIndex, data_path
 from megatron_vl.data.part_reader import PartReader
@@ -35,7 +36,6 @@ from megatron_vl.data.row_files import Progress, file_entries, write_rows
 from megatron_vl.data.row_plan import Origins, RowPlan, plan_rows
 from megatron_vl.data.sample import TASKS
 from megatron_vl.data.tokenizer import QWEN_SHA256
-from megatron_vl.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 
@@ -70,7 +70,7 @@ def merge_parts(
 
     Returns the path that their files begin with, and the manifest of the data set to be.
 
-    ``parts`` are in the order of the units. Raises DataError if no sample is left.
+    ``parts`` are in the order of the units. Raises DataError as ``check_outcome`` does.
     """
     paths: list[Path] = []
 
@@ -81,8 +81,6 @@ def merge_parts(
 
     gathered = gather(indices(), len(recipe.sources))
     chosen = _choose(recipe, gathered, paths)
-    if not len(chosen.samples):
-        raise DataError(f"{folder}: no sample is left to write:{_losses(recipe, gathered)}")
     packing = _pack(recipe, gathered.samples, chosen.samples)
     plan = plan_rows(packing, chosen.samples, gathered.samples, gathered.images)
     origins = Origins(tuple(paths), tuple(entry.source.name for entry in recipe.sources))
@@ -104,6 +102,7 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _C
     for dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]):
         leave_out(dropped.reason, dropped.samples)
     members = [np.flatnonzero(left & (samples.source == source)) for source in range(len(recipe.sources))]
+    check_outcome(recipe, gathered.tallies)
     supplies = [
         Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)
     ]
@@ -125,20 +124,6 @@ def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str
     finally:
         reader.close()
     return [key.decode("utf-8", "surrogatepass") for key in found]
-
-
-def _losses(recipe: DataRecipe, gathered: Gathered) -> str:
-    """A line for each reason for which each source lost what it had, with its first example."""
-    lines = []
-    for entry, tally in zip(recipe.sources, gathered.tallies, strict=True):
-        name = entry.source.name
-        lines += [
-            f"\n  source {name!r}: {count:,} of {tally.read:,} left out for {reason}, first {tally.examples[reason][0]}"
-            for reason, count in tally.skips.items()
-        ]
-        if not tally.skips:
-            lines.append(f"\n  source {name!r}: it is empty")
-    return "".join(lines)
 
 
 def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
@@ -190,6 +175,7 @@ def _manifest(
         amounts_factor=float(chosen.draw.factor),
         scarcest_group=chosen.draw.scarcest,
         hashes_sha256=hashes,
+        largest_token=gathered.largest_token,
     )
 
 

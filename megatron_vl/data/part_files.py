@@ -76,6 +76,10 @@ class PartIndex:
     """uint8[images, 32]: SHA-256."""
     looks: npt.NDArray[np.uint64]
     """uint64[images]: perceptual hash; 0 where it was not asked for."""
+    num_scored: int
+    """Samples with a score, of those that were read, kept or not."""
+    largest_token: int
+    """Largest id of all samples; -1 if there is none."""
 
     @property
     def num_samples(self) -> int:
@@ -101,10 +105,16 @@ class PartWriter:
         self._examples: list[Example] = []
         self._examples_of: Counter[str] = Counter()
         self._remembered: dict[bytes, int] = {}
+        self._num_scored = 0
+        self._largest_token = -1
 
     @property
     def num_samples(self) -> int:
         return len(self._columns["lengths"])
+
+    def count_score(self) -> None:
+        """Count a sample that has a score."""
+        self._num_scored += 1
 
     def find_image(self, digest: bytes) -> int | None:
         """Number of this very file, if it was stored a while ago."""
@@ -138,13 +148,17 @@ class PartWriter:
             image_counts=len(images),
         )  # fmt: skip
         self._columns["image_ids"].extend(images)
+        self._largest_token = max(self._largest_token, int((joined ^ (joined >> 31)).max(initial=-1)))
         self._file.write(joined.astype("<i4").data)
         self._file.write(stored_key)
 
     def finish(self) -> None:
         """Bring the part to the disk under its own name."""
-        header = {"size": self._file.tell(), "reasons": list(self._reasons),
-                  "examples": [[item.position, item.reason, item.text] for item in self._examples]}  # fmt: skip
+        header = {
+            "size": self._file.tell(), "reasons": list(self._reasons), "num_scored": self._num_scored,
+            "largest_token": self._largest_token,
+            "examples": [[item.position, item.reason, item.text] for item in self._examples],
+        }  # fmt: skip
         columns = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values}
         columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         columns["digests"] = np.frombuffer(bytes(self._digests), np.uint8)
@@ -183,9 +197,13 @@ def read_index(prefix: Path) -> PartIndex | None:
         digests = stored["digests"].reshape(-1, 32)
         if data_path(prefix).stat().st_size != header["size"]:
             return None
+        num_scored, largest_token = int(header["num_scored"]), int(header["largest_token"])
     except (OSError, ValueError, KeyError):
         return None
     columns = {name: values for name, values in stored.items() if name in _COLUMNS}
     empty = {name: np.zeros(0, dtype=np.dtype(code)) for name, code in _COLUMNS.items()}
     examples = tuple(Example(*example) for example in header["examples"])
-    return PartIndex(tuple(header["reasons"]), examples, digests=digests, **{**empty, **columns})
+    return PartIndex(
+        tuple(header["reasons"]), examples, digests=digests, num_scored=num_scored, largest_token=largest_token,
+        **{**empty, **columns},
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from megatron_vl.data.tokenize import TokenizeOptions, tokenize_sample
 from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, SkipSample
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class _PartMaker:
         if isinstance(item, Skipped):
             self._writer.skip(item)
             return
+        if item.score is not None:
+            self._writer.count_score()
         try:
             self._keep(item)
         except SkipSample as error:

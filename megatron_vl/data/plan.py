@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_vl.config.batch import with_rows
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.blend import Blend, mean_over
 from megatron_vl.data.manifest import Manifest, read_manifest
@@ -101,6 +102,12 @@ def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
                 f"{prefix}: was prepared for {key} = {found}, this run has {expected}; prepare the data for this model "
                 "(tools/prepare_data.py --model-preset) or change the model"
             )
+    largest = SpecialTokens(manifest.num_ranks).img_pad
+    if manifest.largest_token > largest:
+        raise DataError(
+            f"{prefix}: holds the token {manifest.largest_token}, but a vocabulary of num_ranks {manifest.num_ranks} "
+            f"ends at {largest}; prepare the data again with this model's --model-preset"
+        )
     if manifest.seq_length > config.data.seq_length:
         raise ConfigError(
             f"{prefix}: has rows of up to {manifest.seq_length} tokens, but data.seq_length is "

@@ -22,9 +22,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vl.data.gather import cut
+from megatron_vl.data.gather import Tally, cut
 from megatron_vl.data.manifest import Manifest
 from megatron_vl.data.merge import FinishedPart, merge_parts
+from megatron_vl.data.outcome import check_outcome
 from megatron_vl.data.part_files import data_path, index_path, read_index
 from megatron_vl.data.parts import Unit, part_prefix, plan_units, write_part
 from megatron_vl.data.pool import Pool, hand_out, this_process
@@ -51,7 +52,7 @@ def prepare(
     with _disk_errors_named(folder):
         units = plan_units(recipe)
         if not units:
-            raise DataError(f"{prefix}: no sample is left to write; the sources are empty")
+            check_outcome(recipe, [Tally() for _ in recipe.sources])
         with _locked(folder):
             _remove_others(folder, units)
             with _bar("tokenizing", "shard", show=progress) as bar:

@@ -60,6 +60,8 @@ class SourceEntry:
     group: str | None = None
     """Group of the mixture, where amounts are given; a source with ``samples`` is a group of its own."""
     filters: FilterOptions = field(default_factory=FilterOptions)
+    needs_scores: bool = False
+    """Whether a score is asked for, by ``score_field`` or by a filter, so that it is an error if no record has one."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class DataRecipe:
     filters: FilterOptions = field(default_factory=FilterOptions)
     """For all sources; a source's own entries replace these."""
     mixture: MixtureOptions = field(default_factory=MixtureOptions)
+    allow_empty: bool = False
+    """Go on if nothing of a source passes; by default that is an error."""
 
     @property
     def longest_sample(self) -> int:
@@ -211,12 +215,20 @@ def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> Sourc
     if group is not None and not isinstance(group, str):
         raise ConfigError(f"{where}.group: found {group!r:.60}, expected a name of mixture.groups")
     source = build_source({key: entry[key] for key in entry if key not in _ENTRY_KEYS}, where=where, root=root)
+    cleaning = read_filters(entry.get("filters", {}), f"{where}.filters", root=root, base=filters)
+    own = entry.get("filters", {})
+    if own.get("min_score") is not None and not source.score_fields():
+        raise ConfigError(
+            f"{where}.filters.min_score: no record of this source has a score; name the field that holds it "
+            "(score_field of img2dataset and pairs), or remove min_score"
+        )
     return SourceEntry(
         source,
         weight=float(weight),
         limit=None if limit is None else read_amount(limit, f"{where}.limit"),
         group=source.name if "samples" in entry else group,
-        filters=read_filters(entry.get("filters", {}), f"{where}.filters", root=root, base=filters),
+        filters=cleaning,
+        needs_scores=bool(source.score_fields()) and ("score_field" in entry or cleaning.min_score is not None),
     )
 
 
@@ -287,6 +299,13 @@ def _check_values(recipe: DataRecipe, where: str) -> None:
         _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
     _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
     _check_choice(recipe.exif_orientation, ("ignore", "apply"), f"{where}: exif_orientation")
+    if type(recipe.allow_empty) is not bool:
+        raise ConfigError(f"{where}: allow_empty: found {recipe.allow_empty!r:.60}, expected true or false")
+    if recipe.filters.min_score is not None and not any(entry.source.score_fields() for entry in recipe.sources):
+        raise ConfigError(
+            f"{where}: filters.min_score: no source has a score; name the field that holds it (score_field of "
+            "img2dataset and pairs), or remove min_score"
+        )
     if recipe.max_sample_length is not None:
         _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
     if recipe.longest_sample > recipe.seq_length:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from megatron_vl.errors import DataError, SkipSample
 Json = Mapping[str, Any]
 
 _LARGEST = 1e300
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _FAULTS_OF_FILES = frozenset({
     errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EINVAL,
 })  # fmt: skip
@@ -77,6 +79,10 @@ class Source(ABC):
         """
         values = [getattr(self, item.name) for item in dataclasses.fields(self)]
         return [value for value in values if isinstance(value, Path)]
+
+    def score_fields(self) -> tuple[str, ...]:
+        """Fields of a record of which one may hold the score of the sample; none if the format has no scores."""
+        return ()
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
@@ -140,6 +146,14 @@ def words_of(value: Any, what: str) -> str:
 def words_in(record: Json, name: str) -> str:
     """``record[name]`` as ``words_of`` gives it; raises SkipSample as ``field`` does."""
     return words_of(field(record, name, object), repr(name))
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number in whatever form a record has it: also as text (``"0.31"``), and as parquet's decimal."""
+    if isinstance(value, (str, Decimal)):
+        text = str(value).strip()
+        value = float(text) if _NUMBER.fullmatch(text) else None
+    return float(value) if is_finite(value) else None
 
 
 def clean_text(text: str, what: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, Source
-from megatron_vl.data.sources.captions import Choice, as_score, caption_samples, skip_captions
+from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.data.sources.jsonl import Line, line_shards, parse_object, read_lines
@@ -61,6 +61,9 @@ class CaptionFiles(Source):
         require_images(self.image_root)
         check_patterns(self.image_pattern, self.name)
         return [shard for file in self._files() for shard in self._shards_of(file)]
+
+    def score_fields(self) -> tuple[str, ...]:
+        return (self.score_field,) if self.score_field else ()
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         for record in self._records(shard):
@@ -154,14 +157,14 @@ class CaptionFiles(Source):
         try:
             if not several:
                 raise SkipSample("no_caption", f"{self.caption_field!r} is empty")
+            scores = scores_of(record.get(self.score_field), len(several))
             image = read_first_image(self.image_root, image_names(self.image_pattern, record))
         except SkipSample as error:
             yield from skip_captions(key, several or [None], error)
             return
         language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
-        score = as_score(record.get(self.score_field))
-        sample = Sample(key, self.name, "caption", language, (image,), score=score)
-        yield from caption_samples(sample, several, self.captions)
+        sample = Sample(key, self.name, "caption", language, (image,))
+        yield from caption_samples(sample, several, self.captions, scores)
 
 
 def _is_name(name: str, value: str) -> bool:

@@ -7,12 +7,13 @@ that all captions that were read are accounted for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Skipped, clean_text, is_finite, skipped, words_of
+from megatron_vl.data.sources.base import Skipped, as_number, clean_text, skipped, words_of
 from megatron_vl.errors import SkipSample
 
 Choice = Literal["longest", "first", "all"]
@@ -47,9 +48,32 @@ def skip_captions(key: str, captions: Sequence[Any], error: SkipSample) -> Itera
         yield skipped(key if len(captions) == 1 else f"{key}#{index}", error)
 
 
+def scores_of(found: Any, num_captions: int) -> list[float | None]:
+    """A score for each caption, from the field that holds one or a list of them; raises SkipSample('bad_score').
+
+    Of several scores of one caption the best: LAION-COCO's ``top_caption`` is the one with the best of
+    ``all_similarities``. One score of several captions is that of each.
+    """
+    scores = [as_score(score) for score in (found if isinstance(found, list) else [found])]
+    if len(scores) == num_captions:
+        return scores
+    if min(len(scores), num_captions) > 1:
+        raise SkipSample("bad_score", f"{len(scores)} scores for {num_captions} captions")
+    return [max((score for score in scores if score is not None), default=None)] * num_captions
+
+
 def as_score(value: Any) -> float | None:
-    """A score of the metadata, or none if it is no finite number."""
-    return float(value) if is_finite(value) else None
+    """A score in whatever form the metadata has it; none where there is none (null, NaN, empty).
+
+    Raises SkipSample('bad_score') for what is no number, since no filter could judge it.
+    """
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):
+        return None
+    number = as_number(value)
+    if number is None:
+        raise SkipSample("bad_score", f"found {value!r:.40}, expected a number")
+    return number
 
 
 def _check(key: str, caption: Any) -> str | Skipped:

@@ -14,19 +14,21 @@ told otherwise: an image whose aspect ratio has changed is refused.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, as_number, clean_text, field, size_of, skipped
 from megatron_vl.data.sources.boxes import about_region, box_from_corners
 from megatron_vl.data.sources.captions import as_score
 from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
 from megatron_vl.errors import SkipSample
 
 Span = tuple[int, int]
+SCORE_FIELD = "clip_similarity_vitb32"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class GroundedCaption(Source):
 
     def shards(self) -> list[Shard]:
         return pair_shards(self.path)
+
+    def score_fields(self) -> tuple[str, ...]:
+        return (SCORE_FIELD,)
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         for pair in read_pairs(shard):
@@ -75,7 +80,7 @@ class GroundedCaption(Source):
         if not spans:
             raise SkipSample("no_regions", f"{self.phrases} has no box with a score of {self.min_score:g} or more")
         regions = tuple(Region(caption[a:b], boxes[a, b], span=(a, b)) for a, b in spans)
-        score = as_score(pair.fields.get("clip_similarity_vitb32"))
+        score = as_score(pair.fields.get(SCORE_FIELD))
         image = ImageRef(pair.key, pair.image, _stored_size(pair.fields))
         base = Sample(pair.key, self.name, "grounded_caption", self.language, (image,))
         sample = replace(base, text=caption, regions=regions, score=score)
@@ -93,17 +98,17 @@ class GroundedCaption(Source):
     def _boxes(self, entries: list[Any], caption: str) -> dict[Span, tuple[tuple[float, float, float, float], ...]]:
         boxes: dict[Span, tuple[tuple[float, float, float, float], ...]] = {}
         for entry in entries:
-            if not isinstance(entry, Sequence) or len(entry) != 7:
+            if not isinstance(entry, list) or len(entry) != 7:
                 raise SkipSample("bad_region", f"expected 7 numbers in {self.phrases}, found {entry!r:.80}")
-            box = box_from_corners(entry[2:6])
-            try:
-                start, end, score = int(entry[0]), int(entry[1]), float(entry[6])
-            except (TypeError, ValueError, OverflowError) as error:
-                raise SkipSample("bad_region", f"{self.phrases}: {entry!r:.80}") from error
-            if not 0 <= start < end <= len(caption):
-                raise SkipSample("bad_span", f"[{start}, {end}) in a caption of {len(caption)} characters")
+            start, end, *corners, score = (as_number(value) for value in entry)
+            if start is None or end is None or score is None:
+                raise SkipSample("bad_region", f"{self.phrases}: {entry!r:.80}")
+            if not (0 <= start < end <= len(caption) and start.is_integer() and end.is_integer()):
+                raise SkipSample("bad_span", f"[{start:g}, {end:g}) in a caption of {len(caption)} characters")
+            box = box_from_corners([math.nan if value is None else value for value in corners])
             if score >= self.min_score:
-                boxes[start, end] = (*boxes.get((start, end), ()), box)
+                span = int(start), int(end)
+                boxes[span] = (*boxes.get(span, ()), box)
         return boxes
 
 
@@ -125,10 +130,10 @@ def _stored_size(meta: Json) -> tuple[int, int] | None:
 def _check_aspect(meta: Json) -> None:
     """Refuse an image that was padded or cropped; one of unknown sizes is taken as it is."""
     sides = [meta.get(name) for name in ("width", "height", "original_width", "original_height")]
-    width, height, old_width, old_height = (side if isinstance(side, int) else 0 for side in sides)
+    width, height, old_width, old_height = (as_number(side) or 0 for side in sides)
     if old_width and old_height and abs(width * old_height - height * old_width) > old_width + old_height:
         raise SkipSample(
             "aspect_changed",
-            f"{old_width} x {old_height} became {width} x {height}, so the boxes do not fit; "
+            f"{old_width:g} x {old_height:g} became {width:g} x {height:g}, so the boxes do not fit; "
             "download with img2dataset --resize_mode no or keep_ratio",
         )

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from megatron_vl.data.sample import ImageRef, Sample
 from megatron_vl.data.sources.base import Shard, Skipped, Source
-from megatron_vl.data.sources.captions import Choice, as_score, caption_samples
+from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
 from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
+from megatron_vl.errors import SkipSample
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Img2Dataset(Source):
     def shards(self) -> list[Shard]:
         return pair_shards(self.path)
 
+    def score_fields(self) -> tuple[str, ...]:
+        return self.score_field
+
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         for pair in read_pairs(shard):
             if isinstance(pair, Skipped):
@@ -51,7 +55,11 @@ class Img2Dataset(Source):
             yield Skipped(pair.key, "no_caption", f"{' and '.join(self.caption_field)} empty or absent of {found:.80}")
             return
         several = captions if isinstance(captions, list) else [captions]
-        scores = _scores(_first(pair, self.score_field), len(several))
+        try:
+            scores = scores_of(_first(pair, self.score_field), len(several))
+        except SkipSample as error:
+            yield from skip_captions(pair.key, several, error)
+            return
         image = ImageRef(pair.key, pair.image)
         sample = Sample(pair.key, self.name, "caption", self.language, (image,))
         yield from caption_samples(sample, several, self.captions, scores)
@@ -64,12 +72,3 @@ def _first(pair: Pair, names: tuple[str, ...]) -> Any:
         if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):
             return value
     return None
-
-
-def _scores(found: Any, num_captions: int) -> list[float | None]:
-    """A score for each caption. Of scores that do not belong to the captions one by one, the best: LAION-COCO's
-    ``top_caption`` is the one with the best of ``all_similarities``."""
-    scores = [as_score(score) for score in (found if isinstance(found, list) else [found])]
-    if len(scores) == num_captions:
-        return scores
-    return [max((score for score in scores if score is not None), default=None)] * num_captions

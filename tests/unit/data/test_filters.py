@@ -261,7 +261,7 @@ def prepared(folder: Path, sources: dict[str, list[bytes]], *, entries: dict[str
             for number, data in enumerate(images[begin : begin + 2], start=begin):
                 members += [(f"{number}.png", data), (f"{number}.txt", b"a caption")]
             write_tar(folder / name / f"{begin:03d}.tar", members)
-    values = recipe_values(filters=filters)
+    values = recipe_values(filters=filters, allow_empty=True)
     values["sources"] = [
         {"name": name, "type": "img2dataset", "path": name, "filters": entries.get(name, {})} for name in sources
     ]

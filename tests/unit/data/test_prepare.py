@@ -185,7 +185,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 def test_empty_sources_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").touch()
     (tmp_path / "captions").mkdir()
-    with pytest.raises(DataError, match="no sample is left to write; the sources are empty"):
+    with pytest.raises(DataError, match=r"no sample is left to write:\n  source 't': it is empty"):
         make_data_set(tmp_path, sources=[{"name": "t", "type": "text", "path": "text.jsonl"}])
 
 

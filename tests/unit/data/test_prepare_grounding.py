@@ -102,7 +102,7 @@ def test_the_other_sets_become_rows(tmp_path: Path) -> None:
         {"name": "synthdog", "type": "synthdog_en", "path": "metadata.jsonl", "question": "What is written here?"},
         {"name": "pdf", "type": "pdf", "path": "pdf"},
     ]
-    recipe = load_recipe(write_recipe(tmp_path, sources=sources, seq_length=1024))
+    recipe = load_recipe(write_recipe(tmp_path, sources=sources, allow_empty=True, seq_length=1024))
     manifest = prepare(recipe, tmp_path / "set", progress=False)
     assert check_account(recipe, manifest) == {
         "grit": ("grounded_caption", 1, 1),

@@ -43,7 +43,7 @@ def test_parts_of_another_recipe_or_of_older_files_are_not_used(raw: Path) -> No
     first = prepared()
     assert len(first) == 16
     assert prepared(pack={"mode": "task"}) == first, "packing needs no new parts"
-    assert not prepared(max_sample_length=40).keys() & first.keys()
+    assert not prepared(max_sample_length=40, allow_empty=True).keys() & first.keys()
     first = prepared()
     write_tar(raw / "captions/00011.tar", [("z.png", png(99)), ("z.txt", b"another file")])
     second = prepared()
@@ -203,7 +203,7 @@ def test_nothing_is_lost_and_order_of_work_does_not_matter(
             members += [(f"{index}.png", png(image) if decodes else b"x"), (f"{index}.txt", text.encode())]
         write_tar(folder / "captions" / f"{number}.tar", members)
     (folder / "text.jsonl").write_text('{"text": "some document"}\n' * NUM_DOCUMENTS)
-    values = recipe_values(filters={"letters": "latin", "drop_emoji": True, "duplicates": duplicates})
+    values = recipe_values(allow_empty=True, filters={"letters": "latin", "drop_emoji": True, "duplicates": duplicates})
     values["sources"][0] |= {"weight": weight, "limit": limit}
     values["sources"][1]["records_per_shard"] = 5
     recipe = load_recipe(write_recipe(folder, **values))
@@ -315,7 +315,7 @@ def test_wrong_arguments_and_sources_that_give_nothing(raw: Path, capsys: pytest
     assert main([recipe, "--output", str(raw / "x.json")]) == 2
     refused = capsys.readouterr().err
     assert "--workers 0: expected at least 1" in refused and "the path without .json" in refused
-    assert main([recipe, "--workers", "1", "--quiet"]) == 0
+    assert main([recipe, "--workers", "1", "--quiet", "--allow-empty"]) == 0
     told = capsys.readouterr()
     assert told.err.startswith("warning: nothing of source 'captions' is in the rows: 39 left out for small_image")
     assert "20 x 20, at least 5000 are asked for" in told.out, "an example is shown to its end"
