@@ -88,7 +88,7 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
                 raise DataError(f"{file}: {error.reason} ({error.detail}); {path} is to hold images only") from error
             digests.add(hashlib.sha256(data).digest())
         return digests, looks
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         word = line.strip()
         try:
             value = bytes.fromhex(word)

@@ -185,7 +185,7 @@ def _excluded(sample: Sample, names: frozenset[str]) -> str | None:
 def _read_names(path: Path) -> frozenset[str]:
     """The names in a file, one a line; numbers without leading zeros."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a list of images, one a line ({error})") from error
     names = {line.strip() for line in lines} - {""}

@@ -32,6 +32,7 @@ from megatron_vl.data.sources.base import (
     Skipped,
     Source,
     clean_text,
+    decode_text,
     field,
     hash_of_files,
     is_finite,
@@ -102,13 +103,13 @@ class AI2D(Source):
 
     def _test_ids(self) -> frozenset[str]:
         try:
-            return frozenset(self.test_ids.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
+            return frozenset(decode_text(self.test_ids.read_bytes(), "ids").split())
+        except (OSError, SkipSample) as error:
             raise DataError(f"{self.test_ids}: cannot be read ({error}); expected ai2d_test_ids.csv") from error
 
     def _load(self, folder: str, name: str) -> Any:
         try:
-            return json.loads(read_bytes(self.path, f"{folder}/{name}"))
+            return json.loads(decode_text(read_bytes(self.path, f"{folder}/{name}"), name))
         except SkipSample as error:
             raise SkipSample("no_annotation", error.detail) from error
         except (ValueError, RecursionError) as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK, what_is
 from megatron_vl.errors import DataError, SkipSample
 
 Json = Mapping[str, Any]
@@ -156,9 +157,18 @@ def as_number(value: Any) -> float | None:
     return float(value) if is_finite(value) else None
 
 
+def decode_text(data: bytes, what: str) -> str:
+    """The text in some bytes, without the byte-order mark; SkipSample('bad_unicode') if it is no UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        said = what_is(data)
+        raise SkipSample("bad_unicode", f"{what}: {said or f'{error.reason} at byte {error.start}'}") from error
+
+
 def clean_text(text: str, what: str) -> str:
-    """``text`` without surrounding blanks; SkipSample if it is empty or has lone surrogates."""
-    text = text.strip()
+    """``text`` without surrounding blanks and byte-order marks; SkipSample if it is empty or has lone surrogates."""
+    text = text.replace(BYTE_ORDER_MARK, "").strip()
     if not text:
         raise SkipSample("empty_text", f"{what} is empty")
     try:

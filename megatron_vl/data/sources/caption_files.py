@@ -1,6 +1,6 @@
 """Pairs of an image's path and a caption, in the forms in which people keep them.
 
-    *.jsonl    {"image": "a/1.jpg", "caption": "..."}, an object a line: in-house pairs
+    *.jsonl    {"image": "a/1.jpg", "caption": "..."}, an object a line: in-house pairs (or a list, as *.json)
     *.tsv      caption<TAB>url, or url<TAB>caption: CC3M and CC12M as published; nothing is quoted
     *.json     a list of objects, or of captions alone (SBU's ``captions``), at the top or under a key
 
@@ -19,9 +19,10 @@ from typing import Any, Literal
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
+from megatron_vl.data.sources.file_kinds import is_clutter
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
-from megatron_vl.data.sources.json_stream import array_shards, read_array
-from megatron_vl.data.sources.jsonl import Line, line_shards, parse_object, read_lines
+from megatron_vl.data.sources.jsonl import Line, line_shards, read_lines
+from megatron_vl.data.sources.record_files import read_records, record_shards
 from megatron_vl.errors import DataError, SkipSample
 
 FORMS = (".jsonl", ".tsv", ".json")
@@ -75,7 +76,7 @@ class CaptionFiles(Source):
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return [self.path]
-        files = sorted(file for form in FORMS[:2] for file in self.path.glob(f"*{form}"))
+        files = sorted(file for form in FORMS[:2] for file in self.path.glob(f"*{form}") if not is_clutter(file.name))
         if not files:
             raise DataError(f"{self.path}: no .jsonl and no .tsv in this folder")
         return files
@@ -83,9 +84,9 @@ class CaptionFiles(Source):
     def _shards_of(self, file: Path) -> list[Shard]:
         if file.suffix not in FORMS:
             raise DataError(f"{file}: expected a file that ends in {', '.join(FORMS)}")
-        if file.suffix == ".json":
-            return array_shards(file, self.records_per_shard, self.records or None)
-        if file.suffix == ".tsv" and self.caption_field not in self.columns:
+        if file.suffix != ".tsv":
+            return record_shards(file, self.records_per_shard, self.records or None)
+        if self.caption_field not in self.columns:
             raise DataError(
                 f"{self.name}: columns are {list(self.columns)}, expected names for the columns of {file}, with "
                 f"{self.caption_field!r} among them"
@@ -96,14 +97,16 @@ class CaptionFiles(Source):
 
     def _records(self, shard: Shard) -> Iterator[Record | Skipped]:
         """The records with their numbers, from 0, under ``line``."""
-        if shard.path.suffix == ".json":
-            for element in read_array(shard):
-                value = element.value if isinstance(element.value, dict) else {self.caption_field: element.value}
-                yield {**value, "line": element.index}
+        if shard.path.suffix != ".tsv":
+            for found in read_records(shard, self.records or None):
+                if isinstance(found, Skipped):
+                    yield found
+                else:
+                    value = found.value if isinstance(found.value, dict) else {self.caption_field: found.value}
+                    yield {**value, "line": found.index}
             return
-        is_table = shard.path.suffix == ".tsv"
-        header = is_table and self._has_header(shard.path)
-        for line in read_lines(shard, self._split if is_table else parse_object):
+        header = self._has_header(shard.path)
+        for line in read_lines(shard, self._split):
             if isinstance(line, Skipped):
                 yield line
             elif not (header and line.number == 1):

@@ -2,10 +2,11 @@
 
     NAME/00000.tar        KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=webdataset
     NAME/00000/           KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=files
-    NAME/00000.parquet    a column of images, txt, and the json's columns        parquet
+    NAME/00000.parquet    a column of images, txt, and the json's columns        parquet; or Hugging Face's images
 
 In all three a pair is the encoded image and the fields of its metadata, the ``txt`` among them; keys have
-gaps and no order, and ``txt`` or ``json`` may be missing. Beside tars and folders lie parquet files as well,
+gaps and no order, and ``txt`` or ``json`` may be missing. In a folder the key is the name without its suffix, in a tar
+what is before the first dot. Beside tars and folders lie parquet files as well,
 which list all addresses and hold no images: where there are tars or folders, parquet is not read.
 """
 
@@ -13,16 +14,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.data.sources.base import Shard, Skipped, skipped
+from megatron_vl.data.sources.base import Shard, Skipped, decode_text, skipped
+from megatron_vl.data.sources.file_kinds import foreign_form, is_clutter
 from megatron_vl.data.sources.images import read_bytes
-from megatron_vl.data.sources.parquet import read_rows, require_images_in
-from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, TEXT_SUFFIXES, TarRecord, read_tar, split_name
+from megatron_vl.data.sources.parquet import IMAGE_STRUCT, read_rows, require_images_in
+from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, MEDIA_SUFFIXES, TarRecord, read_tar, repeated_member
 from megatron_vl.errors import DataError, SkipSample
+
+_COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,26 @@ def pair_shards(path: Path) -> list[Shard]:
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{path}: no such file or folder; expected img2dataset's output or one of its shards")
     found = _shards_in(path) if path.is_dir() else [path]
-    if found[0].suffix == ".parquet":
-        require_images_in(found[0], IMAGE_SUFFIXES)
+    for item in found[:1]:
+        if item.suffix == ".parquet":
+            require_images_in(item, IMAGE_SUFFIXES)
+        elif item.is_file() and not item.name.endswith((".tar", ".parquet")):
+            raise DataError(f"{item}: expected a .tar, a .parquet or a folder{_compressed(item)}")
     return [Shard(item.name, item) for item in found]
 
 
 def _shards_in(path: Path) -> list[Path]:
-    tars = sorted(file for file in path.glob("*.tar") if file.is_file())
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and _has_image(folder))
+    entries = sorted(entry for entry in path.iterdir() if not is_clutter(entry.name))
+    for entry in entries:
+        if _COMPRESSED_TAR.search(entry.name):
+            raise DataError(f"{entry}: a compressed tar is not read{_compressed(entry)}")
+    tars = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
+    folders = [entry for entry in entries if entry.is_dir() and _has_image(entry)]
     if _has_image(path):
         folders.insert(0, path)
     if tars and folders:
         raise DataError(f"{path}: both tars and folders of images ({folders[0].name}); move either elsewhere")
-    found = tars or folders or sorted(file for file in path.glob("*.parquet") if file.is_file())
+    found = tars or folders or [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
     if not found:
         raise DataError(f"{path}: no .tar, no .parquet and no folder of images; expected img2dataset's output")
     return found
@@ -88,43 +101,64 @@ def record_fields(record: TarRecord) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "json" in record.members:
         try:
-            fields = json.loads(_decode(record.members["json"], "json"))
+            fields = json.loads(decode_text(record.members["json"], "json"))
         except (ValueError, RecursionError) as error:
             raise SkipSample("bad_json", str(error)) from error
         if not isinstance(fields, dict):
             raise SkipSample("bad_json", f"expected an object, found {type(fields).__name__}")
     if "txt" in record.members:
-        fields["txt"] = _decode(record.members["txt"], "txt")
+        fields["txt"] = decode_text(record.members["txt"], "txt")
     return fields
 
 
-def _decode(data: bytes, what: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SkipSample("bad_unicode", f"{what}: {error.reason} at byte {error.start}") from error
+def _compressed(file: Path) -> str:
+    said = foreign_form(file)
+    return f": {said}" if said else ""
 
 
 def _has_image(folder: Path) -> bool:
-    return any(split_name(entry.name)[1] in IMAGE_SUFFIXES for entry in folder.iterdir())
+    return any(_split(entry.name)[1] in IMAGE_SUFFIXES and not is_clutter(entry.name) for entry in folder.iterdir())
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix of a file of a folder."""
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix.removeprefix(".").lower()
 
 
 def _read_folder(folder: Path) -> Iterator[TarRecord]:
     """Records of a folder by key; the names of its files are held in memory."""
-    members = sorted((*split_name(entry.name), entry.name) for entry in folder.iterdir())
-    members = [member for member in members if member[1] in IMAGE_SUFFIXES + TEXT_SUFFIXES]
+    names = (entry.name for entry in folder.iterdir() if not is_clutter(entry.name))
+    members = sorted((*_split(name), name) for name in names)
+    members = [member for member in members if member[1] in MEDIA_SUFFIXES]
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
+        mine = list(group)
         try:
-            yield TarRecord(key, {suffix: read_bytes(folder, name) for _, suffix, name in group})
+            if repeated := repeated_member([suffix for _, suffix, _ in mine]):
+                raise SkipSample("duplicate_member", repeated)
+            yield TarRecord(key, {suffix: read_bytes(folder, name) for _, suffix, name in mine})
         except SkipSample as error:
             yield TarRecord(key, problem=error.reason, detail=error.detail)
+
+
+def _is_image_struct(value: Any) -> bool:
+    """Whether it is an image as Hugging Face's datasets stores it."""
+    return isinstance(value, Mapping) and value.keys() == IMAGE_STRUCT
 
 
 def _pair_of_row(shard: Shard, row: Mapping[str, Any] | Skipped) -> Pair | Skipped:
     if isinstance(row, Skipped):
         return row
     key = f"{shard.name}/{row['key']}"
-    data = next((row[suffix] for suffix in IMAGE_SUFFIXES if row.get(suffix) is not None), None)
+    images = [value for name, value in row.items() if name in IMAGE_SUFFIXES and value is not None]
+    images += [value for name, value in row.items() if name not in IMAGE_SUFFIXES and _is_image_struct(value)]
+    if len(images) > 1:
+        return Skipped(key, "duplicate_member", f"{len(images)} images in one row")
+    data: Any = images[0] if images else None
+    if _is_image_struct(data):
+        if data["bytes"] is None and data["path"]:
+            return Skipped(key, "not_downloaded", f"only the path {data['path']!r:.60}; store the bytes in the parquet")
+        data = data["bytes"]
     if data is None:
         return Skipped(key, "not_downloaded", f"{row.get('status')}: {row.get('error_message')}")
     if not isinstance(data, bytes):

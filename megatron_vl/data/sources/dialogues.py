@@ -1,4 +1,5 @@
-"""What the dialogue formats share: a JSON array of ``{"conversations": [{"from", "value"}]}``, whoever speaks.
+"""What the dialogue formats share: a JSON array of ``{"conversations": [{"from", "value"}]}`` (or JSON Lines), whoever
+speaks.
 
 As in Qwen-VL's script a first turn that is not the user's is dropped, and an unknown role is an error (of the
 record); the answers of a dialogue cut in mid-turn are kept up to the last one. The system turn stands before the
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, words_in
 from megatron_vl.data.sources.images import require_images
-from megatron_vl.data.sources.json_stream import array_shards, read_array
+from megatron_vl.data.sources.record_files import read_samples, record_shards
 from megatron_vl.errors import SkipSample
 
 
@@ -37,15 +38,10 @@ class Dialogues(Source):
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
-        return array_shards(self.path, self.records_per_shard)
+        return record_shards(self.path, self.records_per_shard)
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        for element in read_array(shard):
-            key = f"{self.path.name}#{element.index}"
-            try:
-                yield self._sample(element.value, key)
-            except SkipSample as error:
-                yield skipped(key, error)
+        return read_samples(shard, self._sample)
 
     @abstractmethod
     def _sample(self, record: Json, key: str) -> Sample:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vl.data.sources.base import Shard, Skipped, hash_of_files, skipped, unreadable
+from megatron_vl.data.sources.file_kinds import is_clutter
 from megatron_vl.data.sources.zips import check_zip, list_folder, read_member
 from megatron_vl.errors import DataError, SkipSample
 
@@ -84,7 +85,8 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The regular files (no links) with one of ``suffixes``: ``path`` itself, or all below it, sorted."""
     files = [path] if path.is_file() else path.rglob("*")
     wanted = (file for file in files if file.name.lower().endswith(suffixes))
-    return sorted(file for file in wanted if file.is_file() and not file.is_symlink())
+    plain = (file for file in wanted if file.is_file() and not file.is_symlink())
+    return sorted(file for file in plain if file == path or not is_clutter(file.relative_to(path).as_posix()))
 
 
 def _read_file(path: Path) -> bytes:

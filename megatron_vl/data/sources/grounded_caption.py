@@ -25,6 +25,7 @@ from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, as_numbe
 from megatron_vl.data.sources.boxes import about_region, box_from_corners
 from megatron_vl.data.sources.captions import as_score
 from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
+from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
 from megatron_vl.errors import SkipSample
 
 Span = tuple[int, int]
@@ -74,6 +75,8 @@ class GroundedCaption(Source):
         """The caption with the phrases chosen, and the spans of the others."""
         _check_aspect(pair.fields)
         caption = field(pair.fields, "caption", str)
+        if BYTE_ORDER_MARK in caption:
+            raise SkipSample("unclean_text", "a byte-order mark, which the places of the phrases may count or not")
         clean_text(caption, "caption")  # the caption itself keeps its blanks: spans count them
         boxes = self._boxes(field(pair.fields, self.phrases, list), caption)
         spans = largest_disjoint(list(boxes))

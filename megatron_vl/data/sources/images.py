@@ -1,6 +1,6 @@
 """Images that a record names by path. Paths come from data files and are not trusted.
 
-Only regular files whose real path lies under ``image_root`` are opened: no absolute paths, no ``..``, no
+Only regular files whose real path lies under ``image_root`` are opened: no other absolute paths, no ``..`` and no
 links that lead out, no devices or pipes, nothing above a size cap, and never an address on the network. The
 root, or a part of a name, may be a zip archive (:mod:`megatron_vl.data.sources.zips`), which is read in
 place under the same rules.
@@ -65,13 +65,30 @@ def check_patterns(patterns: Sequence[str], where: str) -> None:
 def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]:
     """The names that the patterns make of a record's fields; raises SkipSample if a field is missing or of
     another type."""
-    values = {name: value for name, value in record.items() if isinstance(value, (int, str))}
+    plain = {name: _plain(value) for name, value in record.items()}
+    values = {name: value for name, value in plain.items() if isinstance(value, (int, str))}
     try:
-        return [pattern.format(**values) for pattern in patterns]
+        return [_NAMES.vformat(pattern, (), values) for pattern in patterns]
     except KeyError as error:
         raise SkipSample("missing_field", f"no {error} for the image's name; found {sorted(values)[:8]}") from error
     except ValueError as error:
         raise SkipSample("wrong_field", f"the image's name {' or '.join(patterns)}: {error}") from error
+
+
+class _Names(string.Formatter):
+    """Takes a number for ``{id:012d}`` as text too."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        is_digits = isinstance(value, str) and format_spec.endswith("d") and value.isascii() and value.isdigit()
+        return super().format_field(int(value) if is_digits else value, format_spec)
+
+
+_NAMES = _Names()
+
+
+def _plain(value: Any) -> Any:
+    """The integer that a float is, as tables of numbers with gaps store it (42.0)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_image(root: Path, name: str) -> ImageRef:
@@ -106,7 +123,8 @@ def read_bytes(root: Path, name: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = split_zip(path)
         if inside is None:
-            raise SkipSample("missing_image", str(path)) from error
+            hint = "; its name has backslashes, as on Windows, expected /" if "\\" in name else ""
+            raise SkipSample("missing_image", f"{path}{hint}") from error
     except OSError as error:
         raise unreadable(str(path), error) from error
     try:
@@ -131,6 +149,7 @@ def _resolve(root: Path, name: str) -> Path:
         path = os.path.realpath(os.path.join(base, name))
     except (OSError, ValueError) as error:
         raise SkipSample("bad_image_path", f"{name[:80]!r}: {error}") from error
-    if os.path.isabs(name) or not path.startswith(os.path.join(base, "")):
-        raise SkipSample("image_outside_root", f"{name[:80]!r} does not lie under {root}")
+    if not path.startswith(os.path.join(base, "")):
+        hint = "; where it was made images lay elsewhere: take the front off" if os.path.isabs(name) else ""
+        raise SkipSample("image_outside_root", f"{name[:80]!r} does not lie under {root}{hint}")
     return Path(path)

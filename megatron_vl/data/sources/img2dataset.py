@@ -27,9 +27,9 @@ class Img2Dataset(Source):
     """The folder that img2dataset wrote, or one shard of it."""
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
-    caption_field: tuple[str, ...] = ("txt", "caption")
+    caption_field: tuple[str, ...] = ("txt", "caption", "text")
     """Field of the metadata that holds the caption, or a list of captions; of several the first that is not
-    empty. ``txt`` is the caption file."""
+    empty. ``txt`` is the caption file, ``text`` a usual name in Hugging Face's parquet."""
     score_field: tuple[str, ...] = ()
     """Field that holds the CLIP score, or a list of them; of several the first that is there."""
     captions: Choice = "longest"

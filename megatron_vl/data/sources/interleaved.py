@@ -17,8 +17,9 @@ from typing import Literal
 
 from megatron_vl.data.sample import IMAGE_MARK, Sample
 from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field
+from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
 from megatron_vl.data.sources.images import read_image, require_images
-from megatron_vl.data.sources.jsonl import folder_shards, read_samples
+from megatron_vl.data.sources.record_files import folder_shards, read_samples
 from megatron_vl.errors import SkipSample
 
 Part = tuple[Literal["text", "image"], str]
@@ -88,6 +89,7 @@ def _joined(parts: list[Part], separator: str) -> str:
     """One text with a mark for each image, and the separator between neighbouring texts."""
     text = ""
     for (kind, content), (before, _) in zip(parts, [("image", ""), *parts], strict=False):
-        content = IMAGE_MARK if kind == "image" else content.replace(IMAGE_MARK, "").strip()
+        plain = content.replace(IMAGE_MARK, "").replace(BYTE_ORDER_MARK, "").strip()
+        content = IMAGE_MARK if kind == "image" else plain
         text += (separator if kind == before == "text" and text else "") + content
     return text

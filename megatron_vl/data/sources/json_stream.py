@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_vl.data.sources.base import Shard
+from megatron_vl.data.sources.file_kinds import HEAD_BYTES, what_is
 from megatron_vl.data.sources.zips import DAMAGED, open_file
 from megatron_vl.errors import DataError
 
@@ -104,6 +105,7 @@ class _Document:
         self._text = ""
         self._position = 0
         self._start = offset  # the byte at which the window begins
+        self._head = b""
         self._ended = False
         self._brackets = "]}"  # what may close the list or dictionary at the position
         self._first = True  # no element of it was read yet
@@ -137,7 +139,8 @@ class _Document:
                 self._key()
                 self._pass_over()
         if self._peek():
-            raise self._error("expected the end of the file", self._position)
+            hint = "" if wanted is None else f". An object a line has no {wanted!r}: say where the records are"
+            raise self._error(f"expected the end of the file, found another value{hint}", self._position)
 
     def more(self) -> bool:
         """Whether another element follows; goes past the comma before it, or past the bracket that closes."""
@@ -179,6 +182,7 @@ class _Document:
     def _open(self, brackets: str, expected: str) -> None:
         bracket = self._peek()
         if not self._take(brackets, needed=False):
+            self._refuse_foreign()
             raise DataError(f"{self._path}: found {self._text[self._position :][:20]!r}, expected {expected}")
         self._brackets = "]" if bracket == "[" else "}"
         self._first = True
@@ -230,10 +234,16 @@ class _Document:
             data = self._stream.read(max(CHUNK_BYTES, len(rest)))
         except DAMAGED as error:
             raise DataError(f"{self._path}: cannot be read ({error}); is the file complete?") from error
+        self._head = self._head or data[:HEAD_BYTES]
         self._ended = not data
         self._text, self._position = rest + self._decoder.decode(data, final=self._ended), 0
 
+    def _refuse_foreign(self) -> None:
+        if foreign := what_is(self._head):
+            raise DataError(f"{self._path}: it is {foreign}; expected JSON in UTF-8")
+
     def _error(self, message: str, position: int) -> DataError:
+        self._refuse_foreign()
         byte = self._start + _num_bytes(self._text[:position])
         return DataError(f"{self._path}: not valid JSON ({message} at byte {byte}); is the file complete?")
 

@@ -1,9 +1,9 @@
 """JSON Lines and other records a line, cut into shards by line numbers and byte offsets so that a shard is
 found without reading the file.
 
-Blank lines are no records. A byte-order mark on the first line is tolerated. A line that is no record of its
-kind, or longer than the cap, is a skipped record whose key is the file and the line number (counted from 1,
-as editors do).
+Blank lines are no records. A byte-order mark at the beginning of a line is passed over, also where files were laid end
+to end. A line that is no record of its kind, or longer than the cap, is a skipped record whose key is the file and the
+line number (counted from 1, as editors do).
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, require_file, skipped
-from megatron_vl.errors import DataError, SkipSample
+from megatron_vl.data.sources.base import Shard, Skipped
+from megatron_vl.data.sources.file_kinds import HEAD_BYTES, what_is
+from megatron_vl.data.sources.zips import open_file
+from megatron_vl.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
+BLANK = b" \t\r\n\xef\xbb\xbf"
+"""What a line without a record consists of, if of anything."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     """Shards of ``lines_per_shard`` lines each (blank ones included in the count); raises DataError."""
-    require_file(path, "a file with a record a line")
     if lines_per_shard < 1:
         raise DataError(f"records_per_shard is {lines_per_shard}, expected at least 1")
     shards = []
     first = offset = end = number = 0
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
+        if foreign := what_is(stream.read(HEAD_BYTES)):
+            raise DataError(f"{path}: it is {foreign}; expected a record a line, in UTF-8")
+        stream.seek(0)
         for number, end in enumerate(_line_ends(stream), start=1):
             if number % lines_per_shard == 0:
                 shards.append(Shard(f"{path.name}:{first}", path, first, number - first, offset))
@@ -62,15 +67,7 @@ def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
     return shards
 
 
-def folder_shards(path: Path, lines_per_shard: int) -> list[Shard]:
-    """The shards of a ``.jsonl`` file, or of all in a folder; raises DataError."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path}: no .jsonl file in this folder")
-    return [shard for file in files for shard in line_shards(file, lines_per_shard)]
-
-
-def _line_ends(stream: BinaryIO) -> Iterator[int]:
+def _line_ends(stream: IO[bytes]) -> Iterator[int]:
     """The byte behind each line, whatever its length."""
     position, ended = 0, True
     while piece := stream.readline(MAX_LINE_BYTES):
@@ -84,7 +81,7 @@ def _line_ends(stream: BinaryIO) -> Iterator[int]:
 
 def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Skipped]:
     """The records of a shard's lines, with ``Skipped`` for lines that hold none."""
-    with shard.path.open("rb") as stream:
+    with open_file(shard.path) as stream:
         stream.seek(shard.offset)
         number = shard.first
         while shard.count is None or number < shard.first + shard.count:
@@ -96,24 +93,11 @@ def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Ski
             if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
                 _skip_rest_of_line(stream)
                 yield Skipped(key, "line_too_long", f"more than {MAX_LINE_BYTES} bytes")
-            elif raw.strip():
+            elif raw.strip(BLANK):
                 yield _line(raw, number, key, parse)
 
 
-def read_samples(shard: Shard, sample_of: Callable[[dict[str, Any], str], Sample]) -> Iterator[Sample | Skipped]:
-    """The sample that ``sample_of`` makes of each record and its key; what raises SkipSample is skipped."""
-    for line in read_lines(shard):
-        if isinstance(line, Skipped):
-            yield line
-            continue
-        key = f"{shard.path.name}:{line.number}"
-        try:
-            yield sample_of(line.record, key)
-        except SkipSample as error:
-            yield skipped(key, error)
-
-
-def _skip_rest_of_line(stream: BinaryIO) -> None:
+def _skip_rest_of_line(stream: IO[bytes]) -> None:
     while rest := stream.readline(MAX_LINE_BYTES):
         if rest.endswith(b"\n"):
             return
@@ -121,7 +105,7 @@ def _skip_rest_of_line(stream: BinaryIO) -> None:
 
 def _line(raw: bytes, number: int, key: str, parse: Parse) -> Line | Skipped:
     try:
-        return Line(number, parse(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+        return Line(number, parse(raw.decode("utf-8-sig")))
     except ValueError as error:
         if parse is parse_object:
             return Skipped(key, "bad_json", str(error))

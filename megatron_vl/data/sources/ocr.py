@@ -35,7 +35,8 @@ from megatron_vl.data.sources.base import (
 )
 from megatron_vl.data.sources.boxes import quad_from_points
 from megatron_vl.data.sources.images import read_image
-from megatron_vl.data.sources.jsonl import line_shards, parse_object, read_samples
+from megatron_vl.data.sources.jsonl import line_shards, parse_object
+from megatron_vl.data.sources.record_files import read_samples, require_lines
 from megatron_vl.errors import DataError, SkipSample
 
 FILE_NAME = re.compile(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"')
@@ -58,6 +59,7 @@ class OCR(Source):
 
     def shards(self) -> list[Shard]:
         require_folder(self._root, "the folder of the pages (image_root)")
+        require_lines(self._metadata)
         shards = line_shards(self._metadata, self.records_per_shard)
         _check_names(self._metadata)
         return shards

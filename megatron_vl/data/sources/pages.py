@@ -19,6 +19,7 @@ from megatron_vl.data.image import encode_jpeg
 from megatron_vl.data.sample import ImageRef, Region, Sample
 from megatron_vl.data.sources.base import Source, clean_text
 from megatron_vl.data.sources.boxes import clipped_quad, shows_in_image
+from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
 from megatron_vl.errors import SkipSample
 
 Point = tuple[float, float]
@@ -87,7 +88,7 @@ class PageSource(Source):
 
 def _region(line: TextLine, size: tuple[int, int]) -> Region | None:
     """The line in fractions of the page, or nothing if it has no text or no place on it."""
-    text = " ".join(line.text.split())
+    text = " ".join(line.text.replace(BYTE_ORDER_MARK, "").split())
     if not text:
         return None
     if not shows_in_image(line.quad, *size):

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.sources.base import Skipped, require_file
+from megatron_vl.data.sources.file_kinds import foreign_form
 from megatron_vl.errors import DataError
 
 BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
+IMAGE_STRUCT = {"bytes", "path"}
+"""Fields of an image as Hugging Face's datasets stores it."""
 
 
 def require_images_in(path: Path, columns: Sequence[str]) -> None:
@@ -57,14 +60,20 @@ def _open(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (arrow.ArrowException, OSError) as error:
-        return Skipped(path.name, "bad_parquet", f"{path}: {error}")
+        return Skipped(path.name, "bad_parquet", f"{path}: {foreign_form(path, 'a parquet file') or error}")
 
 
 def _no_images(file: Any, columns: Sequence[str]) -> str:
-    names = file.schema_arrow.names
-    if set(names) & set(columns):
+    schema = file.schema_arrow
+    structs = [item.name for item in schema if {child.name for child in _children(item)} == IMAGE_STRUCT]
+    if set(schema.names) & set(columns) or structs:
         return ""
-    return f"no column of images ({', '.join(columns)}); found {', '.join(names)[:200]}"
+    found = ", ".join(schema.names)
+    return f"no column of images ({', '.join(columns)}, or Hugging Face's of bytes and path); found {found:.200}"
+
+
+def _children(item: Any) -> list[Any]:
+    return [item.type.field(number) for number in range(item.type.num_fields)]
 
 
 def _rows_of_file(file: Any, path: Path) -> Iterator[dict[str, Any] | Skipped]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, words_in
-from megatron_vl.data.sources.jsonl import folder_shards, read_samples
+from megatron_vl.data.sources.record_files import folder_shards, read_samples
 
 
 @dataclass(frozen=True)

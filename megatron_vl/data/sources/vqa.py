@@ -27,8 +27,10 @@ from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in, words_of
+from megatron_vl.data.sources.file_kinds import is_clutter
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
-from megatron_vl.data.sources.json_stream import Element, array_shards, iter_array, read_array
+from megatron_vl.data.sources.json_stream import iter_array
+from megatron_vl.data.sources.record_files import Record, read_records, record_shards
 from megatron_vl.errors import DataError, SkipSample
 
 NO_ANSWER: tuple[Any, ...] = (None, "", [], {})
@@ -85,25 +87,27 @@ class VQA(Source):
         require_images(self.image_root)
         check_patterns(self.image_pattern, self.name)
         self._annotated_answers()  # a damaged file is refused now, not in the middle of the work
-        shards = [array_shards(file, self.records_per_shard, self.records or None) for file in self._files()]
+        shards = [record_shards(file, self.records_per_shard, self.records or None) for file in self._files()]
         return list(itertools.chain.from_iterable(shards))
 
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
         answers = self._annotated_answers()
-        for element in read_array(shard):
-            key = f"{shard.path.name}#{element.key or element.index}"
+        for record in read_records(shard, self.records or None):
+            if isinstance(record, Skipped):
+                yield record
+                continue
             try:
-                questions = self._questions(element)
+                questions = self._questions(record)
             except SkipSample as error:
-                yield skipped(key, error)
+                yield skipped(record.key, error)
                 continue
             for index, question in enumerate(questions):
-                yield self._sample(question, answers, key if len(questions) == 1 else f"{key}.{index}")
+                yield self._sample(question, answers, record.key if len(questions) == 1 else f"{record.key}.{index}")
 
     def _files(self) -> list[Path]:
         if not self.questions.is_dir():
             return [self.questions]
-        files = sorted(self.questions.glob("*.json"))
+        files = sorted(file for file in self.questions.glob("*.json") if not is_clutter(file.name))
         if not files:
             raise DataError(f"{self.questions}: no .json file in this folder; expected the questions")
         return files
@@ -123,14 +127,14 @@ class VQA(Source):
                     answers[question_id] = error
         return answers
 
-    def _questions(self, element: Element) -> list[Json]:
+    def _questions(self, found: Record) -> list[Json]:
         """The record's questions one by one, each with the fields that they share."""
-        record = element.value
+        record = found.value
         if self.unfold:
             nested = field(record, self.unfold, list)
             return [{**record, **question} if isinstance(question, dict) else record for question in nested]
         texts = field(record, self.question_field, (str, int, float, list))
-        record = {**record, "key": element.key} if element.key else record
+        record = {**record, "key": found.name} if found.name else record
         if not isinstance(texts, list):
             return [record]
         answers = field(record, self.answer_field, list)

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from megatron_vl.data.sources.base import unreadable
+from megatron_vl.data.sources.file_kinds import foreign_form, is_clutter
 from megatron_vl.errors import DataError, SkipSample
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
@@ -69,10 +70,12 @@ def list_folder(path: Path, suffix: str) -> list[str]:
     zip."""
     inside = split_zip(path)
     if inside is None:
-        return sorted(entry.name for entry in os.scandir(path) if entry.name.endswith(suffix))
+        names_here = (entry.name for entry in os.scandir(path))
+        return sorted(name for name in names_here if name.endswith(suffix) and not is_clutter(name))
     archive, folder = inside
     names = map(PurePosixPath, _open_zip(archive, os.getpid()).namelist())
-    return sorted(name.name for name in names if str(name.parent) == (folder or ".") and name.name.endswith(suffix))
+    inside_folder = (name.name for name in names if str(name.parent) == (folder or "."))
+    return sorted(name for name in inside_folder if name.endswith(suffix) and not is_clutter(name))
 
 
 def check_zip(archive: Path) -> None:
@@ -86,7 +89,9 @@ def _open_zip(archive: Path, process: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(archive)
     except (OSError, zipfile.BadZipFile, ValueError) as error:
-        raise DataError(f"{archive}: no readable zip archive ({error}); is the download complete?") from error
+        said = foreign_form(archive, "a zip archive") if isinstance(error, zipfile.BadZipFile) else ""
+        said = said or "is the download complete?"
+        raise DataError(f"{archive}: no readable zip archive ({error}); {said}") from error
 
 
 def _open_member(archive: Path, name: str) -> IO[bytes]:

@@ -38,8 +38,9 @@ MUTATIONS = 100
 """Of each source, taken at random from a fixed seed."""
 CLEANING = {
     "min_side": 4, "max_aspect_ratio": 4, "min_characters": 1, "letters": "latin_han", "drop_emoji": True,
-    "strip_html": True, "strip_irregular": True, "min_score": 0.1,
+    "strip_html": True, "strip_irregular": True,
 }  # fmt: skip
+SCORED = {"img2dataset", "laion_coco", "grounded_caption", "grit", "pairs"}
 
 
 def images(folder: Path) -> Path:
@@ -107,7 +108,7 @@ Layout = tuple[Callable[[Path], Any], dict[str, Any]]
 LAYOUTS: dict[str, Layout] = {
     "img2dataset": (
         lambda folder: published_captions.write_webdataset(folder, published_captions.laion_en()),
-        {"path": "."},
+        {"path": ".", "score_field": "similarity"},
     ),
     "laion_coco": (
         lambda folder: published_captions.write_webdataset(folder, published_captions.laion_coco()),
@@ -152,7 +153,8 @@ def test_every_format_is_tried(tmp_path: Path) -> None:
 
 
 def recipe_of(folder: Path, name: str) -> DataRecipe:
-    entry = {"name": name, "type": name, **LAYOUTS[name][1], "filters": CLEANING}
+    filters = {**CLEANING, **({"min_score": 0.1} if name in SCORED else {})}
+    entry = {"name": name, "type": name, **LAYOUTS[name][1], "filters": filters}
     return load_recipe(write_recipe(folder, sources=[entry], seq_length=256))
 
 

@@ -1,0 +1,51 @@
+"""What a file is, whatever its name says: for messages that tell what was found, and what lies beside the data.
+
+People hand in what they have: pointers of Git LFS that a clone without it leaves, an error page under the name of an
+archive, text in UTF-16 from a Windows shell. None of them is guessed at; each is named with what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+HEAD_BYTES = 512
+BYTE_ORDER_MARK = "\ufeff"
+_UTF16 = "text in UTF-16, as Windows writes it; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+_KINDS: tuple[tuple[bytes, str], ...] = (
+    (rb"version https://git-lfs", "a pointer of Git LFS and not the file itself; fetch that: git lfs pull"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32; convert it: iconv -f UTF-32 -t UTF-8 OLD > NEW"),
+    (rb"\xff\xfe|\xfe\xff|[\[{\"]\0|\0[\[{\"]", _UTF16),
+    (rb"\x1f\x8b", "compressed with gzip; unpack it first: gunzip"),
+    (rb"BZh[1-9]", "compressed with bzip2; unpack it first: bunzip2"),
+    (rb"\xfd7zXZ", "compressed with xz; unpack it first: unxz"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with Zstandard; unpack it first: unzstd"),
+    (rb"PK\x03\x04", "a zip archive"),
+    (rb"7z\xbc\xaf", "a 7z archive"),
+    (rb"Rar!", "a RAR archive"),
+    (rb"PAR1", "a parquet file"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"(?s).{257}ustar", "a tar archive"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "an HTML or XML page and not the file itself, an error of the download?"),
+    (rb"\0{16}", "zero bytes, as a download or a copy that broke off leaves them"),
+)
+_CLUTTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+
+
+def what_is(head: bytes) -> str:
+    """What the first bytes of a file show that it is, with what to do; empty where they show nothing foreign."""
+    return next((said for pattern, said in _KINDS if re.match(pattern, head)), "")
+
+
+def foreign_form(path: Path, expected: str = "") -> str:
+    """``it is ...``, as ``what_is`` says of a file; empty where it says nothing, or what was expected."""
+    with path.open("rb") as stream:
+        said = what_is(stream.read(HEAD_BYTES))
+    return f"it is {said}" if said not in ("", expected) else ""
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file, by its name or path, is one that systems leave beside the data: hidden (``._x`` and
+    ``.DS_Store`` of macOS, ``.ipynb_checkpoints``), ``__MACOSX/``, ``Thumbs.db``."""
+    parts = PurePosixPath(name).parts
+    return any(part in _CLUTTER or (part.startswith(".") and part not in (".", "..")) for part in parts)
