@@ -24,8 +24,10 @@ def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the recipe cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: no UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from error
     try:
         values, lines = parse_yaml(text, str(path))
     except yaml.MarkedYAMLError as error:

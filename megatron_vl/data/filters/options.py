@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.config.fields import nearest
+from megatron_vl.data.sources.base import as_number
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7
@@ -119,6 +120,8 @@ def _convert(value: Any, hint: Any, where: str, root: Path) -> Any:
 
 
 def _number(value: Any, kind: type[int] | type[float], where: str) -> int | float:
+    if kind is float and isinstance(value, str):  # YAML takes 1e-3 for a text
+        value = value if (number := as_number(value)) is None else number
     accepted = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise ConfigError(f"{where}: found {value!r:.60}, expected {'an integer' if kind is int else 'a number'}")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
-from megatron_vl.data.sources.file_kinds import is_clutter
+from megatron_vl.data.sources.file_kinds import holds, is_clutter, refuse_compressed
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.jsonl import Line, line_shards, read_lines
 from megatron_vl.data.sources.record_files import read_records, record_shards
@@ -71,19 +71,21 @@ class CaptionFiles(Source):
             if isinstance(record, Skipped):
                 yield record
             else:
-                yield from self._samples(record, f"{shard.path.name}:{record['line']}")
+                yield from self._samples(*record)
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return [self.path]
+        refuse_compressed(self.path, FORMS[:2])
         files = sorted(file for form in FORMS[:2] for file in self.path.glob(f"*{form}") if not is_clutter(file.name))
         if not files:
-            raise DataError(f"{self.path}: no .jsonl and no .tsv in this folder")
+            raise DataError(f"{self.path}: no .jsonl and no .tsv in this folder{holds(self.path)}")
         return files
 
     def _shards_of(self, file: Path) -> list[Shard]:
         if file.suffix not in FORMS:
-            raise DataError(f"{file}: expected a file that ends in {', '.join(FORMS)}")
+            hint = "; a table with commas is not read, write it with tabs" if file.suffix == ".csv" else ""
+            raise DataError(f"{file}: expected a file that ends in {', '.join(FORMS)}{hint}")
         if file.suffix != ".tsv":
             return record_shards(file, self.records_per_shard, self.records or None)
         if self.caption_field not in self.columns:
@@ -95,22 +97,22 @@ class CaptionFiles(Source):
             self._has_header(file)  # refused now, not in the middle of the work
         return line_shards(file, self.records_per_shard)
 
-    def _records(self, shard: Shard) -> Iterator[Record | Skipped]:
-        """The records with their numbers, from 0, under ``line``."""
+    def _records(self, shard: Shard) -> Iterator[tuple[Record, str] | Skipped]:
+        """The records with their numbers, from 0, under ``line``; and their keys."""
         if shard.path.suffix != ".tsv":
             for found in read_records(shard, self.records or None):
                 if isinstance(found, Skipped):
                     yield found
                 else:
                     value = found.value if isinstance(found.value, dict) else {self.caption_field: found.value}
-                    yield {**value, "line": found.index}
+                    yield {**value, "line": found.index}, found.key
             return
         header = self._has_header(shard.path)
         for line in read_lines(shard, self._split):
             if isinstance(line, Skipped):
                 yield line
             elif not (header and line.number == 1):
-                yield {**line.record, "line": line.number - 1 - header}
+                yield {**line.record, "line": line.number - 1 - header}, f"{shard.path.name}:{line.number}"
 
     def _split(self, text: str) -> Record:
         values = text.rstrip("\r\n").split("\t")

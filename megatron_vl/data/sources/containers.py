@@ -15,20 +15,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.sources.base import Shard, Skipped, decode_text, skipped
-from megatron_vl.data.sources.file_kinds import foreign_form, is_clutter
+from megatron_vl.data.sources.file_kinds import foreign_form, holds, is_clutter, refuse_compressed
 from megatron_vl.data.sources.images import read_bytes
 from megatron_vl.data.sources.parquet import IMAGE_STRUCT, read_rows, require_images_in
 from megatron_vl.data.sources.tars import IMAGE_SUFFIXES, MEDIA_SUFFIXES, TarRecord, read_tar, repeated_member
 from megatron_vl.errors import DataError, SkipSample
-
-_COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,24 +48,31 @@ def pair_shards(path: Path) -> list[Shard]:
         if item.suffix == ".parquet":
             require_images_in(item, IMAGE_SUFFIXES)
         elif item.is_file() and not item.name.endswith((".tar", ".parquet")):
-            raise DataError(f"{item}: expected a .tar, a .parquet or a folder{_compressed(item)}")
+            said = foreign_form(item)
+            raise DataError(f"{item}: expected a .tar, a .parquet or a folder{'; ' if said else ''}{said}")
     return [Shard(item.name, item) for item in found]
 
 
 def _shards_in(path: Path) -> list[Path]:
     entries = sorted(entry for entry in path.iterdir() if not is_clutter(entry.name))
-    for entry in entries:
-        if _COMPRESSED_TAR.search(entry.name):
-            raise DataError(f"{entry}: a compressed tar is not read{_compressed(entry)}")
+    refuse_compressed(path, (".tar", ".parquet"))
     tars = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
     folders = [entry for entry in entries if entry.is_dir() and _has_image(entry)]
+    for entry in entries:
+        if entry.is_dir() and entry not in folders and (deeper := _first_shard_below(entry)):
+            raise DataError(
+                f"{deeper}: lies deeper than is looked, which is in {path} and in the folders of images in it; move "
+                "it, or make a source of its folder"
+            )
     if _has_image(path):
         folders.insert(0, path)
     if tars and folders:
         raise DataError(f"{path}: both tars and folders of images ({folders[0].name}); move either elsewhere")
     found = tars or folders or [entry for entry in entries if entry.suffix == ".parquet" and entry.is_file()]
     if not found:
-        raise DataError(f"{path}: no .tar, no .parquet and no folder of images; expected img2dataset's output")
+        raise DataError(
+            f"{path}: no .tar, no .parquet and no folder of images (.{', .'.join(IMAGE_SUFFIXES)}){holds(path)}"
+        )
     return found
 
 
@@ -90,7 +94,8 @@ def record_image(record: TarRecord) -> bytes:
     if record.problem:
         raise SkipSample(record.problem, record.detail)
     if record.image is None:
-        raise SkipSample("no_image", f"members: {sorted(record.members)}")
+        others = f", not read: {record.others}" if record.others else ""
+        raise SkipSample("no_image", f"members: {sorted(record.members)}{others}")
     if not record.image:
         raise SkipSample("empty_image", "zero bytes")
     return record.image
@@ -111,13 +116,15 @@ def record_fields(record: TarRecord) -> dict[str, Any]:
     return fields
 
 
-def _compressed(file: Path) -> str:
-    said = foreign_form(file)
-    return f": {said}" if said else ""
-
-
 def _has_image(folder: Path) -> bool:
     return any(_split(entry.name)[1] in IMAGE_SUFFIXES and not is_clutter(entry.name) for entry in folder.iterdir())
+
+
+def _first_shard_below(folder: Path) -> Path | None:
+    """An image or a shard somewhere below a folder without images."""
+    suffixes = {"tar", "parquet", *IMAGE_SUFFIXES}
+    files = (file for file in sorted(folder.rglob("*")) if _split(file.name)[1] in suffixes)
+    return next((file for file in files if not is_clutter(file.relative_to(folder).as_posix())), None)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -130,13 +137,16 @@ def _read_folder(folder: Path) -> Iterator[TarRecord]:
     """Records of a folder by key; the names of its files are held in memory."""
     names = (entry.name for entry in folder.iterdir() if not is_clutter(entry.name))
     members = sorted((*_split(name), name) for name in names)
-    members = [member for member in members if member[1] in MEDIA_SUFFIXES]
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
-        mine = list(group)
+        everything = list(group)
+        mine = [member for member in everything if member[1] in MEDIA_SUFFIXES]
+        others = ", ".join(sorted(suffix for _, suffix, _ in everything if suffix not in MEDIA_SUFFIXES))
+        if not mine:
+            continue
         try:
             if repeated := repeated_member([suffix for _, suffix, _ in mine]):
                 raise SkipSample("duplicate_member", repeated)
-            yield TarRecord(key, {suffix: read_bytes(folder, name) for _, suffix, name in mine})
+            yield TarRecord(key, {suffix: read_bytes(folder, name) for _, suffix, name in mine}, others=others)
         except SkipSample as error:
             yield TarRecord(key, problem=error.reason, detail=error.detail)
 

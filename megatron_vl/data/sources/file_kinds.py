@@ -6,8 +6,11 @@ archive, text in UTF-16 from a Windows shell. None of them is guessed at; each i
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath
+
+from megatron_vl.errors import DataError
 
 HEAD_BYTES = 512
 BYTE_ORDER_MARK = "\ufeff"
@@ -29,6 +32,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"(?i)\s*<(!doctype|html|\?xml)", "an HTML or XML page and not the file itself, an error of the download?"),
     (rb"\0{16}", "zero bytes, as a download or a copy that broke off leaves them"),
 )
+_COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".lz4"})
 _CLUTTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 
 
@@ -42,6 +46,22 @@ def foreign_form(path: Path, expected: str = "") -> str:
     with path.open("rb") as stream:
         said = what_is(stream.read(HEAD_BYTES))
     return f"it is {said}" if said not in ("", expected) else ""
+
+
+def holds(folder: Path) -> str:
+    """``; it holds a, b``, for messages about what is not there."""
+    names = sorted(entry.name for entry in folder.iterdir() if not is_clutter(entry.name))
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"; it holds {', '.join(names[:5])}{more}" if names else "; it is empty"
+
+
+def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise DataError for a compressed file beside those of a folder that are read, which would be passed over."""
+    for entry in sorted(folder.iterdir()):
+        name = re.sub(r"\.t(gz|xz|bz2)$", r".tar.\1", entry.name.lower())
+        stem, suffix = os.path.splitext(name)
+        if suffix in _COMPRESSED and stem.endswith(suffixes) and not is_clutter(entry.name):
+            raise DataError(f"{entry}: is not read; {foreign_form(entry) or 'unpack it first'}")
 
 
 def is_clutter(name: str) -> bool:

@@ -70,7 +70,8 @@ def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]
     try:
         return [_NAMES.vformat(pattern, (), values) for pattern in patterns]
     except KeyError as error:
-        raise SkipSample("missing_field", f"no {error} for the image's name; found {sorted(values)[:8]}") from error
+        found = sorted(values)[:8]
+        raise SkipSample("missing_field", f"no {error} for the image's name (image_pattern); found {found}") from error
     except ValueError as error:
         raise SkipSample("wrong_field", f"the image's name {' or '.join(patterns)}: {error}") from error
 

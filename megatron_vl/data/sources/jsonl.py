@@ -105,7 +105,7 @@ def _skip_rest_of_line(stream: IO[bytes]) -> None:
 
 def _line(raw: bytes, number: int, key: str, parse: Parse) -> Line | Skipped:
     try:
-        return Line(number, parse(raw.decode("utf-8-sig")))
+        return Line(number, parse(raw.rstrip(b"\r\n").decode("utf-8-sig")))
     except ValueError as error:
         if parse is parse_object:
             return Skipped(key, "bad_json", str(error))

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, skipped
-from megatron_vl.data.sources.file_kinds import is_clutter
+from megatron_vl.data.sources.file_kinds import holds, is_clutter, refuse_compressed
 from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.data.sources.jsonl import BLANK, MAX_LINE_BYTES, line_shards, read_lines
 from megatron_vl.data.sources.zips import open_file
@@ -49,9 +49,12 @@ def record_shards(path: Path, records_per_shard: int, key: str | None = None) ->
 
 def folder_shards(path: Path, records_per_shard: int) -> list[Shard]:
     """The shards of a file, or of all .jsonl files in a folder; raises DataError."""
-    files = sorted(file for file in path.glob("*.jsonl") if not is_clutter(file.name)) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        refuse_compressed(path, LINES_SUFFIXES[:1])
+        files = sorted(file for file in path.glob("*.jsonl") if not is_clutter(file.name))
     if not files:
-        raise DataError(f"{path}: no .jsonl file in this folder")
+        raise DataError(f"{path}: no .jsonl file in this folder{holds(path)}")
     return [shard for file in files for shard in record_shards(file, records_per_shard)]
 
 

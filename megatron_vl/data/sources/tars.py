@@ -30,7 +30,7 @@ from typing import BinaryIO, NamedTuple
 from megatron_vl.data.sources.file_kinds import foreign_form, is_clutter
 from megatron_vl.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXT_SUFFIXES = ("txt", "json")
 MEDIA_SUFFIXES = frozenset(IMAGE_SUFFIXES + TEXT_SUFFIXES)
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -45,6 +45,8 @@ class TarRecord:
     problem: str = ""
     """Reason why the record cannot be used, empty if it can."""
     detail: str = ""
+    others: str = ""
+    """Suffixes of members that were not read, for messages."""
 
     @property
     def image(self) -> bytes | None:
@@ -178,7 +180,8 @@ def _record(key: str, members: list[_Member], archive: _Archive) -> TarRecord:
     if repeated := repeated_member([member.suffix for member in media]):
         return TarRecord(key, problem="duplicate_member", detail=repeated)
     contents = {member.suffix: archive.read(member) for member in media}
-    return TarRecord(key, {suffix: data for suffix, data in contents.items() if data is not None})
+    others = ", ".join(sorted({member.suffix for member in members} - MEDIA_SUFFIXES))
+    return TarRecord(key, {suffix: data for suffix, data in contents.items() if data is not None}, others=others)
 
 
 def _judged(record: TarRecord, *, cut: bool) -> TarRecord:

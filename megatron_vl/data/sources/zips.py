@@ -59,6 +59,8 @@ def open_file(path: Path) -> IO[bytes]:
         return path.open("rb") if inside is None else _open_member(*inside)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder, expected a file") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except SkipSample as error:

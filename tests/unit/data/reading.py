@@ -40,3 +40,22 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
+
+
+def learnt(source: Source) -> list[str]:
+    return [sample.text for sample in kept(read_all(source))]
+
+
+def details(source: Source) -> list[str]:
+    return [f"{item.key}: {item.detail}" for item in read_all(source) if isinstance(item, Skipped)]
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def pair(key: str, text: str = "") -> dict[str, bytes]:
+    return {f"{key}.jpg": JPEG, f"{key}.txt": (text or key).encode()}

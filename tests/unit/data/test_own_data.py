@@ -19,7 +19,7 @@ from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.sample import ImageRef, Sample
 from megatron_vl.data.sources.ai2d import AI2D
-from megatron_vl.data.sources.base import Skipped, Source
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.caption_files import CaptionFiles
 from megatron_vl.data.sources.file_kinds import is_clutter, what_is
 from megatron_vl.data.sources.grounded_caption import GroundedCaption
@@ -30,30 +30,11 @@ from megatron_vl.data.sources.ocr import OCR
 from megatron_vl.data.sources.text import Text
 from megatron_vl.data.sources.vqa import VQA
 from megatron_vl.errors import DataError, SkipSample
-from tests.unit.data.reading import JPEG, kept, read_all, reasons, write_tar
+from tests.unit.data.reading import JPEG, details, kept, learnt, pair, read_all, reasons, write_folder, write_tar
 
 BOM = codecs.BOM_UTF8
 CLUTTER = ["._0.jpg", "._0.txt", "__MACOSX/._0.jpg", "__MACOSX/0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini",
            ".ipynb_checkpoints/0-checkpoint.txt"]  # fmt: skip
-
-
-def learnt(source: Source) -> list[str]:
-    return [sample.text for sample in kept(read_all(source))]
-
-
-def details(source: Source) -> list[str]:
-    return [f"{item.key}: {item.detail}" for item in read_all(source) if isinstance(item, Skipped)]
-
-
-def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def pair(key: str, text: str = "") -> dict[str, bytes]:
-    return {f"{key}.jpg": JPEG, f"{key}.txt": (text or key).encode()}
 
 
 # Names
@@ -196,7 +177,6 @@ def test_a_byte_order_mark_hides_no_name_of_a_list(tmp_path: Path) -> None:
 
 # Forms of JSON
 
-
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"}]
 CHAT = {"image": "0.jpg", "conversations": TURNS}
 RECORD = {
@@ -293,15 +273,11 @@ def test_a_shard_of_another_kind_is_named(tmp_path: Path) -> None:
         LLaVA("s", tmp_path / "d.json", tmp_path / "a.zip").shards()
 
 
-def test_a_compressed_tar_beside_the_others_is_refused(tmp_path: Path) -> None:
-    """It was passed over without a word."""
-    write_tar(tmp_path / "0.tar", [*pair("0").items()])
+def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "1.tar.gz", "w:gz") as archive:
-        info = tarfile.TarInfo("1.jpg")
-        archive.addfile(info, io.BytesIO())
-    for path in (tmp_path, tmp_path / "1.tar.gz"):
-        with pytest.raises(DataError, match=r"1\.tar\.gz: .*compressed with gzip; unpack it first: gunzip"):
-            Img2Dataset("s", path).shards()
+        archive.addfile(tarfile.TarInfo("1.jpg"), io.BytesIO())
+    with pytest.raises(DataError, match=r"1\.tar\.gz: expected a \.tar, .*; it is compressed with gzip"):
+        Img2Dataset("s", tmp_path / "1.tar.gz").shards()
 
 
 def test_documents_of_a_mac_zip(tmp_path: Path) -> None:

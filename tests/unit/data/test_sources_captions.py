@@ -226,8 +226,8 @@ def test_in_house_pairs(tmp_path: Path) -> None:
     )
     items = read_all(source)
     assert [(s.key, s.text, s.language, s.score) for s in kept(items)] == [
-        ("pairs.jsonl:0", "红色的水壶", "zh", 0.31),
-        ("pairs.jsonl:1", "a red kettle", "en", None),
+        ("pairs.jsonl:1", "红色的水壶", "zh", 0.31),
+        ("pairs.jsonl:2", "a red kettle", "en", None),
     ]
     lost = ("no_caption", "missing_image", "image_outside_root", "missing_field", "bad_unicode", "bad_json")
     assert reasons(items) == dict.fromkeys(lost, 1)
@@ -248,8 +248,8 @@ def test_cc3m_as_published_with_images_stored_by_line(tmp_path: Path, header: bo
     options = {"columns": ["caption", "url"], "image_pattern": "GCC_train_{line:09d}.jpg", "records_per_shard": 2}
     items = read_all(source_of("pairs", tmp_path, path="cc3m.tsv", image_root=".", **options))
     assert [(s.key, s.text, s.images[0].data) for s in kept(items)] == [
-        ("cc3m.tsv:0", 'a "very typical bus station at night .', picture(0)),
-        ("cc3m.tsv:2", "person at the lake", picture(2)),
+        (f"cc3m.tsv:{1 + header}", 'a "very typical bus station at night .', picture(0)),
+        (f"cc3m.tsv:{3 + header}", "person at the lake", picture(2)),
     ]
     assert reasons(items) == {"bad_line": 1, "missing_image": 1}
 

@@ -1,0 +1,93 @@
+"""What someone with own data meets first: wrong paths, files of another kind, recipes of Windows, shards half there."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.data.filters.options import read_filters
+from megatron_vl.data.recipe import load_recipe
+from megatron_vl.data.sources.caption_files import CaptionFiles
+from megatron_vl.data.sources.img2dataset import Img2Dataset
+from megatron_vl.data.sources.llava import LLaVA
+from megatron_vl.data.sources.text import Text
+from megatron_vl.errors import ConfigError, DataError
+from tests.unit.data.reading import JPEG, details, learnt, pair, read_all, write_folder, write_tar
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.tgz", "1.parquet.gz"])
+def test_a_compressed_shard_beside_the_others_is_refused(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "0.tar", [*pair("0").items()])
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=rf"{name}: is not read; it is compressed with gzip"):
+        Img2Dataset("s", tmp_path).shards()
+
+
+def test_compressed_lines_beside_the_others_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.jsonl": b'{"text": "a"}', "b.jsonl.gz": b"\x1f\x8b"})
+    for source in (Text("t", tmp_path), CaptionFiles("p", tmp_path, tmp_path)):
+        with pytest.raises(DataError, match=r"b\.jsonl\.gz: is not read; it is compressed with gzip"):
+            source.shards()
+
+
+@pytest.mark.parametrize("beside", ["", "a/", "0.tar"])
+def test_what_lies_deeper_is_no_silent_loss(tmp_path: Path, beside: str) -> None:
+    """Of two folders of images, one a level deeper, that one was neither read nor counted."""
+    if beside == "0.tar":
+        write_tar(tmp_path / "0.tar", [*pair("0").items()])
+    elif beside:
+        write_folder(tmp_path / beside, pair("0"))
+    write_folder(tmp_path / "b" / "c", pair("1"))
+    with pytest.raises(DataError, match=r"b/c/1\.jpg: lies deeper than is looked"):
+        Img2Dataset("s", tmp_path).shards()
+    (tmp_path / "b" / "c" / "1.jpg").unlink()
+    if beside:
+        assert learnt(Img2Dataset("s", tmp_path)) == ["0"]
+
+
+def test_a_folder_of_something_else_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.heic": b"", "a.txt": b"", "data.arrow": b"", ".hidden": b""})
+    with pytest.raises(DataError, match=r"no folder of images \(\.jpg, .*\); it holds a\.heic, a\.txt, data\.arrow$"):
+        Img2Dataset("s", tmp_path).shards()
+    (tmp_path / "b.jpg").write_bytes(JPEG)
+    assert "0/a: members: ['txt'], not read: heic" in details(Img2Dataset("s", tmp_path))[0].replace(tmp_path.name, "0")
+    with pytest.raises(DataError, match=r"no \.jsonl file in this folder; it holds a\.heic"):
+        Text("t", tmp_path).shards()
+    with pytest.raises(DataError, match=r"is a folder, expected a file"):
+        LLaVA("s", tmp_path, tmp_path).shards()
+    (tmp_path / "metadata.csv").touch()
+    with pytest.raises(DataError, match=r"metadata\.csv: .*a table with commas is not read"):
+        CaptionFiles("p", tmp_path / "metadata.csv", tmp_path).shards()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "bmp", "tif", "tiff"])
+def test_images_of_other_kinds_are_images(tmp_path: Path, suffix: str) -> None:
+    """What can be decoded was no image by its name, and its text was left out as one without."""
+    write_folder(tmp_path, {f"0.{suffix}": JPEG, "0.txt": b"a cat"})
+    assert learnt(Img2Dataset("s", tmp_path)) == ["a cat"]
+
+
+def test_a_record_is_named_by_its_line(tmp_path: Path) -> None:
+    """Line 2, which is bad, and line 3 had one key."""
+    write_folder(tmp_path, {"0.jpg": JPEG, "p.jsonl": b'{"image": "0.jpg", "caption": "a"}\n{\n{"caption": "b"}\n'})
+    source = CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)
+    assert [item.key for item in read_all(source)] == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]
+    assert "line 1 column 2" in details(source)[0] and "(image_pattern)" in details(source)[1]
+
+
+def test_a_threshold_in_scientific_notation_counts(tmp_path: Path) -> None:
+    assert read_filters({"min_score": "1e-3"}, "x", root=tmp_path).min_score == 0.001
+    with pytest.raises(ConfigError, match="expected a number"):
+        read_filters({"min_score": "low"}, "x", root=tmp_path)
+
+
+def test_a_recipe_of_windows(tmp_path: Path) -> None:
+    text = "sources:\r\n  - {name: t, type: text, path: t.jsonl}\r\nnum_queries: 4\r\nnum_ranks: 2000\r\n"
+    for data in (text.encode(), codecs.BOM_UTF8 + text.encode()):
+        (tmp_path / "r.yaml").write_bytes(data)
+        assert load_recipe(tmp_path / "r.yaml").sources[0].source.name == "t"
+    (tmp_path / "r.yaml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"r\.yaml: no UTF-8 .*; save it as UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
