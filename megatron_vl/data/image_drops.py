@@ -18,6 +18,7 @@ from megatron_vl.data.filters.duplicates import like_any, looks_of, repeated
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.gather import Images, Samples
 from megatron_vl.data.image import decode_image
+from megatron_vl.data.sources.file_kinds import is_clutter
 from megatron_vl.errors import DataError, SkipSample
 
 Mask = npt.NDArray[np.bool_]
@@ -81,6 +82,8 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
     looks: set[int] = set()
     if path.is_dir():
         for file in sorted(item for item in path.rglob("*") if item.is_file()):
+            if is_clutter(file.relative_to(path).as_posix()):
+                continue
             data = file.read_bytes()
             try:
                 looks.add(looks_of(decode_image(data)))

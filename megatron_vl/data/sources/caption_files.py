@@ -19,7 +19,7 @@ from typing import Any, Literal
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
-from megatron_vl.data.sources.file_kinds import holds, is_clutter, refuse_compressed
+from megatron_vl.data.sources.file_kinds import holds, plain_files
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.jsonl import Line, line_shards, read_lines
 from megatron_vl.data.sources.record_files import read_records, record_shards
@@ -76,8 +76,7 @@ class CaptionFiles(Source):
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return [self.path]
-        refuse_compressed(self.path, FORMS[:2])
-        files = sorted(file for form in FORMS[:2] for file in self.path.glob(f"*{form}") if not is_clutter(file.name))
+        files = plain_files(self.path, FORMS[:2])
         if not files:
             raise DataError(f"{self.path}: no .jsonl and no .tsv in this folder{holds(self.path)}")
         return files

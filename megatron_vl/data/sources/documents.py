@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_vl.data.sources.base import Shard, Skipped, hash_of_files, skipped, unreadable
 from megatron_vl.data.sources.file_kinds import is_clutter
-from megatron_vl.data.sources.zips import check_zip, list_folder, read_member
+from megatron_vl.data.sources.zips import check_zip, list_members, read_member
 from megatron_vl.errors import DataError, SkipSample
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -75,7 +75,7 @@ def read_documents(shard: Shard, suffixes: tuple[str, ...]) -> Iterator[Document
 def _names(place: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Names of the documents of a folder, an archive or a single file, sorted."""
     if place.suffix == ".zip":
-        return sorted(name for suffix in suffixes for name in list_folder(place, suffix))
+        return list_members(place, suffixes)
     if place.is_file():
         return [place.name]
     return [file.relative_to(place).as_posix() for file in _files(place, suffixes)]

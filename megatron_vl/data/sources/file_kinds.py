@@ -55,6 +55,20 @@ def holds(folder: Path) -> str:
     return f"; it holds {', '.join(names[:5])}{more}" if names else "; it is empty"
 
 
+def plain_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder that end in one of ``suffixes``, sorted.
+
+    Raises DataError for what would be passed over: such files in folders below, or compressed ones.
+    """
+    refuse_compressed(folder, suffixes)
+    found = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
+    found = [file for file in found if not is_clutter(file.relative_to(folder).as_posix())]
+    for file in found:
+        if file.parent != folder:
+            raise DataError(f"{file}: lies deeper than is looked, which is in {folder}; move it, or make it a source")
+    return found
+
+
 def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:
     """Raise DataError for a compressed file beside those of a folder that are read, which would be passed over."""
     for entry in sorted(folder.iterdir()):

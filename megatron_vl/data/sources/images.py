@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]
     plain = {name: _plain(value) for name, value in record.items()}
     values = {name: value for name, value in plain.items() if isinstance(value, (int, str))}
     try:
-        return [_NAMES.vformat(pattern, (), values) for pattern in patterns]
+        return [_Names().vformat(pattern, (), values) for pattern in patterns]
     except KeyError as error:
         found = sorted(values)[:8]
         raise SkipSample("missing_field", f"no {error} for the image's name (image_pattern); found {found}") from error
@@ -82,9 +83,6 @@ class _Names(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         is_digits = isinstance(value, str) and format_spec.endswith("d") and value.isascii() and value.isdigit()
         return super().format_field(int(value) if is_digits else value, format_spec)
-
-
-_NAMES = _Names()
 
 
 def _plain(value: Any) -> Any:
@@ -123,6 +121,8 @@ def read_bytes(root: Path, name: str) -> bytes:
         return _read_file(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = split_zip(path)
+        if inside is None and (other := _other_spelling(root, name)):
+            return read_bytes(root, other)
         if inside is None:
             hint = "; its name has backslashes, as on Windows, expected /" if "\\" in name else ""
             raise SkipSample("missing_image", f"{path}{hint}") from error
@@ -132,6 +132,15 @@ def read_bytes(root: Path, name: str) -> bytes:
         return read_member(*inside, MAX_IMAGE_BYTES)
     except FileNotFoundError as error:
         raise SkipSample("missing_image", str(path)) from error
+
+
+def _other_spelling(root: Path, name: str) -> str:
+    """The same name with its accents as characters of their own, or not, if a file has it; macOS stores names so."""
+    for form in () if name.isascii() else ("NFC", "NFD"):
+        other = unicodedata.normalize(form, name)
+        if other != name and os.path.exists(os.path.join(root, other)):
+            return other
+    return ""
 
 
 def _read_file(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from megatron_vl.errors import DataError
 
 BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
-IMAGE_STRUCT = {"bytes", "path"}
+IMAGE_STRUCT = frozenset({"bytes", "path"})
 """Fields of an image as Hugging Face's datasets stores it."""
 
 

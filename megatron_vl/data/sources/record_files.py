@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Shard, Skipped, skipped
-from megatron_vl.data.sources.file_kinds import holds, is_clutter, refuse_compressed
+from megatron_vl.data.sources.file_kinds import holds, plain_files
 from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.data.sources.jsonl import BLANK, MAX_LINE_BYTES, line_shards, read_lines
 from megatron_vl.data.sources.zips import open_file
@@ -51,8 +51,7 @@ def folder_shards(path: Path, records_per_shard: int) -> list[Shard]:
     """The shards of a file, or of all .jsonl files in a folder; raises DataError."""
     files = [path]
     if path.is_dir():
-        refuse_compressed(path, LINES_SUFFIXES[:1])
-        files = sorted(file for file in path.glob("*.jsonl") if not is_clutter(file.name))
+        files = plain_files(path, LINES_SUFFIXES)
     if not files:
         raise DataError(f"{path}: no .jsonl file in this folder{holds(path)}")
     return [shard for file in files for shard in record_shards(file, records_per_shard)]
@@ -95,7 +94,7 @@ def is_lines(path: Path) -> bool:
                     "jq -c . OLD > NEW"
                 )
             return not first.startswith(b"[")
-        return first.startswith(b"{") and _is_whole(first) and _next_line(stream).startswith(b"{")
+        return first.startswith(b"{") and _next_line(stream).startswith(b"{") and _is_whole(first)
 
 
 def require_lines(path: Path) -> None:

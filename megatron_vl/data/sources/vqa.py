@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in, words_of
-from megatron_vl.data.sources.file_kinds import is_clutter
+from megatron_vl.data.sources.file_kinds import plain_files
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.json_stream import iter_array
 from megatron_vl.data.sources.record_files import Record, read_records, record_shards
@@ -107,7 +107,7 @@ class VQA(Source):
     def _files(self) -> list[Path]:
         if not self.questions.is_dir():
             return [self.questions]
-        files = sorted(file for file in self.questions.glob("*.json") if not is_clutter(file.name))
+        files = plain_files(self.questions, (".json",))
         if not files:
             raise DataError(f"{self.questions}: no .json file in this folder; expected the questions")
         return files

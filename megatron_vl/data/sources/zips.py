@@ -80,6 +80,12 @@ def list_folder(path: Path, suffix: str) -> list[str]:
     return sorted(name for name in inside_folder if name.endswith(suffix) and not is_clutter(name))
 
 
+def list_members(archive: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted names of all members, in whatever folder, that end in one of ``suffixes``."""
+    names = _open_zip(archive, os.getpid()).namelist()
+    return sorted(name for name in names if name.lower().endswith(suffixes) and not is_clutter(name))
+
+
 def check_zip(archive: Path) -> None:
     """Raise DataError if the file is no zip archive."""
     _open_zip(archive, os.getpid())

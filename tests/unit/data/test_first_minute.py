@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import json
+import unicodedata
+import zipfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from megatron_vl.data.filters.options import read_filters
+from megatron_vl.data.image_drops import _benchmark_hashes
 from megatron_vl.data.recipe import load_recipe
 from megatron_vl.data.sources.caption_files import CaptionFiles
+from megatron_vl.data.sources.documents import Document, document_shards, read_documents
 from megatron_vl.data.sources.img2dataset import Img2Dataset
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.data.sources.text import Text
 from megatron_vl.errors import ConfigError, DataError
+from tests.unit.data.prepared import png
 from tests.unit.data.reading import JPEG, details, learnt, pair, read_all, write_folder, write_tar
 
 
@@ -91,3 +98,40 @@ def test_a_recipe_of_windows(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(text.encode("utf-16"))
     with pytest.raises(ConfigError, match=r"r\.yaml: no UTF-8 .*; save it as UTF-8"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_lines_that_lie_deeper_are_no_silent_loss(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.jsonl": b'{"text": "a"}', "b/c.jsonl": b'{"text": "c"}', "b/.c.jsonl": b""})
+    for source in (Text("t", tmp_path), CaptionFiles("p", tmp_path, tmp_path)):
+        with pytest.raises(DataError, match=r"b/c\.jsonl: lies deeper than is looked"):
+            source.shards()
+    (tmp_path / "b" / "c.jsonl").unlink()
+    assert learnt(Text("t", tmp_path)) == ["a"]
+
+
+def test_documents_in_folders_of_a_zip_are_found(tmp_path: Path) -> None:
+    """``zip -r a.zip docs``: what does not lie at the top of an archive was passed over."""
+    names = ["docs/a.pdf", "docs/b/C.PDF", "d.pdf", "__MACOSX/docs/._a.pdf", "docs/.e.pdf"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    shards = document_shards(tmp_path, (".pdf",), 2)
+    documents = [item for shard in shards for item in read_documents(shard, (".pdf",))]
+    assert [item.key for item in documents] == ["a.zip/d.pdf", "a.zip/docs/a.pdf", "a.zip/docs/b/C.PDF"]
+    assert all(isinstance(item, Document) and item.data.decode() in names for item in documents)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_name_with_accents_is_found_however_it_is_spelt(tmp_path: Path, stored: Literal["NFC", "NFD"]) -> None:
+    """macOS stores names with the accents apart; a JSON file from elsewhere has them together."""
+    name = unicodedata.normalize(stored, "Café 한.jpg")
+    named = unicodedata.normalize("NFD" if stored == "NFC" else "NFC", name)
+    record = json.dumps({"image": named, "caption": "a cup"}).encode()
+    write_folder(tmp_path, {name: JPEG, "p.jsonl": record})
+    assert learnt(CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)) == ["a cup"]
+
+
+def test_a_folder_of_a_benchmark_may_hold_what_systems_leave(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": png(3, 40), ".DS_Store": b"\0", "Thumbs.db": b"\0"})
+    digests, looks = _benchmark_hashes(tmp_path)
+    assert len(digests) == len(looks) == 1
