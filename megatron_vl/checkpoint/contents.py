@@ -23,18 +23,17 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import nn
 
 from megatron_vl.checkpoint import optimizer_state, store
+from megatron_vl.checkpoint.same_model import check_same_model
 from megatron_vl.checkpoint.streaming import StreamingStrategy
 from megatron_vl.checkpoint.verification import Verified, verify_together
 from megatron_vl.config.load import dump_config
-from megatron_vl.config.schema import ModelConfig, RunConfig
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import rng
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
 
 T = TypeVar("T")
-
-_NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_logn_attn"})
 
 _EXTRA_STATE = "_extra_state"
 """Ends the names under which Transformer Engine keeps bytes of its own, which it unpickles without looking when it is
@@ -154,28 +153,6 @@ def load(
         rng.load_state_dict(streams[topology.rank])
     progress: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     return progress
-
-
-def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose sizes are not the run's.
-
-    The image size may differ, and so may what evaluation does above the native length: no weight depends on them.
-
-    Raises:
-        CheckpointError: lists every size that differs.
-    """
-    differences = []
-    for part in ("vision", "resampler", "language"):
-        ours, theirs = vars(getattr(wanted, part)), vars(getattr(saved, part))
-        differences += [
-            f"{part}.{name} is {theirs[name]} in the checkpoint and {value} in this run"
-            for name, value in ours.items()
-            if theirs[name] != value and name not in _NO_WEIGHT_DEPENDS_ON
-        ]
-    if wanted.num_ranks != saved.num_ranks:
-        differences.append(f"num_ranks is {saved.num_ranks} in the checkpoint and {wanted.num_ranks} in this run")
-    if differences:
-        raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(differences))
 
 
 def _model(trained: Trained) -> dict[str, Any]:

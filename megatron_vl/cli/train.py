@@ -75,17 +75,20 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
     check_device(_num_parameters(config), cuda=cuda)
     validate(config, world_size=world_size, cuda=cuda)
     resolve_layout(config)
-    _check_data(config, world_size, cuda=cuda)
+    _check_files(config, world_size, cuda=cuda)
 
 
-def _check_data(config: RunConfig, world_size: int, *, cuda: bool) -> None:
-    """Refuse data sets that do not fit the run, and a step whose rows do not divide over the ranks."""
+def _check_files(config: RunConfig, world_size: int, *, cuda: bool) -> None:
+    """Refuse what the data sets' manifests and the checkpoint's small files tell, and rows that do not divide."""
     from megatron_vl.data.plan import DataPlan
+    from megatron_vl.training.start import check_start
 
-    counted, _ = DataPlan.read(config).count_rows(config, world_size)
+    plan = DataPlan.read(config)
+    counted, _ = plan.count_rows(config, world_size)
     validate(counted, world_size=world_size, cuda=cuda)
     if config.data.valid_data_path:
         DataPlan.read(config, key="valid_data_path")
+    check_start(config, plan.fingerprint)
 
 
 def _num_parameters(config: RunConfig) -> int:

@@ -7,6 +7,7 @@ a recipe, which are counted for the paper's mixtures, mean on a smaller one: man
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,18 @@ class DataPlan:
     def samples_per_row(self) -> float:
         """Mean samples in a row, over the blend: rows of a step = samples / this."""
         return mean_over([manifest.samples_per_row for _, manifest in self.data_sets], self.blend)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve digits that change with the prepared rows, their weights and the seed of their order.
+
+        They know the files' contents but not their place, so a data set may be moved.
+        """
+        weights = self.blend.weights or (1.0,) * len(self.data_sets)
+        parts = [f"{weight} {item.fingerprint}" for weight, (_, item) in zip(weights, self.data_sets, strict=True)]
+        if self.blend.weights is not None:
+            parts.append(Blend.ORDER)
+        return hashlib.sha256("\n".join([str(self.blend.seed), *parts]).encode()).hexdigest()[:12]
 
     def count_rows(self, config: RunConfig, world_size: int) -> tuple[RunConfig, str | None]:
         """Return ``config`` with a batch of samples turned into rows, and a sentence that says so.

@@ -8,16 +8,12 @@ missing on some ranks for any other reason than that nothing there would use it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.blend import Blend
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
-from megatron_vl.data.manifest import read_manifest
 from megatron_vl.parallel.collectives import share_outlines
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, image_cost
@@ -80,15 +76,3 @@ def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]
         image_cost=image_cost(config.model, FrozenParts.of(config.training)),
     )
     return Feed(loader, topology)
-
-
-def data_fingerprint(config: RunConfig) -> str:
-    """Twelve digits that change with the prepared rows, their weights and the seed of their order.
-
-    It knows the files' contents but not their place, so a data set may be moved.
-    """
-    pairs = parse_data_path(config.data.data_path)
-    parts = [f"{weight} {read_manifest(prefix).fingerprint}" for weight, prefix in pairs]
-    if len(pairs) < len(config.data.data_path):
-        parts.append(Blend.ORDER)
-    return hashlib.sha256("\n".join([str(config.training.seed), *parts]).encode()).hexdigest()[:12]

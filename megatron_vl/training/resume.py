@@ -1,16 +1,16 @@
-"""Where a run starts: which checkpoint it goes on from, and what is refused.
+"""Which checkpoint a run goes on from, found and loaded by all ranks together.
 
-``--auto-resume`` goes on from the newest checkpoint of ``checkpoint.save`` that is whole. Newer ones that are damaged
-are renamed, since a run that comes to their step again must be able to save it; nothing of them is removed. A
-checkpoint that is named, with ``--load`` or ``--pretrained-checkpoint``, is either that one or an error. Rank 0 looks
-at directories for all ranks, so that those which see a shared disk at different moments decide alike.
+``start.py`` says what the configuration asks for. ``--auto-resume`` goes on from the newest checkpoint of
+``checkpoint.save`` that is whole. Newer ones that are damaged are renamed, since a run that comes to their step again
+must be able to save it; nothing of them is removed. Rank 0 looks at directories for all ranks, so that those which see
+a shared disk at different moments decide alike.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training import not_finite
 from megatron_vl.training.parallel_model import ParallelModel
+from megatron_vl.training.start import Start, choose_start
 from megatron_vl.training.state import TrainState
 
 T = TypeVar("T")
@@ -34,82 +35,35 @@ class Source:
     """Where a run's weights come from, and what comes with them."""
 
     checkpoint: Verified
-    optimizer: bool
-    rng: bool
-    progress: bool
+    comes_with: Start
 
 
-def choose_source(config: RunConfig, topology: Topology) -> Source | None:
-    """Decide what to load, the same on all ranks; refuse to start over in a directory that holds checkpoints.
+def find_source(config: RunConfig, topology: Topology) -> Source | None:
+    """Find what to load, the same on all ranks, and verify it.
 
     Raises:
-        CheckpointError: the save directory holds checkpoints that this run would not continue, or what is to be loaded
-            is absent or damaged.
+        CheckpointError: as :func:`megatron_vl.training.start.choose_start`, or what is to be loaded is damaged.
     """
-    checkpoint = config.checkpoint
-    root = Path(checkpoint.save) if checkpoint.save else None
-    saved = _on_rank_0(lambda: store.steps_named(root) if root else [])
-    if root and saved and checkpoint.auto_resume:
-        return Source(_newest_whole(root, saved, topology), optimizer=True, rng=True, progress=True)
-    resumes = checkpoint.load is not None and not checkpoint.finetune
-    if saved and not resumes:
-        raise CheckpointError(
-            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
-            "would start over: add --auto-resume to go on from there, or choose an empty directory"
-        )
-    if checkpoint.load:
-        return Source(
-            _named(Path(checkpoint.load), topology),
-            optimizer=resumes and not checkpoint.no_load_optim,
-            rng=resumes and not checkpoint.no_load_rng,
-            progress=resumes,
-        )
-    if checkpoint.pretrained_checkpoint:
-        named = _named(Path(checkpoint.pretrained_checkpoint), topology)
-        return Source(named, optimizer=False, rng=False, progress=False)
-    return None
+    start: Start | None = _on_rank_0(lambda: choose_start(config))
+    if start is None:
+        return None
+    if not start.may_fall_back:
+        return Source(_named(start.path, topology), start)
+    steps: list[int] = _on_rank_0(lambda: store.steps_named(start.path))
+    return Source(_newest_whole(start.path, steps, topology), start)
 
 
 def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:
     """Load what a source says into the model and its optimizer; where the run stands then."""
-    trained = contents.Trained(model.chunks, model.optimizer if source.optimizer else None)
-    progress = contents.load(trained, source.checkpoint, config=config, topology=topology, load_rng=source.rng)
-    if not source.optimizer:
+    trained = contents.Trained(model.chunks, model.optimizer if source.comes_with.optimizer else None)
+    load_rng = source.comes_with.rng
+    progress = contents.load(trained, source.checkpoint, config=config, topology=topology, load_rng=load_rng)
+    if not source.comes_with.optimizer:
         # The optimizer keeps fp32 copies of the weights, made when it was built.
         model.optimizer.reload_model_params()
     not_finite.check_loaded(model, topology, source.checkpoint.path)
-    log_rank_0(f"loaded {source.checkpoint.path}" + ("" if source.progress else " (weights only)"))
-    return TrainState(**progress) if source.progress else TrainState()
-
-
-def check_nothing_later(state: TrainState, config: RunConfig) -> None:
-    """Refuse a save directory whose later checkpoints this run would come upon after hours of training.
-
-    Raises:
-        CheckpointError: there are such checkpoints.
-    """
-    save = config.checkpoint.save
-    later = [step for step in store.steps_named(Path(save)) if step > state.step] if save else []
-    if later:
-        raise CheckpointError(
-            f"checkpoint.save: {save} holds step {later[-1]}, and this run goes on from step {state.step}: remove the "
-            "later checkpoints, or save to another directory"
-        )
-
-
-def check_same_rows(state: TrainState, data: str) -> TrainState:
-    """Refuse to go on with other rows, or in another order, than the position in the data was counted in.
-
-    Raises:
-        CheckpointError: the data sets, their weights or the seed have changed.
-    """
-    if state.data and state.data != data:
-        raise CheckpointError(
-            f"data.data_path, its files or training.seed have changed since step {state.step}: rows {state.data} then, "
-            f"{data} now. Go on with the same ones, or start from the weights with --pretrained-checkpoint (or --load "
-            "with --finetune) and an empty save directory"
-        )
-    return replace(state, data=data)
+    log_rank_0(f"loaded {source.checkpoint.path}" + ("" if source.comes_with.progress else " (weights only)"))
+    return TrainState(**progress) if source.comes_with.progress else TrainState()
 
 
 def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:

@@ -23,10 +23,11 @@ from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import resolve_layout
 from megatron_vl.training import not_finite
-from megatron_vl.training.feed import Feed, data_fingerprint, open_feed
+from megatron_vl.training.feed import Feed, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
-from megatron_vl.training.resume import check_nothing_later, check_same_rows, choose_source, load_source
+from megatron_vl.training.resume import find_source, load_source
+from megatron_vl.training.start import check_nothing_later, check_same_rows
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import evaluate, train_step
 from megatron_vl.training.stopping import StopRequest
@@ -76,12 +77,12 @@ class Run:
         validation = None
         if config.data.valid_data_path:
             validation = open_feed(config, topology, data_path=config.data.valid_data_path)
-        source = choose_source(config, topology)
+        source = find_source(config, topology)
         model = build_parallel_model(config, topology, fresh_weights=source is None)
         state = TrainState()
         if source:
             state = load_source(source, model, config=config, topology=topology)
-        state = check_same_rows(state, data_fingerprint(config))
+        state = check_same_rows(state, DataPlan.read(config).fingerprint)
         check_nothing_later(state, config)
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")

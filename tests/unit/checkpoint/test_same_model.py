@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vl.checkpoint.contents import check_same_model
+from megatron_vl.checkpoint.same_model import check_same_model
 from megatron_vl.errors import CheckpointError
 from tests.helpers.tiny import MODEL
 

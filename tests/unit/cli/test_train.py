@@ -150,6 +150,15 @@ def test_mistakes_are_one_message_and_status_2(
     assert not found.out and started == []
 
 
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_starts(
+    flag: str, data: str, started: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for check in (["--check"], []):
+        assert main(["--preset", "tiny", "--data-path", data, flag, "nowhere", *check]) == 2
+        assert "error: nowhere does not exist" in capsys.readouterr().err and not started
+
+
 def test_7b_without_cuda_is_refused(
     tmp_path: Path, started: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,9 +188,16 @@ def test_other_ranks_wait_for_rank_0_to_speak(
 
 @pytest.mark.parametrize(
     "argv",
-    ["--help", "--preset tiny --dry-run", "--preset tiny --dry-run --data-path nowhere", "--preset tiny --check"],
+    [
+        "--help",
+        "--preset tiny --dry-run",
+        "--preset tiny --dry-run --data-path DATA",
+        "--preset tiny --dry-run --data-path nowhere",
+        "--preset tiny --check",
+        "--preset tiny --check --data-path DATA --load nowhere",
+    ],
 )
-def test_nothing_heavy_is_imported(argv: str) -> None:
+def test_nothing_heavy_is_imported(argv: str, data: str) -> None:
     code = (
         "import sys; sys.argv[1:] = sys.argv[2:]\n"
         "from megatron_vl.cli.train import main\n"
@@ -190,7 +206,7 @@ def test_nothing_heavy_is_imported(argv: str) -> None:
         "heavy = {'torch', 'megatron', 'transformers', 'PIL', 'tiktoken'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    command = [sys.executable, "-c", code, "-", *argv.split()]
+    command = [sys.executable, "-c", code, "-", *argv.replace("DATA", data).split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,124 @@
+"""Where a run starts, as its configuration and the files say: what ``--check`` refuses without torch.
+
+``--auto-resume`` goes on from a checkpoint of ``checkpoint.save``; a checkpoint that is named, with ``--load`` or
+``--pretrained-checkpoint``, is either that one or an error. What only the bytes of a checkpoint can tell is found when
+it is loaded (``resume.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_vl.checkpoint import store
+from megatron_vl.checkpoint.same_model import check_same_model
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, if not with fresh weights."""
+
+    path: Path
+    """A checkpoint, or a directory of them."""
+    optimizer: bool
+    rng: bool
+    progress: bool
+    may_fall_back: bool = False
+    """The newest one that is whole will do; otherwise it is the one that was named, or none."""
+
+
+def choose_start(config: RunConfig) -> Start | None:
+    """Return what the configuration asks to load, None for fresh weights.
+
+    Raises:
+        CheckpointError: the save directory holds checkpoints that this run would not continue.
+    """
+    checkpoint = config.checkpoint
+    root = Path(checkpoint.save) if checkpoint.save else None
+    saved = store.steps_named(root) if root else []
+    if root and saved and checkpoint.auto_resume:
+        return Start(root, optimizer=True, rng=True, progress=True, may_fall_back=True)
+    resumes = checkpoint.load is not None and not checkpoint.finetune
+    if saved and not resumes:
+        raise CheckpointError(
+            f"checkpoint.save: {checkpoint.save} already holds checkpoints (newest: step {saved[-1]}), and this run "
+            "would start over: add --auto-resume to go on from there, or choose an empty directory"
+        )
+    if checkpoint.load:
+        return Start(
+            Path(checkpoint.load),
+            optimizer=resumes and not checkpoint.no_load_optim,
+            rng=resumes and not checkpoint.no_load_rng,
+            progress=resumes,
+        )
+    if checkpoint.pretrained_checkpoint:
+        return Start(Path(checkpoint.pretrained_checkpoint), optimizer=False, rng=False, progress=False)
+    return None
+
+
+def check_start(config: RunConfig, data: str) -> None:
+    """Refuse what a checkpoint's small files already tell: another model, other rows, later checkpoints.
+
+    Args:
+        data: fingerprint of the rows of this run.
+
+    Raises:
+        CheckpointError: as the run would, when it has started all ranks and built the model.
+    """
+    start = choose_start(config)
+    if start is None:
+        return
+    try:
+        state = _check_checkpoint(start, config)
+    except DamagedCheckpointError:
+        if start.may_fall_back:  # the run finds the newest one that is whole
+            return
+        raise
+    if start.progress:
+        check_nothing_later(check_same_rows(state, data), config)
+
+
+def _check_checkpoint(start: Start, config: RunConfig) -> TrainState:
+    """Refuse a checkpoint of another model; return the progress of the one that the run would load."""
+    checkpoint = store.resolve(start.path)
+    if start.may_fall_back:  # the newest itself: the tracker is a hint
+        checkpoint = store.directory_of(start.path, store.steps_in(start.path)[-1])
+    check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
+    try:
+        return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedCheckpointError(f"{checkpoint / 'state.json'}: cannot be read ({error})") from error
+
+
+def check_nothing_later(state: TrainState, config: RunConfig) -> None:
+    """Refuse a save directory whose later checkpoints this run would come upon after hours of training.
+
+    Raises:
+        CheckpointError: there are such checkpoints.
+    """
+    save = config.checkpoint.save
+    later = [step for step in store.steps_named(Path(save)) if step > state.step] if save else []
+    if later:
+        raise CheckpointError(
+            f"checkpoint.save: {save} holds step {later[-1]}, and this run goes on from step {state.step}: remove the "
+            "later checkpoints, or save to another directory"
+        )
+
+
+def check_same_rows(state: TrainState, data: str) -> TrainState:
+    """Refuse to go on with other rows, or in another order, than the position in the data was counted in.
+
+    Raises:
+        CheckpointError: the data sets, their weights or the seed have changed.
+    """
+    if state.data and state.data != data:
+        raise CheckpointError(
+            f"data.data_path, its files or training.seed have changed since step {state.step}: rows {state.data} then, "
+            f"{data} now. Go on with the same ones, or start from the weights with --pretrained-checkpoint (or --load "
+            "with --finetune) and an empty save directory"
+        )
+    return replace(state, data=data)

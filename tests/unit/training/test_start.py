@@ -1,0 +1,78 @@
+"""What ``--check`` refuses of a checkpoint, from its small files and without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vl.checkpoint import store
+from megatron_vl.config.load import dump_config
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.schema import CheckpointConfig, RunConfig
+from megatron_vl.errors import CheckpointError
+from megatron_vl.training.start import check_start, choose_start
+
+TINY = RunConfig(model=PRESETS["tiny"])
+ROWS = "0123456789ab"
+
+
+def _commit(root: Path, step: int, *, config: RunConfig = TINY, state: dict[str, Any] | None = None) -> Path:
+    staging = store.open_staging(root, step)
+    (staging / store.CONFIG).write_text(dump_config(config), encoding="utf-8")
+    (staging / "state.json").write_text(json.dumps(state or {"step": step, "data": ROWS}), encoding="utf-8")
+    files = [store.record_file(path) for path in sorted(staging.iterdir())]
+    return store.commit(staging, root, step=step, files=files, facts={})
+
+
+def _check(config: RunConfig = TINY, data: str = ROWS, **checkpoint: Any) -> None:
+    check_start(dataclasses.replace(config, checkpoint=CheckpointConfig(**checkpoint)), data)
+
+
+def test_a_run_with_fresh_weights_needs_nothing(tmp_path: Path) -> None:
+    _check()
+    _check(save=str(tmp_path / "new"), auto_resume=True)
+    assert choose_start(TINY) is None
+
+
+@pytest.mark.parametrize("key", ["load", "pretrained_checkpoint"])
+def test_a_checkpoint_that_is_named_must_be_there_and_of_this_model(tmp_path: Path, key: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        _check(**{key: str(tmp_path / "absent")})
+    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
+        _check(**{key: str(tmp_path)})
+    path = _commit(tmp_path, 5)
+    _check(**{key: str(tmp_path)})
+    with pytest.raises(CheckpointError, match=r"of another model: .*language.num_layers is 3 in the checkpoint and 8"):
+        _check(RunConfig(model=PRESETS["small"]), **{key: str(path)})
+    (path / store.CONFIG).write_text("model: {}\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        _check(**{key: str(tmp_path)})
+
+
+def test_progress_must_fit_the_data_and_the_save_directory(tmp_path: Path) -> None:
+    first = _commit(tmp_path, 5)
+    _commit(tmp_path, 9)
+    with pytest.raises(CheckpointError, match="have changed since step 9"):
+        _check(data="other", load=str(tmp_path))
+    _check(data="other", load=str(tmp_path), finetune=True)
+    _check(data="other", pretrained_checkpoint=str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds step 9, and this run goes on from step 5"):
+        _check(load=str(first), save=str(tmp_path))
+    with pytest.raises(CheckpointError, match="would start over: add --auto-resume"):
+        _check(save=str(tmp_path))
+
+
+def test_auto_resume_leaves_a_damaged_newest_checkpoint_to_the_run(tmp_path: Path) -> None:
+    _commit(tmp_path, 5)
+    newest = _commit(tmp_path, 9)
+    _check(save=str(tmp_path), auto_resume=True)
+    with pytest.raises(CheckpointError, match="have changed since step 9"):
+        _check(data="other", save=str(tmp_path), auto_resume=True)
+    (newest / store.CONFIG).write_text("damaged", encoding="utf-8")
+    _check(save=str(tmp_path), auto_resume=True)
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        _check(load=str(newest))
