@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,14 +42,30 @@ class Question:
     annotators: tuple[str, ...] = ()
 
 
+_FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
+
+
 def ask(sample: Sample) -> Question | None:
-    """The question of a sample of a task with an image; None for text documents and dialogues."""
-    if sample.task in ("text", "chat", "interleaved"):
+    """The question of a sample; None for documents, and for dialogues that do not begin with their only image."""
+    if sample.task in ("text", "interleaved"):
         return None
+    if sample.task == "chat":
+        return _ask_in_dialogue(sample)
     prompt = "".join(piece.text for piece in render_prompt(sample) if piece.kind != "image")
     answer = "".join(piece.text for piece in render(sample) if piece.supervised)
     key = f"{sample.source}/{sample.key}"
     return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data, sample.annotators)
+
+
+def _ask_in_dialogue(sample: Sample) -> Question | None:
+    """The first exchange of a dialogue, for ``generate.py --chat-format chatml``, which puts ``Picture 1`` there."""
+    exchange = [turn for turn in sample.turns if turn.role != "system"][:2]
+    if [turn.role for turn in exchange] != ["user", "assistant"] or len(sample.images) != 1:
+        return None
+    query, num_pictures = _FIRST_PICTURE.subn("", exchange[0].text)
+    if num_pictures != 1 or _FIRST_PICTURE.match(exchange[0].text) is None:
+        return None
+    return Question(f"{sample.source}/{sample.key}", "chat", query, exchange[1].text, sample.images[0].data)
 
 
 def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:

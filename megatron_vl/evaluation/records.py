@@ -5,6 +5,7 @@
     <stage folder>/metrics.jsonl   one line per logged training step            -> TrainingRecord
     data/<set>.json          packed data sets (:mod:`megatron_vl.data.manifest`)
     eval/predictions_{sighted,blind}.jsonl                                      -> Prediction
+    eval/replies.jsonl       of the model after stage 3, in dialogues           -> Prediction
     eval/losses.json         held-out losses                                    -> HeldOutLoss
     eval/checks.json         yes-or-no findings                                 -> Check
 

@@ -131,7 +131,7 @@ def read_report(run_dir: Path) -> Report:
         losses=_loss_rows(losses),
         curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
         layouts=tuple(row for stage in run.stages for row in _stage_layouts(run_dir, stage)),
-        examples=_examples(predictions),
+        examples=_examples(predictions) | _replies(run_dir),
         data=tuple(data_row(path.with_suffix("")) for path in _manifest_paths(run_dir)),
         times=time_rows(timings),
         seconds=total_seconds(timings),
@@ -226,6 +226,14 @@ def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tu
         for task in EXAMPLE_TASKS
     }
     return {task: cards for task, cards in found.items() if cards}
+
+
+def _replies(run_dir: Path) -> dict[str, tuple[Example, ...]]:
+    """The dialogues of the model after stage 3; none in a run of a version that asked none."""
+    path = run_dir / "eval" / "replies.jsonl"
+    replies = load_predictions(path) if path.exists() else ()
+    cards = make_examples(replies, blind={}, task="chat", count=EXAMPLES_PER_TASK)
+    return {"chat": cards} if cards else {}
 
 
 def _bar_cells(bars: Sequence[Bar]) -> list[tuple[str, ...]]:

@@ -119,7 +119,7 @@ class Plan:
         """All steps; a group may begin when the one before it has ended."""
         training = [[self._train("sighted", stage)] for stage in STAGES]
         control = [[self._train("blind", stage)] for stage in BLIND_STAGES]
-        answers = [self._answer("sighted"), self._answer("blind")]
+        answers = [self._answer("sighted"), self._answer("blind"), self._reply()]
         losses = [self._losses(evaluation) for evaluation in EVALUATIONS]
         exports = [self._export(stage) for stage in EXPORTED_STAGES]
         return [[self._raw()], self._data(), [self._inspect()], *training, *control, [*answers, *losses, *exports]]
@@ -172,23 +172,21 @@ class Plan:
 
     def _data(self) -> list[Step]:
         heldout = (*LOSS_TASKS, "chat")
-        questions = self.run_dir / "eval" / "questions.jsonl"
-        ask = (
-            *("python", "tools/make_questions.py", str(RECIPES / "data" / "heldout.yaml")),
-            *("--model-preset", PRESET, "--root", str(self.run_dir / "raw" / "heldout")),
-            *("--output", str(questions), "--limit", str(self.profile.questions)),
-        )
         return [
             self._prepare("training data", "train", tuple(stage.recipe for stage in STAGES)),
             self._prepare("held-out data", "heldout", tuple(f"heldout_{task}" for task in heldout)),
-            Step(
-                "held-out questions",
-                (ask,),
-                outputs=(questions,),
-                reads=(self.root / RECIPES / "data" / "heldout.yaml",),
-                after=("raw data",),
-            ),
+            self._ask("held-out questions", "heldout", "questions"),
+            self._ask("held-out dialogues", "heldout_chat", "dialogues"),
         ]
+
+    def _ask(self, name: str, recipe: str, output: str) -> Step:
+        path, questions = RECIPES / "data" / f"{recipe}.yaml", self.run_dir / "eval" / f"{output}.jsonl"
+        command: Command = (
+            *("python", "tools/make_questions.py", str(path)),
+            *("--model-preset", PRESET, "--root", str(self.run_dir / "raw" / "heldout")),
+            *("--output", str(questions), "--limit", str(self.profile.questions)),
+        )
+        return Step(name, (command,), outputs=(questions,), reads=(self.root / path,), after=("raw data",))
 
     def _prepare(self, name: str, split: str, recipes: tuple[str, ...]) -> Step:
         def prepare(recipe: str) -> Command:
@@ -262,6 +260,16 @@ class Plan:
             outputs=(output,),
             after=("held-out questions", _step_name(model, STAGES[2])),
         )
+
+    def _reply(self) -> Step:
+        output = self.run_dir / "eval" / "replies.jsonl"
+        command: Command = (
+            *("python", "tools/generate.py", "--checkpoint", str(self.checkpoints("sighted", STAGES[3]))),
+            *("--inputs", str(self.run_dir / "eval" / "dialogues.jsonl"), "--output", str(output)),
+            *("--chat-format", "chatml"),
+        )
+        after = ("held-out dialogues", _step_name("sighted", STAGES[3]))
+        return Step("replies", (command,), outputs=(output,), after=after)
 
     def _losses(self, evaluation: Evaluation) -> Step:
         stage = next(stage for stage in STAGES if stage.name == evaluation.stage)

@@ -101,6 +101,8 @@ def _write_predictions(folder: Path, samples_per_task: int) -> None:
             question = _question(folder, task, index)
             sighted.append(question)
             blind.append({**question, "prediction": "<box>(100,100),(900,900)</box>"})
+    replies = [{**line, "task": "chat", "prompt": "Find it."} for line in sighted if line["task"] == "referring"]
+    _write_lines(folder / "replies.jsonl", replies)
     _write_lines(folder / "predictions_sighted.jsonl", sighted)
     _write_lines(folder / "predictions_blind.jsonl", blind)
 

@@ -37,6 +37,23 @@ SAMPLES = (
 )
 
 
+def test_a_dialogue_is_asked_by_its_first_exchange() -> None:
+    def chat(*texts: str, images: tuple[ImageRef, ...] = IMAGES) -> Sample:
+        turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+        return Sample("d", "s", "chat", images=images, turns=turns)
+
+    question = ask(chat("Picture 1: <img>a.png</img>\nFind <ref>it</ref>.", "Here.", "And?", "No."))
+    assert question is not None
+    assert (question.prompt, question.reference) == ("Find <ref>it</ref>.", "Here.")
+    first = ask(chat("<img>a.png</img>What?", "That."))
+    assert first is not None and first.prompt == "What?"
+    assert ask(chat("Hi", "Hello", images=())) is None
+    assert ask(chat("Look: <img>a.png</img> What?", "That.")) is None
+    assert ask(chat("<img>a</img><img>b</img>What?", "That.", images=IMAGES * 2)) is None
+    assert ask(chat("Hi", "Hello", "<img>a.png</img>What?", "That.")) is None
+    assert ask(chat("<img>a.png</img>What?")) is None
+
+
 @dataclass(frozen=True)
 class _Fixed(Source):
     samples: tuple[Sample | Skipped, ...] = ()

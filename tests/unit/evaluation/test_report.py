@@ -82,7 +82,8 @@ def test_page_tells_the_whole_story(page: str) -> None:
     ):
         assert text in page
     assert page.count("<svg") == 4
-    assert page.count("data:image/jpeg") == 8
+    assert page.count("data:image/jpeg") == 10
+    assert "First replies of the model after stage 3" in page and "Find it." in page
 
 
 def test_links_to_pages_of_data_sets_are_relative(run_dir: Path, page: str, tmp_path: Path) -> None:
@@ -115,6 +116,12 @@ def test_a_score_that_looking_did_not_raise_is_said_beside_what_was_met(tmp_path
     said = "Not required, and not reached: the score on ocr (recall of words) is 50.0\u00a0%, that of the blind model"
     assert said in render_text(report) and said in results_markdown(report)
     assert "the score on ocr" in render_page(report, run_dir)
+
+
+def test_a_run_without_dialogues_has_a_report(tmp_path: Path) -> None:
+    run_dir = write_fake_run(tmp_path, num_steps=5, samples_per_task=1)
+    (run_dir / "eval" / "replies.jsonl").unlink()
+    assert list(read_report(run_dir).examples) == ["referring", "caption", "vqa", "ocr"]
 
 
 def test_texts_of_the_run_are_escaped(page: str) -> None:
