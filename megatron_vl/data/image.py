@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_vl.data.resize import Resize, resize
 from megatron_vl.data.rgb import to_rgb
+from megatron_vl.data.sources.file_kinds import HEAD_BYTES, what_is
 from megatron_vl.errors import SkipSample
 
 
@@ -81,7 +82,8 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Iterator[Im
     except Image.DecompressionBombError as error:
         raise SkipSample("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:  # its own text names an address in memory, which is never the same
-        raise SkipSample("unreadable_image", f"none of {', '.join(limits.formats)}") from error
+        found = what_is(data[:HEAD_BYTES])
+        raise SkipSample("unreadable_image", found or f"none of {', '.join(limits.formats)}") from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
         # Pillow's format plug-ins raise any of these for damaged files.
         raise SkipSample("unreadable_image", f"{type(error).__name__}: {error}") from error

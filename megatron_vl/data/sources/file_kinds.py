@@ -58,15 +58,24 @@ def holds(folder: Path) -> str:
 def plain_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of a folder that end in one of ``suffixes``, sorted.
 
-    Raises DataError for what would be passed over: such files in folders below, or compressed ones.
+    Raises DataError for what would be passed over: such files in its folders, or compressed ones.
     """
     refuse_compressed(folder, suffixes)
-    found = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
-    found = [file for file in found if not is_clutter(file.relative_to(folder).as_posix())]
-    for file in found:
-        if file.parent != folder:
-            raise DataError(f"{file}: lies deeper than is looked, which is in {folder}; move it, or make it a source")
-    return found
+    for below in _folders(folder):
+        if deeper := _ending_in(below, suffixes):
+            where = f"{deeper[0]}: lies deeper than is looked, which is in {folder}"
+            raise DataError(f"{where}; move it, or make it a source")
+    return _ending_in(folder, suffixes)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_clutter(entry.name))
+
+
+def _ending_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    with os.scandir(folder) as entries:  # which may be those of a million images
+        named = [entry for entry in entries if entry.name.lower().endswith(suffixes)]
+    return sorted(folder / entry.name for entry in named if entry.is_file() and not is_clutter(entry.name))
 
 
 def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:

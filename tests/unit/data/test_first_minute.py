@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 
 from megatron_vl.data.filters.options import read_filters
+from megatron_vl.data.image import check_image
 from megatron_vl.data.image_drops import _benchmark_hashes
 from megatron_vl.data.recipe import load_recipe
 from megatron_vl.data.sources.caption_files import CaptionFiles
@@ -19,7 +20,7 @@ from megatron_vl.data.sources.documents import Document, document_shards, read_d
 from megatron_vl.data.sources.img2dataset import Img2Dataset
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.data.sources.text import Text
-from megatron_vl.errors import ConfigError, DataError
+from megatron_vl.errors import ConfigError, DataError, SkipSample
 from tests.unit.data.prepared import png
 from tests.unit.data.reading import JPEG, details, learnt, pair, read_all, write_folder, write_tar
 
@@ -129,6 +130,16 @@ def test_a_name_with_accents_is_found_however_it_is_spelt(tmp_path: Path, stored
     record = json.dumps({"image": named, "caption": "a cup"}).encode()
     write_folder(tmp_path, {name: JPEG, "p.jsonl": record})
     assert learnt(CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)) == ["a cup"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<html>404", "an HTML or XML page"),
+     (b"\0" * 99, "zero bytes"), (b"nothing", "none of JPEG")],
+)  # fmt: skip
+def test_an_image_that_is_none_is_named_as_what_it_is(data: bytes, said: str) -> None:
+    with pytest.raises(SkipSample, match=f"unreadable_image: .*{said}"):
+        check_image(data)
 
 
 def test_a_folder_of_a_benchmark_may_hold_what_systems_leave(tmp_path: Path) -> None:
