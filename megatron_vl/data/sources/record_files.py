@@ -42,7 +42,10 @@ def record_shards(path: Path, records_per_shard: int, key: str | None = None) ->
 
     Raises DataError if the file is missing, broken or of another form.
     """
-    if key is None and is_lines(path):
+    if is_lines(path):
+        if key is not None:
+            hint = "('records: \"\"' takes lines)"
+            raise DataError(f"{path}: holds an object a line; expected a list under {key!r} {hint}")
         return line_shards(path, records_per_shard)
     return array_shards(path, records_per_shard, key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import json
 import unicodedata
 import zipfile
@@ -20,6 +21,7 @@ from megatron_vl.data.sources.documents import Document, document_shards, read_d
 from megatron_vl.data.sources.img2dataset import Img2Dataset
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.data.sources.text import Text
+from megatron_vl.data.sources.vqa import VQA
 from megatron_vl.errors import ConfigError, DataError, SkipSample
 from tests.unit.data.prepared import png
 from tests.unit.data.reading import JPEG, details, learnt, pair, read_all, write_folder, write_tar
@@ -83,6 +85,16 @@ def test_a_record_is_named_by_its_line(tmp_path: Path) -> None:
     source = CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)
     assert [item.key for item in read_all(source)] == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]
     assert "line 1 column 2" in details(source)[0] and "(image_pattern)" in details(source)[1]
+
+
+def test_lines_where_a_key_is_expected_are_refused_with_the_option(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"image": "0.jpg", "question": "q", "answer": word}) + "\n" for word in "ab")
+    write_folder(tmp_path, {"0.jpg": JPEG, "q.jsonl": lines.encode(), "q.json": lines.encode()})
+    for name in ("q.jsonl", "q.json"):
+        source = VQA("v", tmp_path / name, tmp_path, image_pattern=("{image}",), answer_field="answer")
+        with pytest.raises(DataError, match=rf"{name}: holds an object a line; .* under 'questions' \('records: \"\"'"):
+            source.shards()
+        assert learnt(dataclasses.replace(source, records="")) == ["a", "b"]
 
 
 def test_a_threshold_in_scientific_notation_counts(tmp_path: Path) -> None:
