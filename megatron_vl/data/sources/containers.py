@@ -57,9 +57,13 @@ def _shards_in(path: Path) -> list[Path]:
     entries = sorted(entry for entry in path.iterdir() if not is_clutter(entry.name))
     refuse_compressed(path, (".tar", ".parquet"))
     tars = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
-    folders = [entry for entry in entries if entry.is_dir() and _has_image(entry)]
+    folders = []
     for entry in entries:
-        if entry.is_dir() and entry not in folders and (deeper := _first_shard_below(entry)):
+        if not entry.is_dir():
+            continue
+        if _has_image(entry):
+            folders.append(entry)
+        elif deeper := _first_shard_below(entry):
             raise DataError(
                 f"{deeper}: lies deeper than is looked, which is in {path} and in the folders of images in it; move "
                 "it, or make a source of its folder"
