@@ -241,7 +241,7 @@ def test_recipe_keys_and_defaults_are_those_of_the_code() -> None:
     assert set(documented) == set(fields)
     stated = {key: value.strip("`") for key, value in documented.items() if re.fullmatch(r"\d+|`\w+`", value)}
     stated.pop("max_sample_length")
-    assert stated == {key: str(fields[key]) for key in stated} and len(stated) >= 5
+    assert stated == {key: str(fields[key]).lower() for key in stated} and len(stated) >= 5
 
 
 def test_filters_are_those_of_the_code() -> None:
