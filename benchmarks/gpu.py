@@ -6,8 +6,8 @@ Each part is a process of its own with a time limit, so one that fails or hangs 
 it had by then are kept. Parts come in order of importance, and those that no time is left for are named. ``--small``
 runs the same parts at tiny sizes, on a CPU as well, which shows that they work and nothing else.
 
-It needs torch, megatron-core, numpy and PyYAML. Transformer Engine is used where it is installed; a part whose name
-ends in a backend uses that one. What the rows say: ``docs/results/gpu.md``.
+It needs torch, megatron-core, numpy and PyYAML, and psutil for checkpoints. Transformer Engine is used where it is
+installed; a part whose name ends in a backend uses that one. What the rows say: ``docs/results/gpu.md``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import Flops, FrozenParts, Work, step_flops, training_flops
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
@@ -179,10 +179,9 @@ def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str,
 
 def _report_parts(trained: Trained, report: Report, *, title: str, sizes: Sizes) -> None:
     """Each tower alone, forward and backward on what it really gets; hooks of data parallelism included."""
-    (batch,) = Arrivals(trained.batches[:1], trained.topology)
     flops = _tower_flops(trained.config, work_of(trained.batches[:1]))
     peak, _ = peak_flops()
-    for name, function in _towers(trained, batch):
+    for name, function in _towers(trained):
         milliseconds = median_ms(function, repeat=2 + sizes.steps)
         report.figure(f"{title}: {name}, ms a row", milliseconds)
         report.rate(f"{title}: {name}, TFLOP/s", flops[name] / milliseconds / 1e9, peak / 1e12, goal=None)
@@ -198,24 +197,39 @@ def _tower_flops(config: RunConfig, work: Work) -> dict[str, float]:
     }
 
 
-def _towers(trained: Trained, batch: MicroBatch) -> Iterator[tuple[str, Callable[[], None]]]:
+def _towers(trained: Trained) -> Iterator[tuple[str, Callable[[], None]]]:
     chunk = trained.model.chunks[0]
-    names = ("vision", "resampler", "language_model") if batch.slots.numel() else ("language_model",)
-    with _kept_inputs(chunk, names) as inputs:
-        chunk(batch)
+    names = ("vision", "resampler", "language_model") if trained.batches[0].slots.numel() else ("language_model",)
+    losses = chunk.language_model.token_losses
+    with (
+        _kept_inputs(chunk, names) as inputs,
+        mock.patch.object(chunk.language_model, "token_losses", _keeping(losses, inputs, "head")),
+    ):
+        trained.step(1)
     for name in names:
         yield name, _tower(getattr(chunk, name), *inputs[name])
-    hidden = norm_scaled(inputs["language_model"][0][0]).requires_grad_()
-
-    def head() -> None:
-        chunk.language_model.token_losses(hidden, positions=batch.supervised, targets=batch.targets).sum().backward()
-
-    yield "head", head
+    yield "head", _tower(losses, *inputs["head"])
 
 
-def _tower(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+def _keeping(function: Callable[..., Any], kept: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function, which also keeps what it was called with."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kept[name] = (_without_graph(args), kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _without_graph(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hidden states come first; the graph behind them would hold the activations of the towers before."""
+    return (args[0].detach().requires_grad_(args[0].requires_grad), *args[1:])
+
+
+def _tower(module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
     hidden = args[0]
-    trains = hidden.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+    own = module.parameters() if isinstance(module, nn.Module) else ()
+    trains = hidden.requires_grad or any(parameter.requires_grad for parameter in own)
 
     def run() -> None:
         with torch.set_grad_enabled(trains):
@@ -234,9 +248,7 @@ def _kept_inputs(chunk: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str,
 
     def keeper(name: str) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Without the graph behind it, which would hold the activations of the towers before.
-            hidden = args[0].detach().requires_grad_(args[0].requires_grad)
-            kept[name] = ((hidden, *args[1:]), kwargs)
+            kept[name] = (_without_graph(args), kwargs)
 
         return keep
 

@@ -14,6 +14,7 @@ from megatron_vl.model.freeze import freeze
 from megatron_vl.model.initialize import initialize, mark_tensor_parallel
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.model.rotary import LongContext
+from megatron_vl.parallel.rng import seed_layers
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
@@ -32,6 +33,7 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
     _check_validation(config, backend)
     context = _context(config, topology, backend, device=topology.device.type)
     virtual = topology.vp_size > 1
+    seed_layers(config.training.seed)
     chunks = [
         QwenVL(context, layout.stage(topology.pp_rank, chunk), vp_stage=chunk if virtual else None)
         for chunk in range(topology.vp_size)

@@ -20,6 +20,14 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    seed_layers(seed)
+
+
+def seed_layers(seed: int) -> None:
+    """Seed Megatron-Core's tensor-parallel streams alone.
+
+    A layer of Transformer Engine forks them when it is built, whoever fills its weights, so they have to be there.
+    """
     core_random.model_parallel_cuda_manual_seed(seed)
 
 

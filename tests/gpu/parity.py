@@ -52,10 +52,11 @@ class Measured:
 
 
 def parity_config(backend: str, *, bf16: bool) -> RunConfig:
-    """A run of the model."""
+    """A run of the model; the optimizer has layer-wise decay, as in the recipes."""
     config = tiny_config(
         parallel={"backend": backend, "use_distributed_optimizer": True},
         training={"bf16": bf16, "deterministic_mode": False},
+        optimizer={"vision_layer_decay": 0.95},
     )
     return replace(config, model=MODEL)
 

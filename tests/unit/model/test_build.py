@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_vl.config.presets import PRESETS
@@ -46,6 +47,19 @@ def test_the_built_model_has_the_planned_tensors(ranks: RankPools, preset: str) 
 def _fresh_weights(start: Start, config: RunConfig) -> dict[str, Piece]:
     with start.topology(config.parallel) as topology:
         return take_pieces(build_model(config, topology), topology.tp_rank, lambda parameter: parameter)
+
+
+def _streams_after_building(start: Start, config: RunConfig) -> set[str]:
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    with start.topology(config.parallel) as topology:
+        build_model(config, topology, fresh_weights=False)
+    return set(tracker.get_states())
+
+
+def test_whoever_builds_a_model_has_the_streams_of_its_layers(ranks: RankPools) -> None:
+    """A layer of Transformer Engine forks them when it is built, also for evaluation, which seeds nothing."""
+    assert "model-parallel-rng" in ranks(1).run(_streams_after_building, tiny_config())[0]
 
 
 def _whole_fresh(ranks: RankPools, world_size: int, **sections: dict[str, Any]) -> dict[str, Tensor]:
