@@ -60,7 +60,7 @@ meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
 meet+=(--master-port "${MASTER_PORT:-${port:-29500}}")
 if ((NNODES == 1)) && [[ -z "${MASTER_PORT:-}" ]]; then meet=(--standalone); fi
 "$python" "$script" "$@" --check --world-size "$((NNODES * GPUS_PER_NODE))"
-exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$GPUS_PER_NODE" "$script" "$@"
+exec "$python" "$root/tools/torchrun.py" "${meet[@]}" --nproc-per-node "$GPUS_PER_NODE" "$script" "$@"
 : <<'pass'
 '''
 import os

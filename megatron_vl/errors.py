@@ -20,8 +20,10 @@ class ExitStatus(IntEnum):
     USER_ERROR = 2
     NOT_FINITE = 3
     """Loss, gradients or weights are not finite, so that going on would teach nothing."""
+    STOPPED = 75
+    """A training that SIGTERM stopped: it has saved, and goes on when it is started again."""
     INTERRUPTED = 130
-    """As a shell says it of a program that Ctrl-C ended."""
+    """As a shell says it of a program that Ctrl-C ended; a training has saved."""
 
 
 class MegatronVLError(Exception):
@@ -40,6 +42,10 @@ class DataError(MegatronVLError):
 
 class CheckpointError(MegatronVLError):
     """A checkpoint is absent, torn, or of another model."""
+
+
+class FolderInUseError(MegatronVLError):
+    """Another process writes to a folder; the text says which."""
 
 
 class DamagedCheckpointError(CheckpointError):

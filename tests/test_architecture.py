@@ -19,7 +19,7 @@ PACKAGE = "megatron_vl"
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("launch",),
+    ("launch", "folder_lock"),
     ("log",),
     ("config",),
     ("planning",),

@@ -26,14 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     launch = read_launch()
     try:
-        _run(sys.argv[1:] if argv is None else argv, launch)
+        return _run(sys.argv[1:] if argv is None else argv, launch)
     except MegatronVLError as error:
         _report(error, launch)
         return error.exit_status
-    return ExitStatus.DONE
+    except KeyboardInterrupt:  # during the steps the trainer listens itself
+        if launch.rank == 0:
+            write_line("interrupted outside the steps; nothing was saved that is not in the log", error=True)
+        return ExitStatus.INTERRUPTED
 
 
-def _run(argv: Sequence[str], launch: Launch) -> None:
+def _run(argv: Sequence[str], launch: Launch) -> ExitStatus:
     parser = _build_parser()
     options, words = parse_flags(parser, argv)
     if len(words) > 1:
@@ -43,10 +46,9 @@ def _run(argv: Sequence[str], launch: Launch) -> None:
         raise ConfigError("command line: --world-size is for --dry-run and --check; a run takes it from its launcher")
     if options.dry_run:
         _dry_run(config, options.world_size or model_parallel_size(config.parallel))
-        return
+        return ExitStatus.DONE
     _refuse_early(config, options.world_size or launch.world_size)
-    if not options.check:
-        _start(config)
+    return ExitStatus.DONE if options.check else _start(config)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -97,7 +99,7 @@ def _num_parameters(config: RunConfig) -> int:
     return sum(count_parameters(config.model).values())
 
 
-def _start(config: RunConfig) -> None:
+def _start(config: RunConfig) -> ExitStatus:
     setup_logging()
     silence_dependency_warnings()
     set_device_environment(
@@ -110,7 +112,7 @@ def _start(config: RunConfig) -> None:
     check_device(_num_parameters(config), cuda=torch.cuda.is_available())
     from megatron_vl.training.trainer import train
 
-    train(config)
+    return train(config)
 
 
 def _dry_run(config: RunConfig, world_size: int) -> None:

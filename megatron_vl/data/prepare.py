@@ -11,7 +11,6 @@ lies in ``<prefix>.parts`` until the data set is complete; what was killed goes 
 
 from __future__ import annotations
 
-import fcntl
 import re
 import sys
 from collections import defaultdict, deque
@@ -22,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vl import folder_lock
 from megatron_vl.data.gather import Tally, cut
 from megatron_vl.data.manifest import Manifest
 from megatron_vl.data.merge import FinishedPart, merge_parts
@@ -31,7 +31,7 @@ from megatron_vl.data.parts import Unit, part_prefix, plan_units, write_part
 from megatron_vl.data.pool import Pool, hand_out, this_process
 from megatron_vl.data.recipe import DataRecipe
 from megatron_vl.data.row_files import commit, is_of_rows
-from megatron_vl.errors import DataError
+from megatron_vl.errors import DataError, FolderInUseError
 
 _LOCK = "lock"
 _OURS = re.compile(rf"{_LOCK}|rows-.*|[0-9a-f]{{32}}\..*")
@@ -184,15 +184,11 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it against a second preparation; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{folder}: another preparation is at work here; wait for it, or choose another --output"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
+    """Make the folder and hold it against a second preparation."""
+    try:
+        with folder_lock.hold(folder, _LOCK):
+            yield
+    except FolderInUseError as holder:
+        raise DataError(
+            f"{folder}: another preparation is at work here ({holder}); wait for it, or choose another --output"
+        ) from holder

@@ -9,17 +9,19 @@ a shared disk at different moments decide alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_vl import folder_lock
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.checkpoint.verification import Verified, verify_together
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.errors import CheckpointError, DamagedCheckpointError, FolderInUseError
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training import not_finite
@@ -28,6 +30,8 @@ from megatron_vl.training.start import Start, choose_start
 from megatron_vl.training.state import TrainState
 
 T = TypeVar("T")
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,35 @@ def find_source(config: RunConfig, topology: Topology) -> Source | None:
         return Source(_named(start.path, topology), start)
     steps: list[int] = _on_rank_0(lambda: store.steps_named(start.path))
     return Source(_newest_whole(start.path, steps, topology), start)
+
+
+@contextmanager
+def hold_save_directory(config: RunConfig) -> Iterator[None]:
+    """Make the save directory and hold it on rank 0, so that no second training writes to it meanwhile.
+
+    Raises:
+        CheckpointError: on all ranks, another training holds it, or it cannot be made or written to.
+    """
+    save = config.checkpoint.save
+    with ExitStack() as held:
+        if save:
+            _on_rank_0(lambda: _hold(Path(save), held))
+        yield
+
+
+def _hold(root: Path, held: ExitStack) -> None:
+    try:
+        held.enter_context(folder_lock.hold(root, LOCK))
+    except FolderInUseError as holder:
+        raise CheckpointError(
+            f"checkpoint.save: another training saves to {root} ({holder}): wait for it, end it, or choose another "
+            "directory"
+        ) from holder
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.save: {error.filename or root} cannot be written to ({error.strerror or error}): choose "
+            "another directory, or mend its rights or its room"
+        ) from error
 
 
 def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:

@@ -2,41 +2,76 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from megatron_vl.config.schema import TrainingConfig
+from megatron_vl.errors import ExitStatus
+from megatron_vl.launch import read_launch
+from megatron_vl.log import write_line
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
 
+_SAME_KEY_S = 3.0
+"""Signals of one Ctrl-C: the terminal's own, and the one that torchrun passes on."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run stops, and with which status."""
+
+    reason: str
+    status: ExitStatus
+
 
 class StopRequest:
-    """Listens for SIGTERM (Slurm's and Kubernetes' notice) while it is entered, and knows the configured limits."""
+    """Listens for SIGTERM (Slurm's and Kubernetes' notice) and Ctrl-C while it is entered, and knows the limits."""
 
     def __init__(self, training: TrainingConfig, topology: Topology) -> None:
         self._training, self._topology = training, topology
         self._started = time.monotonic()
-        self._signalled = False
-        self._previous: signal.Handlers | int | None = None
+        self._terminated = False
+        self._interrupted: float | None = None
+        """When Ctrl-C was pressed first."""
+        self._previous: dict[signal.Signals, signal.Handlers | int | None] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)  # type: ignore[assignment]
+        for number, handler in ((signal.SIGTERM, self._on_terminate), (signal.SIGINT, self._on_interrupt)):
+            self._previous[number] = signal.signal(number, handler)  # type: ignore[assignment]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
-    def reason(self, step: int) -> str | None:
+    def check(self, step: int) -> Stop | None:
         """Why all ranks should stop after ``step``, or nothing. Every rank calls it and gets the same answer."""
         interval, minutes = self._training.exit_interval, self._training.exit_duration_in_mins
-        if interval and step % interval == 0:
-            return f"exit_interval {interval}"
         late = minutes is not None and time.monotonic() - self._started > 60.0 * minutes
-        code = max_over_world(2.0 if self._signalled else float(late), device=self._topology.device)
-        return {0: None, 1: f"exit_duration_in_mins {minutes}", 2: "SIGTERM"}[round(code)]
+        code = 3 if self._interrupted is not None else 2 if self._terminated else int(late)
+        code = round(max_over_world(float(code), device=self._topology.device))
+        if code == 0 and interval and step % interval == 0:
+            return Stop(f"exit_interval {interval}", ExitStatus.DONE)
+        return {
+            0: None,
+            1: Stop(f"exit_duration_in_mins {minutes}", ExitStatus.DONE),
+            2: Stop("SIGTERM", ExitStatus.STOPPED),
+            3: Stop("Ctrl-C", ExitStatus.INTERRUPTED),
+        }[code]
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        first = self._interrupted is None
+        self._interrupted = self._interrupted or time.monotonic()
+        if first and read_launch().rank == 0:
+            write_line("Ctrl-C: the run ends after this step and saves; press it again to end at once", error=True)
+        if time.monotonic() - self._interrupted > _SAME_KEY_S:
+            # Not by an exception: on its way it would wait for the other ranks.
+            os._exit(ExitStatus.INTERRUPTED)

@@ -18,23 +18,24 @@ from megatron_vl.config.validate import validate
 from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.plan import DataPlan
+from megatron_vl.errors import ExitStatus, MegatronVLError
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import resolve_layout
-from megatron_vl.training import not_finite
+from megatron_vl.training import ending, not_finite
 from megatron_vl.training.feed import Feed, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
-from megatron_vl.training.resume import find_source, load_source
+from megatron_vl.training.resume import find_source, hold_save_directory, load_source
 from megatron_vl.training.start import check_nothing_later, check_same_rows
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import evaluate, train_step
-from megatron_vl.training.stopping import StopRequest
+from megatron_vl.training.stopping import Stop, StopRequest
 
 
-def train(config: RunConfig) -> TrainState:
-    """Train as the configuration says, on every rank; returns where the run stands at its end.
+def train(config: RunConfig) -> ExitStatus:
+    """Train as the configuration says, on every rank; returns how the run has ended.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, wherever they can be found then.
@@ -44,14 +45,21 @@ def train(config: RunConfig) -> TrainState:
         return _train(config, topology)
 
 
-def _train(config: RunConfig, topology: Topology) -> TrainState:
+def _train(config: RunConfig, topology: Topology) -> ExitStatus:
     config = _count_batch_in_rows(config, topology.world_size)
     validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
-    run = Run.set_up(config, topology)
-    try:
-        return run.loop()
-    finally:
-        run.close()
+    with hold_save_directory(config):
+        ending.forget_last(config, topology)
+        run = Run.set_up(config, topology)
+        try:
+            end = run.loop()
+        except MegatronVLError as error:
+            ending.record(config, topology, error.exit_status, step=run.state.step, reason=str(error))
+            raise
+        finally:
+            run.close()
+        ending.record(config, topology, end.status, step=run.state.step, reason=end.reason)
+        return end.status
 
 
 @dataclass
@@ -91,20 +99,20 @@ class Run:
         reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
         return cls(config, topology, model, feed, validation, reporter, state, saved_step=state.step)
 
-    def loop(self) -> TrainState:
-        """Train to the last step, or until something asks to stop; a checkpoint is written either way."""
+    def loop(self) -> Stop:
+        """Train to the last step, or until something asks to stop, and say which; a checkpoint is written at both."""
         last = self.config.training.train_iters
         with StopRequest(self.config.training, self.topology) as stop:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
                 self.advance(next(steps))
-                reason = stop.reason(self.state.step)
-                if self._checkpoint_due() or reason or self.state.step == last:
+                early = stop.check(self.state.step) if self.state.step < last else None
+                if self._checkpoint_due() or early or self.state.step == last:
                     self.save()
-                if reason:
-                    log_rank_0(f"stopping after step {self.state.step}: {reason}")
-                    break
-        return self.state
+                if early:
+                    log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
+                    return early
+        return Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
         """One step, and the validation that is due after it."""

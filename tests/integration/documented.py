@@ -97,7 +97,11 @@ RULES = (
         r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",
         r"python \2 --check --world-size \1",
     ),
-    Rule(r"torchrun --nproc-per-node \d+ (tools/train\.py .*)", rf"python \1 {ONE_STEP}", says="lm loss"),
+    Rule(
+        r"(?:python tools/)?torchrun(?:\.py)? --nproc-per-node \d+ (tools/train\.py .*)",
+        rf"python \1 {ONE_STEP}",
+        says="lm loss",
+    ),
     Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
     Rule(r"(python tools/evaluate_loss\.py .*)", r"\1", says='"num_tokens"'),
     Rule(r"(python tools/generate\.py .*)", r"\1 --max-new-tokens 2"),

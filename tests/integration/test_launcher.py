@@ -65,6 +65,9 @@ def checkout(tmp_path: Path) -> Path:
     command = tmp_path / "megatron_vl" / "cli"
     command.mkdir(parents=True)
     (command / "train.py").write_text(STAND_IN, encoding="utf-8")
+    (tmp_path / "tools").mkdir()
+    for name in ("tools/torchrun", *(f"megatron_vl/{part}" for part in ("errors", "launch", "log", "cli/torchrun"))):
+        shutil.copy(ROOT / f"{name}.py", tmp_path / f"{name}.py")
     (tmp_path / "seen").mkdir()
     return tmp_path
 
@@ -102,12 +105,8 @@ def test_torchrun(checkout: Path, form: list[str]) -> None:
 
 @pytest.fixture
 def torchrun_arguments(checkout: Path) -> Callable[[], list[str]]:
-    """Put a stand-in for torchrun where Python finds it first; return what it was given."""
-    folder = checkout / "torch" / "distributed"
-    folder.mkdir(parents=True)
-    for package in (folder, folder.parent):
-        (package / "__init__.py").touch()
-    (folder / "run.py").write_text(TORCHRUN_STAND_IN, encoding="utf-8")
+    """Put a stand-in for torchrun in its place; return what it was given."""
+    (checkout / "tools" / "torchrun.py").write_text(TORCHRUN_STAND_IN, encoding="utf-8")
     return lambda: list(json.loads((checkout / "seen" / "torchrun").read_text(encoding="utf-8"))["argv"])
 
 

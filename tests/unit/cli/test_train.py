@@ -17,6 +17,7 @@ from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.data.manifest import FORMAT_VERSION, Manifest, write_manifest
+from megatron_vl.errors import ExitStatus
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,7 +44,12 @@ def data(tmp_path: Path) -> str:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Configurations that would have been trained."""
     configs: list[RunConfig] = []
-    monkeypatch.setattr(train, "_start", configs.append)
+
+    def start(config: RunConfig) -> ExitStatus:
+        configs.append(config)
+        return ExitStatus.DONE
+
+    monkeypatch.setattr(train, "_start", start)
     return configs
 
 

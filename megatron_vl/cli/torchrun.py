@@ -1,0 +1,66 @@
+"""``tools/torchrun.py``: torchrun, with its own flags, that ends as its ranks have ended.
+
+torchrun itself ends with status 1 and a traceback of its own after every end of a rank that is not 0, and even after
+ranks that have saved and stopped at a SIGTERM, so that a scheduler cannot tell what to do. Here the status is that of
+the first rank that failed, or what the signal means; see ``ExitStatus``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_vl.errors import ExitStatus
+from megatron_vl.log import write_line
+
+_OF_SIGNAL = {signal.SIGTERM: ExitStatus.STOPPED, signal.SIGINT: ExitStatus.INTERRUPTED}
+_SHELL_SIGNAL_BASE = 128
+_EXAMPLE = (
+    "python tools/torchrun.py --nproc-per-node 2 tools/train.py examples/tiny/stage1_pretrain.yaml --data-path "
+    "runs/quickstart/data/stage1_pretrain --pretrained-checkpoint runs/quickstart/sighted/stage0 --save "
+    "runs/mine/watched --auto-resume"
+)
+_TIME_TO_SAVE_S = 600
+"""How long ranks have for a step and a save after a signal; large models need more than torchrun's 30 seconds."""
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    """For the help alone, which has to do without torch."""
+    from megatron_vl.cli.parser import CommandParser
+
+    return CommandParser(
+        "tools/torchrun.py",
+        "torchrun with all its flags, that ends as its ranks have ended: with the status of the first one that failed, "
+        "or 75 after SIGTERM and 130 after Ctrl-C, without a traceback.\n\n"
+        f"After a signal the ranks have {_TIME_TO_SAVE_S} seconds to save, or what --shutdown-timeout says.",
+        example=_EXAMPLE,
+        usage="%(prog)s [flags of torchrun] command [flags of the command]",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in ([], ["-h"], ["--help"]):
+        _build_parser().print_help()
+        return ExitStatus.DONE
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = torchrun.parse_args(words)
+    if not any(word.startswith(("--shutdown-timeout", "--shutdown_timeout")) for word in words):
+        arguments.shutdown_timeout = _TIME_TO_SAVE_S
+    try:
+        torchrun.run(arguments)
+    except SignalException as stopped:
+        return _OF_SIGNAL.get(stopped.sigval, _SHELL_SIGNAL_BASE + stopped.sigval)
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        if first.exitcode in set(ExitStatus) - {ExitStatus.BUG}:
+            return first.exitcode  # the rank has said why
+        write_line(str(failed), error=True)
+        return first.exitcode if first.exitcode > 0 else _SHELL_SIGNAL_BASE - first.exitcode
+    return ExitStatus.DONE
