@@ -284,9 +284,8 @@ def check_checkpoints(config: RunConfig) -> None:
     for name in ("finetune", "no_load_optim", "no_load_rng"):
         if getattr(checkpoint, name) and not checkpoint.load:
             raise ConfigError(f"checkpoint.{name} is true, but checkpoint.load names no directory to load from")
-    for name in ("save_interval", "keep_last", "auto_resume"):
-        if getattr(checkpoint, name) and not checkpoint.save:
-            raise ConfigError(f"checkpoint.{name} is given, but checkpoint.save names no directory to save to")
+    if checkpoint.auto_resume and not checkpoint.save:
+        raise ConfigError("checkpoint.auto_resume is given, but checkpoint.save names no directory to save to")
 
 
 def check_validation(config: RunConfig) -> None:

@@ -101,7 +101,11 @@ class Run:
 
     def loop(self) -> Stop:
         """Train to the last step, or until something asks to stop, and say which; a checkpoint is written at both."""
-        last = self.config.training.train_iters
+        first, last = self.state.step, self.config.training.train_iters
+        if first >= last:
+            log_rank_0(f"nothing left to do: step {first} is done, and --train-iters is {last}")
+            return Stop("nothing was left to do", ExitStatus.DONE)
+        ending.warn_of_loss(self.config, self.state)
         with StopRequest(self.config.training, self.topology) as stop:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
@@ -111,8 +115,9 @@ class Run:
                     self.save()
                 if early:
                     log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
-                    return early
-        return Stop("the last step", ExitStatus.DONE)
+                    break
+        ending.warn_of_loss(self.config, self.state)
+        return early or Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
         """One step, and the validation that is due after it."""

@@ -32,6 +32,14 @@ def test_recipe_is_valid_where_its_header_runs_it(name: str) -> None:
     validate(load_config(recipes()[name]), world_size=8 if large else 2, cuda=large)
 
 
+@pytest.mark.parametrize("name", recipes())
+def test_little_work_is_lost_when_a_recipe_dies(name: str) -> None:
+    """It saves while it trains, and keeps a checkpoint to go back to when the newest one is damaged."""
+    config = load_config(recipes()[name])
+    assert config.checkpoint.save_interval and config.checkpoint.save_interval <= config.training.train_iters / 2
+    assert config.checkpoint.keep_last and config.checkpoint.keep_last >= 2
+
+
 @pytest.mark.parametrize(
     ("name", "iterations", "samples", "rates", "warmup", "decay", "image", "frozen"),
     [

@@ -94,8 +94,6 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"checkpoint.finetune": True}, 1, ["checkpoint.finetune", "checkpoint.load"]),
     ({"checkpoint.no_load_optim": True}, 1, ["checkpoint.no_load_optim", "checkpoint.load"]),
     ({"checkpoint.no_load_rng": True}, 1, ["checkpoint.no_load_rng", "checkpoint.load"]),
-    ({"checkpoint.save_interval": 5}, 1, ["checkpoint.save_interval", "checkpoint.save"]),
-    ({"checkpoint.keep_last": 5}, 1, ["checkpoint.keep_last", "checkpoint.save"]),
     ({"training.eval_interval": 5}, 1, ["eval_interval is 5", "valid_data_path"]),
 ]
 
