@@ -22,6 +22,8 @@ class ExitStatus(IntEnum):
     """Loss, gradients or weights are not finite, so that going on would teach nothing."""
     STOPPED = 75
     """A training that SIGTERM stopped: it has saved, and goes on when it is started again."""
+    PIPE_CLOSED = 141
+    """As a shell says it of a program whose reader has gone, such as head."""
     INTERRUPTED = 130
     """As a shell says it of a program that Ctrl-C ended; a training has saved."""
 

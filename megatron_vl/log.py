@@ -7,7 +7,10 @@ one rank carries its number. Nothing is configured at import: a command calls :f
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import sys
 import warnings
 
@@ -19,6 +22,19 @@ ROOT = "megatron_vl"
 def write_line(text: str = "", *, error: bool = False) -> None:
     """Write ``text`` and a line end to standard output, or to standard error, at once."""
     print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def escape_what_terminals_cannot_show() -> None:
+    """Let a terminal of another encoding get escapes (``\\xd7``) where it has no character, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def abandon_output() -> None:
+    """Let go of a standard output that nobody reads any more, so that nothing fails on it when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def get_logger(name: str) -> logging.Logger:

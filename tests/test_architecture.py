@@ -19,7 +19,7 @@ PACKAGE = "megatron_vl"
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("launch", "folder_lock"),
+    ("launch", "folder_lock", "machine_errors"),
     ("log",),
     ("config",),
     ("planning",),

@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer
 from torch import nn
 
+from megatron_vl import machine_errors
 from megatron_vl.checkpoint import optimizer_state, store
 from megatron_vl.checkpoint.same_model import check_same_model
 from megatron_vl.checkpoint.streaming import StreamingStrategy
@@ -70,7 +71,7 @@ class _Agreement:
         try:
             outcome: tuple[str, Any] = ("", action())
         except (OSError, RuntimeError, CheckpointError) as error:
-            outcome = (f"rank {self.topology.rank}: {error}", None)
+            outcome = (f"rank {self.topology.rank}: {machine_errors.describe(error) or error}", None)
         gathered: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(gathered, outcome)
         if failures := [text for text, _ in gathered if text]:
@@ -179,11 +180,12 @@ def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> None:
     try:
         dist_checkpointing.save(_tensors(trained, topology), str(staging), trained.strategy)
     except CheckpointException as error:
-        reasons = [f"rank {failed}: {reason}" for failed, (reason, _) in error.failures.items()]
-        told = "; ".join(reasons) or "another rank has failed, and rank 0 says why"
+        reasons = {failed: machine_errors.describe(reason) or reason for failed, (reason, _) in error.failures.items()}
+        told = "; ".join(f"rank {failed}: {reason}" for failed, reason in reasons.items())
+        told = told or "another rank has failed, and rank 0 says why"
         raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
     except (OSError, RuntimeError) as error:
-        told = f"rank {topology.rank}: {error}"
+        told = f"rank {topology.rank}: {machine_errors.describe(error) or error}"
         raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +30,13 @@ _LARGE_CHUNK = 4 * 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     silence_dependency_warnings()
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
+
+
+def _run(options: argparse.Namespace) -> None:
     _give_freed_tensors_back()
-    return exit_status(lambda: _COMMANDS[options.command](options))
+    _COMMANDS[options.command](options)
 
 
 def _give_freed_tensors_back() -> None:

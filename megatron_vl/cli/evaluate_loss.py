@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,9 @@ from megatron_vl.log import setup_logging, silence_dependency_warnings, write_li
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     setup_logging()
     silence_dependency_warnings()
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
 
 def _build_parser() -> argparse.ArgumentParser:

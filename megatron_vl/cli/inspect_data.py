@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,7 @@ _MIN_SIDE = 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(argv)
     goes_on = "interrupted; the same command goes on from what is finished"
-    return exit_status(lambda: _run(options), if_interrupted=goes_on)
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)), if_interrupted=goes_on)
 
 
 def output_prefix(output: str | None, recipe: Path) -> Path:

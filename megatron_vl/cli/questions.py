@@ -14,8 +14,7 @@ from megatron_vl.log import write_line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(argv)
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
 
 def _run(options: argparse.Namespace) -> None:

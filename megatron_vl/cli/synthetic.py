@@ -22,8 +22,7 @@ from megatron_vl.log import write_line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after an error of the user, in one line."""
-    args = build_parser().parse_args(argv)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: run(build_parser().parse_args(argv)))
 
 
 def build_parser() -> argparse.ArgumentParser:

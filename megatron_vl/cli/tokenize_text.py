@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +45,7 @@ Json = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    options = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
 
 def _build_parser() -> argparse.ArgumentParser:

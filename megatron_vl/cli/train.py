@@ -13,27 +13,49 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl import machine_errors
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
+from megatron_vl.config.outputs import check_outputs
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, DataError, ExitStatus, MegatronVLError
 from megatron_vl.launch import Launch, has_cuda_device, read_launch, set_device_environment
-from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
+from megatron_vl.log import (
+    abandon_output,
+    escape_what_terminals_cannot_show,
+    setup_logging,
+    silence_dependency_warnings,
+    write_line,
+)
+
+_LESS_MEMORY = (
+    "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
+    "--tensor-model-parallel-size or --pipeline-model-parallel-size, or more ranks with --use-distributed-optimizer"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     launch = read_launch()
+    escape_what_terminals_cannot_show()
     try:
         return _run(sys.argv[1:] if argv is None else argv, launch)
     except MegatronVLError as error:
-        _report(error, launch)
+        _report(str(error), launch)
         return error.exit_status
+    except BrokenPipeError:
+        abandon_output()
+        return ExitStatus.PIPE_CLOSED
     except KeyboardInterrupt:  # during the steps the trainer listens itself
         if launch.rank == 0:
             write_line("interrupted outside the steps; nothing was saved that is not in the log", error=True)
         return ExitStatus.INTERRUPTED
+    except Exception as error:
+        if (text := machine_errors.describe(error, less_memory=_LESS_MEMORY)) is None:
+            raise
+        _report(text, launch)
+        return ExitStatus.USER_ERROR
 
 
 def _run(argv: Sequence[str], launch: Launch) -> ExitStatus:
@@ -77,6 +99,8 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
     check_device(_num_parameters(config), cuda=cuda)
     validate(config, world_size=world_size, cuda=cuda)
     resolve_layout(config)
+    if read_launch().rank == 0:
+        check_outputs(config)
     _check_files(config, world_size, cuda=cuda)
 
 
@@ -170,7 +194,7 @@ def _plan_data(config: RunConfig, world_size: int) -> tuple[list[str], RunConfig
     return ([said] if said else []) + plan.describe(num_rows), counted
 
 
-def _report(error: MegatronVLError, launch: Launch) -> None:
+def _report(error: str, launch: Launch) -> None:
     """Write the error, normally once: rank 0 at once, others only if rank 0 has not ended the run by then.
 
     A launcher stops all ranks when the first one fails, so others wait: first the node's first rank, then the rest. An

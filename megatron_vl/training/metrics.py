@@ -8,17 +8,20 @@ has every figure after the one reduction of the step.
 from __future__ import annotations
 
 import datetime
+import errno
 import json
+import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.log import log_rank_0, write_line
+from megatron_vl.log import abandon_output, log_rank_0, write_line
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import Counts, StepResult
@@ -161,7 +164,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream: TextIO = path.open("a")
+        self._stream = path.open("ab", buffering=0)
 
     def step(self, metrics: StepMetrics) -> None:
         self._write({"time": time.time(), **asdict(metrics)})
@@ -175,8 +178,10 @@ class JsonLines:
         self._stream.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        line, before = json.dumps(record).encode() + b"\n", self._stream.seek(0, os.SEEK_END)
+        if self._stream.write(line) != len(line):
+            self._stream.truncate(before)  # no half line, to which a resumed run would append
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class TensorBoard:
@@ -260,20 +265,29 @@ class Reporter:
         due = state.step % self._config.logging.log_interval == 0 or state.step == self._config.training.train_iters
         if due:
             metrics = self._window.summarise(state, result, config=self._config, layout=self._layout)
-            for sink in self._sinks:
-                sink.step(metrics)
+            self._tell(lambda sink: sink.step(metrics))
             self._window = Window()
 
     def validation(self, state: TrainState, losses: Mapping[str, float], *, seconds: float) -> None:
         """Report the loss of each validation set by its name; the time it took does not count as training."""
-        for sink in self._sinks:
-            sink.validation(state.step, losses)
+        self._tell(lambda sink: sink.validation(state.step, losses))
         self._window.started += seconds
 
     def close(self) -> None:
         """Write out what is buffered."""
-        for sink in self._sinks:
-            sink.close()
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, say: Callable[[Sink], None]) -> None:
+        """Tell every sink; one that cannot write any more is left, and training goes on."""
+        for sink in tuple(self._sinks):
+            try:
+                say(sink)
+            except OSError as error:
+                self._sinks.remove(sink)
+                if isinstance(error, BrokenPipeError):
+                    abandon_output()
+                reason = f"{type(sink).__name__} gets no more reports: {error.strerror or error}; training goes on"
+                log_rank_0(reason, level=logging.WARNING)
 
 
 def _tag(kind: str, name: str, losses: Mapping[str, float]) -> str:

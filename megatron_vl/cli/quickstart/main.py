@@ -21,7 +21,7 @@ from megatron_vl.cli.quickstart.profiles import PROFILES
 from megatron_vl.cli.quickstart.runner import Runner
 from megatron_vl.errors import MegatronVLError
 from megatron_vl.evaluation.records import StepTime
-from megatron_vl.log import write_line
+from megatron_vl.log import escape_what_terminals_cannot_show, write_line
 
 EXIT_FAILED = 1
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = _build_parser().parse_args(arguments)
     leave_on_terminate()
+    escape_what_terminals_cannot_show()
     try:
         _run(options)
     except MegatronVLError as error:

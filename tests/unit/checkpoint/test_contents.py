@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -184,3 +185,26 @@ def _restored_streams(start: Start, config: RunConfig, root: Path) -> list[bool]
 def test_random_streams_go_to_the_kind_of_device_that_they_are_of(ranks: RankPools, tmp_path: Path) -> None:
     """torch refuses the state of a CPU's generator for a GPU's; all checkpoints that do not say are of CPUs."""
     assert ranks(1).run(_restored_streams, tiny_config(), tmp_path) == [[True, False, True]]
+
+
+def _save_where_files_are_limited(start: Start, config: RunConfig, root: Path, limit: int) -> str:
+    """Save while no file may grow beyond a limit, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with start.topology(config.parallel) as topology:
+        trained = contents.Trained(build_model(config, topology), None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            contents.save(trained, {"step": 3}, config=config, topology=topology, root=root)
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "saved"
+
+
+@pytest.mark.parametrize("limit", [700, 100_000])
+def test_a_full_disk_is_called_so(ranks: RankPools, tmp_path: Path, limit: int) -> None:
+    """torch alone says "unexpected pos 704 vs 598" or "iostream error"."""
+    (message,) = ranks(1).run(_save_where_files_are_limited, tiny_config(), tmp_path, limit)
+    assert "the disk is full, or a quota" in message or "File too large" in message
+    assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
-from megatron_vl.training.metrics import Layout, Reporter, StepMetrics, Window, log_line
+from megatron_vl.training.metrics import JsonLines, Layout, Reporter, StepMetrics, Window, log_line
 from megatron_vl.training.optimizer import LearningRates
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import Counts, LossSum, StepResult
@@ -177,3 +179,32 @@ def test_state_advances_by_what_was_read() -> None:
     state = TrainState(step=3, consumed_rows=24, data="abc").advanced(rows=8, samples=5, tokens=100, skipped=True)
     read = {"consumed_rows": 32, "consumed_samples": 5, "consumed_tokens": 100}
     assert state == TrainState(step=4, data="abc", skipped_steps=1, skipped_in_a_row=1, **read)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full is a file on a full disk."""
+    monkeypatch.setattr(logging.getLogger("megatron_vl"), "propagate", True)
+    config = tiny_config(logging={"log_file": "/dev/full", "log_interval": 1, "progress": False})
+    reporter = Reporter(config, layout=LAYOUT, state=TrainState(), active=True)
+    for step in (1, 2):
+        reporter.step(TrainState(step=step), _result(1.0, 1))
+    reporter.close()
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["JsonLines gets no more reports: No space left on device; training goes on"]
+
+
+def test_no_half_line_is_left(tmp_path: Path) -> None:
+    """A resumed run would append to it."""
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.validation(1, {"set": 0.5})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            lines.validation(2, {"set": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
