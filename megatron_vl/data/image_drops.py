@@ -18,6 +18,7 @@ from megatron_vl.data.filters.duplicates import like_any, looks_of, repeated
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.gather import Images, Samples
 from megatron_vl.data.image import decode_image
+from megatron_vl.data.image_check import upright
 from megatron_vl.data.sources.file_kinds import is_clutter
 from megatron_vl.errors import DataError, SkipSample
 
@@ -86,10 +87,11 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
                 continue
             data = file.read_bytes()
             try:
-                looks.add(looks_of(decode_image(data)))
+                forms = {data, upright(data)}  # a source may store it turned
+                looks |= {looks_of(decode_image(form)) for form in forms}
             except SkipSample as error:
                 raise DataError(f"{file}: {error.reason} ({error.detail}); {path} is to hold images only") from error
-            digests.add(hashlib.sha256(data).digest())
+            digests |= {hashlib.sha256(form).digest() for form in forms}
         return digests, looks
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         word = line.strip()

@@ -118,6 +118,13 @@ def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
     return value
 
 
+def language_of(record: Json, default: Literal["en", "zh"]) -> Literal["en", "zh"]:
+    """The language that a record names under ``lang`` (``zh``, ``zh-CN``, ``en_US``); ``default`` if it is neither."""
+    named = record.get("lang")
+    start = re.split("[-_]", named.strip().lower())[0] if isinstance(named, str) else ""
+    return "zh" if start == "zh" else "en" if start == "en" else default
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value of a record is a number with which to reckon: no bool, no NaN, not beyond what a float can be (an
     integer of JSON can)."""

@@ -34,6 +34,8 @@ def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float
     if not _is_near(fractions):
         raise SkipSample("bad_box", f"{list(corners)} is far beyond an image of {width:g} x {height:g}")
     box = (_clip(fractions[0]), _clip(fractions[1]), _clip(fractions[2]), _clip(fractions[3]))
+    if max(width, height) > 1 and max(x2 - x1, y2 - y1) <= 1:
+        raise SkipSample("bad_box", f"{list(corners)} is not larger than a pixel; is it in fractions?")
     if min(box[2] - box[0], box[3] - box[1]) < MIN_EXTENT:
         raise SkipSample("bad_box", f"{list(corners)} in an image of {width:g} x {height:g} has no area")
     return box
@@ -53,6 +55,9 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
     a, b, c, d = _corners(points, width, height)
     if not _is_near((*a, *b, *c, *d)):
         raise SkipSample("bad_quad", f"{points!r:.80} is far beyond an image of {width:g} x {height:g}")
+    spans = [max(values) - min(values) for values in zip(a, b, c, d, strict=True)]
+    if max(width, height) > 1 and spans[0] * width <= 1 and spans[1] * height <= 1:
+        raise SkipSample("bad_quad", f"{points!r:.80} is not larger than a pixel; is it in fractions?")
     if _cross(a, b, c, d) or _cross(b, c, d, a):
         raise SkipSample("bad_quad", f"{points!r:.80}: sides cross; expected the corners in their order around it")
     if not shows_in_image(points, width, height):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, Source
+from megatron_vl.data.sources.base import Shard, Skipped, Source, language_of
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
 from megatron_vl.data.sources.file_kinds import holds, plain_files
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
@@ -166,8 +166,7 @@ class CaptionFiles(Source):
         except SkipSample as error:
             yield from skip_captions(key, several or [None], error)
             return
-        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
-        sample = Sample(key, self.name, "caption", language, (image,))
+        sample = Sample(key, self.name, "caption", language_of(record, self.language), (image,))
         yield from caption_samples(sample, several, self.captions, scores)
 
 

@@ -22,6 +22,8 @@ from megatron_vl.data.sources.images import require_images
 from megatron_vl.data.sources.record_files import read_samples, record_shards
 from megatron_vl.errors import SkipSample
 
+NOTHING: tuple[Any, ...] = (None, "", [])
+
 
 @dataclass(frozen=True)
 class Dialogues(Source):
@@ -62,12 +64,16 @@ def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"
         if speaker not in roles:
             raise SkipSample("unknown_role", f"{speaker!r}, expected {' or '.join(map(repr, roles))}")
         role = roles[speaker]
+        if role == "assistant" and 0 in (item.get("loss"), item.get("weight")):
+            raise SkipSample("masked_turn", "an answer is not to be learnt ('loss' or 'weight' is 0); every answer is")
         if role == "user" or turns:
             turns.append(Turn(role, clean_text(words_in(item, "value"), f"value of a {role} turn")))
     while turns and turns[-1].role == "user":
         turns.pop()
     if not turns:
         raise SkipSample("no_answer", "no turn of the assistant follows one of the user")
+    if any(mark in turn.text for turn in turns for mark in ("<video>", "<audio>")):
+        raise SkipSample("unsupported_media", "<video> or <audio> in a turn")
     for before, after in itertools.pairwise(turns):
         if before.role == after.role:
             raise SkipSample("turns_out_of_order", f"two turns of {after.role!r} in a row")
@@ -80,6 +86,17 @@ def _system_turn(found: Sequence[Any]) -> list[Turn]:
     if len(texts) > 1 or not all(value is None or isinstance(value, str) for value in found):
         raise SkipSample("wrong_field", f"the system turn is {found!r:.80}, expected one text")
     return [Turn("system", clean_text(text, "system turn") if text.strip() else "") for text in texts]
+
+
+def media_of(record: Json) -> list[Any]:
+    """Paths of the images that stand beside the turns; raises SkipSample where there is a video or a sound."""
+    for name in ("video", "videos", "audio", "audios"):
+        if record.get(name) not in NOTHING:
+            raise SkipSample("unsupported_media", f"{name!r} is {record[name]!r:.60}")
+    found = [record[name] for name in ("image", "images") if record.get(name) not in NOTHING]
+    if len(found) > 1:
+        raise SkipSample("contradiction", "both 'image' and 'images'")
+    return found[0] if found and isinstance(found[0], list) else found
 
 
 def declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,10 @@ class GroundedCaption(Source):
             raise SkipSample("unclean_text", "a byte-order mark, which the places of the phrases may count or not")
         clean_text(caption, "caption")  # the caption itself keeps its blanks: spans count them
         boxes = self._boxes(field(pair.fields, self.phrases, list), caption)
+        for span in boxes:
+            _check_words(caption, span)
+        if self.task == "grounded_caption":  # a blank phrase is none; of the other tasks it is a record
+            boxes = {(a, b): places for (a, b), places in boxes.items() if caption[a:b].strip()}
         spans = largest_disjoint(list(boxes))
         if not spans:
             raise SkipSample("no_regions", f"{self.phrases} has no box with a score of {self.min_score:g} or more")
@@ -113,6 +118,15 @@ class GroundedCaption(Source):
                 span = int(start), int(end)
                 boxes[span] = (*boxes.get(span, ()), box)
         return boxes
+
+
+def _check_words(caption: str, span: Span) -> None:
+    """Raise SkipSample('bad_span') for a phrase that begins or ends inside a word: its places were counted in another
+    text, or in bytes."""
+    for edge in span:
+        if re.fullmatch("[A-Za-z]{2}", caption[max(edge - 1, 0) : edge + 1]):
+            phrase = caption[span[0] : span[1]]
+            raise SkipSample("bad_span", f"[{span[0]}, {span[1]}), {phrase!r:.40}, cuts a word of the caption")
 
 
 def largest_disjoint(spans: Sequence[Span]) -> list[Span]:

@@ -67,12 +67,16 @@ def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]
     """The names that the patterns make of a record's fields; raises SkipSample if a field is missing or of
     another type."""
     plain = {name: _plain(value) for name, value in record.items()}
-    values = {name: value for name, value in plain.items() if isinstance(value, (int, str))}
+    values = {name: value for name, value in plain.items() if type(value) in (int, str)}
     try:
         return [_Names().vformat(pattern, (), values) for pattern in patterns]
     except KeyError as error:
+        name = error.args[0]
+        if name in record:
+            detail = f"{name!r}, for the image's name, is {record[name]!r:.40}"
+            raise SkipSample("wrong_field", f"{detail}, expected a text or a whole number") from error
         found = sorted(values)[:8]
-        raise SkipSample("missing_field", f"no {error} for the image's name (image_pattern); found {found}") from error
+        raise SkipSample("missing_field", f"no {name!r} for the image's name (image_pattern); found {found}") from error
     except ValueError as error:
         raise SkipSample("wrong_field", f"the image's name {' or '.join(patterns)}: {error}") from error
 

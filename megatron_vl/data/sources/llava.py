@@ -1,8 +1,8 @@
 """Dialogues in LLaVA's instruction format: a JSON array of ``{"id", "image", "conversations"}`` between ``human``
 and ``gpt`` (LLaVA-Instruct-150K, mix665k and what others publish in their form).
 
-``image`` is a path, or a list of them, or absent in dialogues of text alone. ``<image>`` marks its place, in
-which comes Qwen-VL's ``Picture 1: <img>path</img>``; a single one at the end of a turn goes to its front, as
+``image`` (or ``images``) is a path, or a list of them, or absent in dialogues of text alone. ``<image>`` marks its
+place, in which comes Qwen-VL's ``Picture 1: <img>path</img>``; a single one at the end of a turn goes to its front, as
 LLaVA's own code has it. The referring expressions and regions of mix665k carry
 boxes ``[0.1, 0.2, 0.3, 0.4]`` in fractions of the image padded to a square in its middle; they become
 ``<box>`` in thousandths of the image itself.
@@ -23,7 +23,7 @@ from megatron_vl.data.image_check import settle_image
 from megatron_vl.data.sample import Sample, Turn
 from megatron_vl.data.sources.base import Json
 from megatron_vl.data.sources.boxes import box_from_corners
-from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns
+from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns, media_of
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.errors import SkipSample
 
@@ -61,10 +61,9 @@ class LLaVA(Dialogues):
 
 
 def _image_names(record: Json) -> list[str]:
-    value = record.get("image")
-    names = [] if value is None else value if isinstance(value, list) else [value]
+    names = media_of(record)
     if not all(isinstance(name, str) for name in names):
-        raise SkipSample("wrong_field", f"'image' is {value!r:.60}, expected a path or a list of paths")
+        raise SkipSample("wrong_field", f"'image' is {names!r:.60}, expected a path or a list of paths")
     return names
 
 

@@ -29,6 +29,7 @@ from megatron_vl.data.sources.base import (
     Source,
     clean_text,
     field,
+    language_of,
     require_folder,
     size_of,
     words_in,
@@ -77,7 +78,7 @@ class OCR(Source):
 
     def _sample(self, record: Json, key: str) -> Sample:
         name = field(record, "file_name", str)
-        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
+        language = language_of(record, self.language)
         if "lines" not in record:
             return self._plain_sample(record, Sample(key, self.name, "vqa", language, question=self.question))
         sides = field(record, "size", list)

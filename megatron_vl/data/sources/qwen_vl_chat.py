@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from megatron_vl.data.coordinates import GRID, parse_points
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json
-from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns
+from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns, media_of
 from megatron_vl.data.sources.images import read_image
 from megatron_vl.errors import SkipSample
 
@@ -34,6 +34,10 @@ class QwenVLChat(Dialogues):
             if turn.text.count("<img>") != len(found) or turn.text.count("</img>") != len(found):
                 raise SkipSample("unbalanced_image_tag", turn.text[:80])
             names += found
+        if len(media_of(record)) not in (0, len(names)):
+            raise SkipSample("image_mismatch", f"{len(media_of(record))} images beside the turns, {len(names)} in them")
+        if not names and any("<image>" in turn.text for turn in turns):
+            raise SkipSample("image_mismatch", "<image> in a turn, but no <img>PATH</img>; is it LLaVA's format?")
         check_boxes("".join(turn.text for turn in turns))
         sizes = declared_sizes(record, len(names))
         images = tuple(
@@ -43,7 +47,8 @@ class QwenVLChat(Dialogues):
 
 
 def check_boxes(text: str) -> None:
-    """Raise SkipSample unless each <box> of a dialogue holds two corners, and each <quad> four points of the grid.
+    """Raise SkipSample unless each <box> of a dialogue holds two corners, each <quad> four points of the grid, and each
+    <ref> ends.
 
     A user's turn may end in an open ``<box>`` that the answer closes, so ``text`` is that of all turns.
     """
@@ -51,6 +56,8 @@ def check_boxes(text: str) -> None:
         raise SkipSample("bad_box", problem)
     if (problem := _misplaced(text, "quad", 4)) is not None:
         raise SkipSample("bad_quad", problem)
+    if text.count("<ref>") != text.count("</ref>"):
+        raise SkipSample("unbalanced_ref", "<ref> and </ref> do not match")
 
 
 def _misplaced(text: str, tag: str, num_points: int) -> str | None:

@@ -76,6 +76,8 @@ class RefCOCO(Source):
             try:
                 place = _find(boxes, reference, "ann_id")
                 image = _find(images, reference, "image_id")
+                if place.get("image_id", image["id"]) != image["id"]:
+                    raise SkipSample("contradiction", f"the box is of image {place['image_id']}, not {image['id']}")
                 sentences = field(reference, "sentences", list)
                 if not sentences:
                     raise SkipSample("empty_text", "'sentences' is empty")

@@ -64,6 +64,8 @@ class RefExp(Source):
         annotations = boxes.get(field(record, "id", (int, str)), [])
         if not annotations:
             raise SkipSample("no_annotation", f"no annotation has image_id {record['id']}")
+        if any(item.get("tokens_positive") != annotations[0].get("tokens_positive") for item in annotations):
+            raise SkipSample("several_phrases", f"boxes of different words of {expression!r:.60}; expected one phrase")
         corners = tuple(box_from_xywh(field(item, "bbox", list), *size) for item in annotations)
         image = read_first_image(self.image_root, train_images(field(record, "file_name", str)), size)
         sample = Sample(key, self.name, self.task, self.language, (image,))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, words_in
+from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, language_of, words_in
 from megatron_vl.data.sources.record_files import folder_shards, read_samples
 
 
@@ -33,5 +33,4 @@ class Text(Source):
 
     def _sample(self, record: Json, key: str) -> Sample:
         text = clean_text(words_in(record, self.text_field), self.text_field)
-        language: Literal["en", "zh"] = "zh" if record.get("lang", self.language) == "zh" else "en"
-        return Sample(key, self.name, "text", language, text=text)
+        return Sample(key, self.name, "text", language_of(record, self.language), text=text)

@@ -122,9 +122,12 @@ class VQA(Source):
             question_id = record.get(self.id_field) if isinstance(record, dict) else None
             if isinstance(question_id, (int, str)):  # of an annotation without it, no question will be found
                 try:
-                    answers[question_id] = self._answers_of(record)
+                    found: Answer | SkipSample = self._answers_of(record)
                 except SkipSample as error:
-                    answers[question_id] = error
+                    found = error
+                if answers.get(question_id, found) != found:
+                    found = SkipSample("contradiction", f"{self.annotations} answers it twice, not alike")
+                answers[question_id] = found
         return answers
 
     def _questions(self, found: Record) -> list[Json]:

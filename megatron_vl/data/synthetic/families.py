@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_vl.data.image import encode_jpeg
+from megatron_vl.data.image import decode_image, encode_jpeg
 from megatron_vl.data.synthetic.config import Split, SyntheticConfig
 from megatron_vl.data.synthetic.fonts import find_fonts
 from megatron_vl.data.synthetic.language import (
@@ -223,8 +223,7 @@ def make_photos(part: Part) -> list[Json]:
     limit = part.config.photo_size
     with TarShard(part.folder, part.index, part.config.samples_per_shard) as tar:
         for photo, path in find_photos(part.config.split):
-            with Image.open(path) as stored:
-                image = stored.convert("RGB")
+            image = decode_image(path.read_bytes())
             original = image.size
             image.thumbnail((limit, limit), Image.Resampling.LANCZOS)
             encoded = encode_jpeg(image, 92)

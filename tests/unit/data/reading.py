@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Skipped, Source
+from megatron_vl.data.sources.qwen_vl_chat import QwenVLChat
 
 JPEG = b"\xff\xd8 not decoded here"
 
@@ -59,3 +60,10 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 def pair(key: str, text: str = "") -> dict[str, bytes]:
     return {f"{key}.jpg": JPEG, f"{key}.txt": (text or key).encode()}
+
+
+def qwen(folder: Path, *turns: str, **fields: Any) -> list[Sample | Skipped]:
+    """What Qwen-VL's reader yields of one dialogue."""
+    roles = ["user", "assistant"] * len(turns)
+    record = {"conversations": [{"from": role, "value": text} for role, text in zip(roles, turns, strict=False)]}
+    return read_all(QwenVLChat("q", write_json(folder / "q.json", [{**record, **fields}]), folder))

@@ -184,3 +184,17 @@ def test_an_image_without_a_declared_size_is_taken_as_it_is(tmp_path: Path) -> N
     image = ImageRef("a", encoded(orientation=6))
     source = recipe_of(tmp_path, **write_refexp(tmp_path, (1, 1))).sources[0].source
     assert settle_image(image, source) == image
+
+
+@pytest.mark.parametrize("option", ["ignore", "apply"])
+def test_an_image_of_a_benchmark_is_known_turned_or_not(tmp_path: Path, option: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(orientation=6))
+    (tmp_path / "b.jpg").write_bytes(encoded(size=(WIDTH, WIDTH)))
+    (tmp_path / "benchmark").mkdir()
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "benchmark")
+    pairs = [{"image": name, "caption": "it"} for name in ("a.jpg", "b.jpg")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    filters = {"benchmark_images": "benchmark"}
+    recipe = recipe_of(tmp_path, "pairs", path="p.jsonl", image_root=".", filters=filters, exif_orientation=option)
+    manifest = prepare(recipe, tmp_path / "set", progress=False)
+    assert [(skip.reason, skip.count) for skip in manifest.skips] == [("benchmark_image", 1)]

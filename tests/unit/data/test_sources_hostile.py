@@ -98,7 +98,7 @@ def write_visual_genome(folder: Path) -> None:
 
 
 def write_grit(folder: Path) -> None:
-    entries = [[0.0, 6.0, 0.1, 0.2, 0.5, 0.75, 0.9], [9.0, 11.0, 0.0, 0.0, 0.5, 0.5, 0.7]]
+    entries = [[0.0, 8.0, 0.1, 0.2, 0.5, 0.75, 0.9], [9.0, 11.0, 0.0, 0.0, 0.5, 0.5, 0.7]]
     sizes = {"width": 32, "height": 24, "original_width": 64, "original_height": 48}
     meta = {"caption": "a kettle on", "clip_similarity_vitb32": 0.3, "ref_exps": entries, "noun_chunks": [], **sizes}
     write_tar(folder / "00000.tar", [("1.jpg", published_captions.picture(9)), ("1.json", json.dumps(meta).encode())])

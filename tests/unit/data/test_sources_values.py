@@ -19,7 +19,7 @@ from megatron_vl.data.sources.text import Text
 from megatron_vl.data.sources.vqa import VQA
 from megatron_vl.errors import DataError, SkipSample
 from tests.unit.data.published_captions import picture
-from tests.unit.data.reading import JPEG, kept, read_all, reasons, write_json
+from tests.unit.data.reading import JPEG, kept, qwen, read_all, reasons, write_json
 
 # Tables: a header is declared, or certain
 
@@ -149,12 +149,6 @@ def test_a_box_that_is_none_is_a_bad_box(corners: tuple[Any, ...]) -> None:
     with pytest.raises(SkipSample, match="bad_box"):
         box_from_corners(corners)
     assert box_from_corners((-0.1, 0.2, 1.3, 0.4)) == (0, 0.2, 1, 0.4)
-
-
-def qwen(folder: Path, *turns: str, **fields: Any) -> list[Any]:
-    roles = ["user", "assistant"] * len(turns)
-    record = {"conversations": [{"from": role, "value": text} for role, text in zip(roles, turns, strict=False)]}
-    return read_all(QwenVLChat("q", write_json(folder / "q.json", [{**record, **fields}]), folder))
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_questions_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> 
         ({**row, "answers": {"0": "a"}}, "wrong_field"),
         ({**row, "image_id": "none"}, "missing_image"),
         ({**row, "image_id": "../../secret"}, "image_outside_root"),
-        ({**row, "image_id": 7.5}, "missing_field"),
+        ({**row, "image_id": 7.5}, "wrong_field"),
         ({**row, "image_id": "a\0b"}, "bad_image_path"),
         ({name: value for name, value in row.items() if name != "image_id"}, "missing_field"),
     ]
