@@ -273,5 +273,5 @@ def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
 def _see(chunk: QwenVL, state: Tensor | None, pixels: Tensor) -> Tensor | None:
     """The vision side of a stage."""
     if chunk.vision is not None:
-        state = chunk.vision(chunk.vision.embed(pixels) if chunk.vision.has_patch_embed else state)
+        state = chunk.vision(pixels if chunk.vision.has_patch_embed else state)
     return state if chunk.resampler is None else chunk.resampler(state)

@@ -12,6 +12,7 @@ memory is free at once and the message is a few bytes.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class QwenVL(MegatronModule):
         """The vision tower, and all before it, is frozen."""
         self.frozen_resampler = False
         """The resampler, and all before it, is frozen."""
+        self.make_weights_whole: Callable[[], None] = lambda: None
+        """For whoever reads weights outside a forward pass; all data-parallel ranks call it together."""
         self._received: Tensor | None = None
 
     def set_input_tensor(self, received: list[Tensor | None] | Tensor | None) -> None:
@@ -74,16 +77,13 @@ class QwenVL(MegatronModule):
     def features(self, pixels: Tensor) -> Tensor:
         """Image features of a chunk that holds the whole vision side: [n, 3, H, W] -> [queries, n, h]."""
         assert self.vision is not None and self.resampler is not None
-        features: Tensor = self.resampler(self.vision(self.vision.embed(pixels)))
+        features: Tensor = self.resampler(self.vision(pixels))
         return features
 
     def _see(self, hidden: Tensor | None, batch: MicroBatch) -> Any:
         if self.vision is not None:
             with _graph_unless(self.frozen_vision):
-                if self.vision.has_patch_embed:
-                    assert batch.pixels is not None
-                    hidden = self.vision.embed(batch.pixels)
-                hidden = self.vision(hidden)
+                hidden = self.vision(batch.pixels if self.vision.has_patch_embed else hidden)
         if self.resampler is not None:
             with _graph_unless(self.frozen_resampler):
                 hidden = self.resampler(hidden)
@@ -116,6 +116,7 @@ class QwenVL(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Every tensor of this stage under its global name, which no layout changes."""
+        self.make_weights_whole()
         result: dict[str, Any] = {}
         for name, part in self.named_children():
             result.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))

@@ -6,6 +6,8 @@
   each axis: torch's own has no deterministic backward pass on GPUs.
 * ``ln_pre`` comes before the blocks; there is no norm behind them (``ln_post`` follows the resampler).
 * q, k and v are interleaved by head, which is also Megatron-Core's layout; GELU is exact; LayerNorm's epsilon is 1e-6.
+* A parameter is read in the forward pass of the module that owns it and nowhere else: where parameters are gathered
+  while the pass runs, the call of a module is what waits for those of its own.
 * Images are normalised here, on the device: they travel as uint8.
 """
 
@@ -89,8 +91,17 @@ class VisionTower(ShardedModule):
             context, context.backend.vision_layer(), config=config, numbers=stage.vision_layers
         )
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """uint8 or normalised float [n, 3, H, W] -> [patches (/ tp under sequence parallelism), n, h]."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Through this stage's part of the tower.
+
+        Args:
+            images: pixels, uint8 or normalised float [n, 3, H, W], where the stage has the patch embedding; elsewhere
+                patches [patches (/ tp under sequence parallelism), n, h], of which it also returns such.
+        """
+        hidden = self._embed(images) if self.has_patch_embed else images
+        return run_layers(self.layers, hidden, inputs=AttentionInputs(), recompute=self.recompute)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels)
         hidden = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
@@ -99,7 +110,3 @@ class VisionTower(ShardedModule):
         if self.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return hidden
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[patches (/ tp), n, h] -> the same, through this stage's layers."""
-        return run_layers(self.layers, hidden, inputs=AttentionInputs(), recompute=self.recompute)

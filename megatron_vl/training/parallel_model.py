@@ -1,9 +1,15 @@
-"""The model as it is trained: chunks wrapped for data parallelism, with the hooks that the schedules call."""
+"""The model as it is trained: chunks wrapped for data parallelism, with the hooks that the schedules call.
+
+With ``overlap_param_gather`` a step leaves each rank the new weights of its own shard and the old ones elsewhere, until
+the next forward pass has gathered them, module by module. Whoever reads weights otherwise goes through
+:attr:`ParallelModel.chunks` or ``QwenVL.sharded_state_dict``, which gather first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,16 +26,24 @@ from megatron_vl.training.optimizer import build_optimizer
 class ParallelModel:
     """This rank's part of the network and its optimizer."""
 
-    chunks: list[QwenVL]
     wrapped: list[DistributedDataParallel]
+    """For forward and backward passes."""
     optimizer: MegatronOptimizer
+
+    @property
+    def chunks(self) -> list[QwenVL]:
+        """The network itself, its weights whole; all data-parallel ranks ask for it together."""
+        chunks: list[QwenVL] = [wrapped.module for wrapped in self.wrapped]
+        for chunk in chunks:
+            chunk.make_weights_whole()
+        return chunks
 
 
 def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> ParallelModel:
     """Build, wrap, and give it an optimizer."""
     chunks = build_model(config, topology, fresh_weights=fresh_weights)
     wrapped = wrap_chunks(chunks, config)
-    return ParallelModel(chunks, wrapped, build_optimizer(config, wrapped))
+    return ParallelModel(wrapped, build_optimizer(config, wrapped))
 
 
 def wrap_chunks(chunks: Sequence[QwenVL], config: RunConfig) -> list[DistributedDataParallel]:
@@ -69,5 +83,6 @@ def _connect(schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataP
         no_sync = [chunk.no_sync for chunk in wrapped]
         schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if config.parallel.overlap_param_gather:
-        sync = [chunk.start_param_sync for chunk in wrapped]
-        schedule.param_sync_func = sync if len(sync) > 1 else sync[0]
+        for chunk in wrapped:
+            # Gathering itself needs no call: each module waits for its own weights, and starts the next bucket.
+            chunk.module.make_weights_whole = partial(chunk.start_param_sync, force_sync=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vl.backends.attention_inputs import PackedLine
+from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.build import build_model
+from megatron_vl.model.context import run_layers
 from tests.helpers.ranks import Start
 
 
@@ -50,7 +51,7 @@ def run_parts(start: Start, config: RunConfig, inputs: Inputs) -> Outputs:
         features = chunk.resampler(inputs.patches)
         features.square().sum().backward()
         with torch.no_grad():
-            vision = chunk.vision(inputs.patches)
+            vision = run_layers(chunk.vision.layers, inputs.patches, inputs=AttentionInputs(), recompute=False)
             line = language(inputs.embedded, language.attention_inputs(PackedLine.of(inputs.spans)))
         return Outputs(
             weights={name: value.detach() for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]},

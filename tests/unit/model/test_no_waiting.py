@@ -49,9 +49,8 @@ def _look(start: Start, config: RunConfig) -> dict[str, list[str]]:
         hidden = torch.randn(len(batch.tokens), 1, MODEL.language.hidden_size, requires_grad=True)
         head = {"positions": batch.supervised, "targets": batch.targets}
         return {
-            "embed": _waits(lambda: vision.embed(batch.pixels)),
-            "vision": _waits(lambda: vision(vision.embed(batch.pixels)).sum().backward()),
-            "resampler": _waits(lambda: chunk.resampler(vision.embed(batch.pixels)).sum().backward()),
+            "vision": _waits(lambda: vision(batch.pixels).sum().backward()),
+            "resampler": _waits(lambda: chunk.resampler(vision(batch.pixels)).sum().backward()),
             "language": _waits(lambda: language(hidden, inputs).sum().backward()),
             "head": _waits(lambda: language.token_losses(hidden, **head).sum().backward()),
         }
