@@ -18,7 +18,7 @@
 # part is a string.
 ''':'
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 script="$root/examples/pretrain_qwenvl.sh"
 if [[ -n "${VIRTUAL_ENV:-}" ]]; then python=python
 elif [[ -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"
@@ -27,6 +27,11 @@ fi
 
 first_slurm_host() { scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1; }
 need() { if [[ -z "${!1:-}" ]]; then echo "error: $1 is not set: $2" >&2; exit 2; fi; }
+number() {  # NAME LEAST MOST
+    if [[ "${!1}" =~ ^[0-9]{1,9}$ ]] && ((10#${!1} >= $2 && 10#${!1} <= $3)); then return; fi
+    echo "error: $1 is '${!1}': expected a whole number from $2 to $3; export another one, or unset it" >&2
+    exit 2
+}
 
 # What one process can answer, and a process that a launcher has started as a rank.
 case " $* " in *" --dry-run "* | *" --check "* | *" --help "* | *" -h "*) exec "$python" "$script" "$@" ;; esac
@@ -44,6 +49,9 @@ elif [[ -n "${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-}}" ]]; then
     nodes="$((size / tasks_here))" node="$((${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}} / tasks_here))"
 fi
 NNODES="${NNODES:-$nodes}" NODE_RANK="${NODE_RANK:-$node}"
+number NNODES 1 100000
+number NODE_RANK 0 "$((NNODES - 1))"
+if [[ -n "${MASTER_PORT:-}" ]]; then number MASTER_PORT 1 65535; fi
 if ((NNODES == 1)); then master=127.0.0.1; fi
 MASTER_ADDR="${MASTER_ADDR:-$master}"
 need MASTER_ADDR "export the name of the first of the $NNODES nodes"
@@ -56,9 +64,14 @@ if [[ -z "${GPUS_PER_NODE:-}" ]]; then
     GPUS_PER_NODE="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
     GPUS_PER_NODE="$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))"
 fi
+number GPUS_PER_NODE 1 1000
 meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
 meet+=(--master-port "${MASTER_PORT:-${port:-29500}}")
 if ((NNODES == 1)) && [[ -z "${MASTER_PORT:-}" ]]; then meet=(--standalone); fi
+if ((NODE_RANK == 0)) && [[ -n "${MASTER_PORT:-}" ]] && (: <>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; then
+    echo "error: MASTER_PORT is $MASTER_PORT, where something on this machine listens already: export another one" >&2
+    exit 2
+fi
 "$python" "$script" "$@" --check --world-size "$((NNODES * GPUS_PER_NODE))"
 exec "$python" "$root/tools/torchrun.py" "${meet[@]}" --nproc-per-node "$GPUS_PER_NODE" "$script" "$@"
 : <<'pass'

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -35,28 +34,63 @@ class Launch:
     missing: tuple[str, ...] = ()
     """Of MASTER_ADDR and MASTER_PORT, those that are not set although there are peers to meet."""
 
-    @property
-    def init_method(self) -> str:
-        """Where ``torch.distributed`` meets: the launcher's address, or a port of its own for a world of one.
+    def check_meeting_place(self) -> None:
+        """Peers meet at MASTER_ADDR and MASTER_PORT.
 
-        Raises ConfigError if there are peers, and no MASTER_ADDR or MASTER_PORT to meet them at.
+        Raises:
+            ConfigError: there are peers, and one of the two is not set.
         """
         if self.missing:
             raise ConfigError(
                 f"{self.world_size} ranks were started, but {' and '.join(self.missing)} is not set: export it (the "
                 "first node's name, and a free port there), or start with torchrun"
             )
-        return "env://" if self.world_size > 1 else f"tcp://127.0.0.1:{_free_port()}"
+
+    def device_index(self, visible: int) -> int:
+        """Which of the CUDA devices that this process sees is its own.
+
+        Raises:
+            ConfigError: there are fewer than ranks here, and more than the one of a launcher that gives each its own.
+        """
+        if visible == 1:
+            return 0
+        if self.local_rank >= visible:
+            raise ConfigError(
+                f"rank {self.rank} is number {self.local_rank} on its machine (from 0), which shows it {visible} CUDA "
+                "devices: start one rank for each device, or give each rank one of its own"
+            )
+        return self.local_rank
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Return who this process is from the launcher's variables; a world of one without a launcher."""
+    """Return who this process is from the launcher's variables; a world of one without a launcher.
+
+    Raises:
+        ConfigError: a variable is not the number that its launcher would have set.
+    """
     env = os.environ if environment is None else environment
     for rank, size, local in _LAUNCHERS:
-        if rank in env and int(env.get(size, "1")) > 1:
-            missing = tuple(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env)
-            return Launch(int(env[rank]), int(env[size]), int(env.get(local, "0")), missing)
+        if rank in env and (world_size := _number(env, size, least=1, default=1)) > 1:
+            missing = tuple(name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name))
+            if "MASTER_PORT" not in missing:
+                _number(env, "MASTER_PORT", least=1, below=2**16)
+            own = _number(env, rank, below=world_size)
+            return Launch(own, world_size, _number(env, local, below=world_size, default=0), missing)
     return Launch(0, 1, 0)
+
+
+def _number(
+    env: Mapping[str, str], name: str, *, least: int = 0, below: int = 2**31, default: int | None = None
+) -> int:
+    if name not in env and default is not None:
+        return default
+    text = env.get(name, "")
+    if not (text.isascii() and text.isdigit() and least <= int(text) < below):
+        raise ConfigError(
+            f"environment variable {name} is {text!r}: expected a whole number from {least} to {below - 1}, as a "
+            "launcher sets it; unset it, or start with torchrun, srun or mpirun"
+        )
+    return int(text)
 
 
 def set_device_environment(
@@ -86,10 +120,3 @@ def has_cuda_device() -> bool:
         return False
     count = ctypes.c_int(0)
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

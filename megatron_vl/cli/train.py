@@ -37,8 +37,12 @@ _LESS_MEMORY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    launch = read_launch()
     escape_what_terminals_cannot_show()
+    try:
+        launch = read_launch()
+    except ConfigError as error:
+        write_line(f"error: {error}", error=True)
+        return error.exit_status
     try:
         return _run(sys.argv[1:] if argv is None else argv, launch)
     except MegatronVLError as error:

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.launch import Launch, read_launch
+from megatron_vl.parallel.process_group import start_process_group
 
 
 @dataclass
@@ -59,12 +60,11 @@ class Topology:
     def _start_process_group(self) -> None:
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(self.launch.local_rank)
-        dist.init_process_group(
+            torch.cuda.set_device(self.launch.device_index(torch.cuda.device_count()))
+        start_process_group(
             "nccl" if cuda else "gloo",
-            init_method=self.init_method or self.launch.init_method,
-            rank=self.launch.rank,
-            world_size=self.launch.world_size,
+            self.launch,
+            init_method=self.init_method,
             timeout=timedelta(minutes=self.config.distributed_timeout_minutes),
         )
         self._started = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -177,6 +178,49 @@ def test_mpirun_with_several_tasks_runs_the_ranks_themselves(checkout: Path) -> 
     done = start(checkout, [*mpirun, "bash", SCRIPT])
     assert done.returncode == 0, done.stderr
     assert {item["OMPI_COMM_WORLD_RANK"] for item in ranks_seen(checkout)} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0': expected a whole number from 1 to"),
+        ({"NNODES": "x"}, "NNODES is 'x': expected a whole number from 1 to"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2': expected a whole number from 0 to 1"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http': expected a whole number from 1 to 65535"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "said",
+)
+def test_what_counts_ranks_is_a_number(checkout: Path, changes: dict[str, str], said: str) -> None:
+    done = start(checkout, ["bash", SCRIPT], **changes)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr and ranks_seen(checkout, check=True) == ranks_seen(checkout) == []
+
+
+def test_a_port_in_use_is_named_before_anything_starts(checkout: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        done = start(checkout, ["bash", SCRIPT], MASTER_PORT=port)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"MASTER_PORT is {port}" in done.stderr and "export another one" in done.stderr
+
+
+def test_the_script_works_through_a_link(checkout: Path, torchrun_arguments: Callable[[], list[str]]) -> None:
+    (checkout / "elsewhere").mkdir()
+    link = checkout / "elsewhere" / "train.sh"
+    link.symlink_to(checkout / SCRIPT)
+    done = start(checkout, ["bash", str(link)], GPUS_PER_NODE="2", RECIPE="my.yaml")
+    assert done.returncode == 0, done.stderr
+    assert str(checkout / SCRIPT) in torchrun_arguments()
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_one_line(variable: str) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "2"} | {variable: "x"}
+    done = run([sys.executable, "tools/train.py", "examples/tiny/stage0_text.yaml"], ROOT, environment(**given))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"environment variable {variable} is 'x'" in done.stderr
 
 
 @pytest.mark.parametrize("stage", ["0", "4", "one"])

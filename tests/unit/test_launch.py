@@ -23,7 +23,7 @@ ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 def test_launchers(environment: dict[str, str]) -> None:
     launch = read_launch(environment | ADDRESS)
     assert (launch.rank, launch.world_size, launch.local_rank) == (5, 8, 1)
-    assert launch.init_method == "env://"
+    launch.check_meeting_place()
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,41 @@ def test_launchers(environment: dict[str, str]) -> None:
 def test_world_of_one(environment: dict[str, str]) -> None:
     launch = read_launch(environment)
     assert launch == Launch(0, 1, 0)
-    assert launch.init_method.startswith("tcp://127.0.0.1:")
+    launch.check_meeting_place()
 
 
 def test_peers_need_a_place_to_meet() -> None:
     launch = read_launch({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
     with pytest.raises(ConfigError, match="2 ranks.*MASTER_ADDR is not set"):
-        _ = launch.init_method
+        launch.check_meeting_place()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'.*from 0 to 1"),
+        ({"RANK": "2"}, "RANK is '2'.*from 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'.*unset it, or start with torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'.*from 1"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'.*from 1 to 65535"),
+    ],
+)
+def test_what_no_launcher_sets_is_refused(changes: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read_launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} | ADDRESS | changes)
+
+
+@pytest.mark.parametrize(("local", "visible", "index"), [(0, 1, 0), (3, 1, 0), (3, 4, 3)])
+def test_a_rank_takes_its_own_device(local: int, visible: int, index: int) -> None:
+    """A launcher may show each task one device, which is its own whatever the task's number."""
+    assert Launch(local, 4, local).device_index(visible) == index
+
+
+def test_more_ranks_than_devices_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rank 5 is number 2 on its machine.*2 CUDA devices"):
+        Launch(5, 8, 2).device_index(2)
 
 
 @pytest.mark.parametrize("tensor_parallel", [False, True])
