@@ -33,6 +33,8 @@ class Launch:
     local_rank: int
     missing: tuple[str, ...] = ()
     """Of MASTER_ADDR and MASTER_PORT, those that are not set although there are peers to meet."""
+    meeting_place: str = ""
+    """MASTER_ADDR:MASTER_PORT, where there are peers."""
 
     def check_meeting_place(self) -> None:
         """Peers meet at MASTER_ADDR and MASTER_PORT.
@@ -75,7 +77,8 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             if "MASTER_PORT" not in missing:
                 _number(env, "MASTER_PORT", least=1, below=2**16)
             own = _number(env, rank, below=world_size)
-            return Launch(own, world_size, _number(env, local, below=world_size, default=0), missing)
+            place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+            return Launch(own, world_size, _number(env, local, below=world_size, default=0), missing, place)
     return Launch(0, 1, 0)
 
 

@@ -28,7 +28,6 @@ from megatron_vl.log import setup_logging, silence_dependency_warnings, write_li
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    setup_logging()
     silence_dependency_warnings()
     return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
@@ -57,6 +56,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    setup_logging()
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.parallel.topology import Topology
 

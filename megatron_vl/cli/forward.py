@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    setup_logging()
     silence_dependency_warnings()
     return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
@@ -63,6 +62,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    setup_logging()
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.evaluation.forward import forward, forward_config, load_chunks
     from megatron_vl.evaluation.forward_inputs import read_inputs

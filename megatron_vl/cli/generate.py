@@ -42,7 +42,6 @@ Json = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
-    setup_logging()
     silence_dependency_warnings()
     return exit_status(lambda: _run(_build_parser().parse_args(argv)))
 
@@ -75,6 +74,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    setup_logging()
     questions = read_questions(options.inputs, options.chat_format)
     check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process

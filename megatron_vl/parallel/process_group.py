@@ -7,7 +7,6 @@ address of our choice as a client, where nobody listens.
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -42,10 +41,9 @@ def start_process_group(backend: str, launch: Launch, *, init_method: str | None
             timeout=timeout,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
-            f"{reason}. If the port is in use, choose another one; else see that the name is rank 0's machine and can "
-            "be reached"
+            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.meeting_place} (MASTER_ADDR, "
+            f"MASTER_PORT): {reason}. If the port is in use, choose another one; else see that the name "
+            "is rank 0's machine and can be reached"
         ) from error

@@ -218,9 +218,11 @@ def test_the_script_works_through_a_link(checkout: Path, torchrun_arguments: Cal
 @pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
 def test_a_rank_that_is_no_number_is_one_line(variable: str) -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2"} | {variable: "x"}
-    done = run([sys.executable, "tools/train.py", "examples/tiny/stage0_text.yaml"], ROOT, environment(**given))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"environment variable {variable} is 'x'" in done.stderr
+    train = ["tools/train.py", "examples/tiny/stage0_text.yaml"]
+    for command in (train, ["tools/evaluate_loss.py", "--checkpoint", "none", "--data-path", "none"]):
+        done = run([sys.executable, *command], ROOT, environment(**given))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"environment variable {variable} is 'x'" in done.stderr
 
 
 @pytest.mark.parametrize("stage", ["0", "4", "one"])
