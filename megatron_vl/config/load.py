@@ -41,6 +41,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "parallel.pipeline_layout": ("--pipeline-model-parallel-layout",),
 }
 """Second spellings that Megatron-LM's users have in their scripts."""
+RETIRED = ("data.vocab_file",)
+"""Keys that did nothing; the ``config.yaml`` of earlier checkpoints has them as null. With a value they are unknown."""
 
 Node = TypeVar("Node")
 Overrides = Mapping[str, Value]
@@ -130,7 +132,7 @@ class _Recipe:
                 values[".".join(here)] = from_yaml(leaves[here], value, self.where(here))
             elif here in sections:
                 values |= self.flatten(value, sections[here], here)
-            else:
+            elif value is not None or ".".join(here) not in RETIRED:
                 raise self.unknown(here, section)
         return values
 

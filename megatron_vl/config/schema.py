@@ -144,8 +144,6 @@ class DataConfig:
     """Replace every image by a grey one: the control experiment that shows what the images are worth."""
     unpacked: bool = False
     """Rows hold one sample each, as in the paper's own table; the data set must have been prepared so."""
-    vocab_file: str | None = None
-    """Qwen's .tiktoken file; by default the one inside the dashscope package."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,6 @@ FIELDS: Mapping[str, str] = {
     "val_data_path": "data.valid_data_path",
     "dataloader_num_workers": "data.num_workers",
     "workers": "data.num_workers",
-    "tokenizer_model": "data.vocab_file",
     "output_dir": "checkpoint.save",
     "output": "checkpoint.save",
     "save_dir": "checkpoint.save",

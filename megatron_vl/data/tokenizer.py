@@ -126,7 +126,8 @@ def find_vocab_file() -> Path:
             return path
     raise DataError(
         "Qwen's vocabulary was not found: package 'dashscope' with resources/qwen.tiktoken is not installed. "
-        "Install it (pip install --no-deps dashscope) or give the file as data.vocab_file."
+        "Install it (pip install --no-deps dashscope) or give the file: vocab_file in a data recipe, --vocab-file "
+        "where a tool has it."
     )
 
 

@@ -31,6 +31,12 @@ MODEL = ModelConfig(
         num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=500
     ),
 )
+ODD_MODEL = replace(
+    MODEL,
+    vision=replace(MODEL.vision, layernorm_epsilon=3e-3),
+    language=replace(MODEL.language, norm_epsilon=2e-3, rotary_base=500.0),
+)
+"""The same without the usual constants, so that nobody compares a constant with itself."""
 SEQ_LENGTH = 32
 
 

@@ -84,6 +84,12 @@ def test_flags_in_megatrons_spelling() -> None:
     assert config.training.recompute_granularity == "full"
 
 
+def test_a_retired_key_is_passed_over_only_where_it_says_nothing(recipe: Writer) -> None:
+    assert load_config(recipe("data: {vocab_file: null}")) == load_config(None)
+    with pytest.raises(ConfigError, match="unknown key data.vocab_file"):
+        load_config(recipe("data: {vocab_file: qwen.tiktoken}"))
+
+
 def test_flags_undo_the_recipe(recipe: Writer) -> None:
     path = recipe("training: {bf16: true, recompute_granularity: full}\ncheckpoint: {save: out}\n")
     config = load_config(path, "--no-bf16 --recompute-granularity none --save none".split())

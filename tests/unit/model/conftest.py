@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.helpers.ranks import RankPools
-from tests.helpers.tiny import MODEL, tiny_config
+from tests.helpers.tiny import ODD_MODEL, tiny_config
 from tests.unit.model.parts import Inputs, Outputs, run_parts
 
 
@@ -14,13 +16,13 @@ from tests.unit.model.parts import Inputs, Outputs, run_parts
 def inputs() -> Inputs:
     generator = torch.Generator().manual_seed(0)
     return Inputs(
-        patches=torch.randn(MODEL.num_patches, 3, MODEL.vision.hidden_size, generator=generator),
-        embedded=torch.randn(26, 1, MODEL.language.hidden_size, generator=generator),
+        patches=torch.randn(ODD_MODEL.num_patches, 3, ODD_MODEL.vision.hidden_size, generator=generator),
+        embedded=torch.randn(26, 1, ODD_MODEL.language.hidden_size, generator=generator),
         spans=[5, 1, 20],
     )
 
 
 @pytest.fixture(scope="session")
 def outputs(ranks: RankPools, inputs: Inputs) -> Outputs:
-    found: Outputs = ranks(1).run(run_parts, tiny_config(), inputs)[0]
+    found: Outputs = ranks(1).run(run_parts, replace(tiny_config(), model=ODD_MODEL), inputs)[0]
     return found

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, Qwen2Config
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from tests.helpers.tiny import MODEL
+from tests.helpers.tiny import ODD_MODEL
 from tests.unit.model.parts import Inputs, Outputs
 
 TOLERANCE = 1e-5
@@ -32,7 +32,7 @@ def _attention(ours: dict[str, Tensor], heads: int, output: str) -> dict[str, Te
 
 
 def _qwen2(weights: dict[str, Tensor]) -> Qwen2Model:
-    sizes = MODEL.language
+    sizes = ODD_MODEL.language
     config = Qwen2Config(
         vocab_size=8,
         hidden_size=sizes.hidden_size,
@@ -41,10 +41,10 @@ def _qwen2(weights: dict[str, Tensor]) -> Qwen2Model:
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_attention_heads,
         rms_norm_eps=sizes.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.rotary_base},
         attn_implementation="eager",
     )
     model = Qwen2Model(config).eval()
-    assert config.rope_parameters["rope_theta"] == sizes.rotary_base
     for number, layer in enumerate(model.layers):
         ours = _layer(weights, f"language_model.layers.{number}.")
         gate, up = ours["mlp.linear_fc1.weight"].chunk(2)
@@ -73,7 +73,7 @@ def test_language_layers_equal_qwen2(inputs: Inputs, outputs: Outputs) -> None:
 
 
 def _clip(weights: dict[str, Tensor]) -> CLIPEncoder:
-    sizes = MODEL.vision
+    sizes = ODD_MODEL.vision
     config = CLIPVisionConfig(
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.ffn_hidden_size,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_vl.conversion.convert import import_folder
 from megatron_vl.model.resampler import sincos_positions
-from tests.helpers.tiny import MODEL
+from tests.helpers.tiny import ODD_MODEL
 from tests.parallel.golden import FOLDER
 from tests.unit.model.parts import Inputs, Outputs
 
@@ -21,17 +21,18 @@ class Reference(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        width, queries = MODEL.language.hidden_size, MODEL.resampler.num_queries
+        width, queries = ODD_MODEL.language.hidden_size, ODD_MODEL.resampler.num_queries
+        epsilon = ODD_MODEL.vision.layernorm_epsilon
         self.query = nn.Parameter(torch.empty(queries, width))
         self.register_buffer("pos_embed", torch.empty(queries, width))
-        self.kv_proj = nn.Linear(MODEL.vision.hidden_size, width, bias=False)
-        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.attn = nn.MultiheadAttention(width, MODEL.resampler.num_attention_heads)
+        self.kv_proj = nn.Linear(ODD_MODEL.vision.hidden_size, width, bias=False)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=epsilon) for _ in range(3))
+        self.attn = nn.MultiheadAttention(width, ODD_MODEL.resampler.num_attention_heads)
         self.proj = nn.Parameter(torch.empty(width, width))
 
     def forward(self, patches: Tensor) -> Tensor:
         """[patches, n, vision width] -> [queries, n, h]."""
-        side, grid = math.isqrt(len(self.pos_embed)), MODEL.patch_grid
+        side, grid = math.isqrt(len(self.pos_embed)), ODD_MODEL.patch_grid
         image = self.pos_embed.T.reshape(1, -1, side, side)
         resized = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False)[0].flatten(1).T
         values = self.ln_kv(self.kv_proj(patches))

@@ -7,8 +7,10 @@ import logging
 import math
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -158,6 +160,28 @@ def test_each_of_several_validation_sets_has_its_loss(tmp_path: Path, capsys: py
     events.Reload()
     values = [events.Scalars(f"validation-loss/{name}")[0].value for name in ("captions", "en/text")]
     assert values == [0.25, 0.5]
+
+
+def test_weights_and_biases_has_the_names_and_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = mock.MagicMock()
+    client.api.api_key = None
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    _report(_config(tmp_path, wandb_project="vision", wandb_exp_name="first"))
+    (started,) = client.init.call_args_list
+    assert (started.kwargs["project"], started.kwargs["name"], started.kwargs["mode"]) == ("vision", "first", "offline")
+    logged = [call for call in client.init.return_value.log.call_args_list if "lm_loss" in call.args[0]]
+    assert [(call.kwargs["step"], call.args[0]["lm_loss"]) for call in logged] == [(2, 3.0), (4, 7.0), (5, 10.0)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_bar_moves_where_one_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    bar = mock.MagicMock(n=0)
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    _report(_config(tmp_path, progress=wanted))
+    assert bar.called == wanted
+    if wanted:
+        assert (bar.call_args.kwargs["initial"], bar.call_args.kwargs["total"]) == (0, 5)
+        assert bar.return_value.update.call_count == 3
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
