@@ -6,17 +6,12 @@ The rows go to the file as they come. Anything that goes wrong is a traceback an
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from gpu_parts.report import Report
-
-# Read when CUDA starts: one queue a device where ranks share it, and workspaces that allow deterministic products.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+from megatron_vl.launch import set_device_environment
 
 
 def run_part(name: str, report: Report, *, small: bool) -> None:
@@ -72,6 +67,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="where the rows go")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    # As the trainer sets it: what is timed runs in the environment of a user's run, and nothing timed is deterministic.
+    set_device_environment(tensor_parallel=options.name == "layouts", deterministic=options.name == "resume")
     warnings.filterwarnings("ignore", category=UserWarning)
     run_part(options.name, Report(options.rows), small=options.small)
 

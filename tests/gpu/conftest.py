@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
-# cuBLAS reads it once, when it is first used; deterministic_mode needs it.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from megatron_vl.launch import set_device_environment
+
+if torch.cuda.is_available():  # read when the libraries start, here and in the ranks; deterministic_mode needs it
+    set_device_environment(tensor_parallel=True, deterministic=True)
 
 HAS_TE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
