@@ -134,9 +134,9 @@ def test_the_extra_state_of_a_file_is_never_unpickled(ranks: RankPools, tmp_path
     """Neither is ours written, nor a hostile one given to the module, which would run its code."""
     marker = tmp_path / "marker"
     (written, ours), (read, hostile) = ranks(1).run(_save_and_load_extra_state, tiny_config(), tmp_path, marker)[0]
+    assert not marker.exists()
     assert written == read == [1.0] * 3
     assert ours == ["norm.weight"] and len(hostile) == 2
-    assert not marker.exists()
 
 
 def _optimizer_keys(start: Start, config: RunConfig, efficient: bool) -> set[str]:
