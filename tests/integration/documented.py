@@ -94,15 +94,16 @@ RULES = (
     Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
     # Several ranks take seconds to start: test_training_under_torchrun does, here one process trains a step.
     Rule(
-        r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",
-        r"python \2 --check --world-size \1",
-    ),
-    Rule(
-        r"(?:python tools/)?torchrun(?:\.py)? --nproc-per-node \d+ (tools/train\.py .*)",
+        r"(?:python tools/)?torchrun(?:\.py)? --nproc-per-node \d+ (tools/train\.py (?!.*--\w+-model-parallel-size).*)",
         rf"python \1 {ONE_STEP}",
         says="lm loss",
     ),
     Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
+    # Checked when the checkpoints are there that the others have written.
+    Rule(
+        r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",
+        r"python \2 --check --world-size \1",
+    ),
     Rule(r"(python tools/evaluate_loss\.py .*)", r"\1", says='"num_tokens"'),
     Rule(r"(python tools/generate\.py .*)", r"\1 --max-new-tokens 2"),
     Rule(r"(python tools/tokenize_text\.py .*)", r"\1", says="12 tokenize, 4 sft, 2 chat"),
