@@ -2,8 +2,8 @@
 
 A case keeps what the recipe chooses: optimizer, layer decay, warm-up, what is frozen, attention span, the unit of the
 batch, the data sets of its own command with their weights, and whether it starts from an earlier stage. What is scaled
-is the model, the images (in the recipe's ratio to the position table), the rows, and the number of steps. A recipe that
-is added to ``examples/`` is a case by itself.
+is the model, the images (in the recipe's ratio to the position table), the rows, and the number of steps; the layout is
+the test's. A recipe that is added to ``examples/`` is a case by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_vl.cli import prepare, synthetic
 from megatron_vl.config.load import load_config
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.data.plan import DataPlan
 from tests.helpers import tiny
 
@@ -100,7 +100,7 @@ def _scaled(config: RunConfig, data_path: tuple[str, ...]) -> RunConfig:
     scaled = replace(
         config,
         model=replace(MODEL, image_size=side),
-        parallel=replace(config.parallel, tensor_model_parallel_size=1, sequence_parallel=False, backend="local"),
+        parallel=ParallelConfig(backend="local"),
         data=replace(config.data, data_path=data_path, seq_length=SEQ_LENGTH, num_workers=0),
         training=replace(training, train_iters=STEPS, global_batch_size=rows, bf16=False),
         optimizer=replace(optimizer, lr_warmup_iters=warmup),

@@ -28,7 +28,7 @@ from tests.helpers.tiny import tiny_config
 from tests.parallel.saving import save_fresh_weights
 
 HALF = STEPS // 2
-OVERLAP = {"overlap_grad_reduce": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 SHARDED, WHOLE = {"use_distributed_optimizer": True}, {"use_distributed_optimizer": False}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
