@@ -25,11 +25,11 @@ from tests.helpers.tiny import micro_batches, tiny_config
 def _built(start: Start, config: RunConfig) -> tuple[str, dict[str, bool]]:
     with start.topology(config.parallel) as topology:
         model = build_parallel_model(config, topology)
-        schedule, wrapped = model.chunks[0].config, model.wrapped[0].ddp_config
+        schedule, wrapped = model.chunks[0].config, model.wrapped[0]
         return type(model.optimizer.chained_optimizers[0]).__name__, {
-            "sharded": wrapped.use_distributed_optimizer,
-            "reduce": wrapped.overlap_grad_reduce and schedule.no_sync_func is not None,
-            "gather": wrapped.overlap_param_gather and schedule.param_sync_func is not None,
+            "sharded": wrapped.ddp_config.use_distributed_optimizer,
+            "reduce": wrapped.ddp_config.overlap_grad_reduce and schedule.no_sync_func is not None,
+            "gather": wrapped.ddp_config.overlap_param_gather and bool(wrapped.remove_forward_pre_hook_handles),
         }
 
 
