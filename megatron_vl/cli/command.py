@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from megatron_vl import machine_errors
 from megatron_vl.errors import ConfigError, ExitStatus, MegatronVLError
+from megatron_vl.launch import Launch, read_launch
 from megatron_vl.log import abandon_output, escape_what_terminals_cannot_show, write_line
 
 
-def exit_status(work: Callable[[], object], *, if_interrupted: str = "interrupted") -> int:
-    """Do the work of a command, the reading of its flags too; its exit status, after saying what went wrong."""
+def exit_status(
+    work: Callable[[], object], *, if_interrupted: str = "interrupted", less_memory: str = ""
+) -> ExitStatus:
+    """Do the work of a command, the reading of its flags too; its exit status, after saying what went wrong.
+
+    Args:
+        work: may return a status of its own.
+        if_interrupted: what to say after Ctrl-C.
+        less_memory: which flags make less memory do.
+    """
     escape_what_terminals_cannot_show()
     try:
-        work()
+        status = work()
     except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
+        _report(str(error))
         return error.exit_status
     except KeyboardInterrupt:
-        write_line(if_interrupted, error=True)
+        if _launch().rank == 0:
+            write_line(if_interrupted, error=True)
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
         abandon_output()
         return ExitStatus.PIPE_CLOSED
     except Exception as error:
-        if (text := machine_errors.describe(error)) is None:
+        if (text := machine_errors.describe(error, less_memory=less_memory)) is None:
             raise
-        write_line(f"error: {text}", error=True)
+        _report(text)
         return ExitStatus.USER_ERROR
-    return ExitStatus.DONE
+    return status if isinstance(status, ExitStatus) else ExitStatus.DONE
+
+
+def _report(error: str) -> None:
+    """Write the error, normally once: rank 0 at once, others only if rank 0 has not ended the run by then.
+
+    A launcher stops all ranks when the first one fails, so others wait: first the node's first rank, then the rest. An
+    error that only they have is written after the wait.
+    """
+    launch = _launch()
+    if launch.rank == 0:
+        write_line(f"error: {error}", error=True)
+        return
+    time.sleep(3.0 if launch.local_rank == 0 else 4.0)
+    write_line(f"error on rank {launch.rank}: {error}", error=True)
+
+
+def _launch() -> Launch:
+    """Who this process is; where the launcher's variables are wrong, which is the error to report, a world of one."""
+    try:
+        return read_launch()
+    except ConfigError:
+        return Launch(0, 1, 0)
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:

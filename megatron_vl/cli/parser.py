@@ -1,7 +1,8 @@
-"""One parser for all commands: help with every default and an example, and a near name for a flag that is not known.
+"""One parser for the commands: help with every default and an example, and a near name for a flag that is not known.
 
 The description of a command is its module's docstring, so that source and help are one text. Its paragraphs are filled
-to the terminal's width; lines that begin with a space, tables for example, stay as they are.
+to the terminal's width; lines that begin with a space, tables for example, stay as they are. (The flags of
+``tools/train.py`` are those of the configuration, which has a parser of its own: ``config/load.py``.)
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_vl.config.fields import suggestion
-
-EXIT_USAGE = 2
+from megatron_vl.errors import ExitStatus
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave the process with one line and the status of a user's error."""
-        self.exit(EXIT_USAGE, f"error: {self.prog}: {message} (--help lists the flags)\n")
+        self.exit(ExitStatus.USER_ERROR, f"error: {self.prog}: {message} (--help lists the flags)\n")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

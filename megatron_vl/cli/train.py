@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl import machine_errors
+from megatron_vl.cli.command import exit_status
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.outputs import check_outputs
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
-from megatron_vl.errors import ConfigError, DataError, ExitStatus, MegatronVLError
-from megatron_vl.launch import Launch, has_cuda_device, read_launch, set_device_environment
-from megatron_vl.log import (
-    abandon_output,
-    escape_what_terminals_cannot_show,
-    setup_logging,
-    silence_dependency_warnings,
-    write_line,
-)
+from megatron_vl.errors import ConfigError, DataError, ExitStatus
+from megatron_vl.launch import has_cuda_device, read_launch, set_device_environment
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 _LESS_MEMORY = (
     "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
@@ -37,33 +30,16 @@ _LESS_MEMORY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    escape_what_terminals_cannot_show()
-    try:
-        launch = read_launch()
-    except ConfigError as error:
-        write_line(f"error: {error}", error=True)
-        return error.exit_status
-    try:
-        return _run(sys.argv[1:] if argv is None else argv, launch)
-    except MegatronVLError as error:
-        _report(str(error), launch)
-        return error.exit_status
-    except BrokenPipeError:
-        abandon_output()
-        return ExitStatus.PIPE_CLOSED
-    except KeyboardInterrupt:  # during the steps the trainer listens itself
-        if launch.rank == 0:
-            write_line("interrupted outside the steps; nothing was saved that is not in the log", error=True)
-        return ExitStatus.INTERRUPTED
-    except Exception as error:
-        if (text := machine_errors.describe(error, less_memory=_LESS_MEMORY)) is None:
-            raise
-        _report(text, launch)
-        return ExitStatus.USER_ERROR
+    return exit_status(
+        lambda: _run(sys.argv[1:] if argv is None else argv),
+        # During the steps the trainer listens itself.
+        if_interrupted="interrupted outside the steps; nothing was saved that is not in the log",
+        less_memory=_LESS_MEMORY,
+    )
 
 
-def _run(argv: Sequence[str], launch: Launch) -> ExitStatus:
-    parser = _build_parser()
+def _run(argv: Sequence[str]) -> ExitStatus:
+    launch, parser = read_launch(), _build_parser()
     options, words = parse_flags(parser, argv)
     if len(words) > 1:
         raise ConfigError(f"command line: expected one recipe, found {', '.join(words)}")
@@ -196,16 +172,3 @@ def _plan_data(config: RunConfig, world_size: int) -> tuple[list[str], RunConfig
     counted, said = plan.count_rows(config, world_size)
     num_rows = counted.training.train_iters * counted.training.global_batch_size
     return ([said] if said else []) + plan.describe(num_rows), counted
-
-
-def _report(error: str, launch: Launch) -> None:
-    """Write the error, normally once: rank 0 at once, others only if rank 0 has not ended the run by then.
-
-    A launcher stops all ranks when the first one fails, so others wait: first the node's first rank, then the rest. An
-    error that only they have is written after the wait.
-    """
-    if launch.rank == 0:
-        write_line(f"error: {error}", error=True)
-        return
-    time.sleep(3.0 if launch.local_rank == 0 else 4.0)
-    write_line(f"error on rank {launch.rank}: {error}", error=True)

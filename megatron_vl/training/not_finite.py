@@ -1,10 +1,10 @@
 """What a run does when numbers are not finite.
 
 A step whose loss or gradient is not finite changes no weight on any rank (``training/step.py``) and is named with its
-rows. While such steps follow each other no checkpoint is written, since it might replace the last one that is known to
-work; after ``training.max_skipped_steps`` of them, or when the whole run has consisted of nothing else, the run ends
-with a status of its own. A checkpoint is neither written nor taken for good when weights or moments in it are not
-finite.
+rows. While such steps follow each other a checkpoint that is due waits. One that is written then, because the run ends or
+is stopped, replaces none: the last one that is known to work stays. After ``training.max_skipped_steps`` of them in a
+row, or when the whole run has consisted of nothing else, the run ends with a status of its own. A checkpoint is neither
+written nor loaded when weights or moments in it are not finite.
 
 All ranks decide alike: progress is the same on every rank, and what single ranks find in their tensors is gathered.
 """
@@ -67,11 +67,11 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
     nothing_learnt = state.step == config.training.train_iters == count
     if count < limit and not nothing_learnt:
         return
-    saved = f"checkpoints in {config.checkpoint.save} are" if config.checkpoint.save else "nothing is saved"
-    good = f"; {saved} of before step {state.step - count + 1}" if config.checkpoint.save else f"; {saved}"
+    save = config.checkpoint.save
+    saved = f"the checkpoints in {save} are older than these steps" if save else "nothing is saved"
     raise NotFiniteError(
         f"step {state.step}: loss or gradient was not finite in {count} steps in a row, all of which were skipped "
-        f"(training.max_skipped_steps is {limit}){good}. {_HINT}"
+        f"(training.max_skipped_steps is {limit}); {saved}. {_HINT}"
     )
 
 

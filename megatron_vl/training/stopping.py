@@ -10,7 +10,6 @@ from types import FrameType, TracebackType
 
 from megatron_vl.config.schema import TrainingConfig
 from megatron_vl.errors import ExitStatus
-from megatron_vl.launch import read_launch
 from megatron_vl.log import write_line
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
@@ -70,7 +69,7 @@ class StopRequest:
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         first = self._interrupted is None
         self._interrupted = self._interrupted or time.monotonic()
-        if first and read_launch().rank == 0:
+        if first and self._topology.rank == 0:
             write_line("Ctrl-C: the run ends after this step and saves; press it again to end at once", error=True)
         if time.monotonic() - self._interrupted > _SAME_KEY_S:
             # Not by an exception: on its way it would wait for the other ranks.

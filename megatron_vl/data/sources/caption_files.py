@@ -92,8 +92,7 @@ class CaptionFiles(Source):
                 f"{self.name}: columns are {list(self.columns)}, expected names for the columns of {file}, with "
                 f"{self.caption_field!r} among them"
             )
-        if file.suffix == ".tsv":
-            self._has_header(file)  # refused now, not in the middle of the work
+        self._has_header(file)  # refused now, not in the middle of the work
         return line_shards(file, self.records_per_shard)
 
     def _records(self, shard: Shard) -> Iterator[tuple[Record, str] | Skipped]:

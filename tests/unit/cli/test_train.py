@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vl.cli import train
+from megatron_vl.cli import command, train
 from megatron_vl.cli.train import main
 from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
@@ -109,7 +109,7 @@ def test_check_and_dry_run_count_a_batch_of_samples_in_rows(
         assert main([STAGE_3, "--data-path", data, "--check", "--world-size", world_size]) == 0
         assert main([STAGE_3, "--data-path", data, "--dry-run", "--world-size", world_size]) == 0
         out = capsys.readouterr().out
-        assert said in out and "= 3 micro-batches x 1 rows x data 16" in out or world_size == "8"
+        assert said in out and f"micro-batches x 1 rows x data {int(world_size) // 2}" in out
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_other_ranks_wait_for_rank_0_to_speak(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(train.time, "sleep", waits.append)
+    monkeypatch.setattr(command.time, "sleep", waits.append)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, local in (("2", "0"), ("3", "1")):
         monkeypatch.setenv("RANK", rank)
