@@ -1,10 +1,10 @@
 """What a run does when numbers are not finite.
 
 A step whose loss or gradient is not finite changes no weight on any rank (``training/step.py``) and is named with its
-rows. While such steps follow each other a checkpoint that is due waits. One that is written then, because the run ends or
-is stopped, replaces none: the last one that is known to work stays. After ``training.max_skipped_steps`` of them in a
-row, or when the whole run has consisted of nothing else, the run ends with a status of its own. A checkpoint is neither
-written nor loaded when weights or moments in it are not finite.
+rows. While such steps follow each other a checkpoint that is due waits. One that is written then, because the run ends
+or is stopped, replaces none: the last one that is known to work stays. After ``training.max_skipped_steps`` of them in
+a row, or when the whole run has consisted of nothing else, the run ends with a status of its own. A checkpoint is
+neither written nor loaded when weights or moments in it are not finite.
 
 All ranks decide alike: progress is the same on every rank, and what single ranks find in their tensors is gathered.
 """

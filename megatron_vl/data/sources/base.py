@@ -25,7 +25,10 @@ from megatron_vl.errors import DataError, SkipSample
 Json = Mapping[str, Any]
 
 _LARGEST = 1e300
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+"""Pattern of a number as a text has it."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values of a field that say nothing; a number 0 says something."""
 _FAULTS_OF_FILES = frozenset({
     errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EINVAL,
 })  # fmt: skip
@@ -160,7 +163,7 @@ def as_number(value: Any) -> float | None:
     """A finite number in whatever form a record has it: also as text (``"0.31"``), and as parquet's decimal."""
     if isinstance(value, (str, Decimal)):
         text = str(value).strip()
-        value = float(text) if _NUMBER.fullmatch(text) else None
+        value = float(text) if re.fullmatch(NUMBER, text) else None
     return float(value) if is_finite(value) else None
 
 

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, words_in
-from megatron_vl.data.sources.images import require_images
+from megatron_vl.data.sample import ImageRef, Sample, Turn
+from megatron_vl.data.sources.base import NOTHING, Json, Shard, Skipped, Source, clean_text, field, size_of, words_in
+from megatron_vl.data.sources.images import read_image, require_images
 from megatron_vl.data.sources.record_files import read_samples, record_shards
 from megatron_vl.errors import SkipSample
-
-NOTHING: tuple[Any, ...] = (None, "", [])
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,11 @@ class Dialogues(Source):
     @abstractmethod
     def _sample(self, record: Json, key: str) -> Sample:
         """The dialogue of a record; raises SkipSample."""
+
+    def _images(self, record: Json, names: Sequence[str]) -> tuple[ImageRef, ...]:
+        """The images of these names, each with the size that the record declares; raises SkipSample."""
+        sizes = _declared_sizes(record, len(names))
+        return tuple(read_image(self.image_root, name, size) for name, size in zip(names, sizes, strict=True))
 
 
 def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"]]) -> list[Turn]:
@@ -99,7 +102,7 @@ def media_of(record: Json) -> list[Any]:
     return found[0] if found and isinstance(found[0], list) else found
 
 
-def declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:
+def _declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:
     """Width and height of each of a record's images, as far as it says them; raises SkipSample('bad_size')."""
     width, height = record.get("width"), record.get("height")
     if count == 0 or width is None or height is None:

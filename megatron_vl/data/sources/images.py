@@ -13,7 +13,6 @@ import stat
 import string
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +93,22 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def read_image(root: Path, name: str) -> ImageRef:
-    """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason."""
-    data = read_bytes(root, name)
-    if not data:
-        raise SkipSample("empty_image", f"{root / name}")
-    return ImageRef(name, data)
-
-
-def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int] | None = None) -> ImageRef:
-    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does.
+def read_image(root: Path, name: str, declared: tuple[int, int] | None = None) -> ImageRef:
+    """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason.
 
     ``declared``: width and height as the record says them.
     """
+    data = read_bytes(root, name)
+    if not data:
+        raise SkipSample("empty_image", f"{root / name}")
+    return ImageRef(name, data, declared)
+
+
+def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int] | None = None) -> ImageRef:
+    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does."""
     for name in names:
         try:
-            return replace(read_image(root, name), declared=declared)
+            return read_image(root, name, declared)
         except SkipSample as error:
             if error.reason != "missing_image":
                 raise

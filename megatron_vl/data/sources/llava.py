@@ -21,15 +21,13 @@ from megatron_vl.data.coordinates import format_points
 from megatron_vl.data.image import check_image
 from megatron_vl.data.image_check import settle_image
 from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import Json
+from megatron_vl.data.sources.base import NUMBER, Json
 from megatron_vl.data.sources.boxes import box_from_corners
-from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns, media_of
-from megatron_vl.data.sources.images import read_image
+from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
 from megatron_vl.errors import SkipSample
 
 PLACE = "<image>"
-_NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
-BOX = re.compile(rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]")
+BOX = re.compile(rf"\[\s*({NUMBER})\s*,\s*({NUMBER})\s*,\s*({NUMBER})\s*,\s*({NUMBER})\s*\]")
 MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
@@ -48,10 +46,7 @@ class LLaVA(Dialogues):
         places = sum(turn.text.count(PLACE) for turn in turns)
         if places != len(names):
             raise SkipSample("image_mismatch", f"{places} times {PLACE}, but {len(names)} images")
-        sizes = declared_sizes(record, len(names))
-        images = tuple(
-            replace(read_image(self.image_root, name), declared=size) for name, size in zip(names, sizes, strict=True)
-        )
+        images = self._images(record, names)
         if self.convert_boxes and images and any(_is_box(match) for turn in turns for match in BOX.finditer(turn.text)):
             if len(images) > 1:
                 raise SkipSample("ambiguous_box", f"a box, but {len(images)} images")

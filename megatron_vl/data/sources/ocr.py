@@ -91,7 +91,7 @@ class OCR(Source):
             regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
         if not regions:
             raise SkipSample("no_lines", f"{name}: 'lines' is empty")
-        image = replace(read_image(self._root, name), declared=size)
+        image = read_image(self._root, name, size)
         text = " ".join(region.text for region in regions)
         return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
 

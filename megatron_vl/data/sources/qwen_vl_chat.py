@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_vl.data.coordinates import GRID, parse_points
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Json
-from megatron_vl.data.sources.dialogues import Dialogues, declared_sizes, dialogue_turns, media_of
-from megatron_vl.data.sources.images import read_image
+from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
 from megatron_vl.errors import SkipSample
 
 IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
@@ -39,11 +38,7 @@ class QwenVLChat(Dialogues):
         if not names and any("<image>" in turn.text for turn in turns):
             raise SkipSample("image_mismatch", "<image> in a turn, but no <img>PATH</img>; is it LLaVA's format?")
         check_boxes("".join(turn.text for turn in turns))
-        sizes = declared_sizes(record, len(names))
-        images = tuple(
-            replace(read_image(self.image_root, name), declared=size) for name, size in zip(names, sizes, strict=True)
-        )
-        return Sample(key, self.name, "chat", self.language, images, turns=tuple(turns))
+        return Sample(key, self.name, "chat", self.language, self._images(record, names), turns=tuple(turns))
 
 
 def check_boxes(text: str) -> None:

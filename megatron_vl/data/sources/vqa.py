@@ -23,18 +23,27 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, skipped, words_in, words_of
+from megatron_vl.data.sources.base import (
+    NOTHING,
+    Json,
+    Shard,
+    Skipped,
+    Source,
+    clean_text,
+    field,
+    skipped,
+    words_in,
+    words_of,
+)
 from megatron_vl.data.sources.file_kinds import plain_files
 from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
 from megatron_vl.data.sources.json_stream import iter_array
 from megatron_vl.data.sources.record_files import Record, read_records, record_shards
 from megatron_vl.errors import DataError, SkipSample
 
-NO_ANSWER: tuple[Any, ...] = (None, "", [], {})
-"""Values that say nothing; a number 0 is an answer."""
 CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.0}
 Answers = Mapping[int | str, "Answer | SkipSample"]
 
@@ -187,11 +196,11 @@ def best_answer(record: Json, name: str = "answers") -> str:
     ``answer_confidence``; where it is empty or absent, ``multiple_choice_answer`` counts.
     """
     answers = record.get(name)
-    if answers in NO_ANSWER and not isinstance(record.get("multiple_choice_answer"), (list, dict)):
+    if answers in NOTHING and not isinstance(record.get("multiple_choice_answer"), (list, dict)):
         answers = record.get("multiple_choice_answer")
-    if answers in NO_ANSWER and name in record:
+    if answers in NOTHING and name in record:
         raise SkipSample("no_annotation", f"{name!r} is empty")
-    if answers in NO_ANSWER:
+    if answers in NOTHING:
         raise SkipSample("missing_field", f"no {name!r}; found {sorted(record)[:8]}")
     if not isinstance(answers, list):
         return words_of(answers, repr(name))
