@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from megatron_vl.checkpoint import store
 from megatron_vl.checkpoint.tensors import open_checkpoint
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from tests.helpers.listening import heard
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
@@ -49,14 +49,8 @@ def run(ranks: RankPools, prefix: str, tmp_path_factory: pytest.TempPathFactory)
 
 def train_and_listen(start: Start, config: RunConfig) -> tuple[RunRecord, list[str]]:
     """Train; also the warnings of this rank."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_vl").addHandler(handler)
-    try:
+    with heard() as warnings:
         return train_on_rank(start, config), warnings
-    finally:
-        logging.getLogger("megatron_vl").removeHandler(handler)
 
 
 def refusal(start: Start, config: RunConfig) -> str:

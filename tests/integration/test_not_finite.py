@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_vl.config.schema import CheckpointConfig, RunConfig
 from megatron_vl.errors import CheckpointError, ExitStatus, NotFiniteError
 from megatron_vl.training.not_finite import check_before_save
 from megatron_vl.training.trainer import Run
+from tests.helpers.listening import heard
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
@@ -55,20 +55,9 @@ class Outcome:
     warnings: tuple[str, ...]
 
 
-class _Warnings(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def train_poisoned(start: Start, config: RunConfig, poison: Poison) -> Outcome:
     """Train with numbers that are not finite on one rank in some steps."""
-    warnings = _Warnings()
-    logging.getLogger("megatron_vl").addHandler(warnings)
-    with start.topology(config.parallel) as topology:
+    with start.topology(config.parallel) as topology, heard() as warnings:
         run = Run.set_up(config, topology)
         if topology.rank == poison.rank:
             _poison(run, poison)
@@ -90,8 +79,7 @@ def train_poisoned(start: Start, config: RunConfig, poison: Poison) -> Outcome:
         except NotFiniteError as found:
             error = str(found)
         run.close()
-    logging.getLogger("megatron_vl").removeHandler(warnings)
-    return Outcome(error, run.state.step, run.state.skipped_steps, tuple(changed), rows, tuple(warnings.texts))
+    return Outcome(error, run.state.step, run.state.skipped_steps, tuple(changed), rows, tuple(warnings))
 
 
 def _poison(run: Run, poison: Poison) -> None:

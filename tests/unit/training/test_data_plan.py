@@ -16,8 +16,8 @@ from megatron_vl.config.validate import validate
 from megatron_vl.data.blend import Blend
 from megatron_vl.data.manifest import read_manifest
 from megatron_vl.data.plan import DataPlan
-from megatron_vl.log import ROOT
 from megatron_vl.training.trainer import Run
+from tests.helpers.listening import heard
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import MODEL, tiny_config
 from tests.unit.data.prepared import SEQ_LENGTH, make_data_set, run_config
@@ -116,27 +116,13 @@ def test_rows_of_a_step_are_rounded_to_what_the_ranks_divide(prefix: str, world_
     assert said and ("do not divide over" in said) == bool(plain % step)
 
 
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 def log_of_run(start: Start, config: RunConfig) -> list[str]:
     """What a rank logs of the data in a run."""
-    lines = _Lines()
-    logger = logging.getLogger(ROOT)
-    logger.addHandler(lines)
-    logger.setLevel(logging.INFO)
-    with start.topology(config.parallel) as topology:
+    with start.topology(config.parallel) as topology, heard(logging.INFO) as lines:
         run = Run.set_up(config, topology)
         run.loop()
         run.close()
-    logger.removeHandler(lines)
-    return [line for line in lines.said if line.startswith("data")]
+    return [line for line in lines if line.startswith("data")]
 
 
 def test_a_run_says_it_once_and_counts_what_was_before_a_resume(
