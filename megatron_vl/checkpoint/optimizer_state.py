@@ -56,6 +56,8 @@ def describe(optimizer: ChainedOptimizer, model: _Sharded, *, step: int) -> _Sha
             member.init_state_fn(member.optimizer, member.config)
     for group in optimizer.param_groups:
         group["step"] = step
+    for member in optimizer.chained_optimizers:
+        _keep_padding(member)
     state: _Sharded = optimizer.sharded_state_dict(model, is_loading=False, metadata=_FORMAT)
     is_master = {entry.key for entry in model.values() if _is_fp32(entry)}
     for holder, place, entry in _sharded_tensors(state):
@@ -100,6 +102,18 @@ def use_masters(model: _Sharded, checkpoint: Path) -> None:
     for entry in model.values():
         if _is_fp32(entry):
             entry.key = _key_of_master(entry.key, stored)
+
+
+def _keep_padding(optimizer: Any) -> None:
+    """Let the places in a gathered buffer be those in the buffer.
+
+    Megatron-Core's sharded optimizer gathers a buffer without the padding at the end of its buckets, and cuts it at the
+    places that parameters have with it: behind a padded bucket, each would be stored with values of those after it.
+    """
+    for buffer in getattr(optimizer, "buffers", ()):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _is_fp32(entry: ShardedBase) -> bool:
