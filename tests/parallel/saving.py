@@ -44,6 +44,8 @@ def train_steps(
             losses.append(train_step(model, batches, config=config, topology=topology, step=step).loss.mean)
             if interrupted:
                 evaluate(model.wrapped, [batches], topology=topology)
-            if save and (interrupted or step == first + steps - 1):
+            if save and interrupted:
                 contents.save(trained, {"step": step + 1}, config=config, topology=topology, root=save)
+        if save and not interrupted:
+            contents.save(trained, {"step": first + steps}, config=config, topology=topology, root=save)
         return losses
