@@ -57,7 +57,7 @@ class MicroBatch:
     num_images: int
     """n of ``pixels``, known on every rank."""
     num_samples: int
-    """Segments that are samples (pieces of text documents included), for throughput."""
+    """Samples that begin in these rows: a text document that lies in several pieces is one, as in the manifest."""
     num_tokens: int
     """Tokens that are not padding, for throughput."""
 
@@ -136,9 +136,18 @@ def collate(
         pixels=_pixels(pixels, num_images, options),
         span_images=torch.from_numpy(shown.astype(np.int64)),
         num_images=max(num_images, 1),
-        num_samples=sum(len(row.segment_lengths) for row in rows),
+        num_samples=sum(_count_samples(row, options.special) for row in rows),
         num_tokens=sum(len(row.tokens) for row in rows),
     )
+
+
+def _count_samples(row: PackedRow, special: SpecialTokens) -> int:
+    """Segments that begin a sample, which no stored number says: all but the continuations of text documents, the only
+    ones whose first token is neither learnt nor a marker (``<img>``, ``<|im_start|>``)."""
+    begins = np.cumsum(row.segment_lengths) - row.segment_lengths
+    first = row.tokens[begins]
+    continued = ~row.supervised[begins] & (first != special.img_start) & (first != special.im_start)
+    return len(begins) - int(continued.sum())
 
 
 def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDArray[np.int64]:

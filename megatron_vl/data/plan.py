@@ -27,6 +27,8 @@ class DataPlan:
     data_sets: tuple[tuple[str, Manifest], ...]
     """Prefix and manifest of each."""
     blend: Blend
+    seq_length: int
+    """Tokens that the run pads every row to."""
 
     @classmethod
     def read(cls, config: RunConfig, *, key: str = "data_path") -> DataPlan:
@@ -50,7 +52,7 @@ class DataPlan:
         for prefix, manifest in data_sets:
             _check_fits(manifest, prefix, config)
         blend = Blend.of(data_path, [manifest.num_rows for _, manifest in data_sets], seed=config.training.seed)
-        return cls(tuple(data_sets), blend)
+        return cls(tuple(data_sets), blend, config.data.seq_length)
 
     @property
     def samples_per_row(self) -> float:
@@ -97,11 +99,18 @@ class DataPlan:
         """
         passes = self.blend.passes(num_rows)
         if self.blend.weights is None:
-            return [_line("data", [manifest for _, manifest in self.data_sets], passes[0])]
+            return [self._line("data", [manifest for _, manifest in self.data_sets], passes[0])]
         return [
-            _line(f"data {prefix}", [manifest], times)
+            self._line(f"data {prefix}", [manifest], times)
             for (prefix, manifest), times in zip(self.data_sets, passes, strict=True)
         ]
+
+    def _line(self, name: str, manifests: Sequence[Manifest], times: float) -> str:
+        samples, rows = sum(item.num_samples for item in manifests), sum(item.num_rows for item in manifests)
+        fill = sum(item.num_tokens for item in manifests) / max(rows * self.seq_length, 1)
+        often = f"{times:,.0f}" if times >= 10 else f"{times:.1f}" if times >= 1 else f"{times:.2f}"
+        held = f"{samples:,} samples in {rows:,} rows ({100 * fill:.1f} % filled)"
+        return f"{name}: {held}; the run takes each row {often} times"
 
 
 def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
@@ -132,12 +141,3 @@ def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
         )
     if not manifest.num_rows:
         raise DataError(f"{prefix}: holds no rows")
-
-
-def _line(name: str, manifests: Sequence[Manifest], times: float) -> str:
-    samples, rows = sum(item.num_samples for item in manifests), sum(item.num_rows for item in manifests)
-    capacity = sum(item.num_rows * item.seq_length for item in manifests)
-    fill = sum(item.num_tokens for item in manifests) / max(capacity, 1)
-    often = f"{times:,.0f}" if times >= 10 else f"{times:.1f}" if times >= 1 else f"{times:.2f}"
-    held = f"{samples:,} samples in {rows:,} rows ({100 * fill:.1f} % filled)"
-    return f"{name}: {held}; the run takes each row {often} times"

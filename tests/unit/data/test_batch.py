@@ -43,6 +43,13 @@ def make(rows: list[PackedRow], **options: Any) -> MicroBatch:
     return collate(rows, pixels, replace(OPTIONS, **options), names=names)
 
 
+def test_a_document_in_pieces_is_one_sample() -> None:
+    """The continuation of a document does not predict its own first token."""
+    chat = [(SPECIAL.im_start, False), (5, False), (6, True)]
+    pieces = row(TEXT_SEGMENT, [(7, False), (8, True)], IMAGE_SEGMENT, [(END, False)], chat, images=1)
+    assert make([pieces, TEXT], seq_length=24).num_samples == 4
+
+
 def test_whole_rows() -> None:
     batch = make([MIXED, TEXT])
     assert batch.tokens.tolist() == [S, P, P, E, 5, 6, END, 7, 8, END, END, END, *range(12)]

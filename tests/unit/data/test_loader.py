@@ -18,6 +18,7 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.decoding import DecodePool
 from megatron_vl.data.image import to_pixels
 from megatron_vl.data.loader import PADDING_ROW, DataSets, DataShare, RowLoader, StepBatch
+from megatron_vl.data.manifest import read_manifest
 from megatron_vl.errors import ConfigError, DataError
 from tests.unit.data.prepared import NUM_CAPTIONS, NUM_DOCUMENTS, SEQ_LENGTH, make_data_set, run_config
 
@@ -98,6 +99,14 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_padding(prefix: str) ->
     assert len({key for key, _ in keys}) == NUM_CAPTIONS + NUM_DOCUMENTS
     assert len(list(loaders[0].one_pass(max_steps=2))) == 2
     assert [step.row_ids.tolist() for step in loaders[0].one_pass()] == [step.row_ids.tolist() for step in passes[0]]
+
+
+def test_one_pass_counts_the_samples_of_the_manifest(prefix: str) -> None:
+    """Of a document that is cut, only one piece counts."""
+    loader = RowLoader(run_config(prefix), share=DataShare(0, 1))
+    counted = sum(batch.num_samples for step in loader.one_pass() for batch in step.micro_batches)
+    manifest = read_manifest(prefix)
+    assert counted == manifest.num_samples < manifest.num_segments
 
 
 def test_one_pass_of_each_data_set(prefix: str) -> None:

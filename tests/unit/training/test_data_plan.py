@@ -59,11 +59,17 @@ def test_passes_are_those_of_the_rows(weights: tuple[float, ...] | None, num_row
 def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:
     manifest = read_manifest(prefix)
     rows = manifest.num_rows
-    lines = DataPlan((("a", manifest), ("b", manifest)), Blend((rows, rows), None, 0)).describe(7 * rows)
+    lines = DataPlan((("a", manifest), ("b", manifest)), Blend((rows, rows), None, 0), SEQ_LENGTH).describe(7 * rows)
     name, samples, shown, fill, times = parsed(lines[0])
     assert len(lines) == 1 and (name, times) == ("data", "3.5")
     assert (samples, shown) == (f"{2 * manifest.num_samples:,}", f"{2 * rows:,}")
     assert fill == pytest.approx(100 * manifest.fill, abs=0.05)
+
+
+def test_the_fill_is_that_of_the_rows_as_the_run_pads_them(prefix: str) -> None:
+    manifest = read_manifest(prefix)
+    (line,) = DataPlan.read(run_config(prefix, seq_length=4 * SEQ_LENGTH)).describe(manifest.num_rows)
+    assert parsed(line)[3] == pytest.approx(25 * manifest.fill, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:
 )
 def test_numbers_have_the_digits_that_matter(prefix: str, passes: float, said: str) -> None:
     manifest = replace(read_manifest(prefix), num_rows=1000)
-    (line,) = DataPlan((("a", manifest),), Blend((1000,), None, 0)).describe(round(1000 * passes))
+    (line,) = DataPlan((("a", manifest),), Blend((1000,), None, 0), SEQ_LENGTH).describe(round(1000 * passes))
     assert line.endswith(f"takes each row {said} times")
 
 
