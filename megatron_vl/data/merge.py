@@ -26,7 +26,7 @@ from megatron_vl.data.manifest import (
     SourceTotals,
 )
 from megatron_vl.data.mixture import Draw, Supply, copies_of, draw_samples
-from megatron_vl.data.outcome import check_outcome
+from megatron_vl.data.outcome import check_drawn, check_outcome
 from megatron_vl.data.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.part_files import PartIndex, data_path
 from megatron_vl.data.part_reader import PartReader
@@ -110,6 +110,7 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _C
     copies = np.zeros(len(samples), dtype=np.int64)
     for mine, count in zip(members, draw.counts, strict=True):
         copies[mine] = copies_of(len(mine), count)
+    check_drawn(gathered.tallies, int(copies.sum()))
     leave_out("not_drawn", left & (copies == 0))
     return _Chosen(np.repeat(np.arange(len(samples)), copies), draw)
 

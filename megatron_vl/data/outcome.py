@@ -33,6 +33,16 @@ def check_outcome(recipe: DataRecipe, tallies: Sequence[Tally]) -> None:
             )
 
 
+def check_drawn(tallies: Sequence[Tally], drawn: int) -> None:
+    """Raise DataError if weights and amounts leave nothing to write of the samples that are kept."""
+    if not drawn:
+        kept = sum(tally.kept for tally in tallies)
+        raise DataError(
+            f"no sample is left to write: of {kept:,} that were kept, none is drawn. Raise weight, samples or "
+            "mixture.max_repeats: a weight of 0.1 takes every tenth sample"
+        )
+
+
 def _losses(name: str, tally: Tally) -> list[str]:
     """A line for each reason for which a source lost what it had, with its first example."""
     lines = [

@@ -76,6 +76,7 @@ def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
     if count <= 1:
         yield this_process()
         return
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     all_asked_for = context.Event()
     with ProcessPoolExecutor(
@@ -91,6 +92,10 @@ def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
             yield Pool(executor, count)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
+            # Else one that is still starting finds this process's semaphores gone, and says so in a traceback of its
+            # own; and one that is at work keeps the message waiting.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
             raise
 
 

@@ -174,3 +174,10 @@ def test_a_damaged_row_is_named_and_no_index_error(tmp_path: Path) -> None:
     loader = RowLoader(run_config(prefix), share=DataShare(0, 1))
     with pytest.raises(DataError, match="set, row 3: holds the token 150000, but the vocabulary ends at"):
         list(loader.one_pass())
+
+
+def test_weights_that_draw_nothing_are_an_error(tmp_path: Path) -> None:
+    """A thousandth of thirty captions is none: once a traceback."""
+    write_raw(tmp_path)
+    with pytest.raises(DataError, match="of 30 that were kept, none is drawn. Raise weight"):
+        make_data_set(tmp_path, sources=[{**CAPTIONS, "weight": 0.001}])

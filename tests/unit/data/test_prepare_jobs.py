@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -345,3 +348,16 @@ def test_where_slices_are_cut_changes_nothing_but_the_hashes(
     assert {suffix for suffix in whole if whole[suffix] != cut[suffix]} == {".json", ".sha256"}
     lines = (raw / "cut.sha256").read_text().splitlines()
     assert sum(".tokens.bin " in line for line in lines) > 1
+
+
+def test_workers_end_with_an_error_and_keep_it_from_nobody() -> None:
+    """One that was still starting once added a traceback of its own; one at work kept the process waiting."""
+    others = set(multiprocessing.active_children())
+    with pytest.raises(DataError), open_pool(2) as pool:
+        assert pool is not None
+        workers = set(multiprocessing.active_children()) - others
+        pool.executor.submit(time.sleep, 60)
+        raise DataError("a mistake")
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGTERM
