@@ -16,12 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.output import check_writable, write_whole
-from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.errors import DataError, NotFiniteError
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
@@ -57,6 +58,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
+    check_at_least("--micro-batch-size", options.micro_batch_size, 1)
+    check_ranks(options)
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.parallel.topology import Topology
 
@@ -82,6 +85,7 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, A
     lengths = {prefix: read_manifest(prefix).seq_length for prefix in options.data_path}
     checkpoint = store.resolve(options.checkpoint)
     config = _configuration(store.read_config(checkpoint).model, options, topology.world_size)
+    check_tensor_parallel(config.model, config.parallel)
     config = _with_rows_of(config, max(lengths.values()))
     chunks = build_model(config, topology, fresh_weights=False)
     contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology, load_rng=False)

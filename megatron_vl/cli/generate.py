@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.output import check_writable, write_whole
-from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
@@ -75,6 +75,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
+    check_at_least("--max-new-tokens", options.max_new_tokens, 1)
+    check_at_least("--batch-size", options.batch_size, 1)
+    check_at_least("--max-window-size", options.max_window_size, 0)
+    check_ranks(options)
     questions = read_questions(options.inputs, options.chat_format)
     check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
@@ -85,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
         answers = _answers(questions, options, topology)
         if topology.rank == 0:
             lines = [
-                json.dumps({**question.content, **answer}, ensure_ascii=False)
+                json.dumps({**question.asked, **answer}, ensure_ascii=False)
                 for question, answer in zip(questions, answers, strict=True)
             ]
             write_whole(options.output, "\n".join(lines) + "\n")
@@ -130,6 +134,11 @@ class Question:
 
     line: int
     content: Json
+
+    @property
+    def asked(self) -> Json:
+        """The question without what an earlier answer to it may have left: the file may be one that this tool wrote."""
+        return {key: value for key, value in self.content.items() if key not in ("prediction", "skipped")}
 
     @property
     def name(self) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
@@ -54,9 +53,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     from megatron_vl.evaluation.inspector.opening import open_store
 
-    _check_at_least("--rows", options.rows, 1)
-    _check_at_least("--seed", options.seed or 0, 0)
-    _check_at_least("--max-image-side", options.max_image_side, _MIN_SIDE)
+    check_at_least("--rows", options.rows, 1)
+    check_at_least("--seed", options.seed or 0, 0)
+    check_at_least("--max-image-side", options.max_image_side, _MIN_SIDE)
     store = open_store(options.prefix)
     path = options.output or (None if options.summary else Path(f"{options.prefix}.html"))
     if path is not None:
@@ -65,11 +64,6 @@ def _run(options: argparse.Namespace) -> None:
         _print_summary(store)
     if path is not None:
         _write_page(store, path, options)
-
-
-def _check_at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{flag} {value}: expected at least {least}.")
 
 
 def _print_summary(store: RowStore) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_vl.cli.command import check_at_least
+from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import ParallelConfig
+from megatron_vl.launch import read_launch
 
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +18,15 @@ def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pipeline-layout", default="auto", help="stages over the line V..V R L..L, or auto")
 
 
+def check_ranks(options: argparse.Namespace) -> None:
+    """Raise ConfigError unless the ranks that were started form whole copies of the model."""
+    data_parallel_size(parallel_config(options), read_launch().world_size)
+
+
 def parallel_config(options: argparse.Namespace) -> ParallelConfig:
-    """The configuration of those flags."""
+    """The configuration of those flags; raises ConfigError for a size below 1."""
+    check_at_least("--tensor-model-parallel-size", options.tensor_model_parallel_size, 1)
+    check_at_least("--pipeline-model-parallel-size", options.pipeline_model_parallel_size, 1)
     return ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,

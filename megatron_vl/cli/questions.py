@@ -1,4 +1,8 @@
-"""``tools/make_questions.py RECIPE``: raw data -> questions for ``tools/generate.py``, answers kept aside."""
+"""``tools/make_questions.py RECIPE``: raw data -> questions for ``tools/generate.py``, answers kept aside.
+
+What is left out is counted by its reason, as in a data set. ``no_question``: documents, and dialogues that do not begin
+with their only image.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.log import write_line
@@ -18,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_at_least("--limit", options.limit, 1)
     from megatron_vl.data.recipe import load_recipe
     from megatron_vl.evaluation.questions import write_questions
 

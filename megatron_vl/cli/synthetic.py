@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.data.synthetic.config import FAMILIES, PROFILES, SyntheticConfig, scaled
 from megatron_vl.data.synthetic.generate import generate
@@ -60,9 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Generate what the arguments say and print a summary."""
-    for flag, number in (("--num-scenes", args.num_scenes), ("--num-workers", args.num_workers)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{flag} {number}: expected at least 1")
+    if args.num_scenes is not None:
+        check_at_least("--num-scenes", args.num_scenes, 1)
+    check_at_least("--num-workers", args.num_workers, 1)
     summary = generate(
         resolve(args),
         args.out,

@@ -3,7 +3,8 @@
 One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt),
 ``prompt`` (the task's own, with the markers of grounding written out), ``reference`` (what training would
 have supervised, without the closing token) and, where several annotators have answered, ``annotators``. What
-preparation leaves out by itself (filters of single samples, images that cannot be used) is not asked.
+preparation leaves out by itself (filters of single samples, images that cannot be used) is not asked, nor is what has
+no question in it: both are counted.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _ask_in_dialogue(sample: Sample) -> Question | None:
 
 
 def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:
-    """Write the first ``limit`` questions of each source of a recipe.
+    """Write the first ``limit`` questions of each source of a recipe, or as many as the source's own ``limit`` says.
 
     Returns how many there are of each task, and how many records before them were left out for which reason. Images go
     into a folder beside ``path``, named after it. Raises DataError if nothing can be asked.
@@ -79,7 +80,7 @@ def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Coun
     counts, left_out = Counter[str](), Counter[str]()
     lines: list[str] = []
     for entry in recipe.sources:
-        for question in itertools.islice(_questions(entry, left_out), limit):
+        for question in itertools.islice(_questions(entry, left_out), min(limit, entry.limit or limit)):
             name = f"{folder.name}/{len(lines):06d}"
             lines.append(json.dumps(_line(question, path.parent, name), ensure_ascii=False) + "\n")
             counts[question.task] += 1
@@ -100,11 +101,12 @@ def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]
                 if isinstance(item, Skipped):
                     raise SkipSample(item.reason)
                 question = ask(_as_prepared(item, entry.source, cleaning))
+                if question is None:
+                    raise SkipSample("no_question")
             except SkipSample as error:
                 left_out[error.reason] += 1
             else:
-                if question is not None:
-                    yield question
+                yield question
 
 
 def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Sample:

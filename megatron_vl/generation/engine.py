@@ -29,6 +29,7 @@ from megatron_vl.backends.local import LocalInputs
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.errors import NotFiniteError
 from megatron_vl.model.build import build_model
 from megatron_vl.model.fusion import fuse
@@ -110,6 +111,7 @@ class Engine:
 
         Raises:
             CheckpointError: there is no usable checkpoint at ``path``.
+            ConfigError: its model cannot be split so.
         """
         saved = store.read_config(store.resolve(path))
         config = replace(
@@ -117,6 +119,7 @@ class Engine:
             parallel=replace(parallel, sequence_parallel=False, backend="local"),
             training=TrainingConfig(bf16=bf16),
         )
+        check_tensor_parallel(config.model, config.parallel)
         chunks = build_model(config, topology, fresh_weights=False)
         contents.load(contents.Trained(chunks, None), path, config=config, topology=topology, load_rng=False)
         return cls(chunks, config, topology)

@@ -87,3 +87,16 @@ def test_what_changes_a_loss_stands_beside_it(ranks: RankPools, loss: Loss, tmp_
         # The piece of a document that goes on in another row has one more target where it sees what is before it.
         follows = {"num_tokens"} if name == "attention_span" else set()
         assert {key for key in plain if plain[key] != changed[key]} == {"loss", name} | follows
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--micro-batch-size 0", "--micro-batch-size 0: expected at least 1"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: expected at least 1"),
+        ("--tensor-model-parallel-size 2", "the run has 1 ranks"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_loss.main(["--checkpoint", "c", "--data-path", "d", *flags.split()]) == 2
+    assert said in capsys.readouterr().err

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_vl.cli import generate
 from megatron_vl.cli.generate import Question, read_questions
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.errors import DataError
 from megatron_vl.generation.engine import Engine, GenerationOptions
 from megatron_vl.model.build import build_model
@@ -65,6 +65,40 @@ def test_what_cannot_be_asked_is_skipped_and_counted(ranks: RankPools, tmp_path:
     said = generate._summary(read_questions(inputs), found)
     assert said.startswith("2 answers; skipped 3 of 5 questions: line 2 (k), unreadable_image: ")
     assert "line 3, empty_prompt" in said
+
+
+def test_an_answer_replaces_what_an_earlier_one_left() -> None:
+    """The output of one run may be the input of the next, when the image that was missing is there."""
+    before = {"key": 1, "prompt": "a", "prediction": None, "skipped": "missing_image: a.png"}
+    assert Question(1, before).asked == {"key": 1, "prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
+        ("--batch-size 0", "--batch-size 0: expected at least 1"),
+        ("--max-window-size -1", "--max-window-size -1: expected at least 0"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: expected at least 1"),
+        ("--pipeline-model-parallel-size -1", "--pipeline-model-parallel-size -1: expected at least 1"),
+        ("--pipeline-model-parallel-size 2", "the run has 1 ranks"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--checkpoint", "c", "--inputs", "i", "--output", "o"]
+    assert generate.main([*files, *flags.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_split_so_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    checkpoint = ranks(1).run(save_fresh_weights, tiny_config(), tmp_path / "saved")[0]
+    with pytest.raises(RankError, match="ConfigError.*num_attention_heads 4 cannot be split over"):
+        ranks(1).run(split_by_three, checkpoint)
+
+
+def split_by_three(start: Start, checkpoint: Path) -> None:
+    with start.topology(ParallelConfig()) as topology:
+        Engine.from_checkpoint(checkpoint, parallel=ParallelConfig(tensor_model_parallel_size=3), topology=topology)
 
 
 def nothing_but_nan(start: Start, config: RunConfig) -> list[list[int]]:

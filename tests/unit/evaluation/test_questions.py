@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_vl.cli.questions import main
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
@@ -104,6 +105,19 @@ def test_what_cannot_be_asked_is_left_out_and_the_limit_counts_questions(tmp_pat
     assert ask(Sample("d", "s", "chat", turns=(Turn("user", "Hi"), Turn("assistant", "Hello")))) is None
     with pytest.raises(DataError, match="no question"):
         _write(tmp_path / "q.jsonl", text)
+
+
+def test_what_has_no_question_is_counted_and_a_source_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    text = Sample("t", "s", "text", text="once")
+    first = SourceEntry(_Fixed("a", (text, *SAMPLES)), limit=1)
+    recipe = DataRecipe((first, SourceEntry(_Fixed("b", SAMPLES))), num_queries=16, num_ranks=2048)
+    counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=3)
+    assert counts == {"caption": 2, "vqa": 1, "referring": 1} and left_out == {"no_question": 1}
+
+
+def test_a_limit_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe.yaml", "--output", "q.jsonl", "--limit", "-1"]) == 2
+    assert "--limit -1: expected at least 1" in capsys.readouterr().err
 
 
 def test_what_preparation_leaves_out_is_not_asked_and_counted(tmp_path: Path) -> None:
