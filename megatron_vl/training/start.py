@@ -49,6 +49,7 @@ def choose_start(config: RunConfig) -> Start | None:
             "would start over: add --auto-resume to go on from there, or choose an empty directory"
         )
     if checkpoint.load:
+        _check_one_run(Path(checkpoint.load), root, saved)
         return Start(
             Path(checkpoint.load),
             optimizer=resumes and not checkpoint.no_load_optim,
@@ -58,6 +59,19 @@ def choose_start(config: RunConfig) -> Start | None:
     if checkpoint.pretrained_checkpoint:
         return Start(Path(checkpoint.pretrained_checkpoint), optimizer=False, rng=False, progress=False)
     return None
+
+
+def _check_one_run(load: Path, root: Path | None, saved: list[int]) -> None:
+    """Refuse a save directory with checkpoints that the one to load does not lie among.
+
+    ``keep_last`` would remove them, and ``auto_resume`` fall back on them.
+    """
+    if root and saved and root.resolve() not in (load.resolve(), load.resolve().parent):
+        raise CheckpointError(
+            f"checkpoint.save: {root} already holds checkpoints (newest: step {saved[-1]}) of another run than "
+            f"checkpoint.load {load}: save to an empty directory, or to the one that holds what is loaded; to go on "
+            f"from {root}, give --auto-resume and leave --load out"
+        )
 
 
 def check_start(config: RunConfig, data: str) -> None:

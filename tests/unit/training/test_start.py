@@ -66,6 +66,18 @@ def test_progress_must_fit_the_data_and_the_save_directory(tmp_path: Path) -> No
         _check(save=str(tmp_path))
 
 
+def test_a_save_directory_holds_one_run(tmp_path: Path) -> None:
+    """``keep_last`` would remove the other run's checkpoints, and ``auto_resume`` fall back on them."""
+    first, theirs = _commit(tmp_path / "mine", 5), str(tmp_path / "theirs")
+    _commit(tmp_path / "theirs", 3)
+    with pytest.raises(CheckpointError, match=r"already holds checkpoints \(newest: step 3\) of another run"):
+        _check(load=str(first), save=theirs)
+    _check(load=str(first), save=str(tmp_path / "theirs" / ".." / "mine"))
+    _check(load=str(tmp_path / "mine"), save=str(tmp_path / "mine"))
+    _check(load=str(first), save=str(tmp_path / "new"))
+    _check(load=str(first), save=theirs, auto_resume=True)
+
+
 def test_auto_resume_leaves_a_damaged_newest_checkpoint_to_the_run(tmp_path: Path) -> None:
     _commit(tmp_path, 5)
     newest = _commit(tmp_path, 9)
