@@ -96,6 +96,7 @@ def make_batch(model: ModelConfig, workload: Workload) -> MicroBatch:
         num_images=images,
         num_samples=images,
         num_tokens=total,
+        squared_spans=workload.rows * workload.seq_length**2,
     )
 
 

@@ -60,6 +60,8 @@ class MicroBatch:
     """Samples that begin in these rows: a text document that lies in several pieces is one, as in the manifest."""
     num_tokens: int
     """Tokens that are not padding, for throughput."""
+    squared_spans: int
+    """Sum of the squared lengths of the attention spans, padding left out of each, for throughput."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def collate(
         num_images=max(num_images, 1),
         num_samples=sum(_count_samples(row, options.special) for row in rows),
         num_tokens=sum(len(row.tokens) for row in rows),
+        squared_spans=_squared_spans(rows, options),
     )
 
 
@@ -161,6 +164,12 @@ def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDA
         if length < options.seq_length or options.attention_span == "row":
             ends.append(begin + options.seq_length)
     return np.array(ends, dtype=np.int64)
+
+
+def _squared_spans(rows: Sequence[PackedRow], options: CollateOptions) -> int:
+    by_segment = options.attention_span == "segment"
+    lengths = [row.segment_lengths if by_segment else np.array([len(row.tokens)]) for row in rows]
+    return int((np.concatenate(lengths).astype(np.int64) ** 2).sum())
 
 
 def _find_slots(

@@ -152,4 +152,5 @@ def _row_batch(
         num_images=max(images, 1),
         num_samples=1,
         num_tokens=length,
+        squared_spans=length**2,
     )

@@ -142,12 +142,13 @@ def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
     """Read a stage's ``metrics.jsonl``: training lines in order of steps, the later of two lines about a
     step.
 
-    (A run that was killed and resumed logs the steps since its last checkpoint again.)
+    (A run that was killed and resumed logs the steps since its last checkpoint again. A line about steps that were all
+    skipped has no loss.)
     """
     path = folder / "metrics.jsonl"
     by_iteration: dict[int, TrainingRecord] = {}
     for i, line in enumerate(_read_jsonl(path, written_by="tools/train.py"), 1):
-        if "lm_loss" in line:
+        if line.get("lm_loss") is not None:
             record = _record(TrainingRecord, line, path, f"line {i}")
             by_iteration[record.iteration] = record
     if not by_iteration:

@@ -3,6 +3,9 @@
 Throughput counts useful work: tokens that are not padding, images that fill slots, and the floating-point operations
 that the step requires given what is frozen (``planning/flops.py``; recomputation is not counted). Rank 0 reports; it
 has every figure after the one reduction of the step.
+
+Every step is in one report: what is left of an interval when a run ends, for whatever reason, is reported then. As in
+Megatron-LM, the loss is that of the steps which changed the weights, and validating and saving take no training time.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import datetime
 import errno
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +29,7 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.log import abandon_output, log_rank_0, write_line
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.training.state import TrainState
-from megatron_vl.training.step import Counts, StepResult
+from megatron_vl.training.step import Counts, LossSum, StepResult
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class StepMetrics:
     consumed_samples: int
     consumed_tokens: int
     lm_loss: float
+    """Of a supervised token; skipped steps are left out, and it is not a number where there were no others."""
     learning_rate: float
     """The largest of all parameter groups, at the last of these steps."""
     smallest_learning_rate: float
@@ -60,8 +66,10 @@ class Window:
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    loss_total: float = 0.0
-    loss_tokens: int = 0
+    loss: LossSum = LossSum(0.0, 0)
+    """Of the steps that changed the weights."""
+    supervised: int = 0
+    """Tokens with a label in all steps."""
     skipped: int = 0
     nan: int = 0
     counts: Counts = field(default_factory=Counts)
@@ -69,17 +77,18 @@ class Window:
     def add(self, result: StepResult) -> None:
         """Count one step."""
         self.steps += 1
-        self.loss_total += result.loss.total
-        self.loss_tokens += result.loss.num_tokens
+        if not result.skipped:
+            self.loss = self.loss + result.loss
+        self.supervised += result.loss.num_tokens
         self.skipped += result.skipped
-        self.nan += result.loss.total != result.loss.total
+        self.nan += not math.isfinite(result.loss.total)
         self.counts = self.counts + result.counts
 
     def summarise(self, state: TrainState, result: StepResult, *, config: RunConfig, layout: Layout) -> StepMetrics:
         """The metrics of these steps; ``result`` is the last one's."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         counts = self.counts
-        work = Work(counts.images, counts.tokens, counts.squared_spans, self.loss_tokens)
+        work = Work(counts.images, counts.tokens, counts.squared_spans, self.supervised)
         flops = step_flops(config.model, FrozenParts.of(config.training), work)
         return StepMetrics(
             iteration=state.step,
@@ -87,7 +96,7 @@ class Window:
             consumed_rows=state.consumed_rows,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
-            lm_loss=self.loss_total / max(1, self.loss_tokens),
+            lm_loss=self.loss.mean,
             learning_rate=result.learning_rates.largest,
             smallest_learning_rate=result.learning_rates.smallest,
             grad_norm=result.grad_norm,
@@ -160,7 +169,10 @@ class LogLine:
 
 
 class JsonLines:
-    """One JSON object a line, appended, so that a resumed run goes on in the same file."""
+    """One JSON object a line, appended, so that a resumed run goes on in the same file.
+
+    JSON has no number that is not finite; in place of one stands null.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +190,9 @@ class JsonLines:
         self._stream.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        line, before = json.dumps(record).encode() + b"\n", self._stream.seek(0, os.SEEK_END)
+        known = {key: None if _is_not_finite(value) else value for key, value in record.items()}
+        line = json.dumps(known, allow_nan=False).encode() + b"\n"
+        before = self._stream.seek(0, os.SEEK_END)
         if self._stream.write(line) != len(line):
             self._stream.truncate(before)  # no half line, to which a resumed run would append
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -257,25 +271,39 @@ class Reporter:
     def __init__(self, config: RunConfig, *, layout: Layout, state: TrainState, active: bool) -> None:
         self._config, self._layout = config, layout
         self._window = Window()
+        self._last: tuple[TrainState, StepResult] | None = None
+        """The last step that is in no report yet."""
         self._sinks = _open_sinks(config, state) if active else []
 
     def step(self, state: TrainState, result: StepResult) -> None:
         """Count a step, and report when the interval is full or the run ends."""
         self._window.add(result)
-        due = state.step % self._config.logging.log_interval == 0 or state.step == self._config.training.train_iters
-        if due:
-            metrics = self._window.summarise(state, result, config=self._config, layout=self._layout)
-            self._tell(lambda sink: sink.step(metrics))
-            self._window = Window()
+        self._last = state, result
+        if state.step % self._config.logging.log_interval == 0 or state.step == self._config.training.train_iters:
+            self._report()
 
-    def validation(self, state: TrainState, losses: Mapping[str, float], *, seconds: float) -> None:
-        """Report the loss of each validation set by its name; the time it took does not count as training."""
+    def validation(self, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Report the loss of each validation set by its name."""
         self._tell(lambda sink: sink.validation(state.step, losses))
-        self._window.started += seconds
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Leave out of all rates the time that is spent inside."""
+        started = time.perf_counter()
+        yield
+        self._window.started += time.perf_counter() - started
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Report the steps that are left, and write out what is buffered."""
+        self._report()
         self._tell(lambda sink: sink.close())
+
+    def _report(self) -> None:
+        if self._last is None:
+            return
+        metrics = self._window.summarise(*self._last, config=self._config, layout=self._layout)
+        self._tell(lambda sink: sink.step(metrics))
+        self._window, self._last = Window(), None
 
     def _tell(self, say: Callable[[Sink], None]) -> None:
         """Tell every sink; one that cannot write any more is left, and training goes on."""
@@ -288,6 +316,10 @@ class Reporter:
                     abandon_output()
                 reason = f"{type(sink).__name__} gets no more reports: {error.strerror or error}; training goes on"
                 log_rank_0(reason, level=logging.WARNING)
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _tag(kind: str, name: str, losses: Mapping[str, float]) -> str:

@@ -39,6 +39,9 @@ class LossSum:
     not_finite: tuple[int, ...] = ()
     """Micro-batches of this rank whose loss is not finite; known on the last pipeline stage."""
 
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(self.total + other.total, self.num_tokens + other.num_tokens)
+
     @property
     def mean(self) -> float:
         """Loss of a supervised token; not a number where there was none."""
@@ -55,7 +58,7 @@ class Counts:
     tokens: int = 0
     """Tokens that are not padding."""
     squared_spans: float = 0.0
-    """Sum of squared lengths of attention spans."""
+    """Sum of squared lengths of attention spans, without padding."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -185,7 +188,7 @@ def _count(batches: list[MicroBatch]) -> tuple[float, ...]:
     images = sum(batch.num_images for batch in batches if batch.slots.numel())
     samples = sum(batch.num_samples for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
-    squared_spans = float(sum(length**2 for batch in batches for length in batch.span_lengths))
+    squared_spans = float(sum(batch.squared_spans for batch in batches))
     return images, samples, tokens, squared_spans
 
 

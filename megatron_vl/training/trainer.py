@@ -5,7 +5,6 @@ Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,7 +111,8 @@ class Run:
                 self.advance(next(steps))
                 early = stop.check(self.state.step) if self.state.step < last else None
                 if self._checkpoint_due() or early or self.state.step == last:
-                    self.save()
+                    with self.reporter.not_training():
+                        self.save()
                 if early:
                     log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
                     break
@@ -138,11 +138,12 @@ class Run:
 
     def _validate(self, feed: Feed) -> None:
         """The loss on each validation set."""
-        started, losses = time.perf_counter(), {}
-        for number, (name, _) in enumerate(validation_sets(self.config)):
-            steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
-            losses[name] = evaluate(self.model.wrapped, steps, topology=self.topology).mean
-        self.reporter.validation(self.state, losses, seconds=time.perf_counter() - started)
+        losses = {}
+        with self.reporter.not_training():
+            for number, (name, _) in enumerate(validation_sets(self.config)):
+                steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
+                losses[name] = evaluate(self.model.wrapped, steps, topology=self.topology).mean
+        self.reporter.validation(self.state, losses)
         not_finite.describe_validation(losses, self.state)
 
     def save(self) -> None:

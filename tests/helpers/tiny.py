@@ -90,4 +90,5 @@ def _micro_batch(model: ModelConfig, images: int, rows: int, span: str, generato
         num_images=max(images, 1),
         num_samples=rows * len(cuts),
         num_tokens=length,
+        squared_spans=int((borders.diff() ** 2).sum()),
     )

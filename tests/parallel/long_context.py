@@ -74,6 +74,7 @@ def packed(texts: Sequence[Sequence[int]]) -> MicroBatch:
         num_images=1,
         num_samples=len(texts),
         num_tokens=len(tokens),
+        squared_spans=int((lengths**2).sum()),
     )
 
 

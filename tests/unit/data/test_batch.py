@@ -59,6 +59,7 @@ def test_whole_rows() -> None:
     assert batch.targets.tolist() == [6, END, 7, 8, END, *range(1, 12)]
     assert batch.slots.tolist() == [1, 2]
     assert (batch.num_images, batch.num_samples, batch.num_tokens) == (1, 3, 22)
+    assert batch.squared_spans == 10**2 + 12**2, "without the padding"
     assert batch.pixels is not None
     assert batch.pixels.shape == (1, 3, 4, 4)
     assert batch.cu_seqlens.dtype == torch.int32
@@ -71,6 +72,8 @@ def test_per_segment_nothing_crosses_a_border() -> None:
     assert batch.positions.tolist() == [*range(7), 0, 1, 2, 0, 1, *range(12)]
     assert batch.supervised.tolist() == [4, 5, 7, 8, *range(12, 23)]
     assert batch.targets.tolist() == [6, END, 8, END, *range(1, 12)]
+    assert batch.squared_spans == 7**2 + 3**2 + 12**2
+    assert make([empty_row()], attention_span="segment").squared_spans == 0
 
 
 def test_the_target_of_a_supervised_position_is_the_next_token() -> None:

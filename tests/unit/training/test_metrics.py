@@ -7,6 +7,7 @@ import math
 import re
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,11 +89,28 @@ def test_a_window_weighs_tokens_not_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert metrics.tflops_per_rank == pytest.approx(flops / 4.0 / 2 / 1e12)
 
 
-def test_a_window_counts_steps_that_went_wrong() -> None:
+def test_skipped_steps_are_counted_and_their_loss_is_not() -> None:
+    """A step may be skipped for its loss or for its gradient alone; the work was done all the same."""
+    wrong = [_result(loss, 10, skipped=True) for loss in (math.nan, math.inf, 90.0)]
     window = Window()
-    for result in (_result(1.0, 1), _result(math.nan, 1, skipped=True), _result(1.0, 1, skipped=True)):
+    for result in (_result(20.0, 10), *wrong, _result(60.0, 30)):
         window.add(result)
-    assert (window.steps, window.skipped, window.nan) == (3, 2, 1)
+    metrics = window.summarise(TrainState(step=5), wrong[0], config=tiny_config(), layout=LAYOUT)
+    assert metrics.lm_loss == 2.0
+    assert (window.steps, window.supervised, metrics.skipped_iterations, metrics.nan_iterations) == (5, 70, 3, 2)
+    window = Window()
+    window.add(wrong[2])
+    assert math.isnan(window.summarise(TrainState(), wrong[2], config=tiny_config(), layout=LAYOUT).lm_loss)
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.step(replace(METRICS, lm_loss=math.nan, grad_norm=math.inf))
+    lines.validation(7, {"set": math.nan})
+    texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    step, validation = (json.loads(text, parse_constant=lambda name: pytest.fail(name)) for text in texts)
+    assert (step["lm_loss"], step["grad_norm"], step["learning_rate"]) == (None, None, 1.5e-4)
+    assert validation["validation_loss"] is None
 
 
 def _config(folder: Path, **logging: Any) -> RunConfig:
@@ -108,7 +126,7 @@ def _report(
     for _ in range(first, last):
         state = state.advanced(rows=8, samples=5, tokens=100, skipped=False)
         reporter.step(state, _result(2.0 * state.step, 1))
-    reporter.validation(state, losses or {"set": 0.25}, seconds=0.0)
+    reporter.validation(state, losses or {"set": 0.25})
     reporter.close()
 
 
@@ -132,6 +150,16 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "elsewhere" / "log.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records if "lm_loss" in record] == [2, 4, 5]
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_before_a_stop_are_reported(tmp_path: Path) -> None:
+    """The interval is 2, and the run stops after step 3, whatever for."""
+    config = _config(tmp_path)
+    _report(config, last=3)
+    _report(config, first=3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["iteration"], line["lm_loss"]) for line in lines if "lm_loss" in line]
+    assert found == [(2, 3.0), (3, 6.0), (4, 8.0), (5, 10.0)]
 
 
 def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
@@ -192,10 +220,13 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_validation_time_is_not_training_time(tmp_path: Path) -> None:
+def test_what_is_not_training_takes_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     reporter = Reporter(tiny_config(), layout=LAYOUT, state=TrainState(), active=False)
     started = reporter._window.started
-    reporter.validation(TrainState(step=1), {"set": 0.5}, seconds=7.0)
+    with reporter.not_training():
+        now[0] += 7.0
     assert reporter._window.started == started + 7.0
 
 

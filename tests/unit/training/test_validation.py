@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_vl.checkpoint import contents
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.errors import ConfigError
+from megatron_vl.training import trainer
+from megatron_vl.training.metrics import Reporter
 from megatron_vl.training.trainer import Run
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
@@ -43,6 +50,44 @@ def train_on_rank(start: Start, config: RunConfig) -> None:
         run = Run.set_up(config, topology)
         run.loop()
         run.close()
+
+
+def note_what_is_timed_on_rank(start: Start, config: RunConfig) -> list[tuple[str, bool]]:
+    """What the trainer does, in order, and whether it counts as training."""
+    notes: list[tuple[str, bool]] = []
+    stopped: list[int] = []
+
+    @contextmanager
+    def not_training(reporter: Reporter) -> Iterator[None]:
+        stopped.append(1)
+        yield
+        stopped.pop()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            notes.append((name, not stopped))
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name in ((trainer, "train_step"), (trainer, "evaluate"), (contents, "save")):
+            patches.enter_context(mock.patch.object(owner, name, noting(name, getattr(owner, name))))
+        patches.enter_context(mock.patch.object(Reporter, "not_training", not_training))
+        train_on_rank(start, config)
+    return notes
+
+
+def test_neither_validating_nor_saving_counts_as_training(ranks: RankPools, tmp_path: Path) -> None:
+    config = tiny_config(
+        data={"data_path": (prefix := make_data_set(tmp_path, "rows"),), "seq_length": SEQ_LENGTH}
+        | {"valid_data_path": (prefix,)},
+        training={"train_iters": 2, "eval_interval": 1, "global_batch_size": 4},
+        checkpoint={"save": str(tmp_path / "run"), "save_interval": 1},
+    )
+    assert ranks(1).run(note_what_is_timed_on_rank, config)[0] == [
+        ("train_step", True), ("evaluate", False), ("save", False),
+    ] * 2  # fmt: skip
 
 
 def test_losses_of_several_sets_are_those_of_each_alone(ranks: RankPools, tmp_path: Path) -> None:
