@@ -135,8 +135,8 @@ def _row_of(outcome: Outcome) -> Row:
 
 
 def compared(outcomes: Sequence[Outcome]) -> list[Row]:
-    """Utilisation of each stage beside that of text alone."""
-    found = {outcome.part.name: _utilisation(outcome.rows) for outcome in outcomes}
+    """Utilization of each stage beside that of text alone."""
+    found = {outcome.part.name: _utilization(outcome.rows) for outcome in outcomes}
     text = found.get("text")
     if not text:
         return []
@@ -148,7 +148,7 @@ def compared(outcomes: Sequence[Outcome]) -> list[Row]:
     ]
 
 
-def _utilisation(rows: Sequence[Row]) -> float:
+def _utilization(rows: Sequence[Row]) -> float:
     return next((row.ours for row in rows if ": MFU" in row.name), 0.0)
 
 

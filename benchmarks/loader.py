@@ -10,7 +10,7 @@ and times the next images, by the clock and by the CPU time of the process and i
 with a batch.
 
     float          the peers do what their users write: decode, resize to 448 by Pillow's bicubic filter, to float32,
-                   normalise, all in the worker. Ours hands out uint8, which the device of the model normalises.
+                   normalize, all in the worker. Ours hands out uint8, which the device of the model normalizes.
     uint8          the peers run our transform, compiled resize included: what differs is how a batch comes to the
                    training process.
     uint8, Pillow  the same without the compiler.

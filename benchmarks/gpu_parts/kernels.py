@@ -53,10 +53,10 @@ def profile_step(step: Callable[[], object]) -> Profile:
         if cuda:
             torch.cuda.synchronize()
     times = [(event.key, _self_ms(event, cuda=cuda)) for event in recorded.key_averages()]
-    return summarise(times)
+    return summarize(times)
 
 
-def summarise(times: Iterable[tuple[str, float]]) -> Profile:
+def summarize(times: Iterable[tuple[str, float]]) -> Profile:
     """Sum milliseconds by class."""
     by_class = dict.fromkeys(NAMES, 0.0)
     known = [(name, value) for name, value in times if value > 0.0]

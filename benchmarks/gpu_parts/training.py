@@ -41,7 +41,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "examples" / "qwen_vl"
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained, and how good its utilisation should be."""
+    """What is trained, and how good its utilization should be."""
 
     recipe: str
     shape: str

@@ -21,7 +21,7 @@ from reading import BATCH, read_task, report, to_float, to_uint8
 
 
 class FloatEncoder(DefaultTaskEncoder[CaptioningSample, CaptioningSample, Any, Any]):
-    """Images come as Pillow's, and leave as normalised floats."""
+    """Images come as Pillow's, and leave as normalized floats."""
 
     decoder = SampleDecoder(image_decode="pil")
 

@@ -77,7 +77,7 @@ def to_float(image: Image.Image) -> torch.Tensor:
 
 
 def to_uint8(data: bytes) -> torch.Tensor:
-    """uint8[3, H, W]: this project's transform; the device of the model normalises."""
+    """uint8[3, H, W]: this project's transform; the device of the model normalizes."""
     return torch.from_numpy(to_pixels(data, IMAGE_SIZE, resize=best_resize()))
 
 

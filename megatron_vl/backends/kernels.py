@@ -59,7 +59,7 @@ def fused_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def exact_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Qwen's order: normalise in fp32, cast back, then multiply by the weight."""
+    """Qwen's order: normalize in fp32, cast back, then multiply by the weight."""
     wide = hidden.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).type_as(hidden) * weight

@@ -51,7 +51,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="what a token may look back at (default: its own sample, whatever shares the row)",
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
-    parser.add_argument("--blank-images", action="store_true", help="replace every image by a grey one")
+    parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     add_parallel_flags(parser)
     return parser
 

@@ -4,9 +4,9 @@ Reads a safetensors file:
 
     input_ids       int64[b, s]: rows, padded on the right if they differ in length; whatever lies between <img> and
                     </img> is an image slot
-    pixels          float32[n, 3, H, W]: normalised images in the order of their spans, row by row; absent if there are
+    pixels          float32[n, 3, H, W]: normalized images in the order of their spans, row by row; absent if there are
                     none
-    labels          int64[b, s], optional: as input_ids, not shifted; -100 where a token is not to be learnt
+    labels          int64[b, s], optional: as input_ids, not shifted; -100 where a token is not to be learned
 
 and writes one:
 

@@ -67,7 +67,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered together")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--blank-images", action="store_true", help="replace every image by a grey one")
+    parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
     add_parallel_flags(parser)
     return parser

@@ -131,8 +131,8 @@ class _CaseEncoder:
             _check_images(turn.text, in_answer=turn.role == "assistant")
         encoded = encode_pieces(render_turns(turns, self.style), self.tokenizer, num_queries=self.num_queries)
         cut = slice(_number(case, "max_length", len(encoded.tokens)))
-        ids, learnt = encoded.tokens[cut].tolist(), encoded.supervised[cut].tolist()
-        labels = [token if target else IGNORED for token, target in zip(ids, learnt, strict=True)]
+        ids, learned = encoded.tokens[cut].tolist(), encoded.supervised[cut].tolist()
+        labels = [token if target else IGNORED for token, target in zip(ids, learned, strict=True)]
         return {"length": len(ids), "ids_rle": runs(ids), "labels_unshifted_rle": runs(labels)}
 
     def prompt(self, case: Json) -> Json:

@@ -141,7 +141,7 @@ class DataConfig:
     num_workers: int = 2
     """Processes that decode images for each reading rank; 0 decodes in the training process."""
     blank_images: bool = False
-    """Replace every image by a grey one: the control experiment that shows what the images are worth."""
+    """Replace every image by a gray one: the control experiment that shows what the images are worth."""
     unpacked: bool = False
     """Rows hold one sample each, as in the paper's own table; the data set must have been prepared so."""
 

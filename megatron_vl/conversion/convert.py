@@ -58,7 +58,7 @@ class ExportOptions:
     release: Release = "base"
     """Whose generation defaults to write."""
     reference: Path | None = None
-    """Folder that was imported: its code, tokenizer and licence files are copied, its other settings kept."""
+    """Folder that was imported: its code, tokenizer and license files are copied, its other settings kept."""
     vocab_file: Path | None = None
     """Qwen's ``.tiktoken`` file: the tokenizer's files are written, cut to the model's ranks."""
     max_shard_bytes: int = 2 * 10**9

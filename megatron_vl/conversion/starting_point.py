@@ -4,7 +4,7 @@
     vision.*                  ``visual.*`` of an OpenCLIP file (ViT-bigG/14), with two rearrangements:
       ...linear_qkv           ``attn.in_proj_weight`` has all q, all k, all v; here q, k, v of a head stand together
       positional_embedding    without its first row, which belongs to the class token that Qwen-VL dropped
-    resampler.*               fresh, as the original initialises it; ``pos_embed`` is computed
+    resampler.*               fresh, as the original initializes it; ``pos_embed`` is computed
     language_model.*          a folder of Qwen-7B, whose tensors have the names of Qwen-VL's without ``visual``
 
 OpenCLIP's class token, ``ln_post``, ``proj`` and text tower are left out by name; any other stranger is refused. The

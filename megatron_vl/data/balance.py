@@ -11,7 +11,7 @@ same two moves each time:
 
 Each rank computes its dearest micro-batch first, so that those of one number are alike everywhere. Each finds
 the deal by itself, so work is counted in whole numbers, whose sums are exact on any processor. Which
-rows are in the batch, and hence what is learnt, does not depend on the deal.
+rows are in the batch, and hence what is learned, does not depend on the deal.
 """
 
 from __future__ import annotations

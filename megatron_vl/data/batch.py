@@ -76,7 +76,7 @@ class CollateOptions:
     with_pixels: bool = True
     """False on ranks that do not hold the patch embedding."""
     blank_images: bool = False
-    """Show grey instead of every image."""
+    """Show gray instead of every image."""
 
 
 def empty_row() -> PackedRow:
@@ -125,7 +125,7 @@ def collate(
     slots = _find_slots(tokens, rows, options, names=names)
     shown = np.arange(sum(len(row.image_ids) for row in rows)) if span_images is None else span_images
     if options.blank_images:
-        shown = np.zeros_like(shown)  # one grey image serves all
+        shown = np.zeros_like(shown)  # one gray image serves all
     num_images = int(shown.max(initial=-1)) + 1
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
@@ -146,7 +146,7 @@ def collate(
 
 def _count_samples(row: PackedRow, special: SpecialTokens) -> int:
     """Segments that begin a sample, which no stored number says: all but the continuations of text documents, the only
-    ones whose first token is neither learnt nor a marker (``<img>``, ``<|im_start|>``)."""
+    ones whose first token is neither learned nor a marker (``<img>``, ``<|im_start|>``)."""
     begins = np.cumsum(row.segment_lengths) - row.segment_lengths
     first = row.tokens[begins]
     continued = ~row.supervised[begins] & (first != special.img_start) & (first != special.im_start)

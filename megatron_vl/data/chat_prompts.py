@@ -1,4 +1,4 @@
-"""ChatML: what the model reads in a dialogue, and which part of it is to be learnt.
+"""ChatML: what the model reads in a dialogue, and which part of it is to be learned.
 
 Each turn is ``<|im_start|>ROLE \\n TEXT <|im_end|> \\n``. Two ways of supervising it are in use, and both are here:
 
@@ -54,9 +54,9 @@ def render_turns(turns: Sequence[Turn], style: ChatStyle = "paper") -> tuple[Pie
     return tuple(piece for turn in turns for piece in _turn(turn, style))
 
 
-def open_turn(role: str = "assistant", *, learnt: bool = False) -> tuple[Piece, ...]:
+def open_turn(role: str = "assistant", *, learned: bool = False) -> tuple[Piece, ...]:
     """The beginning of a turn: what the model goes on from, if it is the assistant's."""
-    return Piece("special", "<|im_start|>", supervised=learnt), Piece("text", role), Piece("text", "\n")
+    return Piece("special", "<|im_start|>", supervised=learned), Piece("text", role), Piece("text", "\n")
 
 
 def write_prompt(turns: Sequence[Turn]) -> str:
@@ -68,7 +68,7 @@ def _turn(turn: Turn, style: ChatStyle) -> list[Piece]:
     answer = turn.role == "assistant"
     marked = answer or style == "released"
     return [
-        *open_turn(turn.role, learnt=marked),
+        *open_turn(turn.role, learned=marked),
         *(piece._replace(supervised=answer) for piece in parse_markup(turn.text, images=not answer)),
         Piece("special", "<|im_end|>", supervised=marked),
         Piece("text", "\n", supervised=style == "released"),

@@ -1,7 +1,7 @@
 """Boxes and quadrilaterals as the text that Qwen-VL reads and writes: integers in [0, 1000) along each axis.
 
 One rule and its inverse, used by prompts, generation and drawing alike. A coordinate x in [0, 1] falls into
-cell ``floor(1000 x)`` (1.0 into the last); a cell stands for its centre. So text -> coordinates -> text is
+cell ``floor(1000 x)`` (1.0 into the last); a cell stands for its center. So text -> coordinates -> text is
 exact, and coordinates -> text -> coordinates errs by at most half a cell. The original's rounding was never
 published.
 """
@@ -31,7 +31,7 @@ def to_cell(value: float) -> int:
 
 
 def from_cell(cell: int) -> float:
-    """Centre of a cell, in [0, 1]."""
+    """Center of a cell, in [0, 1]."""
     return (cell + 0.5) / GRID
 
 

@@ -1,7 +1,7 @@
 """Encoded image -> checked pixels, exactly as the original does it.
 
 The original opens the file with Pillow, converts to RGB (``rgb.py``), squashes to a square by Pillow's (antialiased)
-bicubic filter whatever the aspect ratio (``resize.py``), and normalises with CLIP's constants (``pixels.py``). EXIF
+bicubic filter whatever the aspect ratio (``resize.py``), and normalizes with CLIP's constants (``pixels.py``). EXIF
 orientation is not looked at, here or wherever else an image is decoded (``image_check.py``). Pixels stay uint8 until
 they are on the device of the model.
 
@@ -110,7 +110,7 @@ def to_pixels(
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes without chroma subsampling, which would smear small coloured things."""
+    """JPEG bytes without chroma subsampling, which would smear small colored things."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

@@ -9,10 +9,10 @@ the algorithm. Text has no such grain: laid end to end it is a stream that may b
 the gaps; what is left of it makes rows of its own. Every other sample lies whole in exactly one row.
 
 First fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and rows
-that were filled alike are neighbours. So one operation places a whole class over runs of rows, and the outcome
+that were filled alike are neighbors. So one operation places a whole class over runs of rows, and the outcome
 has exactly the rows of first-fit decreasing one by one. The number of operations depends on the number of
 classes (thousands, in rows of 2,048 tokens); all else is sorting and arithmetic on arrays. Equal
-samples are shuffled by a seeded generator of fixed definition, which also keeps neighbours of the source
+samples are shuffled by a seeded generator of fixed definition, which also keeps neighbors of the source
 apart. The result is a pure function of its arguments.
 """
 
@@ -126,7 +126,7 @@ _FIRST, _SIZE, _TOKENS, _IMAGES = range(4)
 
 
 class _Rows:
-    """All rows, in runs of neighbours that have equal room.
+    """All rows, in runs of neighbors that have equal room.
 
     The rows that are still empty are a run like the others, so a new row is opened by filling into it.
     """

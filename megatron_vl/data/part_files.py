@@ -5,7 +5,7 @@
 
 Both are written under temporary names of the writing process and renamed, so a part is there in full or not at all,
 also when a killed run's last writer is still at work while the next run does the same part again. While a part is
-written, some 75 bytes a sample with an image are kept in memory; a bounded memory of images recognises the same file
+written, some 75 bytes a sample with an image are kept in memory; a bounded memory of images recognizes the same file
 again (what it has forgotten is stored twice here, and once in the data set).
 """
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 BLANK_RGB = tuple(round(255 * mean) for mean in IMAGE_MEAN)
-"""The grey that normalises to (almost) zero: the colour of a blank image."""
+"""The gray that normalizes to (almost) zero: the color of a blank image."""
 
 
 def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
-    """uint8[num_images, 3, image_size, image_size] of the blank grey."""
-    colour = np.array(BLANK_RGB, dtype=np.uint8).reshape(1, 3, 1, 1)
-    return np.broadcast_to(colour, (num_images, 3, image_size, image_size)).copy()
+    """uint8[num_images, 3, image_size, image_size] of the blank gray."""
+    color = np.array(BLANK_RGB, dtype=np.uint8).reshape(1, 3, 1, 1)
+    return np.broadcast_to(color, (num_images, 3, image_size, image_size)).copy()
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the model reads for each task, and which part of it is to be learnt.
+"""What the model reads for each task, and which part of it is to be learned.
 
 The strings are those of the paper (Appendix B.1) with the white space of its evaluation scripts: a prompt
 ends in ``English:`` or ``Answer:`` without a blank, and the target begins with one. In grounded text the
@@ -76,7 +76,7 @@ WORDINGS: dict[str, Wording] = {
 
 @dataclass(frozen=True)
 class _Template:
-    """How one task is rendered: what follows the images, what is learnt, and whether images are needed."""
+    """How one task is rendered: what follows the images, what is learned, and whether images are needed."""
 
     prompt: Callable[[Sample, Wording], list[Piece]]
     target: Callable[[Sample, Wording], list[Piece]]
@@ -93,8 +93,8 @@ def render(sample: Sample) -> tuple[Piece, ...]:
     if sample.task == "interleaved":
         return (*_interleaved(sample), Piece("special", END, supervised=True))
     target = _TEMPLATES[sample.task].target(sample, WORDINGS[sample.language])
-    learnt = [Piece(kind, text, True) for kind, text, _ in target]
-    return (*render_prompt(sample), *learnt, Piece("special", END, supervised=True))
+    learned = [Piece(kind, text, True) for kind, text, _ in target]
+    return (*render_prompt(sample), *learned, Piece("special", END, supervised=True))
 
 
 def render_prompt(sample: Sample) -> tuple[Piece, ...]:

@@ -12,7 +12,7 @@
 
 ``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first
 samples, ``samples`` or ``group`` give it an amount (mixture.py), ``filters`` its own thresholds; all other keys of a
-source are options of its reader. Unknown keys are errors that name their nearest neighbour.
+source are options of its reader. Unknown keys are errors that name their nearest neighbor.
 """
 
 from __future__ import annotations

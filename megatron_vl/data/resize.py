@@ -4,7 +4,7 @@ The image is resized along x, rounded to bytes, then resized along y. That is wh
 trained; from version 13 on it begins with y where an image is tall, which gives other pixels. So the two passes are
 asked for one by one.
 
-Either way an output line is a sum of neighbouring input lines, each times a weight in fixed point of 22 bits. Pillow
+Either way an output line is a sum of neighboring input lines, each times a weight in fixed point of 22 bits. Pillow
 adds pixel by pixel, three bytes at a time; ``sum_lines`` adds whole lines, which a compiler turns into vector
 instructions. For the pass along x the image is transposed first, which costs less than it saves.
 
@@ -57,12 +57,12 @@ def sum_lines(lines: Bytes, size: int) -> Bytes:
     reach = 2.0 * stretch
     weights = np.empty(2 * math.ceil(reach) + 1, dtype=np.float64)
     for row in range(size):
-        centre = (row + 0.5) * scale
-        first = max(int(centre - reach + 0.5), 0)
-        number = min(int(centre + reach + 0.5), count) - first
+        center = (row + 0.5) * scale
+        first = max(int(center - reach + 0.5), 0)
+        number = min(int(center + reach + 0.5), count) - first
         total = 0.0
         for index in range(number):
-            x = abs((index + first - centre + 0.5) * (1.0 / stretch))
+            x = abs((index + first - center + 0.5) * (1.0 / stretch))
             if x < 1.0:
                 weights[index] = (1.5 * x - 2.5) * x * x + 1.0
             elif x < 2.0:

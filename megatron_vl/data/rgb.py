@@ -1,8 +1,8 @@
 """Any mode that Pillow decodes to -> RGB: the picture that people see, or SkipSample where the file does not say it.
 
-Pillow's own ``convert`` drops transparency, which turns black writing on nothing into black on black, and clips greys
+Pillow's own ``convert`` drops transparency, which turns black writing on nothing into black on black, and clips grays
 of more than 8 bits to white. Here what is transparent lies on white paper, as browsers and img2dataset have it, and of
-deep greys the upper 8 bits count. The file says the range of such greys only where it is that of its integers.
+deep grays the upper 8 bits count. The file says the range of such grays only where it is that of its integers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _OPAQUE = 255
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 _UNUSED_BITS = 4
-"""Greys that leave more of the upper bits unused are of another range than that of their integers."""
+"""Grays that leave more of the upper bits unused are of another range than that of their integers."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, decoded; itself if it is RGB.
 
-    Raises SkipSample: ``unknown_range`` of greys, or ``invisible_image``.
+    Raises SkipSample: ``unknown_range`` of grays, or ``invisible_image``.
     """
     if image.mode[0] in "IF":
-        return _grey(image)
+        return _gray(image)
     image.load()
     if image.has_transparency_data:
         return _on_white(image)
@@ -42,15 +42,15 @@ def _on_white(image: Image.Image) -> Image.Image:
     return picture
 
 
-def _grey(image: Image.Image) -> Image.Image:
+def _gray(image: Image.Image) -> Image.Image:
     """Integers of 16 bits, or of 12 in TIFF. (Pillow scales PGM to 16 bits.)"""
     if not image.mode.startswith("I;16") and image.format != "PPM":
-        raise SkipSample("unknown_range", f"greys of 32 bits (mode {image.mode}): which is black, which is white?")
+        raise SkipSample("unknown_range", f"grays of 32 bits (mode {image.mode}): which is black, which is white?")
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
     values = np.asarray(image)
     highest = int(values.max())
     if 0 < highest < 1 << (bits - _UNUSED_BITS):
-        raise SkipSample("unknown_range", f"greys of {bits} bits, but none above {highest}: which is white?")
+        raise SkipSample("unknown_range", f"grays of {bits} bits, but none above {highest}: which is white?")
     upper = (values >> (bits - 8)).astype(np.uint8)
     return Image.fromarray(~upper if tags.get(_PHOTOMETRIC) == 0 else upper).convert("RGB")

@@ -4,7 +4,7 @@ Once samples are packed, the length of every row and of every image is known, an
 rows can be written in any order, by anybody: they are cut into slices of some size, each a unit of work (row_slices.py)
 that knows all it needs. Where the slices are cut depends on the rows only, never on who writes them.
 
-An image is stored where a row first uses it, so the images of neighbouring rows lie together, and once, whoever else
+An image is stored where a row first uses it, so the images of neighboring rows lie together, and once, whoever else
 uses it.
 """
 

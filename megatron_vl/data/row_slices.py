@@ -161,7 +161,7 @@ def _stretch(path: Path, begin: int) -> Iterator[_StretchWriter]:
     """A writer into a file from a byte on; what it wrote is on the disk afterwards.
 
     The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
-    send all of the page, with what a neighbour's stretch held there before.
+    send all of the page, with what a neighbor's stretch held there before.
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
         file.seek(begin)

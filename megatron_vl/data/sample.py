@@ -68,7 +68,7 @@ class Sample:
     question: str = ""
     """VQA: the question. Referring: the expression. Otherwise empty."""
     text: str = ""
-    """Caption, answer, document: what is to be learnt, as plain text. Interleaved: an IMAGE_MARK for each image."""
+    """Caption, answer, document: what is to be learned, as plain text. Interleaved: an IMAGE_MARK for each image."""
     regions: tuple[Region, ...] = ()
     """Grounded caption, referring, region caption: phrases with boxes. OCR: lines with quads."""
     turns: tuple[Turn, ...] = ()

@@ -18,8 +18,8 @@ from megatron_vl.evaluation.records import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
 from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
 
-TRUTH_COLOUR = "#1a7f37"
-PREDICTION_COLOUR = "#d1242f"
+TRUTH_COLOR = "#1a7f37"
+PREDICTION_COLOR = "#d1242f"
 _MIN_SIDE = 336
 """Images smaller than this are enlarged before boxes are drawn, so that the lines do not cover them."""
 _MAX_SHOWN = 160
@@ -103,11 +103,11 @@ def _draw(prediction: Prediction) -> str:
     scale = max(1.0, _MIN_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     if prediction.task in ("referring", "ocr", "grounded_caption"):
-        for text, colour in (
-            (prediction.references[0], TRUTH_COLOUR),
-            (prediction.prediction, PREDICTION_COLOUR),
+        for text, color in (
+            (prediction.references[0], TRUTH_COLOR),
+            (prediction.prediction, PREDICTION_COLOR),
         ):
-            image = draw_regions(image, _regions(text), colour=colour, width=3, labels=False)
+            image = draw_regions(image, _regions(text), color=color, width=3, labels=False)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -18,9 +18,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import TrainingRecord
 
-SIGHTED_COLOUR = "#2563eb"
-BLIND_COLOUR = "#9a6700"
-MUTED_COLOUR = "#6b7280"
+SIGHTED_COLOR = "#2563eb"
+BLIND_COLOR = "#9a6700"
+MUTED_COLOR = "#6b7280"
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -32,15 +32,15 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#9ca3af",
     "axes.grid": True,
     "grid.color": "#e5e7eb",
-    "xtick.color": MUTED_COLOUR,
-    "ytick.color": MUTED_COLOUR,
+    "xtick.color": MUTED_COLOR,
+    "ytick.color": MUTED_COLOR,
 }
 
 
 def smooth(values: Sequence[float]) -> list[float]:
     """Mean over a window around each value, a thirtieth of the series wide and narrower towards the ends.
 
-    The window is centred, so that a falling curve is not pulled up by its past.
+    The window is centered, so that a falling curve is not pulled up by its past.
     """
     reach = len(values) // 60
     result = []
@@ -57,44 +57,44 @@ def loss_figure(sighted: Sequence[TrainingRecord], blind: Sequence[TrainingRecor
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.subplots()
         if blind:
-            _plot_loss(axes, blind, BLIND_COLOUR, "blind model")
-        _plot_loss(axes, sighted, SIGHTED_COLOUR, "this model")
+            _plot_loss(axes, blind, BLIND_COLOR, "blind model")
+        _plot_loss(axes, sighted, SIGHTED_COLOR, "this model")
         for before, after in zip(find_legs(sighted), find_legs(sighted)[1:], strict=False):
             _mark_hand_over(axes, (before.last + after.first) / 2, after.layout)
-        axes.set_xlabel("step", color=MUTED_COLOUR)
-        axes.set_ylabel("training loss", color=MUTED_COLOUR)
+        axes.set_xlabel("step", color=MUTED_COLOR)
+        axes.set_ylabel("training loss", color=MUTED_COLOR)
         if blind:
             axes.legend(loc="upper center", frameon=False)
         return _to_svg(figure)
 
 
 def histogram_figure(edges: Sequence[float], counts: Sequence[int], *, label: str, unit: str = "rows") -> str:
-    """Plot how often values lie between neighbouring ``edges``; returns one <svg> element."""
+    """Plot how often values lie between neighboring ``edges``; returns one <svg> element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.6, 2.2), layout="constrained")
         axes = figure.subplots()
-        axes.stairs(counts, edges, fill=True, color=SIGHTED_COLOUR)
+        axes.stairs(counts, edges, fill=True, color=SIGHTED_COLOR)
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.0f}"))
-        axes.set_xlabel(label, color=MUTED_COLOUR)
-        axes.set_ylabel(unit, color=MUTED_COLOUR)
+        axes.set_xlabel(label, color=MUTED_COLOR)
+        axes.set_ylabel(unit, color=MUTED_COLOR)
         return _to_svg(figure)
 
 
-def _plot_loss(axes: Axes, records: Sequence[TrainingRecord], colour: str, label: str) -> None:
+def _plot_loss(axes: Axes, records: Sequence[TrainingRecord], color: str, label: str) -> None:
     steps = [record.iteration for record in records]
     losses = [record.lm_loss for record in records]
-    axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color=colour, linewidth=1.6, label=label)
+    axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color=color, linewidth=1.6, label=label)
 
 
 def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
     """A dashed line, and the new layout's name above the plot."""
-    axes.axvline(step, color=MUTED_COLOUR, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(step, color=MUTED_COLOR, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         f"from here {layout}",
         xy=(step, 1.0),
@@ -103,7 +103,7 @@ def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
         textcoords="offset points",
         ha="right",
         fontsize=8,
-        color=MUTED_COLOUR,
+        color=MUTED_COLOR,
     )
 
 

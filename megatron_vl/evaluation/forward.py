@@ -85,8 +85,8 @@ def forward(
     outputs = _assemble(look(chunks, mine, topology=topology), inputs, config.model, topology)
     if inputs.labels is not None:
         mine = _deal(inputs.micro_batches(config.model, labels=inputs.labels), config, topology)
-        learnt = learn(chunks, mine, config=config, topology=topology)
-        outputs |= learnt if topology.rank == 0 else {}
+        learned = learn(chunks, mine, config=config, topology=topology)
+        outputs |= learned if topology.rank == 0 else {}
     return outputs
 
 

@@ -39,9 +39,9 @@ class ForwardInputs:
     input_ids: Tensor
     """int64[b, s]."""
     pixels: Tensor | None = None
-    """float32[n, 3, H, W], normalised, in the order of the image spans, row by row."""
+    """float32[n, 3, H, W], normalized, in the order of the image spans, row by row."""
     labels: Tensor | None = None
-    """int64[b, s], not shifted; -100 where nothing is learnt."""
+    """int64[b, s], not shifted; -100 where nothing is learned."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise DataError unless ids, image spans and pixels are those of ``model``."""

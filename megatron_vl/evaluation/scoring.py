@@ -40,7 +40,7 @@ class Score:
 
 
 def score_vqa(prediction: Prediction) -> Points:
-    """VQA accuracy where several annotators have answered; otherwise the exact answer after VQA's normalisation."""
+    """VQA accuracy where several annotators have answered; otherwise the exact answer after VQA's normalization."""
     if prediction.annotators:
         return Points(vqa_accuracy(prediction.prediction, prediction.annotators))
     return Points(exact_match(prediction.prediction, prediction.references))

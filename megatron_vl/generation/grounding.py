@@ -86,7 +86,7 @@ def draw_regions(
     image: Image.Image,
     regions: Sequence[Region],
     *,
-    colour: str = "#d1242f",
+    color: str = "#d1242f",
     width: int = 3,
     labels: bool = True,
 ) -> Image.Image:
@@ -98,9 +98,9 @@ def draw_regions(
     for region in regions:
         for points in [_corners(box) for box in region.boxes] + list(region.quads):
             pixels = _pixels(points, canvas.size)
-            draw.line([*pixels, pixels[0]], fill=colour, width=width, joint="curve")
+            draw.line([*pixels, pixels[0]], fill=color, width=width, joint="curve")
             if labels and region.text:
-                _write_label(draw, region.text, at=pixels[0], font=font, colour=colour)
+                _write_label(draw, region.text, at=pixels[0], font=font, color=color)
     return canvas
 
 
@@ -136,11 +136,11 @@ def _write_label(
     *,
     at: tuple[float, float],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    colour: str,
+    color: str,
 ) -> None:
-    """Write white text on a patch of ``colour`` just above ``at``, or below where there is no room above."""
+    """Write white text on a patch of ``color`` just above ``at``, or below where there is no room above."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     height = bottom - top + 4
     x, y = at[0], at[1] - height if at[1] >= height else at[1]
-    draw.rectangle((x, y, x + right - left + 6, y + height), fill=colour)
+    draw.rectangle((x, y, x + right - left + 6, y + height), fill=color)
     draw.text((x + 3 - left, y + 2 - top), text, fill="white", font=font)

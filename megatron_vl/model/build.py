@@ -1,4 +1,4 @@
-"""The network of a run: this rank's chunks, initialised and frozen as the configuration says."""
+"""The network of a run: this rank's chunks, initialized and frozen as the configuration says."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def _check_validation(config: RunConfig, backend: Backend) -> None:
         raise ConfigError(
             f"data.seq_length {length} is above model.language.native_seq_length {native}: validation would use "
             "dynamic NTK and logn attention, which the transformer_engine backend does not have. Use --backend local; "
-            f"or, for a model that has learnt rows of that length, --native-seq-length {length}; or both "
+            f"or, for a model that has learned rows of that length, --native-seq-length {length}; or both "
             "--no-use-dynamic-ntk and --no-use-logn-attn"
         )

@@ -43,7 +43,7 @@ def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: Proce
 
 
 def mark_tensor_parallel(chunk: nn.Module) -> None:
-    """Mark the sharded weights of Megatron-Core's linear layers, as their own initialisation would have done.
+    """Mark the sharded weights of Megatron-Core's linear layers, as their own initialization would have done.
 
     Without the marks the gradient norm counts one rank's shard for the whole.
     """

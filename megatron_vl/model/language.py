@@ -42,7 +42,7 @@ class LanguageModel(ShardedModule):
         rows = padded_vocab_size(language.vocab_size, context.tensor_parallel_size)
         if stage.word_embedding:
             table = tensor_parallel.VocabParallelEmbedding(
-                rows, language.hidden_size, init_method=_not_initialised, config=config, tp_group=context.groups.tp
+                rows, language.hidden_size, init_method=_not_initialized, config=config, tp_group=context.groups.tp
             )
             self.embedding = nn.ModuleDict({"word_embeddings": table})
         self.layers = build_layers(
@@ -56,7 +56,7 @@ class LanguageModel(ShardedModule):
                 language.hidden_size,
                 rows,
                 config=context.core.head,
-                init_method=_not_initialised,
+                init_method=_not_initialized,
                 bias=False,
                 gather_output=False,
                 tp_group=context.groups.tp,
@@ -141,6 +141,6 @@ class LanguageModel(ShardedModule):
         return losses[:count]
 
 
-def _not_initialised(weight: Tensor) -> Tensor:
-    """Megatron-Core wants an initialiser; model/initialize.py fills all weights afterwards."""
+def _not_initialized(weight: Tensor) -> Tensor:
+    """Megatron-Core wants an initializer; model/initialize.py fills all weights afterwards."""
     return weight

@@ -8,7 +8,7 @@
 * q, k and v are interleaved by head, which is also Megatron-Core's layout; GELU is exact; LayerNorm's epsilon is 1e-6.
 * A parameter is read in the forward pass of the module that owns it and nowhere else: where parameters are gathered
   while the pass runs, the call of a module is what waits for those of its own.
-* Images are normalised here, on the device: they travel as uint8.
+* Images are normalized here, on the device: they travel as uint8.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class VisionTower(ShardedModule):
         """Through this stage's part of the tower.
 
         Args:
-            images: pixels, uint8 or normalised float [n, 3, H, W], where the stage has the patch embedding; elsewhere
+            images: pixels, uint8 or normalized float [n, 3, H, W], where the stage has the patch embedding; elsewhere
                 patches [patches (/ tp under sequence parallelism), n, h], of which it also returns such.
         """
         hidden = self._embed(images) if self.has_patch_embed else images

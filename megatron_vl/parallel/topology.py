@@ -26,7 +26,7 @@ from megatron_vl.parallel.process_group import start_process_group
 class Topology:
     """Ranks laid out as tensor x pipeline x data.
 
-    Tensor-parallel ranks are neighbours, then come data-parallel ranks, then pipeline stages (Megatron-Core's default
+    Tensor-parallel ranks are neighbors, then come data-parallel ranks, then pipeline stages (Megatron-Core's default
     order), so that the chattiest groups stay within a node.
     """
 

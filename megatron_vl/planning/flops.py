@@ -1,7 +1,7 @@
 """Exact work of the model that is built: the operations of its matrix products, frozen parts included.
 
 One multiply-add counts as 2; norms, softmax, activations, biases and the rotary embedding are not counted, as
-is usual for utilisation. The backward pass is counted as what is required, recomputation never:
+is usual for utilization. The backward pass is counted as what is required, recomputation never:
 
 * a product ``x @ w`` costs its forward once more for the gradient of ``x`` if anything trained lies upstream
   of ``x``, and once more for the gradient of ``w`` if ``w`` is trained. So a trained layer costs 3 forwards,

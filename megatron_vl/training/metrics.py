@@ -84,7 +84,7 @@ class Window:
         self.nan += not math.isfinite(result.loss.total)
         self.counts = self.counts + result.counts
 
-    def summarise(self, state: TrainState, result: StepResult, *, config: RunConfig, layout: Layout) -> StepMetrics:
+    def summarize(self, state: TrainState, result: StepResult, *, config: RunConfig, layout: Layout) -> StepMetrics:
         """The metrics of these steps; ``result`` is the last one's."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         counts = self.counts
@@ -301,7 +301,7 @@ class Reporter:
     def _report(self) -> None:
         if self._last is None:
             return
-        metrics = self._window.summarise(*self._last, config=self._config, layout=self._layout)
+        metrics = self._window.summarize(*self._last, config=self._config, layout=self._layout)
         self._tell(lambda sink: sink.step(metrics))
         self._window, self._last = Window(), None
 

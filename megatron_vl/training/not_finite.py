@@ -64,8 +64,8 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
         NotFiniteError: on all ranks, too many steps were skipped in a row, or every step to the last.
     """
     limit, count = config.training.max_skipped_steps, state.skipped_in_a_row
-    nothing_learnt = state.step == config.training.train_iters == count
-    if count < limit and not nothing_learnt:
+    nothing_learned = state.step == config.training.train_iters == count
+    if count < limit and not nothing_learned:
         return
     save = config.checkpoint.save
     saved = f"the checkpoints in {save} are older than these steps" if save else "nothing is saved"

@@ -117,7 +117,7 @@ def _linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
 
 
 def random_tensors(config: Mapping[str, Any], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Contents that keep every layer's output of the order of one, and that no initialisation would give."""
+    """Contents that keep every layer's output of the order of one, and that no initialization would give."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in published_shapes(config).items():

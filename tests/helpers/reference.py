@@ -31,7 +31,7 @@ def reference_forward(
         tensors: the published tensors, all of one type.
         hf_config: content of ``config.json``.
         input_ids: int64[b, s].
-        pixels: float32[n, 3, H, W], normalised, in the order of the image spans, row by row.
+        pixels: float32[n, 3, H, W], normalized, in the order of the image spans, row by row.
         training: without dynamic NTK and logn.
 
     Returns:
@@ -64,7 +64,7 @@ def reference_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def reference_features(tensors: Tensors, hf_config: Mapping[str, Any], pixels: Tensor) -> Tensor:
-    """Image features float[n, queries, h] of normalised pixels float32[n, 3, H, W]."""
+    """Image features float[n, queries, h] of normalized pixels float32[n, 3, H, W]."""
     visual, sizes = _under(tensors, "transformer.visual."), hf_config["visual"]
     kernel = visual["conv1.weight"]
     hidden = F.conv2d(pixels.to(kernel.dtype), kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)

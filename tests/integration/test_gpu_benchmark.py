@@ -80,8 +80,8 @@ def test_a_part_without_time_is_named(module: Any) -> None:
 def test_stages_are_compared_with_text_alone(module: Any) -> None:
     gpu, measure = module("gpu"), module("measure")
 
-    def outcome(name: str, utilisation: float) -> Any:
-        row = measure.Row(f"{name}: MFU (data sheet)", utilisation, 0.48, 1.0, 1.0, True)
+    def outcome(name: str, utilization: float) -> Any:
+        row = measure.Row(f"{name}: MFU (data sheet)", utilization, 0.48, 1.0, 1.0, True)
         return gpu.Outcome(gpu.Part(name, 1.0, ""), [row], 1.0)
 
     rows = gpu.compared([outcome("text", 0.5), outcome("stage2", 0.49), outcome("stage3", 0.4)])
@@ -119,7 +119,7 @@ def test_kernels_have_a_class(module: Any, kernel: str, name: str) -> None:
 
 
 def test_a_profile_adds_up(module: Any) -> None:
-    profile = module("gpu_parts.kernels").summarise([("aten::mm", 3.0), ("aten::add", 1.0), ("nothing", 0.0)])
+    profile = module("gpu_parts.kernels").summarize([("aten::mm", 3.0), ("aten::add", 1.0), ("nothing", 0.0)])
     assert profile.by_class["matmul"] == 3.0 and profile.total == 4.0 and profile.longest[0] == ("aten::mm", 3.0)
 
 

@@ -139,7 +139,7 @@ def test_the_browser_tells_of_errors_and_requests(tmp_path: Path) -> None:
 
 
 def test_a_box_along_the_edges_has_its_whole_line(tmp_path: Path) -> None:
-    """Left, right, above and below: two pixels in the colour of shape 1."""
+    """Left, right, above and below: two pixels in the color of shape 1."""
     Image.new("RGB", (200, 200), (140, 115, 7)).save(tmp_path / "a.png")
     ask, answer = "Picture 1: <img>a.png</img>?", "<box>(0,0),(999,999)</box>"
     turns = [{"from": "user", "value": ask}, {"from": "assistant", "value": answer}]
@@ -161,7 +161,7 @@ def test_a_box_along_the_edges_has_its_whole_line(tmp_path: Path) -> None:
 
 
 def test_a_box_lies_on_its_picture(path: Path, tmp_path: Path) -> None:
-    """The second picture of a segment with two: a box a little above its middle, in the colour of shape 2."""
+    """The second picture of a segment with two: a box a little above its middle, in the color of shape 2."""
     shot = tmp_path / "page.png"
     visit(f"{path.as_uri()}#text=Picture%202", screenshot=shot, size=(1200, 3000))
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)

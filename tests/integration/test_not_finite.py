@@ -159,7 +159,7 @@ def test_the_micro_batch_that_is_named_is_the_one_that_was_bad(ranks: RankPools,
     for micro_batch in range(MICRO_BATCHES):
         (outcome,) = ranks(1).run(train_poisoned, config, Poison((1,), 0, micro_batch=micro_batch))
         named.add(int(outcome.warnings[0].rpartition(" ")[2]))
-        assert "in 1 steps in a row" in outcome.error, "nothing else was done to the end: the run has learnt nothing"
+        assert "in 1 steps in a row" in outcome.error, "nothing else was done to the end: the run has learned nothing"
     assert named == set(outcome.rows[0])
     assert not store.steps_in(tmp_path)
 

@@ -48,7 +48,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "and reuses what is there.",
         example="bash examples/quickstart.sh --smoke",
     )
-    parser.add_argument("--smoke", action="store_true", help="three minutes: everything runs, nothing is learnt")
+    parser.add_argument("--smoke", action="store_true", help="three minutes: everything runs, nothing is learned")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: runs/PROFILE)")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="quickstart", help="how much is done")
     parser.add_argument("--results", type=Path, metavar="DIR", help="also write the results as JSON and Markdown")

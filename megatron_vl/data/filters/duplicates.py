@@ -1,11 +1,11 @@
 """Images that look alike, by a 64-bit perceptual hash.
 
 The hash (dHash) says for 8 x 8 places of the image whether it gets darker to the right; it survives scaling and
-recompression, and changes with crops and flips. An image without any such step (a plain colour) has hash 0, which
+recompression, and changes with crops and flips. An image without any such step (a plain color) has hash 0, which
 says nothing, so 0 is never like anything.
 
 Pairs within a distance of d bits agree wholly in at least one of d + 1 bands of bits; so only images that share a
-band are compared. The bands are interleaved, because neighbouring bits depend on each other (a white border makes
+band are compared. The bands are interleaved, because neighboring bits depend on each other (a white border makes
 whole rows zero).
 """
 

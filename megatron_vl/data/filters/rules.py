@@ -115,10 +115,10 @@ def _last_rules(options: FilterOptions) -> list[Rule]:
     rules: list[Rule] = []
     if options.min_characters is not None:
         least = options.min_characters
-        rules.append(Rule("short_text", lambda s: None if len(learnt_text(s)) >= least else _length(s)))
+        rules.append(Rule("short_text", lambda s: None if len(learned_text(s)) >= least else _length(s)))
     if options.max_characters is not None:
         most = options.max_characters
-        rules.append(Rule("long_text", lambda s: None if len(learnt_text(s)) <= most else _length(s)))
+        rules.append(Rule("long_text", lambda s: None if len(learned_text(s)) <= most else _length(s)))
     if options.letters != "any":
         rules.append(Rule("foreign_letters", lambda sample: _foreign(sample, options)))
     if options.match_language:
@@ -143,13 +143,13 @@ def all_text(sample: Sample) -> str:
     return "\n".join(filter(None, parts))
 
 
-def learnt_text(sample: Sample) -> str:
+def learned_text(sample: Sample) -> str:
     """What the limits of length are about: caption, answer or document, or all turns or lines."""
     return sample.text or "\n".join([turn.text for turn in sample.turns] or [line.text for line in sample.regions])
 
 
 def _length(sample: Sample) -> str:
-    text = learnt_text(sample)
+    text = learned_text(sample)
     return f"{len(text)} characters: {text:.40}"
 
 

@@ -143,9 +143,9 @@ def size_of(width: Any, height: Any, what: str) -> tuple[int, int]:
 
 
 def words_of(value: Any, what: str) -> str:
-    """What is to be learnt of a value: a text, or a finite number as decimals; SkipSample('wrong_field') otherwise.
+    """What is to be learned of a value: a text, or a finite number as decimals; SkipSample('wrong_field') otherwise.
 
-    Whether ``true`` is to be learnt as "true" or as "yes" is not for us to say.
+    Whether ``true`` is to be learned as "true" or as "yes" is not for us to say.
     """
     if isinstance(value, str):
         return value

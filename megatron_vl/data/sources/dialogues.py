@@ -68,7 +68,7 @@ def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"
             raise SkipSample("unknown_role", f"{speaker!r}, expected {' or '.join(map(repr, roles))}")
         role = roles[speaker]
         if role == "assistant" and 0 in (item.get("loss"), item.get("weight")):
-            raise SkipSample("masked_turn", "an answer is not to be learnt ('loss' or 'weight' is 0); every answer is")
+            raise SkipSample("masked_turn", "an answer is not to be learned ('loss' or 'weight' is 0); every answer is")
         if role == "user" or turns:
             turns.append(Turn(role, clean_text(words_in(item, "value"), f"value of a {role} turn")))
     while turns and turns[-1].role == "user":

@@ -86,7 +86,7 @@ def _sentences(record: Json) -> list[Part]:
 
 
 def _joined(parts: list[Part], separator: str) -> str:
-    """One text with a mark for each image, and the separator between neighbouring texts."""
+    """One text with a mark for each image, and the separator between neighboring texts."""
     text = ""
     for (kind, content), (before, _) in zip(parts, [("image", ""), *parts], strict=False):
         plain = content.replace(IMAGE_MARK, "").replace(BYTE_ORDER_MARK, "").strip()

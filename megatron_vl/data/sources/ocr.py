@@ -1,7 +1,7 @@
 """Pages as SynthDoG writes them: images and a metadata.jsonl, with or without the places of the lines.
 
 SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}``, where ``ground_truth`` is a string of JSON that
-holds all the text in one, and drops the places. Reading with places cannot be learnt of that; given a
+holds all the text in one, and drops the places. Reading with places cannot be learned of that; given a
 ``question``, such a page becomes a question whose answer is its text. The extended form, which our own
 generator writes, adds ``size`` ([width, height] in pixels) and ``lines``, each with ``text`` and ``quad``
 (four points in pixels, clockwise from top-left), and becomes the OCR task.

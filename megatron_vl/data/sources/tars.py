@@ -1,7 +1,7 @@
 """WebDataset tars: members that share a key become one record; nothing is ever unpacked to disk.
 
 The headers of a tar are read first and its members then, where they are, so that the members of a record need not be
-neighbours (``tar cf x.tar *.jpg *.txt`` has none that are). What is in memory is one record, and some 800 bytes for
+neighbors (``tar cf x.tar *.jpg *.txt`` has none that are). What is in memory is one record, and some 800 bytes for
 each record of the tar. As WebDataset has it, the key is what is before the first dot of a member's base name, and a
 member whose name begins with a dot (``._x`` of macOS) is none.
 

@@ -10,7 +10,7 @@ published set:
     DocVQA, TextVQA   {"data": [{image or image_id, question, answers}]}
     OCR-VQA           {ID: {questions: [...], answers: [...], split}}             parallel lists
 
-Of several answers the one with the highest confidence over the annotators is learnt (yes 1, maybe 1/2, no 0),
+Of several answers the one with the highest confidence over the annotators is learned (yes 1, maybe 1/2, no 0),
 then the most frequent, then the first (paper, A.2). Texts are left as they were published.
 
 The files are streamed; what is kept in memory of a second file is the answers to each question.
@@ -50,7 +50,7 @@ Answers = Mapping[int | str, "Answer | SkipSample"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What is learnt, and what each annotator said."""
+    """What is learned, and what each annotator said."""
 
     text: str
     annotators: tuple[str, ...]

@@ -1,6 +1,6 @@
 """What to generate: frozen dataclasses and the two profiles.
 
-``tiny`` is made to be learnt in minutes by a ViT of 3 x 128 with 14-pixel patches: every object fills whole
+``tiny`` is made to be learned in minutes by a ViT of 3 x 128 with 14-pixel patches: every object fills whole
 patches, positions are the nine cells of a 3 x 3 grid, so a box takes one of 13 values and its digits few;
 words are among the first ranks of the byte-pair vocabulary. ``full`` is for larger models: 448 pixels, many
 objects at any patch border, ten colours and eight shapes, pages of many lines with fonts, paper, noise, blur

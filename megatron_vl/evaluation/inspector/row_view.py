@@ -23,7 +23,7 @@ from megatron_vl.evaluation.inspector.opening import Vocabulary
 from megatron_vl.evaluation.inspector.text import Mark, make_marks, printable
 
 RunKind = Literal["text", "coordinates", "special", "picture", "unknown"]
-Band = Literal["picture", "learnt", "given"]
+Band = Literal["picture", "learned", "given"]
 
 _SHAPES = {"<box>": 2, "<quad>": 4}
 """Points of what an opening tag announces."""
@@ -54,7 +54,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens of one kind that are all supervised, or none of them."""
+    """Neighboring tokens of one kind that are all supervised, or none of them."""
 
     kind: RunKind
     start: int
@@ -170,19 +170,19 @@ class RowReader:
         special = self.vocabulary.special
         tokens, supervised = row.tokens[:stop].tolist(), row.supervised[:stop].tolist()
         while start < stop:
-            token, learnt = tokens[start], supervised[start]
+            token, learned = tokens[start], supervised[start]
             end = start + 1
             if token < special.num_ranks:
-                while end < stop and tokens[end] < special.num_ranks and supervised[end] == learnt:
+                while end < stop and tokens[end] < special.num_ranks and supervised[end] == learned:
                     end += 1
-                yield Run("text", start, end, learnt, marks=make_marks(self.vocabulary.to_bytes(tokens[start:end])))
+                yield Run("text", start, end, learned, marks=make_marks(self.vocabulary.to_bytes(tokens[start:end])))
             elif token == special.img_start and (found := _picture_end(tokens, start, special)):
                 end = found
                 picture = Picture(next(image_ids, None), end - start - 2)
                 yield Run("picture", start, end, any(supervised[start:end]), picture=picture)
             else:
                 name = self.vocabulary.special_text.get(token)
-                yield Run("unknown" if name is None else "special", start, end, learnt, name=name or f"id {token}")
+                yield Run("unknown" if name is None else "special", start, end, learned, name=name or f"id {token}")
             start = end
 
     def _problems(self, row: PackedRow, keys: Sequence[SegmentKey], segments: Sequence[SegmentView]) -> Iterator[str]:
@@ -204,7 +204,7 @@ class RowReader:
 
 
 def _band(run: Run) -> Band:
-    return "picture" if run.kind == "picture" else "learnt" if run.supervised else "given"
+    return "picture" if run.kind == "picture" else "learned" if run.supervised else "given"
 
 
 def _picture_end(tokens: Sequence[int], start: int, special: SpecialTokens) -> int | None:

@@ -1,4 +1,4 @@
-"""Short answers: the normalisation of the VQA benchmark, its accuracy over ten annotators, and exact match.
+"""Short answers: the normalization of the VQA benchmark, its accuracy over ten annotators, and exact match.
 
 The rules are those of the benchmark's public evaluation (GT-Vision-Lab/VQA), quirks included, because
 published figures depend on them. Two deliberate differences: an annotator is left out of the vote by
@@ -53,7 +53,7 @@ def _strip_punctuation(text: str) -> str:
     return _LONE_PERIOD.sub("", result, count=_MAX_PERIODS)
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """An answer as the VQA benchmark compares it: no punctuation, articles or number words; lower case."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     words = [_NUMBERS.get(word, word) for word in _strip_punctuation(text).lower().split()]
@@ -61,15 +61,15 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals a reference after :func:`normalise_answer`, else 0.0."""
-    answer = normalise_answer(prediction)
-    return float(any(answer == normalise_answer(reference) for reference in references))
+    """1.0 if the prediction equals a reference after :func:`normalize_answer`, else 0.0."""
+    answer = normalize_answer(prediction)
+    return float(any(answer == normalize_answer(reference) for reference in references))
 
 
 def vqa_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     """The VQA benchmark's soft accuracy: the mean over annotators of min(1, matching others / 3).
 
-    Answers are normalised only where the annotators disagree, as in the benchmark. Raises ValueError for
+    Answers are normalized only where the annotators disagree, as in the benchmark. Raises ValueError for
     fewer than two annotators, since each is judged by the others.
     """
     if len(annotators) < 2:
@@ -77,8 +77,8 @@ def vqa_accuracy(prediction: str, annotators: Sequence[str]) -> float:
     clean = [_collapse(answer) for answer in annotators]
     answer = _collapse(prediction)
     if len(set(clean)) > 1:
-        clean = [normalise_answer(reference) for reference in clean]
-        answer = normalise_answer(answer)
+        clean = [normalize_answer(reference) for reference in clean]
+        answer = normalize_answer(answer)
     matches = [reference == answer for reference in clean]
     num_matches = sum(matches)
     return sum(min(1.0, (num_matches - own) / 3) for own in matches) / len(matches)

@@ -10,19 +10,19 @@ ANLS_THRESHOLD = 0.5
 """Similarities below this count as wrong (DocVQA's protocol)."""
 
 
-def normalise_caption(text: str) -> str:
+def normalize_caption(text: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def caption_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the caption equals a reference after :func:`normalise_caption`, else 0.0."""
-    caption = normalise_caption(prediction)
-    return float(any(caption == normalise_caption(reference) for reference in references))
+    """1.0 if the caption equals a reference after :func:`normalize_caption`, else 0.0."""
+    caption = normalize_caption(prediction)
+    return float(any(caption == normalize_caption(reference) for reference in references))
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one question: the best reference, cut to 0 below 0.5.
+    """Average normalized Levenshtein similarity of one question: the best reference, cut to 0 below 0.5.
 
     The distance is taken between lower-case texts with single spaces, but it is divided by the length of the
     raw texts, as the official DocVQA script does.

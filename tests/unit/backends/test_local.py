@@ -147,10 +147,10 @@ def test_rms_norm_casts_before_it_scales(dtype: torch.dtype) -> None:
     norm.weight.data = torch.randn(16, generator=generator).to(dtype)
     hidden = (3 * torch.randn(5, 2, 16, generator=generator)).to(dtype)
     wide = hidden.double()
-    normalised = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).float().to(dtype)
+    normalized = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).float().to(dtype)
     found = norm(hidden)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, normalised * norm.weight, rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
+    torch.testing.assert_close(found, normalized * norm.weight, rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
 
 
 def test_layer_norm_is_its_formula() -> None:
@@ -158,8 +158,8 @@ def test_layer_norm_is_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     norm.weight.data, norm.bias.data = torch.randn(2, 16, generator=generator)
     hidden = torch.randn(5, 2, 16, generator=generator)
-    centred = hidden - hidden.mean(-1, keepdim=True)
-    expected = centred / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+    centered = hidden - hidden.mean(-1, keepdim=True)
+    expected = centered / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(norm(hidden), expected, rtol=0, atol=2e-6)
 
 

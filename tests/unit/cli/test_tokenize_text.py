@@ -58,8 +58,8 @@ def test_the_papers_labels_are_the_assistants_turns(tmp_path: Path) -> None:
         expected: list[int] = []
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             marker, role, _, *answer, _ = ids[start:end]
-            learnt = [marker, -100, -100, *answer, -100]
-            expected += learnt if role == 77091 else [-100] * (end - start)
+            learned = [marker, -100, -100, *answer, -100]
+            expected += learned if role == 77091 else [-100] * (end - start)
         assert expand(ours["labels_unshifted_rle"]) == expected
 
 

@@ -43,7 +43,7 @@ def write_json(path: Path, value: Any) -> Path:
     return path
 
 
-def learnt(source: Source) -> list[str]:
+def learned(source: Source) -> list[str]:
     return [sample.text for sample in kept(read_all(source))]
 
 

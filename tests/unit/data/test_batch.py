@@ -24,7 +24,7 @@ def row(*segments: list[tuple[int, bool]], images: int) -> PackedRow:
     flat = [pair for segment in segments for pair in segment]
     return PackedRow(
         tokens=np.array([token for token, _ in flat], dtype=np.int32),
-        supervised=np.array([learnt for _, learnt in flat], dtype=np.bool_),
+        supervised=np.array([learned for _, learned in flat], dtype=np.bool_),
         segment_lengths=np.array([len(segment) for segment in segments], dtype=np.int32),
         image_ids=np.arange(images, dtype=np.int64),
     )

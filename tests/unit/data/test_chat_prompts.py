@@ -1,4 +1,4 @@
-"""What of a dialogue is read and what of it is learnt, in both styles."""
+"""What of a dialogue is read and what of it is learned, in both styles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def chat(*turns: Turn, images: int = 0) -> Sample:
 
 
 def show(pieces: tuple[Piece, ...]) -> str:
-    """The text with what is learnt in brackets."""
-    text, learnt = "", False
+    """The text with what is learned in brackets."""
+    text, learned = "", False
     for piece in (*pieces, Piece("text")):
-        if piece.supervised != learnt:
+        if piece.supervised != learned:
             text += "[" if piece.supervised else "]"
-        text, learnt = text + ("IMAGE" if piece.kind == "image" else piece.text), piece.supervised
+        text, learned = text + ("IMAGE" if piece.kind == "image" else piece.text), piece.supervised
     return text
 
 
@@ -44,7 +44,7 @@ def show(pieces: tuple[Piece, ...]) -> str:
         ),
     ],
 )
-def test_what_is_learnt_of_a_dialogue(style: ChatStyle, expected: str) -> None:
+def test_what_is_learned_of_a_dialogue(style: ChatStyle, expected: str) -> None:
     assert show(render_chat(chat(HI, YES, images=1), style)) == expected
 
 

@@ -192,7 +192,7 @@ def test_a_source_replaces_single_thresholds(tmp_path: Path) -> None:
     assert (mine.min_side, mine.drop_emoji, mine.min_score) == (None, True, 1)
 
 
-# Images that look like something: noise, blurred, so that neighbours differ clearly.
+# Images that look like something: noise, blurred, so that neighbors differ clearly.
 def picture(seed: int, *, side: int = 96) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)

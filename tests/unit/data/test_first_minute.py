@@ -24,7 +24,7 @@ from megatron_vl.data.sources.text import Text
 from megatron_vl.data.sources.vqa import VQA
 from megatron_vl.errors import ConfigError, DataError, SkipSample
 from tests.unit.data.prepared import png
-from tests.unit.data.reading import JPEG, details, learnt, pair, read_all, write_folder, write_tar
+from tests.unit.data.reading import JPEG, details, learned, pair, read_all, write_folder, write_tar
 
 
 @pytest.mark.parametrize("name", ["1.tar.gz", "1.tgz", "1.parquet.gz"])
@@ -54,7 +54,7 @@ def test_what_lies_deeper_is_no_silent_loss(tmp_path: Path, beside: str) -> None
         Img2Dataset("s", tmp_path).shards()
     (tmp_path / "b" / "c" / "1.jpg").unlink()
     if beside:
-        assert learnt(Img2Dataset("s", tmp_path)) == ["0"]
+        assert learned(Img2Dataset("s", tmp_path)) == ["0"]
 
 
 def test_a_folder_of_something_else_is_refused_with_what_it_holds(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_folder_of_something_else_is_refused_with_what_it_holds(tmp_path: Path
 def test_images_of_other_kinds_are_images(tmp_path: Path, suffix: str) -> None:
     """What can be decoded was no image by its name, and its text was left out as one without."""
     write_folder(tmp_path, {f"0.{suffix}": JPEG, "0.txt": b"a cat"})
-    assert learnt(Img2Dataset("s", tmp_path)) == ["a cat"]
+    assert learned(Img2Dataset("s", tmp_path)) == ["a cat"]
 
 
 def test_a_record_is_named_by_its_line(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_lines_where_a_key_is_expected_are_refused_with_the_option(tmp_path: Pat
         source = VQA("v", tmp_path / name, tmp_path, image_pattern=("{image}",), answer_field="answer")
         with pytest.raises(DataError, match=rf"{name}: holds an object a line; .* under 'questions' \('records: \"\"'"):
             source.shards()
-        assert learnt(dataclasses.replace(source, records="")) == ["a", "b"]
+        assert learned(dataclasses.replace(source, records="")) == ["a", "b"]
 
 
 def test_a_threshold_in_scientific_notation_counts(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_lines_that_lie_deeper_are_no_silent_loss(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"b/c\.jsonl: lies deeper than is looked"):
             source.shards()
     (tmp_path / "b" / "c.jsonl").unlink()
-    assert learnt(Text("t", tmp_path)) == ["a"]
+    assert learned(Text("t", tmp_path)) == ["a"]
 
 
 def test_documents_in_folders_of_a_zip_are_found(tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_documents_in_folders_of_a_zip_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
-def test_a_name_with_accents_is_found_however_it_is_spelt(tmp_path: Path, stored: Literal["NFC", "NFD"]) -> None:
+def test_a_name_with_accents_is_found_however_it_is_spelled(tmp_path: Path, stored: Literal["NFC", "NFD"]) -> None:
     """macOS stores names with the accents apart; a JSON file from elsewhere has them together."""
     name = unicodedata.normalize(stored, "Café 한.jpg")
     named = unicodedata.normalize("NFD" if stored == "NFC" else "NFC", name)
     record = json.dumps({"image": named, "caption": "a cup"}).encode()
     write_folder(tmp_path, {name: JPEG, "p.jsonl": record})
-    assert learnt(CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)) == ["a cup"]
+    assert learned(CaptionFiles("p", tmp_path / "p.jsonl", tmp_path)) == ["a cup"]
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_modes_become_rgb() -> None:
         kind = "TIFF" if mode == "CMYK" else "PNG"
         white = 255 if len(mode) == 1 else (255,) * len(mode)
         assert to_pixels(encode(Image.new(mode, (5, 9), white), kind), 14).shape == (3, 14, 14)
-    grey16 = Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16))
-    assert (to_pixels(encode(grey16), 4) == 0x80).all()
+    gray16 = Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16))
+    assert (to_pixels(encode(gray16), 4) == 0x80).all()
 
 
 def outcome(check: Callable[[bytes], tuple[int, int]], data: bytes) -> tuple[int, int] | tuple[str, str]:

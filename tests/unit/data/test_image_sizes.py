@@ -22,7 +22,7 @@ from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.errors import SkipSample
 from megatron_vl.evaluation.inspector.thumbnails import make_thumbnails
 from tests.unit.data import published_grounding
-from tests.unit.data.learnt import outcomes, recipe_of
+from tests.unit.data.learned import outcomes, recipe_of
 from tests.unit.data.reading import kept, read_all, write_json, write_tar
 
 WIDTH, HEIGHT = 64, 48

@@ -131,7 +131,7 @@ def test_rows_come_back(tokens: list[tuple[int, bool]], image_ids: list[int], da
     borders = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=4)))
     row = PackedRow(
         tokens=np.array([token for token, _ in tokens], dtype=np.int32),
-        supervised=np.array([learnt for _, learnt in tokens], dtype=np.bool_),
+        supervised=np.array([learned for _, learned in tokens], dtype=np.bool_),
         segment_lengths=np.diff([0, *borders, len(tokens)]).astype(np.int32),
         image_ids=np.array(image_ids, dtype=np.int64),
     )

@@ -61,7 +61,7 @@ def test_no_dialogue_to_learn_from_has_an_unbalanced_image_span(asked: str, answ
     options = TokenizeOptions(num_queries=QUERIES, max_length=10_000, chat_style=style)
     made = tokenize_sample(Sample("k", "s", "chat", images=images, turns=turns), TINY, options)
     assert spans(made.tokens.tolist()) == len(images)
-    assert not made.supervised[made.tokens >= TINY.special.img_start].any(), "an image slot is learnt"
+    assert not made.supervised[made.tokens >= TINY.special.img_start].any(), "an image slot is learned"
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)

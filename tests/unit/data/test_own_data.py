@@ -30,7 +30,7 @@ from megatron_vl.data.sources.ocr import OCR
 from megatron_vl.data.sources.text import Text
 from megatron_vl.data.sources.vqa import VQA
 from megatron_vl.errors import DataError, SkipSample
-from tests.unit.data.reading import JPEG, details, kept, learnt, pair, read_all, reasons, write_folder, write_tar
+from tests.unit.data.reading import JPEG, details, kept, learned, pair, read_all, reasons, write_folder, write_tar
 
 BOM = codecs.BOM_UTF8
 CLUTTER = ["._0.jpg", "._0.txt", "__MACOSX/._0.jpg", "__MACOSX/0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini",
@@ -56,8 +56,8 @@ def test_what_systems_leave_beside_the_data_is_ignored(tmp_path: Path, form: str
 def test_what_systems_leave_is_ignored_by_every_reader_of_folders(tmp_path: Path) -> None:
     line = json.dumps({"text": "a document", "image": "0.jpg", "caption": "a cat"}).encode()
     write_folder(tmp_path, {"a.jsonl": line, "._a.jsonl": b"\0\5\x16\7", "0.jpg": JPEG})
-    assert learnt(Text("t", tmp_path)) == ["a document"]
-    assert learnt(CaptionFiles("p", tmp_path, tmp_path)) == ["a cat"]
+    assert learned(Text("t", tmp_path)) == ["a document"]
+    assert learned(CaptionFiles("p", tmp_path, tmp_path)) == ["a cat"]
     assert not reasons(read_all(Text("t", tmp_path)))
 
 
@@ -74,7 +74,7 @@ def test_a_tar_takes_names_up_to_the_first_dot_and_counts_what_that_loses(tmp_pa
     files = {**pair("photo.v1"), **pair("photo.v2"), **pair("d/img_12.5mm"), **pair("ok")}
     write_tar(tmp_path / "0.tar", [*files.items()])
     source = Img2Dataset("s", tmp_path)
-    assert learnt(source) == ["ok"] and reasons(read_all(source)) == {"dotted_name": 3}
+    assert learned(source) == ["ok"] and reasons(read_all(source)) == {"dotted_name": 3}
     assert [text.partition(": ")[0] for text in details(source)] == [
         "0.tar/photo.v1", "0.tar/photo.v2", "0.tar/d/img_12.5mm"
     ]  # fmt: skip
@@ -85,12 +85,12 @@ def test_suffixes_of_webdataset_with_a_dot_are_no_records(tmp_path: Path) -> Non
     """A mask ``0.seg.png`` belongs to record 0; a second pair does not."""
     write_tar(tmp_path / "0.tar", [*{**pair("0"), "0.seg.png": JPEG, "0.meta.cls": b"1", **pair("0.v1")}.items()])
     source = Img2Dataset("s", tmp_path)
-    assert learnt(source) == ["0"]
+    assert learned(source) == ["0"]
     assert [text.partition(": ")[0] for text in details(source)] == ["0.tar/0.v1"]
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_members_of_a_record_need_not_be_neighbours(tmp_path: Path, cut: bool) -> None:
+def test_members_of_a_record_need_not_be_neighbors(tmp_path: Path, cut: bool) -> None:
     """``tar cf 0.tar *.jpg *.txt`` makes tars that gave no pair at all."""
     names = [f"{number}.{suffix}" for suffix in ("jpg", "txt") for number in range(5)]
     members = [(name, JPEG if name.endswith("jpg") else name.encode()) for name in names]
@@ -106,7 +106,7 @@ def test_tars_laid_end_to_end_are_read_to_the_end(tmp_path: Path) -> None:
     """``cat a.tar b.tar``: what is behind the first end-of-archive marker was lost without a word."""
     parts = [write_tar(tmp_path / f"{name}.tar", [*pair(name).items()]).read_bytes() for name in "ab"]
     (tmp_path / "all.tar").write_bytes(b"".join(parts))
-    assert learnt(Img2Dataset("s", tmp_path / "all.tar")) == ["a", "b"]
+    assert learned(Img2Dataset("s", tmp_path / "all.tar")) == ["a", "b"]
     (tmp_path / "all.tar").write_bytes(parts[0] + b"\1" * 512)
     items = read_all(Img2Dataset("s", tmp_path / "all.tar"))
     assert [sample.text for sample in kept(items)] == ["a"] and reasons(items) == {"truncated_tar": 1}
@@ -135,7 +135,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, form: str) -> No
         write_tar(tmp_path / "0.tar", [*files.items()])
     else:
         write_folder(tmp_path, files)
-    assert learnt(Img2Dataset("s", tmp_path)) == ["a cat", "a dog"]
+    assert learned(Img2Dataset("s", tmp_path)) == ["a cat", "a dog"]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path: Path) -> None:
     lines = [BOM + b'{"text": "one"}\r\n', BOM + b'{"text": "\xef\xbb\xbftwo"}\n', BOM + b"\r\n", b'{"text": "3"}']
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     source = Text("t", tmp_path / "a.jsonl")
-    assert learnt(source) == ["one", "two", "3"] and not details(source)
+    assert learned(source) == ["one", "two", "3"] and not details(source)
     document = {"texts": ["\ufeffA cat.", None], "images": [None, "0.jpg"]}
     write_folder(tmp_path, {"0.jpg": JPEG, "d.jsonl": BOM + json.dumps(document).encode()})
-    assert learnt(Interleaved("i", tmp_path / "d.jsonl", tmp_path)) == ["A cat.\ufffc"]
+    assert learned(Interleaved("i", tmp_path / "d.jsonl", tmp_path)) == ["A cat.\ufffc"]
     (tmp_path / "c.tsv").write_bytes(BOM + b"a cat\t0.jpg\n" + BOM + b"a dog\t0.jpg\n")
     table = CaptionFiles("p", tmp_path / "c.tsv", tmp_path, columns=("caption", "image"), header=False)
-    assert learnt(table) == ["a cat", "a dog"]
+    assert learned(table) == ["a cat", "a dog"]
 
 
 def test_a_byte_order_mark_where_places_are_counted_leaves_the_record_out(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_byte_order_mark_where_places_are_counted_leaves_the_record_out(tmp_pa
 
 
 def test_a_byte_order_mark_hides_no_name_of_a_list(tmp_path: Path) -> None:
-    """The first image of a list of images to leave out was learnt, and the first test diagram of AI2D."""
+    """The first image of a list of images to leave out was learned, and the first test diagram of AI2D."""
     (tmp_path / "names").write_bytes(BOM + b"12\r\nb.jpg\r\n")
     rules = SampleFilter(FilterOptions(exclude_images=tmp_path / "names"))
     for name in ("COCO_train2014_000000000012.jpg", "b.jpg"):
@@ -172,7 +172,7 @@ def test_a_byte_order_mark_hides_no_name_of_a_list(tmp_path: Path) -> None:
     )
     (tmp_path / "ids.csv").write_bytes(BOM + b"7\n9\n")
     assert reasons(read_all(AI2D("a", tmp_path / "ai2d", tmp_path / "ids.csv"))) == {"other_split": 1}
-    assert learnt(AI2D("a", tmp_path / "ai2d", tmp_path / "ids.csv", split="test")) == ["a"]
+    assert learned(AI2D("a", tmp_path / "ai2d", tmp_path / "ids.csv", split="test")) == ["a"]
 
 
 # Forms of JSON
@@ -288,7 +288,7 @@ def test_documents_of_a_mac_zip(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(JPEG)
     source = sources_of(tmp_path / "a.zip" / "q" / "1.json")["vqa"][0]
     object.__setattr__(source, "image_root", tmp_path)
-    assert learnt(source) == ["a"]
+    assert learned(source) == ["a"]
 
 
 # Paths and parquet
@@ -308,7 +308,7 @@ def test_an_absolute_path_under_the_root_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_id", [7, 7.0, "7"])
 def test_a_number_in_a_name_counts_in_any_form(tmp_path: Path, image_id: Any) -> None:
     write_folder(tmp_path, {"000007.jpg": JPEG, "d.json": json.dumps([{"caption": "c", "id": image_id}]).encode()})
-    assert learnt(CaptionFiles("s", tmp_path / "d.json", tmp_path, image_pattern=("{id:06d}.jpg",))) == ["c"]
+    assert learned(CaptionFiles("s", tmp_path / "d.json", tmp_path, image_pattern=("{id:06d}.jpg",))) == ["c"]
 
 
 def test_images_of_hugging_face_are_read(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_images_of_hugging_face_are_read(tmp_path: Path) -> None:
     columns = {"image": arrow.array(images, struct), "text": ["a cat", "a dog", "c", "d"]}
     parquet.write_table(arrow.table(columns), tmp_path / "0.parquet")
     source = Img2Dataset("s", tmp_path)
-    assert learnt(source) == ["a cat"]
+    assert learned(source) == ["a cat"]
     assert reasons(read_all(source)) == {"not_downloaded": 2, "empty_image": 1}
     assert "only the path 'a.jpg'" in details(source)[0]
 

@@ -176,7 +176,7 @@ def test_equal_samples_and_pieces_of_a_row_are_shuffled() -> None:
     assert 900 < np.abs(pairs[:, 0] - pairs[:, 1]).mean() < 1100  # a third of all, as of a random pair
 
 
-def test_the_seed_changes_neighbours() -> None:
+def test_the_seed_changes_neighbors() -> None:
     equal = items([16] * 40, [0] * 40, [False] * 40)
     rows = [pack(equal, limits=LIMITS, seed=seed).samples.tolist() for seed in (0, 1)]
     assert rows[0] != rows[1]

@@ -28,10 +28,10 @@ def sample(task: Any, **fields: Any) -> Sample:
 
 def show(pieces: tuple[Piece, ...]) -> str:
     """The text with ▶ where supervision begins."""
-    text, learnt = "", False
+    text, learned = "", False
     for piece in pieces:
-        text += "▶" * (piece.supervised and not learnt) + (piece.text or "[image]")
-        learnt = piece.supervised
+        text += "▶" * (piece.supervised and not learned) + (piece.text or "[image]")
+        learned = piece.supervised
     return text
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_vl.data.image import check_image, decode_image, to_pixels
 from megatron_vl.errors import SkipSample
-from tests.unit.data.learnt import outcomes
+from tests.unit.data.learned import outcomes
 from tests.unit.data.reading import write_tar
 
 RAMP = np.linspace(0, 1, 12 * 10).reshape(10, 12)
@@ -24,7 +24,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def greys(data: bytes) -> Any:
+def grays(data: bytes) -> Any:
     picture = np.asarray(decode_image(data))
     assert check_image(data) == picture.shape[1::-1] and to_pixels(data, 8).shape == (3, 8, 8)
     assert (picture == picture[..., :1]).all()
@@ -34,12 +34,12 @@ def greys(data: bytes) -> Any:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_keep_their_upper_eight(kind: str) -> None:
     values = (RAMP * 65535).astype(np.uint16)
-    assert (greys(encode(Image.fromarray(values), kind)) == values >> 8).all()
+    assert (grays(encode(Image.fromarray(values), kind)) == values >> 8).all()
 
 
 def test_deep_pgm_has_the_range_that_it_says() -> None:
     data = b"P5 3 1 1023\n" + bytes([0, 0, 2, 0, 3, 255])
-    assert greys(data).tolist() == [[0, 128, 255]]
+    assert grays(data).tolist() == [[0, 128, 255]]
 
 
 def test_tiff_of_twelve_bits_and_of_white_zero() -> None:
@@ -47,9 +47,9 @@ def test_tiff_of_twelve_bits_and_of_white_zero() -> None:
     data = bytearray(encode(Image.fromarray(values), "TIFF"))
     at = data.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
     data[at + 8] = 0
-    assert (greys(bytes(data)) == 255 - (values >> 8)).all()
+    assert (grays(bytes(data)) == 255 - (values >> 8)).all()
     packed = bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00])  # 0, 2048, 4095, and a pixel that is not shown
-    assert greys(tiff_of_twelve_bits(packed, 3)).tolist() == [[0, 128, 255]]
+    assert grays(tiff_of_twelve_bits(packed, 3)).tolist() == [[0, 128, 255]]
 
 
 def tiff_of_twelve_bits(packed: bytes, width: int) -> bytes:
@@ -75,18 +75,18 @@ def tiff_of_twelve_bits(packed: bytes, width: int) -> bytes:
     ],
     ids=["I", "I of 16", "I of 8", "F of 1", "F of 255", "12 in 16", "8 in 16"],
 )
-def test_greys_of_unknown_range_are_left_out(image: Image.Image) -> None:
+def test_grays_of_unknown_range_are_left_out(image: Image.Image) -> None:
     for check in (decode_image, check_image):
         with pytest.raises(SkipSample, match="unknown_range"):
             check(encode(image, "TIFF"))
 
 
 def test_a_black_image_of_16_bits_is_black() -> None:
-    assert (greys(encode(Image.fromarray(np.zeros((4, 4), np.uint16)))) == 0).all()
+    assert (grays(encode(Image.fromarray(np.zeros((4, 4), np.uint16)))) == 0).all()
 
 
 def writing(mode: str, ink: int) -> Image.Image:
-    """Opaque writing on nothing, all of one colour."""
+    """Opaque writing on nothing, all of one color."""
     alpha = Image.fromarray(np.where(RAMP > 0.5, 255, 0).astype(np.uint8))
     image = Image.new("L", alpha.size, ink)
     found = Image.merge("LA", (image, alpha))
@@ -106,16 +106,16 @@ EXPECTED = np.where(RAMP > 0.5, 0, 255)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_black_writing_on_nothing_is_black_on_white(mode: str, kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert (greys(encode(writing(mode, 0), kind, **options)) == EXPECTED).all()
+    assert (grays(encode(writing(mode, 0), kind, **options)) == EXPECTED).all()
 
 
-def test_transparency_of_palettes_and_single_colours_counts() -> None:
+def test_transparency_of_palettes_and_single_colors_counts() -> None:
     image, options = palette(0)
     for kind in ("PNG", "GIF"):
-        assert (greys(encode(image, kind, **options)) == EXPECTED).all()
+        assert (grays(encode(image, kind, **options)) == EXPECTED).all()
     dark = Image.fromarray(np.where(RAMP > 0.5, 0, 7).astype(np.uint8))
-    assert (greys(encode(dark, "PNG", transparency=7)) == EXPECTED).all()
-    assert (greys(encode(dark.convert("RGB"), "PNG", transparency=(7, 7, 7))) == EXPECTED).all()
+    assert (grays(encode(dark, "PNG", transparency=7)) == EXPECTED).all()
+    assert (grays(encode(dark.convert("RGB"), "PNG", transparency=(7, 7, 7))) == EXPECTED).all()
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -128,11 +128,11 @@ def test_what_does_not_show_on_white_is_left_out(mode: str) -> None:
 
 def test_opaque_images_with_an_alpha_channel_are_the_originals_pixels() -> None:
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    opaque = np.concatenate([colours, np.full((9, 7, 1), 255, np.uint8)], axis=2)
-    assert (np.asarray(decode_image(encode(Image.fromarray(opaque)))) == colours).all()
-    half = np.concatenate([colours, np.full((9, 7, 1), 128, np.uint8)], axis=2)
-    expected = colours * (128 / 255) + 255 * (1 - 128 / 255)
+    colors = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    opaque = np.concatenate([colors, np.full((9, 7, 1), 255, np.uint8)], axis=2)
+    assert (np.asarray(decode_image(encode(Image.fromarray(opaque)))) == colors).all()
+    half = np.concatenate([colors, np.full((9, 7, 1), 128, np.uint8)], axis=2)
+    expected = colors * (128 / 255) + 255 * (1 - 128 / 255)
     assert np.abs(np.asarray(decode_image(encode(Image.fromarray(half)))) - expected).max() <= 1
 
 

@@ -1,4 +1,4 @@
-"""Records that contradict themselves, speak of another format, or say more than is learnt: left out by name."""
+"""Records that contradict themselves, speak of another format, or say more than is learned: left out by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_answers_to_one_question_are_none(tmp_path: Path) -> None:
     assert [sample.text for sample in kept(items)] == ["b"] and reasons(items) == {"contradiction": 1}
 
 
-def test_a_box_of_another_image_is_not_learnt(tmp_path: Path) -> None:
+def test_a_box_of_another_image_is_not_learned(tmp_path: Path) -> None:
     source = write_refcoco(tmp_path)
     path = source.path / "instances.json"
     document = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_llava_reads_images_under_either_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": 0.0}])
-def test_a_turn_that_is_not_to_be_learnt_leaves_the_dialogue_out(tmp_path: Path, mark: dict[str, Any]) -> None:
+def test_a_turn_that_is_not_to_be_learned_leaves_the_dialogue_out(tmp_path: Path, mark: dict[str, Any]) -> None:
     turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello", **mark}]
     path = write_json(tmp_path / "q.json", [{"conversations": turns}])
     assert reasons(read_all(QwenVLChat("q", path, tmp_path))) == {"masked_turn": 1}
@@ -121,7 +121,7 @@ def test_a_record_s_language_is_what_it_says_or_that_of_its_source(tmp_path: Pat
     ("text", "reason"),
     [("<image>\nWhat?", "image_mismatch"), ("<video>\nWhat?", "unsupported_media"), ("<ref>it", "unbalanced_ref")],
 )
-def test_marks_of_other_formats_are_not_learnt_as_words(tmp_path: Path, text: str, reason: str) -> None:
+def test_marks_of_other_formats_are_not_learned_as_words(tmp_path: Path, text: str, reason: str) -> None:
     assert reasons(qwen(tmp_path, text, "A dog")) == {reason: 1}
 
 

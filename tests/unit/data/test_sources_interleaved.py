@@ -1,4 +1,4 @@
-"""Documents of text and images: both layouts, their order in the rows, what is learnt, and what is wrong with them."""
+"""Documents of text and images: both layouts, their order in the rows, what is learned, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_counted_by_reason(tmp_path: Path) -> None:
         Interleaved("docs", tmp_path / "empty", tmp_path).shards()
 
 
-def test_text_is_learnt_and_images_are_not() -> None:
+def test_text_is_learned_and_images_are_not() -> None:
     images = (ImageRef("a", b""), ImageRef("b", b""))
     pieces = render(Sample("k", "s", "interleaved", images=images, text=f"{IMAGE_MARK}one{IMAGE_MARK}two"))
     assert [(piece.kind, piece.text, piece.supervised) for piece in pieces] == [
@@ -102,6 +102,6 @@ def test_a_document_in_a_row(tmp_path: Path) -> None:
     image = f"<img>{'<imgpad>' * QUERIES}</img>"
     tokenizer = QwenTokenizer(RANKS)
     assert tokenizer.decode(row.tokens.tolist()) == f"A cat.{image}It sleeps.\n\nSo:{image}<|endoftext|>"
-    learnt = tokenizer.decode(row.tokens[row.supervised].tolist())
-    assert learnt == "A cat.It sleeps.\n\nSo:<|endoftext|>"
+    learned = tokenizer.decode(row.tokens[row.supervised].tolist())
+    assert learned == "A cat.It sleeps.\n\nSo:<|endoftext|>"
     assert [store.image(index) for index in row.image_ids.tolist()] == [png(1), png(2)]

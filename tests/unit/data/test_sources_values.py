@@ -1,4 +1,4 @@
-"""Values as people's files have them: learnt as the file says, or left out under a reason that says what they are."""
+"""Values as people's files have them: learned as the file says, or left out under a reason that says what they are."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_shapes_differ_as_masks() -> None:
 
 
 def place_of(item: SceneObject, size: int) -> str:
-    """Where an object is, told from its margins rather than from its centre."""
+    """Where an object is, told from its margins rather than from its center."""
     vertical = item.y - (size - item.y - item.side)
     horizontal = item.x - (size - item.x - item.side)
     band = 0.2 * size

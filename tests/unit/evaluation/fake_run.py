@@ -118,7 +118,7 @@ def _question(folder: Path, task: str, index: int) -> dict[str, Any]:
             " A red ball left of a blue cube.",
             " a red ball left of a blue cube.",
         ),
-        "vqa": ("What colour is the ball? Answer:", " red", " red" if index % 3 else " blue"),
+        "vqa": ("What color is the ball? Answer:", " red", " red" if index % 3 else " blue"),
         "referring": ("<ref>the red ball</ref>", f"<box>{box}</box>", f"<box>{guess}</box>"),
         "ocr": ("OCR with grounding:", f"<ref> oak elm</ref>{quad}", f"<ref> oak</ref>{quad}"),
     }[task]

@@ -21,7 +21,7 @@ SCRIPT = "<script>document.title='taken over'</script>"
 CAPTIONS = (
     SCRIPT,
     '"><img src=http://example.com/x.png onerror="document.title=\'taken over\'">',
-    "spelt out: <box>(1,2),(300,400)</box> and <|endoftext|>",
+    "spelled out: <box>(1,2),(300,400)</box> and <|endoftext|>",
     "</span></div></style></textarea>{{ 7 * 7 }}{% raw %}",
     "hidden\u202e and\u200b odd\u00a0blanks  two",
 )

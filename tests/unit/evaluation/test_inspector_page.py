@@ -133,8 +133,8 @@ def test_long_examples_are_cut_visibly(copy: str, capsys: pytest.CaptureFixture[
 
 
 def test_supervised_runs_are_marked(prefix: str, page: str) -> None:
-    learnt = [values for values in Tags(page).attributes if "learnt" in values.get("class", "").split()]
-    titles = [values["title"] for values in learnt if "title" in values]
+    learned = [values for values in Tags(page).attributes if "learned" in values.get("class", "").split()]
+    titles = [values["title"] for values in learned if "title" in values]
     covered = 0
     for title in titles:
         first, _, last = title.partition(" ")[2].partition("–")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.evaluation.metrics import answers
-from megatron_vl.evaluation.metrics.answers import exact_match, normalise_answer, vqa_accuracy
+from megatron_vl.evaluation.metrics.answers import exact_match, normalize_answer, vqa_accuracy
 from megatron_vl.evaluation.metrics.boxes import box_hit, box_iou
 from megatron_vl.evaluation.metrics.texts import anls, caption_match
 
@@ -37,8 +37,8 @@ from megatron_vl.evaluation.metrics.texts import anls, caption_match
         ("\ttwo\ndogs ", "2 dogs"),
     ],
 )
-def test_normalise_answer_golden(raw: str, normal: str) -> None:
-    assert normalise_answer(raw) == normal
+def test_normalize_answer_golden(raw: str, normal: str) -> None:
+    assert normalize_answer(raw) == normal
 
 
 def test_contractions_never_touch_words_of_their_own() -> None:

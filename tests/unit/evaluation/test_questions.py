@@ -32,7 +32,7 @@ IMAGES = (ImageRef("i", _jpeg()),)
 QUAD = (0.1, 0.1, 0.5, 0.1, 0.5, 0.3, 0.1, 0.3)
 SAMPLES = (
     Sample("c", "s", "caption", images=IMAGES, text="a red ball"),
-    Sample("v", "s", "vqa", images=IMAGES, question="What colour?", text="red", annotators=("red", "red", "pink")),
+    Sample("v", "s", "vqa", images=IMAGES, question="What color?", text="red", annotators=("red", "red", "pink")),
     Sample("r", "s", "referring", images=IMAGES, question="ball", regions=(Region("", ((0.1, 0.2, 0.3, 0.4),)),)),
     Sample("o", "s", "ocr", images=IMAGES, regions=(Region("oak", quads=(QUAD,)), Region("elm", quads=(QUAD,)))),
 )
@@ -79,7 +79,7 @@ def test_each_task_asks_as_in_training(tmp_path: Path) -> None:
     lines = _write(tmp_path / "q.jsonl", *SAMPLES)
     assert [line["prompt"] for line in lines] == [
         "Generate the caption in English:",
-        "What colour? Answer:",
+        "What color? Answer:",
         "<ref>ball</ref>",
         "OCR with grounding:",
     ]

@@ -77,10 +77,10 @@ def test_parsing_never_fails_and_leaves_no_markup(pieces: list[str]) -> None:
 def test_drawing_marks_the_outline_and_leaves_the_original_alone() -> None:
     image = Image.new("RGB", (100, 100), "white")
     drawn = draw_regions(
-        image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], colour="#ff0000", labels=False
+        image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], color="#ff0000", labels=False
     )
     assert drawn.getpixel((50, 40)) == (255, 0, 0)
     assert drawn.getpixel((50, 65)) == (255, 255, 255)
     assert image.getpixel((50, 40)) == (255, 255, 255)
-    labelled = draw_regions(image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], colour="#ff0000")
-    assert list(labelled.get_flattened_data()) != list(drawn.get_flattened_data())
+    labeled = draw_regions(image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], color="#ff0000")
+    assert list(labeled.get_flattened_data()) != list(drawn.get_flattened_data())

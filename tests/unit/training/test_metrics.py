@@ -80,7 +80,7 @@ def test_a_window_weighs_tokens_not_steps(monkeypatch: pytest.MonkeyPatch) -> No
     window.add(_result(30.0, 10))
     window.add(_result(90.0, 90))
     monkeypatch.setattr("time.perf_counter", lambda: 14.0)
-    metrics = window.summarise(TrainState(step=2), _result(90.0, 90), config=config, layout=LAYOUT)
+    metrics = window.summarize(TrainState(step=2), _result(90.0, 90), config=config, layout=LAYOUT)
     assert metrics.lm_loss == pytest.approx(1.2)
     assert metrics.elapsed_ms_per_iteration == pytest.approx(2000.0)
     assert (metrics.tokens_per_second, metrics.images_per_second, metrics.samples_per_second) == (50.0, 1.5, 2.5)
@@ -95,12 +95,12 @@ def test_skipped_steps_are_counted_and_their_loss_is_not() -> None:
     window = Window()
     for result in (_result(20.0, 10), *wrong, _result(60.0, 30)):
         window.add(result)
-    metrics = window.summarise(TrainState(step=5), wrong[0], config=tiny_config(), layout=LAYOUT)
+    metrics = window.summarize(TrainState(step=5), wrong[0], config=tiny_config(), layout=LAYOUT)
     assert metrics.lm_loss == 2.0
     assert (window.steps, window.supervised, metrics.skipped_iterations, metrics.nan_iterations) == (5, 70, 3, 2)
     window = Window()
     window.add(wrong[2])
-    assert math.isnan(window.summarise(TrainState(), wrong[2], config=tiny_config(), layout=LAYOUT).lm_loss)
+    assert math.isnan(window.summarize(TrainState(), wrong[2], config=tiny_config(), layout=LAYOUT).lm_loss)
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
