@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import rng
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
 
@@ -172,18 +175,27 @@ def _tensors(trained: Trained, topology: Topology) -> dict[str, Any]:
     return state
 
 
+def _why(error: CheckpointException) -> str:
+    """Which rank failed and why, of what torch raises on all ranks if one fails; only the first one learns it.
+
+    Raises:
+        KeyboardInterrupt: that is why. torch wraps whatever ends its work, and an interrupt is no damage.
+    """
+    reasons = {rank: reason for rank, (reason, _) in error.failures.items()}
+    if any(isinstance(reason, KeyboardInterrupt) for reason in reasons.values()):
+        raise KeyboardInterrupt from error
+    told = "; ".join(f"rank {rank}: {machine_errors.describe(reason) or reason}" for rank, reason in reasons.items())
+    return told or "another rank has failed, and rank 0 says why"
+
+
 def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> None:
-    # torch's CheckpointException derives from BaseException, so that is what has to be caught by name. All ranks get
-    # it if one fails, but only the first one learns which and why.
+    # It derives from BaseException, so it has to be caught by name.
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         dist_checkpointing.save(_tensors(trained, topology), str(staging), trained.strategy)
     except CheckpointException as error:
-        reasons = {failed: machine_errors.describe(reason) or reason for failed, (reason, _) in error.failures.items()}
-        told = "; ".join(f"rank {failed}: {reason}" for failed, reason in reasons.items())
-        told = told or "another rank has failed, and rank 0 says why"
-        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
+        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {_why(error)}") from error
     except (OSError, RuntimeError) as error:
         told = f"rank {topology.rank}: {machine_errors.describe(error) or error}"
         raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
@@ -206,7 +218,9 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
             )
         if trained.optimizer is not None:
             optimizer_state.load(trained.optimizer, _model(trained), checkpoint)
-    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except CheckpointException as error:
+        raise CheckpointError(f"{checkpoint}: cannot be loaded: {_why(error)}") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
 
 

@@ -208,3 +208,27 @@ def test_a_full_disk_is_called_so(ranks: RankPools, tmp_path: Path, limit: int) 
     (message,) = ranks(1).run(_save_where_files_are_limited, tiny_config(), tmp_path, limit)
     assert "the disk is full, or a quota" in message or "File too large" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def _load_with_failure(start: Start, config: RunConfig, root: Path, failure: BaseException) -> str:
+    """Load while reading fails; what comes of it."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    with start.topology(config.parallel) as topology:
+        trained = contents.Trained(build_model(config, topology), None)
+        saved = contents.save(trained, {"step": 3}, config=config, topology=topology, root=root)
+        with mock.patch.object(FileSystemReader, "read_data", side_effect=failure):
+            try:
+                contents.load(trained, saved, config=config, topology=topology)
+            except (CheckpointError, KeyboardInterrupt) as error:
+                return f"{type(error).__name__}: {error}"
+        return "loaded"
+
+
+def test_an_interrupt_while_loading_is_no_damage_and_an_error_is_one_line(ranks: RankPools, tmp_path: Path) -> None:
+    """torch wraps both, with the traceback of each in the text."""
+    pool = ranks(1)
+    assert pool.run(_load_with_failure, tiny_config(), tmp_path / "a", KeyboardInterrupt()) == ["KeyboardInterrupt: "]
+    broken = OSError(errno.EIO, os.strerror(errno.EIO), "x.distcp")
+    (said,) = pool.run(_load_with_failure, tiny_config(), tmp_path / "b", broken)
+    assert said.endswith("cannot be loaded: rank 0: x.distcp: Input/output error") and "\n" not in said
