@@ -56,9 +56,7 @@ def describe(optimizer: ChainedOptimizer, model: _Sharded, *, step: int) -> _Sha
             member.init_state_fn(member.optimizer, member.config)
     for group in optimizer.param_groups:
         group["step"] = step
-    for member in optimizer.chained_optimizers:
-        _keep_padding(member)
-    state: _Sharded = optimizer.sharded_state_dict(model, is_loading=False, metadata=_FORMAT)
+    state = _sharded_state(optimizer, model, is_loading=False)
     is_master = {entry.key for entry in model.values() if _is_fp32(entry)}
     for holder, place, entry in _sharded_tensors(state):
         name = _of_master(entry.key)
@@ -79,7 +77,7 @@ def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None
         CheckpointError: the checkpoint lacks the state of a parameter that trains.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
-    state: _Sharded = optimizer.sharded_state_dict(model, is_loading=True, metadata=_FORMAT)
+    state = _sharded_state(optimizer, model, is_loading=True)
     places = list(_sharded_tensors(state))
     for _, _, entry in places:
         name = _of_master(entry.key)
@@ -104,16 +102,20 @@ def use_masters(model: _Sharded, checkpoint: Path) -> None:
             entry.key = _key_of_master(entry.key, stored)
 
 
-def _keep_padding(optimizer: Any) -> None:
-    """Let the places in a gathered buffer be those in the buffer.
+def _sharded_state(optimizer: ChainedOptimizer, model: _Sharded, *, is_loading: bool) -> _Sharded:
+    """What Megatron-Core stores of an optimizer, or wants back.
 
-    Megatron-Core's sharded optimizer gathers a buffer without the padding at the end of its buckets, and cuts it at the
-    places that parameters have with it: behind a padded bucket, each would be stored with values of those after it.
+    Its sharded optimizer gathers a buffer without the padding at the end of its buckets, and cuts it at the places that
+    parameters have with it: behind a padded bucket, each would be stored with values of those after it. So the padding
+    is counted here as if it were values.
     """
-    for buffer in getattr(optimizer, "buffers", ()):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
+    for member in optimizer.chained_optimizers:
+        for buffer in getattr(member, "buffers", ()):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+    state: _Sharded = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_FORMAT)
+    return state
 
 
 def _is_fp32(entry: ShardedBase) -> bool:
