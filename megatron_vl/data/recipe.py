@@ -30,7 +30,7 @@ from megatron_vl.config.strict_yaml import read_yaml
 from megatron_vl.data.chat_prompts import ChatStyle
 from megatron_vl.data.filters.options import FilterOptions, read_filters
 from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
-from megatron_vl.data.sources.base import Source
+from megatron_vl.data.sources.base import Source, as_number
 from megatron_vl.data.sources.registry import build_source
 from megatron_vl.errors import ConfigError
 
@@ -205,11 +205,8 @@ _ENTRY_KEYS = ("weight", "limit", "samples", "group", "filters")
 def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> SourceEntry:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
-    weight, limit, group = entry.get("weight", 1.0), entry.get("limit"), entry.get("group")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1000:
-        raise ConfigError(
-            f"{where}.weight: found {weight!r}, expected a number above 0 and at most 1000 (2 uses every sample twice)"
-        )
+    weight = _factor(entry.get("weight", 1.0), f"{where}.weight", "2 uses every sample twice")
+    limit, group = entry.get("limit"), entry.get("group")
     if "samples" in entry and group is not None:
         raise ConfigError(f"{where}: 'samples' and 'group' exclude each other; the group has an amount already")
     if group is not None and not isinstance(group, str):
@@ -224,7 +221,7 @@ def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> Sourc
         )
     return SourceEntry(
         source,
-        weight=float(weight),
+        weight=weight,
         limit=None if limit is None else read_amount(limit, f"{where}.limit"),
         group=source.name if "samples" in entry else group,
         filters=cleaning,
@@ -239,13 +236,20 @@ def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions
     groups, repeats = values.get("groups", {}), values.get("max_repeats", 1.0)
     if not isinstance(groups, dict):
         raise ConfigError(f"{where}.groups: found {groups!r:.60}, expected names and numbers of samples")
-    if isinstance(repeats, bool) or not isinstance(repeats, (int, float)) or not 0 < repeats <= 1000:
-        raise ConfigError(f"{where}.max_repeats: found {repeats!r}, expected a number above 0 and at most 1000")
+    repeats = _factor(repeats, f"{where}.max_repeats", "2 may use every sample twice")
     for name in amounts:
         if name in groups:
             raise ConfigError(f"{where}.groups: {name!r} is the name of a source that has its own 'samples'")
     named = {str(name): read_amount(value, f"{where}.groups.{name}") for name, value in groups.items()}
-    return MixtureOptions({**named, **amounts}, float(repeats))
+    return MixtureOptions({**named, **amounts}, repeats)
+
+
+def _factor(value: Any, where: str, meaning: str) -> float:
+    """How often samples are used; raises ConfigError."""
+    number = as_number(value)  # YAML takes 1e-3 for a text
+    if number is None or not 0 < number <= 1000:
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a number above 0 and at most 1000 ({meaning})")
+    return number
 
 
 def _check_groups(recipe: DataRecipe, where: str) -> None:

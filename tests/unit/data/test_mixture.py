@@ -134,6 +134,17 @@ def test_weights_are_taken_as_they_are_written() -> None:
     assert draw_samples([Supply(100, 0.29), Supply(10, 0.7), Supply(3, 2.5)], {}).counts == (29, 7, 7)
 
 
+def test_a_weight_may_have_an_exponent(tmp_path: Path) -> None:
+    """YAML takes 1e-1 for a text, as in the recipes of runs and in filters, where it counts as well."""
+    values = recipe_values(mixture={"max_repeats": "2e0"})
+    values["sources"][0]["weight"] = "1e-1"
+    recipe = load_recipe(write_recipe(tmp_path, **values))
+    assert (recipe.sources[0].weight, recipe.mixture.max_repeats) == (0.1, 2.0)
+    values["sources"][0]["weight"] = "much"
+    with pytest.raises(ConfigError, match="weight: found 'much', expected a number above 0"):
+        load_recipe(write_recipe(tmp_path, **values))
+
+
 def text_file(folder: Path, name: str, count: int) -> dict[str, Any]:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count)))
     return {"name": name, "type": "text", "path": f"{name}.jsonl"}
