@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +72,7 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 
 
 @dataclass
-class Arrivals(Collection[MicroBatch]):
+class Arrivals:
     """The micro-batches of a step, on this rank's device when they are taken.
 
     Every chunk of the rank goes through them once; a micro-batch is given up when the last chunk has it.
@@ -89,9 +89,6 @@ class Arrivals(Collection[MicroBatch]):
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    def __contains__(self, batch: object) -> bool:
-        return batch in self.batches
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(len(self.batches)):

@@ -11,7 +11,7 @@ which keeps the storage until the request is done with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.topology import Topology
 
 LossRecord = dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class P2P(P2PCommunicator):
 
 def run_schedule(
     chunks: Sequence[nn.Module],
-    batches: Collection[MicroBatch],
+    arrivals: Arrivals,
     *,
     forward_step: Callable[..., tuple[torch.Tensor, Callable[..., Any]]],
     forward_only: bool,
@@ -56,19 +56,19 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks, in order of their virtual stage.
-        batches: the micro-batches of this data-parallel rank; each chunk goes through them once.
+        arrivals: the micro-batches of this data-parallel rank; each chunk goes through them once.
         forward_step: ``(iterator, chunk) -> (output, loss function)``.
 
     Returns:
         What the loss function recorded for each micro-batch; empty on ranks without the head.
     """
-    iterators = [iter(batches) for _ in chunks]
+    iterators = [iter(arrivals) for _ in chunks]
     single = len(chunks) == 1
     records: list[LossRecord] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=chunks[0] if single else list(chunks),
-        num_microbatches=len(batches),
+        num_microbatches=len(arrivals),
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,
