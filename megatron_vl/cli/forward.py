@@ -30,10 +30,9 @@ from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import check_writable, whole_file
-from megatron_vl.cli.parallel_flags import add_parallel_flags, parallel_config
+from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.config.validate import check_tensor_parallel, check_world_size
-from megatron_vl.launch import read_launch
+from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.log import setup_logging, silence_dependency_warnings
 
 if TYPE_CHECKING:
@@ -63,6 +62,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
+    check_ranks(options)
     from megatron_vl.backends.platform import prepare_process
     from megatron_vl.evaluation.forward import forward, forward_config, load_chunks
     from megatron_vl.evaluation.forward_inputs import read_inputs
@@ -72,7 +72,6 @@ def _run(options: argparse.Namespace) -> None:
     length = inputs.input_ids.shape[1]
     config = forward_config(options.checkpoint, parallel_config(options), seq_length=length, bf16=options.bf16)
     check_tensor_parallel(config.model, config.parallel)
-    check_world_size(config, read_launch().world_size)
     check_writable(options.output)
     prepare_process()
     with Topology(config.parallel) as topology:
