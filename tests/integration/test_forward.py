@@ -78,7 +78,6 @@ def test_two_ranks_write_what_one_process_writes(folder: Path, one_process: dict
         ("checkpoint", "", "--output checkpoint: cannot be written"),
         ("in.safetensors/out", "", "--output in.safetensors/out: cannot be written"),
         ("refused", "--tensor-model-parallel-size 2", "the run has 1 ranks"),
-        ("refused", "--tensor-model-parallel-size 3", "num_attention_heads 4 cannot be split over"),
     ],
 )
 def test_refused_without_leaving_anything(folder: Path, output: str, flags: str, says: str) -> None:
