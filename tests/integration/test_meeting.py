@@ -79,7 +79,7 @@ def test_plain_python(script: Path) -> None:
     assert local_ranks(script, 1) == [0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_torchrun(script: Path, world_size: int) -> None:
     """At 1 it once waited ten minutes for a store that nobody served."""
     end(start([*TORCHRUN, "--standalone", "--nproc-per-node", str(world_size)], script))
@@ -92,7 +92,7 @@ def test_torchrun_with_a_port(script: Path, port: int, world_size: int) -> None:
     assert local_ranks(script, world_size) == list(range(world_size))
 
 
-@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("each", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_two_agents_of_torchrun(script: Path, port: int, each: int) -> None:
     meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", str(each)]
     end(*[start([*TORCHRUN, *meet, "--node-rank", node], script) for node in ("0", "1")])

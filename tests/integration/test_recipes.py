@@ -152,16 +152,16 @@ def _cases(layouts: list[str], chosen: Callable[[int], list[str]]) -> list[Any]:
 
 
 def _turn(number: int, *places: int) -> list[str]:
-    """Layouts that take turns: three for each recipe, so that every one is taken by several."""
-    return [MANY[(3 * number + place) % len(MANY)] for place in places]
+    """Layouts that take turns over the recipes, so that every one is taken."""
+    return [MANY[(2 * number + place) % len(MANY)] for place in places]
 
 
 def test_every_recipe_is_a_case_and_every_layout_has_one() -> None:
     assert {"qwen_vl-stage2_multitask", "tiny-stage0_text"} <= RECIPES.keys()
-    assert {layout for number in range(len(RECIPES)) for layout in _turn(number, 0, 1, 2)} == set(MANY)
+    assert {layout for number in range(len(RECIPES)) for layout in _turn(number, 0, 1)} == set(MANY)
 
 
-@pytest.mark.parametrize(("recipe", "layout"), _cases(MANY, lambda number: _turn(number, 0, 1, 2)))
+@pytest.mark.parametrize(("recipe", "layout"), _cases(MANY, lambda number: _turn(number, 0, 1)))
 def test_ten_steps_at_any_layout_equal_one_process(runs: Runs, recipe: str, layout: str) -> None:
     """The change of every tensor is compared, which is small beside the tensor itself."""
     one, many = runs.straight(recipe, "one"), runs.straight(recipe, layout)
@@ -179,7 +179,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(runs: Runs, recipe: str, la
     _assert_same_bytes(runs.interrupted(recipe, layout), runs.straight(recipe, layout))
 
 
-@pytest.mark.parametrize(("recipe", "layout"), _cases(list(LAYOUTS), lambda number: _turn(number, 1)))
+@pytest.mark.parametrize(("recipe", "layout"), _cases(list(LAYOUTS), lambda number: _turn(number, 1) * (number % 2)))
 def test_an_interrupted_run_in_bf16_ends_with_the_same_bytes(runs: Runs, recipe: str, layout: str) -> None:
     _assert_same_bytes(runs.interrupted(recipe, layout, bf16=True), runs.straight(recipe, layout, bf16=True))
 
