@@ -5,7 +5,7 @@ sample under its reason. Cheap rules come first, then cleaning, then the rules a
 about images run where images are decoded anyway.
 
 The places of a grounded caption's phrases are counted in characters, so such a text is never changed: where cleaning
-would, the sample is dropped.
+would, the sample is dropped. The lines of a page are what its picture shows, so they are never changed either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_vl.data.filters.text import (
     strip_html,
     strip_irregular,
 )
-from megatron_vl.data.sample import Sample
+from megatron_vl.data.sample import IMAGE_MARK, Sample
 from megatron_vl.errors import DataError, SkipSample
 
 
@@ -63,11 +63,11 @@ class SampleFilter:
             raise SkipSample("aspect_ratio", f"{size[0]} x {size[1]}, above {self._options.max_aspect_ratio:g}")
 
     def _clean(self, sample: Sample) -> Sample:
-        if not self._cleaners or not sample.text:
+        if not self._cleaners or not sample.text or sample.task == "ocr":
             return sample
-        text = sample.text
-        for cleaner in self._cleaners:
-            text = cleaner(text)
+        # To a pattern the mark of an image would be part of an address, of a comment, or one of a run of marks.
+        stretches = sample.text.split(IMAGE_MARK) if sample.task == "interleaved" else [sample.text]
+        text = IMAGE_MARK.join(map(self._clean_text, stretches))
         if text == sample.text.strip():
             return sample
         if any(region.span for region in sample.regions):
@@ -75,6 +75,11 @@ class SampleFilter:
         if not text:
             raise SkipSample("empty_text", f"nothing is left of {sample.text!r:.60}")
         return replace(sample, text=text)
+
+    def _clean_text(self, text: str) -> str:
+        for cleaner in self._cleaners:
+            text = cleaner(text)
+        return text
 
 
 def _judge(sample: Sample, rules: list[Rule]) -> None:
@@ -145,7 +150,8 @@ def all_text(sample: Sample) -> str:
 
 def learned_text(sample: Sample) -> str:
     """What the limits of length are about: caption, answer or document, or all turns or lines."""
-    return sample.text or "\n".join([turn.text for turn in sample.turns] or [line.text for line in sample.regions])
+    lines = [turn.text for turn in sample.turns] or [line.text for line in sample.regions]
+    return sample.text.replace(IMAGE_MARK, "") or "\n".join(lines)
 
 
 def _length(sample: Sample) -> str:

@@ -22,7 +22,7 @@ from megatron_vl.data.manifest import Manifest, read_manifest
 from megatron_vl.data.prepare import prepare
 from megatron_vl.data.recipe import load_recipe
 from megatron_vl.data.rows import RowStore
-from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
+from megatron_vl.data.sample import IMAGE_MARK, ImageRef, Region, Sample, Turn
 from megatron_vl.errors import ConfigError, DataError, SkipSample
 from tests.unit.data.prepared import recipe_values
 from tests.unit.data.reading import write_tar
@@ -103,6 +103,25 @@ def test_a_text_whose_phrases_have_places_is_never_changed() -> None:
     assert outcome(grounded, drop_emoji=True) == "a  cat <b> "
     blank_at_the_end = sample("a cat ", task="grounded_caption", regions=(Region("cat", span=(2, 5)),))
     assert outcome(blank_at_the_end, strip_html=True) == "a cat "
+
+
+def test_cleaning_never_takes_the_place_of_an_image() -> None:
+    marks = IMAGE_MARK * 4
+    document = sample(f"see  http://a.b{marks}<b>it</b> <!-- a{IMAGE_MARK}b -->", task="interleaved")
+    assert outcome(document, strip_irregular=True) == f"see{marks}<b>it</b> <!-- a{IMAGE_MARK}b -->"
+    assert outcome(document, strip_html=True) == f"see http://a.b{marks}it <!-- a{IMAGE_MARK}b -->"
+    assert outcome(document, remove_patterns=(r"http\S+",)) == f"see{marks}<b>it</b> <!-- a{IMAGE_MARK}b -->"
+    assert outcome(sample(f"hi{marks}", task="interleaved"), min_characters=3) == "(short_text)"
+
+
+def test_the_lines_of_a_page_are_judged_as_they_are_learned() -> None:
+    lines = ("see http://a.b", "<b>x</b> ......")
+    page = sample(" ".join(lines), task="ocr", regions=tuple(Region(line, quads=((0.0,) * 8,)) for line in lines))
+    cleaning = {"strip_irregular": True, "strip_html": True}
+    assert outcome(page, **cleaning) == page.text
+    assert outcome(page, **cleaning, drop_patterns=("http",)) == "(pattern)"
+    assert outcome(page, **cleaning, max_characters=10) == "(long_text)"
+    assert outcome(sample("......", task="ocr", regions=(Region("......"),)), remove_patterns=(r"\.",)) == "......"
 
 
 @pytest.mark.parametrize(
