@@ -305,6 +305,12 @@ def check_data_files(config: RunConfig) -> None:
             f"(--data-path PREFIX, made by tools/prepare_data.py).\n{TINY_COMMANDS}"
         )
     for key in ("data_path", "valid_data_path"):
+        for item in getattr(config.data, key):
+            if _as_number(item) is not None and Path(f"{item}.json").is_file():
+                raise ConfigError(
+                    f"data.{key}: {item} is taken for a weight, but there is a data set {item}.json; write ./{item} "
+                    f"for the data set, or +{item} for the weight"
+                )
         for _, prefix in parse_data_path(getattr(config.data, key), key=f"data.{key}"):
             manifest = Path(f"{prefix}.json")
             if not manifest.is_file():
@@ -349,7 +355,11 @@ def parse_data_path(items: Sequence[str], *, key: str = "data.data_path") -> lis
     written = " ".join(items)
     form = f"{key} is '{written}'; expected prefixes alone, or weight and prefix in turn: 0.7 A 0.3 B"
     if len(items) % 2:
-        raise ConfigError(f"{form}. Found {len(items)} items, which do not pair up")
+        first = next(item for item, number in zip(items, numbers, strict=True) if number is not None)
+        raise ConfigError(
+            f"{form}. Found {len(items)} items, which do not pair up. A number is a weight (write "
+            f"./{first} for a file)"
+        )
     pairs: list[tuple[float, str]] = []
     for position in range(0, len(items), 2):
         weight, prefix = numbers[position], items[position + 1]

@@ -144,6 +144,8 @@ def test_parse_data_path() -> None:
     ("items", "part"),
     [
         (("0.7", "a", "b"), "3 items"),
+        (("2023",), "./2023"),
+        (("a", "b", "2024"), "./2024"),
         (("0.7", "a", "b", "c"), "Item 3, 'b', is not a weight"),
         (("a", "0.7"), "Item 1, 'a', is not a weight"),
         (("0.7", "5"), "./5"),
@@ -162,6 +164,19 @@ def test_a_data_set_without_its_manifest_is_unfinished(tmp_path: Path) -> None:
     (tmp_path / "a.tokens.bin").touch()
     with pytest.raises(ConfigError, match=r"^data\.data_path: .*a\.tokens\.bin is there, but .*a\.json, .* unfinished"):
         check_data_files(tiny({"data.data_path": (str(tmp_path / "a"),)}))
+
+
+def test_a_data_set_that_is_called_by_a_number_is_never_a_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2023", "2024", "mine"):
+        Path(f"{name}.json").touch()
+    for data_path in (("2023", "mine"), ("2023", "2024"), ("2023",)):
+        with pytest.raises(ConfigError, match=r"data_path: 2023 is taken for a weight, but .* write \./2023"):
+            check_data_files(tiny({"data.data_path": data_path}))
+    check_data_files(tiny({"data.data_path": ("./2023", "./2024")}))
+    check_data_files(tiny({"data.data_path": ("+2023", "mine", "7", "./2024")}))
 
 
 def test_data_files(tmp_path: Path) -> None:
