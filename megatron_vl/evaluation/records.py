@@ -165,16 +165,23 @@ def load_predictions(path: Path) -> tuple[Prediction, ...]:
                 f"{path}, line {i}: was not answered ({line['skipped']}), so there is no score of the whole file; mend "
                 "or remove the question and generate again"
             )
-        reference = line.get("reference")
         image = line.get("image")
         values = {
             **line,
-            "references": tuple(reference) if isinstance(reference, list) else (reference,),
+            "references": _references(line, f"{path}, line {i}"),
             "image": None if image is None else path.parent / image,
             "annotators": _annotators(line, f"{path}, line {i}"),
         }
         predictions.append(_record(Prediction, values, path, f"line {i}"))
     return tuple(predictions)
+
+
+def _references(line: dict[str, Any], where: str) -> tuple[str, ...]:
+    found = line.get("reference")
+    references = found if isinstance(found, list) else [found]
+    if not references or not all(isinstance(answer, str) for answer in references):
+        raise DataError(f"{where}: 'reference' is {found!r:.80}; expected the true answer, or a list of true answers")
+    return tuple(references)
 
 
 def _annotators(line: dict[str, Any], where: str) -> tuple[str, ...]:

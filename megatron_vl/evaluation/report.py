@@ -10,11 +10,13 @@ inserted as it is.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from megatron_vl.errors import DataError
 from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
 from megatron_vl.evaluation.examples import Example, make_examples
 from megatron_vl.evaluation.figures import loss_figure
@@ -173,7 +175,26 @@ def _manifest_paths(run_dir: Path) -> list[Path]:
 def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
     folder = run_dir / "eval"
     models: tuple[Model, ...] = ("sighted", "blind")
-    return {model: load_predictions(folder / f"predictions_{model}.jsonl") for model in models}
+    predictions = {model: load_predictions(folder / f"predictions_{model}.jsonl") for model in models}
+    _check_questions(folder, predictions)
+    return predictions
+
+
+def _check_questions(folder: Path, predictions: Mapping[Model, Sequence[Prediction]]) -> None:
+    """The scores of two models are compared, so both must have answered the same questions, each once."""
+    asked = {
+        model: Counter((item.key, item.task, item.prompt, item.references, item.annotators) for item in found)
+        for model, found in predictions.items()
+    }
+    every = [question for questions in asked.values() for question in questions]
+    for model, questions in asked.items():
+        repeated = [f"{key} is answered more than once" for (key, *_), count in questions.items() if count > 1]
+        missing = [f"{question[0]} is not answered" for question in every if question not in questions]
+        if wrong := [*repeated, *missing]:
+            raise DataError(
+                f"{folder / f'predictions_{model}.jsonl'}: {len(wrong)} questions are not answered once as by the "
+                f"other model, the first: {wrong[0]}. Generate both files again, from the same questions"
+            )
 
 
 def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, ...]:

@@ -52,9 +52,18 @@ def score_caption(prediction: Prediction) -> Points:
 
 
 def score_referring(prediction: Prediction) -> Points:
-    """First box of the prediction against the first of each reference, IoU >= 0.5."""
-    found = first_cells(prediction.prediction)
-    return Points(max((box_hit(found, truth) for truth in _true_boxes(prediction)), default=0.0))
+    """First box of the prediction against the first of each reference, IoU >= 0.5.
+
+    Raises:
+        DataError: a reference has no box.
+    """
+    found, truths = first_cells(prediction.prediction), _true_boxes(prediction)
+    if len(truths) < len(prediction.references):
+        raise DataError(
+            f"prediction {prediction.key}: found no box in its reference {' or '.join(prediction.references)!r:.80}; "
+            "expected <box>(x1,y1),(x2,y2)</box> in integers from 0 to 999"
+        )
+    return Points(max(box_hit(found, truth) for truth in truths))
 
 
 def score_ocr(prediction: Prediction) -> Points:
@@ -105,7 +114,7 @@ def score_predictions(predictions: Iterable[Prediction]) -> Mapping[str, Score]:
     """Score each task that has a metric; tasks without one (chat) are left out.
 
     Raises:
-        DataError: a task's predictions are not all scored by the same metric.
+        DataError: a task's predictions are not all scored by the same metric, or a reference cannot be scored against.
     """
     by_task: dict[str, list[Prediction]] = {task: [] for task in SCORERS}
     for prediction in predictions:

@@ -61,9 +61,18 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals a reference after :func:`normalize_answer`, else 0.0."""
-    answer = normalize_answer(prediction)
-    return float(any(answer == normalize_answer(reference) for reference in references))
+    """1.0 if the prediction equals a reference after :func:`normalize_answer`, else 0.0.
+
+    Where that leaves nothing of an answer, as of the letter A, which it takes for an article, only what it removes last
+    is kept: or an empty prediction would be right.
+    """
+    answer = _something_of(prediction)
+    return float(any(answer == _something_of(reference) for reference in references))
+
+
+def _something_of(text: str) -> str:
+    words = text.lower().split()
+    return normalize_answer(text) or " ".join(_strip_punctuation(" ".join(words)).split()) or " ".join(words)
 
 
 def vqa_accuracy(prediction: str, annotators: Sequence[str]) -> float:

@@ -51,6 +51,25 @@ def test_exact_match_takes_the_best_reference() -> None:
     assert exact_match("blue ball", ["cube", "red ball"]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("A", "A", 1.0),
+        (" a.", "A", 1.0),
+        ("(A)", "A", 1.0),
+        ("", "A", 0.0),
+        ("the", "A", 0.0),
+        ("?", "A", 0.0),
+        (">", "<", 0.0),
+        ("<", "<", 1.0),
+        ("", "-", 0.0),
+    ],
+)
+def test_nothing_is_no_exact_match(prediction: str, reference: str, score: float) -> None:
+    """AI2D asks for letters; VQA's normalization takes an A for an article, and leaves nothing of a sign."""
+    assert exact_match(prediction, [reference]) == score
+
+
 TEXTVQA_ANSWERS = ["nous les gosses", "dakota", "clos culombu", "dakota digital", "dakota", "dakota"] + [
     "dakota digital",
     "dakota digital",

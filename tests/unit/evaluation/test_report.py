@@ -183,6 +183,23 @@ def test_a_missing_file_is_named_with_its_maker(
     assert maker in error
 
 
+def test_both_models_must_have_answered_the_same_questions_each_once(tmp_path: Path) -> None:
+    write_fake_run(tmp_path, num_steps=5, samples_per_task=2)
+    path = tmp_path / "eval" / "predictions_blind.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    assert read_report(tmp_path).num_met == 7, "their order does not matter"
+    path.write_text("".join([*lines, lines[1]]))
+    with pytest.raises(DataError, match=r"blind\.jsonl: 1 questions .*vqa-0 is answered more than once"):
+        read_report(tmp_path)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # as a copy that was cut
+    with pytest.raises(DataError, match=r"blind\.jsonl: 1 questions .*ocr-1 is not answered"):
+        read_report(tmp_path)
+    path.write_text("".join(lines).replace("What color", "Which color"))
+    with pytest.raises(DataError, match=r"sighted\.jsonl: 2 questions .*vqa-0 is not answered"):
+        read_report(tmp_path)
+
+
 def test_a_missing_image_names_the_prediction(tmp_path: Path) -> None:
     write_fake_run(tmp_path, num_steps=5, samples_per_task=1)
     (tmp_path / "eval" / "images" / "vqa-0.png").unlink()
@@ -222,6 +239,15 @@ def test_references_are_one_text_or_several(tmp_path: Path) -> None:
     first, second = load_predictions(path)
     assert (first.references, second.references) == (("a",), ("a", "b"))
     assert first.image == tmp_path / "x.png"
+
+
+@pytest.mark.parametrize("reference", [None, [], ["a", None], 3])
+def test_a_reference_that_is_no_text_is_an_error(tmp_path: Path, reference: Any) -> None:
+    path = tmp_path / "p.jsonl"
+    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": reference}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match="line 1: 'reference' is .*expected the true answer"):
+        load_predictions(path)
 
 
 def test_a_question_that_was_skipped_has_no_score(tmp_path: Path) -> None:

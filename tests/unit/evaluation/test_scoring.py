@@ -74,6 +74,13 @@ def test_an_iou_of_one_half_is_a_hit_for_every_box_of_cells() -> None:
     assert score_predictions(predictions)["referring"].value == 1.0
 
 
+@pytest.mark.parametrize("reference", ["[0.1, 0.2, 0.3, 0.4]", "(1000,0),(1,1)", "the ball", ""])
+def test_a_reference_without_a_box_is_no_miss_but_an_error(reference: str) -> None:
+    for references in ((reference,), ("<box>(0,0),(9,9)</box>", reference)):
+        with pytest.raises(DataError, match="prediction k: found no box in its reference"):
+            score_predictions([_prediction("referring", "<box>(0,0),(9,9)</box>", *references)])
+
+
 def test_reference_iou_is_zero_without_a_box() -> None:
     assert reference_iou(_prediction("referring", "", "<box>(0,0),(9,9)</box>")) == 0.0
     assert reference_iou(_prediction("referring", "(0,0),(9,9)", "<box>(0,0),(9,9)</box>")) == 1.0
