@@ -2,9 +2,10 @@
 
 One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt),
 ``prompt`` (the task's own, with the markers of grounding written out), ``reference`` (what training would
-have supervised, without the closing token) and, where several annotators have answered, ``annotators``. What
-preparation leaves out by itself (filters of single samples, images that cannot be used) is not asked, nor is what has
-no question in it: both are counted.
+have supervised, without the closing token), where several annotators have answered ``annotators``, and of a
+dialogue with a system turn its text, ``system``. What preparation leaves out by itself (filters of single samples,
+images that cannot be used) is not asked, nor is what has no question in it, or marks of grounding as words of the
+data, which generation would take for marks: all are counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from PIL import Image
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.image import check_image
 from megatron_vl.data.image_check import settle_image
+from megatron_vl.data.markup import parse_markup
 from megatron_vl.data.prompts import END, render, render_prompt
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.sample import Sample
@@ -41,18 +44,26 @@ class Question:
     reference: str
     image: bytes
     annotators: tuple[str, ...] = ()
+    system: str | None = None
+    """Of a dialogue, if it says one."""
 
 
 _FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
 
 
 def ask(sample: Sample) -> Question | None:
-    """The question of a sample; None for documents, and for dialogues that do not begin with their only image."""
+    """The question of a sample; None for documents, and for dialogues that do not begin with their only image.
+
+    Raises SkipSample: ``markup_in_text``, or what the prompt lacks.
+    """
     if sample.task in ("text", "interleaved"):
         return None
     if sample.task == "chat":
         return _ask_in_dialogue(sample)
-    prompt = "".join(piece.text for piece in render_prompt(sample) if piece.kind != "image")
+    pieces = [piece for piece in render_prompt(sample) if piece.kind != "image"]
+    prompt = unicodedata.normalize("NFC", "".join(piece.text for piece in pieces))
+    if [piece.kind for piece in parse_markup(prompt, images=False)] != [piece.kind for piece in pieces]:
+        raise SkipSample("markup_in_text", f"{prompt:.60}")
     answer = "".join(piece.text for piece in render(sample) if piece.supervised)
     key = f"{sample.source}/{sample.key}"
     return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data, sample.annotators)
@@ -66,7 +77,8 @@ def _ask_in_dialogue(sample: Sample) -> Question | None:
     query, num_pictures = _FIRST_PICTURE.subn("", exchange[0].text)
     if num_pictures != 1 or _FIRST_PICTURE.match(exchange[0].text) is None:
         return None
-    return Question(f"{sample.source}/{sample.key}", "chat", query, exchange[1].text, sample.images[0].data)
+    question = Question(f"{sample.source}/{sample.key}", "chat", query, exchange[1].text, sample.images[0].data)
+    return replace(question, system=next((turn.text for turn in sample.turns if turn.role == "system"), None))
 
 
 def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:
@@ -130,4 +142,5 @@ def _line(question: Question, folder: Path, name: str) -> dict[str, str | tuple[
         "prompt": question.prompt,
         "reference": question.reference,
         **({"annotators": question.annotators} if question.annotators else {}),
+        **({} if question.system is None else {"system": question.system}),
     }

@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_vl.cli.generate import Question, _chat
 from megatron_vl.cli.questions import main
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
 from megatron_vl.data.sources.base import Shard, Skipped, Source
+from megatron_vl.data.tokenize import TokenizeOptions, tokenize_sample
+from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.questions import ask, write_questions
 from megatron_vl.evaluation.records import Prediction
 from megatron_vl.evaluation.scoring import score_predictions
+from megatron_vl.generation.chat import ChatEncoder
 
 
 def _jpeg() -> bytes:
@@ -55,6 +59,19 @@ def test_a_dialogue_is_asked_by_its_first_exchange() -> None:
     assert ask(chat("<img>a.png</img>What?")) is None
 
 
+@pytest.mark.parametrize("system", [None, "Answer in one word.", ""])
+def test_a_dialogue_is_asked_under_the_system_turn_that_it_was_learned_with(tmp_path: Path, system: str | None) -> None:
+    tokenizer = QwenTokenizer(2048)
+    spoken = (Turn("user", "Picture 1: <img>a.jpg</img>\nWhat is it?"), Turn("assistant", "A ball."))
+    turns = spoken if system is None else (Turn("system", system), *spoken)
+    (line,) = _write(tmp_path / "q.jsonl", Sample("d", "s", "chat", images=IMAGES, turns=turns))
+    asked = Question(1, line)
+    tokens, _ = _chat(asked, [line["image"]], ChatEncoder(tokenizer, 16))
+    learned = tokenize_sample(Sample("d", "s", "chat", images=IMAGES, turns=turns), tokenizer, TokenizeOptions(16, 512))
+    assert list(tokens) == learned.tokens.tolist()[: len(tokens)]
+    assert tokenizer.decode(learned.tokens[len(tokens) :].tolist()) == "A ball.<|im_end|>\n"
+
+
 @dataclass(frozen=True)
 class _Fixed(Source):
     samples: tuple[Sample | Skipped, ...] = ()
@@ -86,6 +103,18 @@ def test_each_task_asks_as_in_training(tmp_path: Path) -> None:
     assert [line["reference"] for line in lines[:3]] == [" a red ball", " red", "<box>(100,200),(300,400)</box>"]
     assert [line.get("annotators") for line in lines] == [None, ["red", "red", "pink"], None, None]
     assert (tmp_path / lines[0]["image"]).read_bytes() == IMAGES[0].data
+
+
+def test_what_generation_would_read_otherwise_than_training_is_not_asked(tmp_path: Path) -> None:
+    ball = Region("", ((0.1, 0.2, 0.3, 0.4),))
+    words = (
+        Sample("v", "s", "vqa", images=IMAGES, question="What is a <box>?", text="red"),
+        Sample("r", "s", "referring", images=IMAGES, question="the </ref> ball", regions=(ball,)),
+    )
+    marks = Sample("m", "s", "region_caption", images=IMAGES, text="a ball", regions=(ball,))
+    lines = _write(tmp_path / "q.jsonl", *words, marks, *SAMPLES)
+    assert [line["key"] for line in lines] == ["s/m", *(f"s/{sample.key}" for sample in SAMPLES)]
+    assert write_questions(_recipe(*words, marks), tmp_path / "q.jsonl", limit=9)[1] == {"markup_in_text": 2}
 
 
 def test_the_reference_itself_scores_full_marks(tmp_path: Path) -> None:
