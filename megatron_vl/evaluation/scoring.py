@@ -67,10 +67,11 @@ def score_referring(prediction: Prediction) -> Points:
 
 
 def score_ocr(prediction: Prediction) -> Points:
-    """True words that were read letter for letter, wherever the boxes are."""
-    truth = Counter(read_words(prediction.references[0]))
-    found = truth & Counter(read_words(prediction.prediction))
-    return Points(found.total(), truth.total())
+    """True words that were read letter for letter, wherever the boxes are; of several references the best read."""
+    said = Counter(read_words(prediction.prediction))
+    truths = [Counter(read_words(reference)) for reference in prediction.references]
+    points = [Points((truth & said).total(), truth.total()) for truth in truths]
+    return max(points, key=lambda item: item.earned / max(item.possible, 1))
 
 
 def read_words(text: str) -> list[str]:

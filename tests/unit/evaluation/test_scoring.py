@@ -66,6 +66,12 @@ def test_ocr_counts_words_over_all_pages_and_ignores_where_they_are() -> None:
     assert scores["ocr"].value == pytest.approx(2 / 4)
 
 
+def test_of_several_true_readings_the_best_counts() -> None:
+    page = _prediction("ocr", "<ref>oak elm</ref>", "<ref>ash</ref>", "<ref>oak elm fir</ref>", "oak beech")
+    assert score_predictions([page])["ocr"].value == pytest.approx(2 / 3)
+    assert score_predictions([page, _prediction("ocr", "", "oak", "elm fir")])["ocr"].value == pytest.approx(2 / 4)
+
+
 def test_an_iou_of_one_half_is_a_hit_for_every_box_of_cells() -> None:
     """A float of these cells called 42 % of such boxes a miss."""
     boxes = [(x, y, x + 2 * w, y + h) for x in range(0, 400, 37) for y in (0, 13, 500) for w, h in ((7, 9), (149, 300))]
