@@ -26,7 +26,7 @@ from megatron_vl import machine_errors
 from megatron_vl.checkpoint import optimizer_state, store
 from megatron_vl.checkpoint.same_model import check_same_model
 from megatron_vl.checkpoint.streaming import StreamingStrategy
-from megatron_vl.checkpoint.verification import Verified, verify_together
+from megatron_vl.checkpoint.verification import Verified, choose_together
 from megatron_vl.config.load import dump_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
@@ -147,7 +147,7 @@ def load(
         CheckpointError: there is none, a file is not what was written, or it is of another model.
     """
     if not isinstance(source, Verified):
-        source = verify_together(store.resolve(source), topology)
+        source = choose_together(source, topology)
     checkpoint = source.path
     manifest = store.read_manifest(checkpoint)
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)

@@ -1,13 +1,13 @@
 """Where checkpoints lie, and the promise that one is either complete or invisible.
 
     DIR/iter_0000100/                     a committed checkpoint; never written to again
-    DIR/latest_checkpointed_iteration.txt the newest step, a hint (Megatron-LM's own name)
+    DIR/latest_checkpointed_iteration.txt the newest step, for people and scripts (Megatron-LM's own name)
     DIR/.staging-iter_0000100-4f1c...     being written, or left by a dead run: never read, removed by the next save
 
 A checkpoint is written into a fresh staging directory. When every rank has written and synchronised its files, a
 manifest with the size and SHA-256 of each is added, and one rename makes it visible. So nothing that carries its final
-name can be torn, and two saves can never mix. The tracker is replaced by a rename too; when it is missing or wrong,
-the newest committed directory counts.
+name can be torn, and two saves can never mix. The tracker is replaced by a rename too, but never followed: a run that
+is killed before that has its newest checkpoint all the same. One that names another step is told of, loudly.
 
 What happens to a checkpoint afterwards, on a disk or by a hand, the manifest tells: everything that is read from one is
 compared with it before, and the manifest with its own digest.
@@ -18,12 +18,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from typing import Any
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.log import log_rank_0
 
 CONFIG = "config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -119,19 +122,32 @@ def steps_named(root: Path) -> list[int]:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one in a directory of checkpoints.
+    """The checkpoint that a path means: itself, or the newest one in a directory of checkpoints, damaged or not.
 
     Raises:
         CheckpointError: there is none.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or (path.exists() and _NAME.fullmatch(path.name)):
         return path
-    steps = steps_in(path)
-    if not steps:
+    if not steps_in(path):
         what = "does not exist" if not path.exists() else "holds no committed checkpoint (iter_*/manifest.json)"
         raise CheckpointError(f"{path} {what}; give the directory that --save wrote to, or one iter_* directory in it")
-    hinted = read_tracker(path)
-    return directory_of(path, hinted if hinted in steps else steps[-1])
+    return directory_of(path, steps_named(path)[-1])
+
+
+def warn_of_tracker(root: Path, newest: int) -> None:
+    """Say so where the tracker of a directory names another step than the newest, which is the one that counts."""
+    named = read_tracker(root)
+    if named is None or named == newest:
+        return
+    if named > newest:
+        text = f"LOST CHECKPOINT: {root / TRACKER} names step {named}, which is not there; newest is step {newest}"
+    else:
+        text = (
+            f"TRACKER NOT FOLLOWED: {root / TRACKER} names step {named}, but the newest checkpoint is that of step "
+            f"{newest}, and the newest counts; to go back to another one, name its directory iter_*"
+        )
+    log_rank_0(text, level=logging.WARNING)
 
 
 def read_tracker(root: Path) -> int | None:
@@ -184,20 +200,37 @@ def read_config(checkpoint: Path) -> RunConfig:
     return load_config(checkpoint / CONFIG)
 
 
-def verify(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> None:
-    """Compare the size of every file with the manifest, and the contents of this rank's share of them.
+def verify(checkpoint: Path) -> None:
+    """Compare every file with the manifest; raises as :func:`verify_sizes` and :func:`verify_contents`."""
+    verify_sizes(checkpoint)
+    verify_contents(checkpoint)
+
+
+def verify_sizes(checkpoint: Path) -> str:
+    """Compare the size of every file with the manifest; returns what tells this checkpoint from all others.
 
     Raises:
         DamagedCheckpointError: names the file, what was found and what was expected.
         CheckpointError: a file cannot be read, so that nothing is known of it, or is of another version.
     """
-    try:
-        files = list(_files(checkpoint).values())
-        for record in files:
+    with _errors_of_reading(checkpoint):
+        for record in _files(checkpoint).values():
             _compare_size(checkpoint, record)
-        mine = share_out(files, world_size)[rank]
+        return _digest(read_manifest(checkpoint))
+
+
+def verify_contents(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the contents of this rank's share of the files with the manifest; raises as :func:`verify_sizes`."""
+    with _errors_of_reading(checkpoint):
+        mine = share_out(list(_files(checkpoint).values()), world_size)[rank]
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(_compare_contents, [checkpoint] * len(mine), mine))
+
+
+@contextmanager
+def _errors_of_reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         where = error.filename or checkpoint
         if error.errno == errno.EIO:

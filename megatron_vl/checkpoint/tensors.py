@@ -122,5 +122,7 @@ def open_checkpoint(path: Path) -> CheckpointTensors:
         CheckpointError: there is none, or a file is not what was written.
     """
     checkpoint = store.resolve(path)
+    if checkpoint != path:
+        store.warn_of_tracker(path, store.steps_named(path)[-1])
     store.verify(checkpoint)
     return CheckpointTensors(checkpoint)

@@ -1,20 +1,24 @@
-"""Whether a checkpoint is what was written: every byte of it, at any size, before anything of it is used.
+"""Which checkpoint all ranks read, and whether it is what was written: every byte of it, before anything of it is used.
 
-The ranks share the files out by size and each hashes its share, so that the time does not grow with the world. All of
-them then know what any has found, and take the same decision.
+Rank 0 chooses for all, since a training may save a newer one between the looks of two ranks. Every rank then looks at
+every file's size, and hashes a share of the files, so that the time does not grow with the world. All of them know what
+any has found, and take the same decision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_vl.checkpoint import store
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
 from megatron_vl.parallel.topology import Topology
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,97 @@ class Verified:
     path: Path
 
 
+@dataclass(frozen=True)
+class _Finding:
+    """What a rank has found: a value, or an error."""
+
+    value: str | None = None
+    error: type[CheckpointError] | None = None
+    text: str = ""
+
+
+def choose_together(path: Path, topology: Topology) -> Verified:
+    """The checkpoint that a path means, the same one on every rank, whole; every rank calls it.
+
+    Raises:
+        CheckpointError: on all ranks, there is none, or as :func:`verify_together`.
+    """
+    return verify_together(on_rank_0(lambda: _choose(path)), topology)
+
+
+def _choose(path: Path) -> Path:
+    checkpoint = store.resolve(path)
+    if checkpoint != path:
+        store.warn_of_tracker(path, store.steps_named(path)[-1])
+    return checkpoint
+
+
 def verify_together(checkpoint: Path, topology: Topology) -> Verified:
     """Compare a checkpoint with its manifest; every rank calls it and takes a share of the work.
 
     Raises:
         DamagedCheckpointError: on all ranks, a file is not what was written.
-        CheckpointError: on all ranks, a file cannot be read, or is of another version: it may be sound all the same.
+        CheckpointError: on all ranks, a file cannot be read, is of another version, or is not seen alike by all ranks:
+            it may be sound all the same.
     """
-    outcome: tuple[type[CheckpointError], str] | None = None
-    try:
-        store.verify(checkpoint, rank=topology.rank, world_size=topology.world_size)
-    except CheckpointError as error:
-        outcome = (type(error), str(error))
-    gathered: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(gathered, outcome)
-    found = [outcome for outcome in gathered if outcome is not None]
-    # A file that one rank cannot read may be sound, so nobody calls the checkpoint damaged then.
-    for kind, text in sorted(found, key=lambda outcome: outcome[0] is DamagedCheckpointError):
-        raise kind(text)
+    looks = _gather(lambda: store.verify_sizes(checkpoint))
+    _raise_if_views_differ(looks, checkpoint)
+    _raise_first(looks)
+    _raise_first(
+        _gather(lambda: store.verify_contents(checkpoint, rank=topology.rank, world_size=topology.world_size))
+    )
     return Verified(checkpoint)
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """What an action gives on rank 0, on all ranks; they all fail if it does.
+
+    Raises:
+        CheckpointError: it has failed.
+    """
+    outcome: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (CheckpointError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise CheckpointError(outcome[1])
+    value: T = outcome[0]
+    return value
+
+
+def _gather(look: Callable[[], str | None]) -> list[_Finding]:
+    """What each rank has found."""
+    try:
+        finding = _Finding(value=look())
+    except CheckpointError as error:
+        finding = _Finding(error=type(error), text=str(error))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, finding)
+    return gathered
+
+
+def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:
+    """Damage of one disk is the same to all who read it; else they read different ones, or see one at different times.
+
+    Raises:
+        CheckpointError: names a rank that finds damage where another finds none, or another checkpoint.
+    """
+    sound = [rank for rank, look in enumerate(looks) if look.error is None]
+    others = [rank for rank, look in enumerate(looks) if look.error is DamagedCheckpointError]
+    others += [rank for rank in sound if looks[rank].value != looks[sound[0]].value]
+    if sound and others:
+        found = looks[others[0]].text or "a sound checkpoint that is another one"
+        raise CheckpointError(
+            f"{checkpoint}: rank {others[0]} finds {found}; rank {sound[0]} finds it sound. Their machines do not see "
+            "the same files there: mount one file system on all of them, or wait until it shows them the same"
+        )
+
+
+def _raise_first(found: list[_Finding]) -> None:
+    # A file that one rank cannot read may be sound, so nobody calls the checkpoint damaged then.
+    for finding in sorted(found, key=lambda finding: finding.error is DamagedCheckpointError):
+        if finding.error is not None:
+            raise finding.error(finding.text)

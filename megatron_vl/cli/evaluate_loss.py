@@ -79,12 +79,13 @@ def _run(options: argparse.Namespace) -> None:
 def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, Any]]:
     """The loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
     from megatron_vl.checkpoint import contents, store
+    from megatron_vl.checkpoint.verification import choose_together
     from megatron_vl.data.manifest import read_manifest
     from megatron_vl.model.build import build_model
 
     lengths = {prefix: read_manifest(prefix).seq_length for prefix in options.data_path}
-    checkpoint = store.resolve(options.checkpoint)
-    config = _configuration(store.read_config(checkpoint).model, options, topology.world_size)
+    checkpoint = choose_together(options.checkpoint, topology)
+    config = _configuration(store.read_config(checkpoint.path).model, options, topology.world_size)
     check_tensor_parallel(config.model, config.parallel)
     config = _with_rows_of(config, max(lengths.values()))
     chunks = build_model(config, topology, fresh_weights=False)
@@ -92,7 +93,8 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, A
     losses = {}
     for prefix, length in lengths.items():
         config = _with_rows_of(config, length)
-        losses[prefix] = _loss(prefix, chunks, config, topology) | _settings(config) | {"checkpoint": str(checkpoint)}
+        losses[prefix] = _loss(prefix, chunks, config, topology) | _settings(config)
+        losses[prefix]["checkpoint"] = str(checkpoint.path)
     return losses
 
 

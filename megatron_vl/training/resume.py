@@ -9,17 +9,14 @@ a shared disk at different moments decide alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from megatron_vl import folder_lock
 from megatron_vl.checkpoint import contents, store
-from megatron_vl.checkpoint.verification import Verified, verify_together
+from megatron_vl.checkpoint.verification import Verified, choose_together, on_rank_0, verify_together
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError, FolderInUseError
 from megatron_vl.log import log_rank_0
@@ -28,8 +25,6 @@ from megatron_vl.training import not_finite
 from megatron_vl.training.parallel_model import ParallelModel
 from megatron_vl.training.start import Start, choose_start
 from megatron_vl.training.state import TrainState
-
-T = TypeVar("T")
 
 LOCK = ".lock"
 
@@ -48,12 +43,12 @@ def find_source(config: RunConfig, topology: Topology) -> Source | None:
     Raises:
         CheckpointError: as :func:`megatron_vl.training.start.choose_start`, or what is to be loaded is damaged.
     """
-    start: Start | None = _on_rank_0(lambda: choose_start(config))
+    start: Start | None = on_rank_0(lambda: choose_start(config))
     if start is None:
         return None
     if not start.may_fall_back:
         return Source(_named(start.path, topology), start)
-    steps: list[int] = _on_rank_0(lambda: store.steps_named(start.path))
+    steps: list[int] = on_rank_0(lambda: store.steps_named(start.path))
     return Source(_newest_whole(start.path, steps, topology), start)
 
 
@@ -67,7 +62,7 @@ def hold_save_directory(config: RunConfig) -> Iterator[None]:
     save = config.checkpoint.save
     with ExitStack() as held:
         if save:
-            _on_rank_0(lambda: _hold(Path(save), held))
+            on_rank_0(lambda: _hold(Path(save), held))
         yield
 
 
@@ -115,7 +110,7 @@ def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
             continue
         for other, reason in damaged:
             _set_aside(other, reason, goes_on_from=step)
-        _warn_of_lost(root, steps[-1])
+        store.warn_of_tracker(root, steps[-1])
         return verified
     reasons = "; ".join(reason for _, reason in damaged)
     raise CheckpointError(
@@ -126,22 +121,12 @@ def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
 
 def _set_aside(path: Path, reason: str, *, goes_on_from: int) -> None:
     """Give a damaged checkpoint another name, and say so."""
-    renamed = _on_rank_0(lambda: store.set_aside(path))
+    renamed = on_rank_0(lambda: store.set_aside(path))
     log_rank_0(
         f"DAMAGED CHECKPOINT {path}: {reason}. It is now {renamed}, for you to look at or remove; this run goes on "
         f"from step {goes_on_from} and does the steps after it again",
         level=logging.WARNING,
     )
-
-
-def _warn_of_lost(root: Path, newest: int) -> None:
-    """Say so if the newest checkpoint, by the tracker, has vanished altogether."""
-    hinted = store.read_tracker(root)
-    if hinted is not None and hinted > newest:
-        log_rank_0(
-            f"LOST CHECKPOINT: {root / store.TRACKER} names step {hinted}, which is not there; newest is step {newest}",
-            level=logging.WARNING,
-        )
 
 
 def _named(path: Path, topology: Topology) -> Verified:
@@ -150,31 +135,12 @@ def _named(path: Path, topology: Topology) -> Verified:
     Raises:
         CheckpointError: it is absent or damaged; the message names others that lie beside it.
     """
-    checkpoint: Path = _on_rank_0(lambda: store.resolve(path))
     try:
-        return verify_together(checkpoint, topology)
+        return choose_together(path, topology)
     except DamagedCheckpointError as error:
+        checkpoint: Path = on_rank_0(lambda: store.resolve(path))
         steps = store.steps_in(checkpoint.parent)
         others = [str(store.directory_of(checkpoint.parent, step)) for step in steps]
         beside = [other for other in others if other != str(checkpoint)]
         remedy = f"name another one, such as {beside[-1]}" if beside else "there is no other one beside it"
         raise CheckpointError(f"{error}. Nothing else was loaded in its place: {remedy}") from error
-
-
-def _on_rank_0(action: Callable[[], T]) -> T:
-    """What an action gives on rank 0, on all ranks; they all fail if it does.
-
-    Raises:
-        CheckpointError: it has failed.
-    """
-    outcome: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (CheckpointError, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise CheckpointError(outcome[1])
-    value: T = outcome[0]
-    return value

@@ -99,8 +99,6 @@ def check_start(config: RunConfig, data: str) -> None:
 def _check_checkpoint(start: Start, config: RunConfig) -> TrainState:
     """Refuse a checkpoint of another model; return the progress of the one that the run would load."""
     checkpoint = store.resolve(start.path)
-    if start.may_fall_back:  # the newest itself: the tracker is a hint
-        checkpoint = store.directory_of(start.path, store.steps_in(start.path)[-1])
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     try:
         return TrainState(**json.loads((checkpoint / "state.json").read_text()))

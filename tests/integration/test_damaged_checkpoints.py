@@ -136,7 +136,7 @@ def test_auto_resume_goes_on_from_the_newest_whole_one(
     assert re.search(f"DAMAGED CHECKPOINT {broken}: {broken}/{said}", warning)
 
 
-@pytest.mark.parametrize("damage", ["byte of rank 1's shard", "manifest unreadable"])
+@pytest.mark.parametrize("damage", ["byte of rank 1's shard", "manifest unreadable", "manifest away"])
 @pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])
 def test_one_that_was_named_is_refused(
     ranks: RankPools, prefix: str, tmp_path: Path, run: tuple[Path, RunRecord], damage: str, flag: str

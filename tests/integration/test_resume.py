@@ -102,12 +102,14 @@ def test_going_back_is_refused_where_later_checkpoints_lie(ranks: RankPools, pre
     assert len(_train(ranks, 1, _config(prefix, steps=3, checkpoint=elsewhere))[0].losses) == 2
 
 
-def test_auto_resume_goes_on_after_a_kill_before_the_tracker_was_written(
+def test_a_run_goes_on_after_a_kill_before_the_tracker_was_written(
     ranks: RankPools, prefix: str, tmp_path: Path
 ) -> None:
     save = {"save": str(tmp_path), "save_interval": 1, "auto_resume": True}
     _train(ranks, 1, _config(prefix, steps=2, checkpoint=save))
     (tmp_path / store.TRACKER).write_text("1\n")
+    named = {"load": str(tmp_path)}
+    assert len(_train(ranks, 1, _config(prefix, steps=3, checkpoint=named))[0].losses) == 1
     assert len(_train(ranks, 1, _config(prefix, steps=3, checkpoint=save))[0].losses) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_vl.checkpoint import store
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from tests.helpers.listening import heard
 
 
 class Killed(BaseException):
@@ -142,13 +144,35 @@ def test_a_wrong_tracker_is_ignored(tmp_path: Path, text: str) -> None:
     assert store.resolve(tmp_path).name == "iter_0000006"
 
 
-def test_a_tracker_may_name_an_earlier_checkpoint_or_be_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("5\n", "TRACKER NOT FOLLOWED: .*names step 5, but the newest checkpoint is that of step 6"),
+        ("7\n", "LOST CHECKPOINT: .*names step 7, which is not there; newest is step 6"),
+        ("6\n", None),
+        (None, None),
+    ],
+)
+def test_a_tracker_is_not_followed_and_told_of(tmp_path: Path, text: str | None, told: str | None) -> None:
+    """A run that was killed between its save and the tracker has its newest checkpoint all the same."""
     _save(tmp_path, 5)
-    _save(tmp_path, 6)
-    (tmp_path / store.TRACKER).write_text("5\n")
-    assert store.resolve(tmp_path).name == "iter_0000005"
+    newest = _save(tmp_path, 6)
     (tmp_path / store.TRACKER).unlink()
-    assert store.resolve(tmp_path).name == "iter_0000006"
+    if text:
+        (tmp_path / store.TRACKER).write_text(text)
+    assert store.resolve(tmp_path) == newest
+    with heard() as warnings:
+        store.warn_of_tracker(tmp_path, 6)
+    assert len(warnings) == bool(told) and all(re.search(str(told), warning) for warning in warnings)
+
+
+def test_a_newest_one_without_manifest_is_not_passed_over(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    newest = _save(tmp_path, 6)
+    (newest / store.MANIFEST).unlink()
+    assert store.resolve(tmp_path) == store.resolve(newest) == newest
+    with pytest.raises(DamagedCheckpointError, match="iter_0000006/manifest.json: missing"):
+        store.verify(store.resolve(tmp_path))
 
 
 def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
