@@ -108,7 +108,6 @@ def _add_import(command: argparse.ArgumentParser) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from megatron_vl.checkpoint import store
-    from megatron_vl.conversion.checkpoints import write_checkpoint
 
     if steps := store.steps_in(options.checkpoint):
         raise ConversionError(
@@ -116,6 +115,11 @@ def _import(options: argparse.Namespace) -> None:
             "an imported model is step 0 of a new directory"
         )
     converted = _open_import(options)
+    from megatron_vl.backends.platform import prepare_process
+
+    prepare_process()
+    from megatron_vl.conversion.checkpoints import write_checkpoint
+
     with _progress("import", converted.num_bytes) as progress:
         written = write_checkpoint(converted, options.checkpoint, progress=progress)
     write_line(f"{written}: {len(converted)} tensors, {converted.num_bytes:,} bytes")

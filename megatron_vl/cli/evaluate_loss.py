@@ -60,12 +60,13 @@ def _run(options: argparse.Namespace) -> None:
     setup_logging()
     check_at_least("--micro-batch-size", options.micro_batch_size, 1)
     check_ranks(options)
-    from megatron_vl.backends.platform import prepare_process
-    from megatron_vl.parallel.topology import Topology
-
     if options.output is not None:
         check_writable(options.output)
+    from megatron_vl.backends.platform import prepare_process
+
     prepare_process()
+    from megatron_vl.parallel.topology import Topology
+
     with Topology(parallel_config(options)) as topology:
         losses = _losses(options, topology)
         if topology.rank == 0:

@@ -64,6 +64,8 @@ def _run(options: argparse.Namespace) -> None:
     setup_logging()
     check_ranks(options)
     from megatron_vl.backends.platform import prepare_process
+
+    prepare_process()
     from megatron_vl.evaluation.forward import forward, forward_config, load_chunks
     from megatron_vl.evaluation.forward_inputs import read_inputs
     from megatron_vl.parallel.topology import Topology
@@ -73,7 +75,6 @@ def _run(options: argparse.Namespace) -> None:
     config = forward_config(options.checkpoint, parallel_config(options), seq_length=length, bf16=options.bf16)
     check_tensor_parallel(config.model, config.parallel)
     check_writable(options.output)
-    prepare_process()
     with Topology(config.parallel) as topology:
         chunks = load_chunks(options.checkpoint, config=config, topology=topology)
         outputs = forward(chunks, inputs, config=config, topology=topology)

@@ -82,9 +82,10 @@ def _run(options: argparse.Namespace) -> None:
     questions = read_questions(options.inputs, options.chat_format)
     check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
-    from megatron_vl.parallel.topology import Topology
 
     prepare_process()
+    from megatron_vl.parallel.topology import Topology
+
     with Topology(parallel_config(options)) as topology:
         answers = _answers(questions, options, topology)
         if topology.rank == 0:

@@ -114,6 +114,9 @@ def _start(config: RunConfig) -> ExitStatus:
 
     # A torch without CUDA on a machine with a GPU passes the early check.
     check_device(_num_parameters(config), cuda=torch.cuda.is_available())
+    from megatron_vl.backends.platform import prepare_process
+
+    prepare_process()
     from megatron_vl.training.trainer import train
 
     return train(config)

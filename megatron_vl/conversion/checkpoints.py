@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vl.backends.platform import prepare_process
 from megatron_vl.checkpoint import contents
 from megatron_vl.checkpoint.streaming import StreamingStrategy
 from megatron_vl.config.schema import RunConfig, TrainingConfig
@@ -44,7 +43,6 @@ def write_checkpoint(
             progress(tensor.nbytes)
         return _pad_vocabulary(tensor) if converted.spec(name).is_vocabulary else tensor
 
-    prepare_process()
     bf16 = converted.dtype(_DTYPE_FROM) == torch.bfloat16
     config = RunConfig(model=converted.model, training=TrainingConfig(bf16=bf16))
     new = not root.exists()

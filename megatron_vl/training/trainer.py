@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.backends.platform import prepare_process
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
@@ -39,7 +38,6 @@ def train(config: RunConfig) -> ExitStatus:
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, wherever they can be found then.
     """
-    prepare_process()
     with Topology(config.parallel) as topology:
         return _train(config, topology)
 
