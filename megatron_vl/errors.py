@@ -60,6 +60,12 @@ class NotFiniteError(MegatronVLError):
     exit_status = ExitStatus.NOT_FINITE
 
 
+class PeerError(MegatronVLError):
+    """Another rank has failed by a bug; it shows the traceback, and this one only ends with it."""
+
+    exit_status = ExitStatus.BUG
+
+
 class ConversionError(MegatronVLError):
     """A Hugging Face folder and the conversion table disagree."""
 

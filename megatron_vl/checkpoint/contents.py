@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer
 from torch import nn
@@ -30,7 +29,7 @@ from megatron_vl.checkpoint.verification import Verified, choose_together
 from megatron_vl.config.load import dump_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
-from megatron_vl.parallel import rng
+from megatron_vl.parallel import agreement, rng
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
 
@@ -71,12 +70,14 @@ class _Agreement:
 
     def by_all(self, action: Callable[[], T]) -> list[T]:
         """Run ``action``, which talks to no other rank, everywhere; the results in the order of ranks."""
-        try:
-            outcome: tuple[str, Any] = ("", action())
-        except (OSError, RuntimeError, CheckpointError) as error:
-            outcome = (f"rank {self.topology.rank}: {machine_errors.describe(error) or error}", None)
-        gathered: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(gathered, outcome)
+
+        def attempt() -> tuple[str, Any]:
+            try:
+                return "", action()
+            except (OSError, RuntimeError, CheckpointError) as error:
+                return f"rank {self.topology.rank}: {machine_errors.describe(error) or error}", None
+
+        gathered = agreement.by_all(attempt)
         if failures := [text for text, _ in gathered if text]:
             raise CheckpointError(f"{self.root}: the checkpoint was not written: " + "; ".join(failures))
         return [value for _, value in gathered]
@@ -100,10 +101,10 @@ def save(
     Raises:
         CheckpointError: a rank could not write; nothing was committed.
     """
-    agreement = _Agreement(root, topology)
-    staging = agreement.by_rank_0(lambda: store.open_staging(root, progress["step"]))
+    agreed = _Agreement(root, topology)
+    staging = agreed.by_rank_0(lambda: store.open_staging(root, progress["step"]))
     try:
-        return _fill_and_commit(staging, trained, progress, config=config, agreement=agreement)
+        return _fill_and_commit(staging, trained, progress, config=config, agreed=agreed)
     except BaseException:  # a tensor that cannot be read, or an interrupt, too
         if topology.rank == 0:
             store.discard(staging)
@@ -111,11 +112,11 @@ def save(
 
 
 def _fill_and_commit(
-    staging: Path, trained: Trained, progress: dict[str, Any], *, config: RunConfig, agreement: _Agreement
+    staging: Path, trained: Trained, progress: dict[str, Any], *, config: RunConfig, agreed: _Agreement
 ) -> Path:
-    topology, root, step = agreement.topology, agreement.root, progress["step"]
+    topology, root, step = agreed.topology, agreed.root, progress["step"]
     _save_tensors(trained, staging, topology)
-    streams = agreement.by_all(rng.state_dict)
+    streams = agreed.by_all(rng.state_dict)
 
     def write_own_files() -> list[store.FileRecord]:
         if topology.rank == 0:
@@ -125,9 +126,9 @@ def _fill_and_commit(
         known = {record.name: record for record in trained.strategy.records} if trained.strategy else {}
         return [known.get(path.name) or store.record_file(path) for path in _own_files(staging, topology.rank)]
 
-    records = agreement.by_all(write_own_files)
+    records = agreed.by_all(write_own_files)
     files = [record for own in records for record in own]
-    agreement.by_rank_0(lambda: store.commit(staging, root, step=step, files=files, facts=_facts(topology)))
+    agreed.by_rank_0(lambda: store.commit(staging, root, step=step, files=files, facts=_facts(topology)))
     return store.directory_of(root, step)
 
 
@@ -149,14 +150,20 @@ def load(
     if not isinstance(source, Verified):
         source = choose_together(source, topology)
     checkpoint = source.path
-    manifest = store.read_manifest(checkpoint)
-    check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
+    agreement.together(lambda: check_same_model(config.model, store.read_config(checkpoint).model, checkpoint))
     _load_tensors(trained, checkpoint)
-    if load_rng and {"device": "cpu"} | manifest["layout"] == _layout(topology):  # older ones do not name the device
+    if load_rng:
+        agreement.together(lambda: _load_streams(checkpoint, topology))
+    progress: dict[str, Any] = agreement.together(lambda: json.loads((checkpoint / "state.json").read_text()))
+    return progress
+
+
+def _load_streams(checkpoint: Path, topology: Topology) -> None:
+    """Restore the random streams of this rank, where the layout and the kind of device are those that wrote them."""
+    written = store.read_manifest(checkpoint)["layout"]
+    if {"device": "cpu"} | written == _layout(topology):  # older ones do not name the device
         streams = torch.load(checkpoint / "rng.pt", weights_only=True)
         rng.load_state_dict(streams[topology.rank])
-    progress: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    return progress
 
 
 def _model(trained: Trained) -> dict[str, Any]:

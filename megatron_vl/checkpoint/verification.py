@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from megatron_vl.checkpoint import store
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.parallel.agreement import by_all, by_rank_0
 from megatron_vl.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -74,30 +73,31 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """What an action gives on rank 0, on all ranks; they all fail if it does.
 
     Raises:
-        CheckpointError: it has failed.
+        CheckpointError: on all ranks with the same words, it was refused.
     """
-    outcome: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
+
+    def attempt() -> tuple[T | None, str]:
         try:
-            outcome[0] = action()
+            return action(), ""
         except (CheckpointError, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise CheckpointError(outcome[1])
-    value: T = outcome[0]
-    return value
+            return None, str(error)
+
+    value, refused = by_rank_0(attempt)
+    if refused:
+        raise CheckpointError(refused)
+    return value  # type: ignore[return-value]
 
 
 def _gather(look: Callable[[], str | None]) -> list[_Finding]:
     """What each rank has found."""
-    try:
-        finding = _Finding(value=look())
-    except CheckpointError as error:
-        finding = _Finding(error=type(error), text=str(error))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, finding)
-    return gathered
+
+    def attempt() -> _Finding:
+        try:
+            return _Finding(value=look())
+        except CheckpointError as error:
+            return _Finding(error=type(error), text=str(error))
+
+    return by_all(attempt)
 
 
 def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:

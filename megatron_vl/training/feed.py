@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
+from megatron_vl.parallel.agreement import together
 from megatron_vl.parallel.collectives import share_outlines
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts, image_cost
@@ -60,19 +61,22 @@ class Feed:
 
 
 def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]) -> Feed:
-    """Open the data sets where this rank reads them.
+    """Open the data sets where this rank reads them; every rank calls it.
 
     Raises:
-        ConfigError, DataError: as ``RowLoader`` does.
+        ConfigError, DataError: as ``RowLoader`` does, on all ranks.
     """
+    return Feed(together(lambda: _open_loader(config, topology, data_path)), topology)
+
+
+def _open_loader(config: RunConfig, topology: Topology, data_path: Sequence[str]) -> RowLoader | None:
     if topology.tp_rank != 0:
-        return Feed(None, topology)
+        return None
     stages = resolve_layout(config).stages_of_rank(topology.pp_rank)
-    loader = RowLoader(
+    return RowLoader(
         config,
         share=DataShare(topology.dp_rank, topology.dp_size),
         with_pixels=any(stage.patch_embed for stage in stages),
         data_path=data_path,
         image_cost=image_cost(config.model, FrozenParts.of(config.training)),
     )
-    return Feed(loader, topology)

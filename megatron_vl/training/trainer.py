@@ -16,8 +16,9 @@ from megatron_vl.config.validate import validate
 from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.plan import DataPlan
-from megatron_vl.errors import ExitStatus, MegatronVLError
+from megatron_vl.errors import ExitStatus, MegatronVLError, PeerError
 from megatron_vl.log import log_rank_0
+from megatron_vl.parallel.agreement import by_rank_0, together
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import resolve_layout
@@ -50,6 +51,8 @@ def _train(config: RunConfig, topology: Topology) -> ExitStatus:
         run = Run.set_up(config, topology)
         try:
             end = run.loop()
+        except PeerError:  # a bug, as on the rank that has it
+            raise
         except MegatronVLError as error:
             ending.record(config, topology, error.exit_status, step=run.state.step, reason=str(error))
             raise
@@ -88,12 +91,12 @@ class Run:
         if source:
             state = load_source(source, model, config=config, topology=topology)
         state = check_same_rows(state, DataPlan.read(config).fingerprint)
-        check_nothing_later(state, config)
+        together(lambda: check_nothing_later(state, config))
         layout = Layout(_describe(config, topology), topology.world_size)
         log_rank_0(f"layout {layout.text}, pipeline {resolve_layout(config)}, from step {state.step}")
         for line in feed.describe(_rows_of_run(config, state)):
             log_rank_0(line)
-        reporter = Reporter(config, layout=layout, state=state, active=topology.rank == 0)
+        reporter = together(lambda: Reporter(config, layout=layout, state=state, active=topology.rank == 0))
         return cls(config, topology, model, feed, validation, reporter, state, saved_step=state.step)
 
     def loop(self) -> Stop:
@@ -154,8 +157,8 @@ class Run:
         path = contents.save(trained, asdict(self.state), config=self.config, topology=self.topology, root=root)
         log_rank_0(f"saved {path}")
         self.saved_step = self.state.step
-        if self.topology.rank == 0 and not self.state.skipped_in_a_row:
-            store.retain(root, self.config.checkpoint.keep_last)
+        if not self.state.skipped_in_a_row:
+            by_rank_0(lambda: store.retain(root, self.config.checkpoint.keep_last))
 
     def close(self) -> None:
         """End workers and write out reports."""
