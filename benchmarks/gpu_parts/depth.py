@@ -55,7 +55,7 @@ def ladder(config: RunConfig, work: Work, *, free_bytes: int) -> Iterator[Attemp
     """Sizes from the largest that should fit downwards; full depth also with recomputation.
 
     Args:
-        work: of one micro-batch.
+        work: of one micro-batch, which is one row.
         free_bytes: memory of the device; 0 for no limit.
     """
     vision, language = config.model.vision.num_layers, config.model.language.num_layers
@@ -68,7 +68,7 @@ def ladder(config: RunConfig, work: Work, *, free_bytes: int) -> Iterator[Attemp
 
 
 def step_bytes(config: RunConfig, work: Work) -> float:
-    """Weights, gradients, optimizer and activations of a step with micro-batches of ``work``, in one process."""
+    """Weights, gradients, optimizer and activations of a step with micro-batches of one row, in one process."""
     rank = parameters_by_rank(config, resolve_layout(config))[0]
     weight = 2 if config.training.bf16 else 4
     master = 4 if config.training.bf16 else 0
@@ -97,15 +97,16 @@ def first_that_fits(attempts: Iterator[Attempt], run: Callable[[Attempt], T]) ->
 def _activation_bytes(config: RunConfig, work: Work) -> float:
     model, training = config.model, config.training
     vision, language = model.vision, model.language
+    positions = config.data.seq_length  # padding takes memory, too
     patches = max(work.num_images, 1) * model.num_patches
     token = 14 * language.hidden_size + 6 * language.ffn_hidden_size
     patch = 14 * vision.hidden_size + 4 * vision.ffn_hidden_size
     vision_layers = 0 if training.freeze_vision else vision.num_layers
-    layers = language.num_layers * token * work.num_tokens, vision_layers * patch * patches
+    layers = language.num_layers * token * positions, vision_layers * patch * patches
     if training.recompute_granularity == "full":
-        kept = 2 * (language.num_layers * language.hidden_size * work.num_tokens)
+        kept = 2 * (language.num_layers * language.hidden_size * positions)
         kept += 2 * vision_layers * vision.hidden_size * patches
-        body = kept + token * work.num_tokens + patch * patches
+        body = kept + token * positions + patch * patches
     else:
         body = sum(layers)
     return body + 14 * work.num_supervised * language.vocab_size

@@ -13,7 +13,7 @@ import torch
 
 from gpu_parts.device import current_device, median_ms, peak_flops
 from gpu_parts.report import Report
-from gpu_parts.rows import SHAPES, make_batches, work_of
+from gpu_parts.rows import SHAPES, make_batches
 from gpu_parts.training import STAGES, Sizes, stage_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
@@ -36,10 +36,10 @@ class Product:
 
 
 def products_of(config: RunConfig, work: Work) -> list[Product]:
-    """The products of a row of stage 2, layers counted; attention is none of them."""
+    """The products of a row of stage 2, as they are computed, padding with it; attention is none of them."""
     model = config.model
     vision, language = model.vision, model.language
-    tokens, patches = work.num_tokens, work.num_images * model.num_patches
+    tokens, patches = config.data.seq_length, work.num_images * model.num_patches
     width, hidden = vision.hidden_size, language.hidden_size
     layers, blocks = language.num_layers, vision.num_layers
     return [
@@ -60,7 +60,7 @@ def measure_products(report: Report, *, small: bool) -> None:
     """Rates of the products, their time for a row of stage 2, and the copy rate of the memory."""
     stage = STAGES["stage2"]
     config = stage_config(stage, Sizes.of(small=small, backend="local"))
-    work = work_of(make_batches(config, SHAPES[stage.shape], rows=1))
+    work = make_batches(config, SHAPES[stage.shape], rows=1)[0].work
     peak, source = peak_flops()
     floor = 0.0
     for product in products_of(config, work):

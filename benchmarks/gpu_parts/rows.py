@@ -14,7 +14,6 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.data.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.planning.flops import Work
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,6 @@ def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0
         pixels = rng.integers(0, 256, size, dtype=np.uint8) if shape.with_images else None
         batches.append(collate([row], pixels, options, names=[f"row {number}"]))
     return batches
-
-
-def work_of(batches: list[MicroBatch]) -> Work:
-    """What the micro-batches compute; the blank image of text alone does not count."""
-    return Work(
-        num_images=sum(batch.num_images for batch in batches if batch.slots.numel()),
-        num_tokens=sum(len(batch.tokens) for batch in batches),
-        sum_squared_spans=sum(float(length**2) for batch in batches for length in batch.span_lengths),
-        num_supervised=sum(len(batch.targets) for batch in batches),
-    )
 
 
 def _row(config: RunConfig, shape: RowShape, rng: np.random.Generator) -> PackedRow:

@@ -4,8 +4,8 @@ The configuration is the recipe of ``examples/qwen_vl`` without tensor paralleli
 the model of ``build_parallel_model``. Weights are random numbers that are drawn on the device, since drawing them one
 parameter at a time on the CPU takes minutes; a step costs the same on any weights.
 
-Operations are those of ``planning/flops.py``, what the step requires: recomputation and padding of the head are not
-counted, padding of rows is (the language model computes it).
+Operations are those that the log of a training counts, ``MicroBatch.work`` by ``planning/flops.py``: what the step
+requires, without recomputation and without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpu_parts.depth import Attempt, first_that_fits, ladder
 from gpu_parts.device import median_ms, memory_bytes, norm_scaled, peak_flops, seconds_of
 from gpu_parts.kernels import profile_step
 from gpu_parts.report import Report
-from gpu_parts.rows import SHAPES, make_batches, work_of
+from gpu_parts.rows import SHAPES, make_batches
 from megatron_vl.backends.platform import prepare_process
 from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
@@ -112,8 +112,7 @@ def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> No
     batches = make_batches(config, SHAPES[stage.shape], rows=sizes.rows)
     prepare_process()
     with Topology(config.parallel) as topology:
-        first = work_of(batches[:1])
-        attempts = ladder(config, first, free_bytes=memory_bytes())
+        attempts = ladder(config, batches[0].work, free_bytes=memory_bytes())
         if stage.shape == "text":
             attempts = iter(_language_only(attempts))
 
@@ -161,14 +160,13 @@ def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str,
     rows = sizes.rows
     long = median(seconds_of(lambda: trained.step(rows), repeat=sizes.steps))
     short = median(seconds_of(lambda: trained.step(1), repeat=sizes.steps))
-    work, frozen = work_of(trained.batches), FrozenParts.of(trained.config.training)
+    work, frozen = sum((batch.work for batch in trained.batches), Work()), FrozenParts.of(trained.config.training)
     flops = step_flops(trained.config.model, frozen, work)
     peak, source = peak_flops()
-    tokens = sum(batch.num_tokens for batch in trained.batches)
     report.cost(f"{title}: ms a row, steps of {rows}", 1e3 * long / rows, 1e3 * flops / (peak * stage.goal) / rows)
     report.figure(f"{title}: ms a further row", 1e3 * (long - short) / (rows - 1))
     report.figure(f"{title}: ms a step beside its rows", 1e3 * max(0.0, short - (long - short) / (rows - 1)))
-    report.figure(f"{title}: useful tokens/s", tokens / long)
+    report.figure(f"{title}: useful tokens/s", work.num_tokens / long)
     report.figure(f"{title}: images/s", work.num_images / long)
     report.figure(f"{title}: TFLOP/s", flops / long / 1e12)
     report.rate(f"{title}: MFU ({source}, {peak / 1e12:.4g} TFLOP/s)", flops / long / peak, stage.goal)
@@ -179,7 +177,7 @@ def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str,
 
 def _report_parts(trained: Trained, report: Report, *, title: str, sizes: Sizes) -> None:
     """Each tower alone, forward and backward on what it really gets; hooks of data parallelism included."""
-    flops = _tower_flops(trained.config, work_of(trained.batches[:1]))
+    flops = _tower_flops(trained.config, trained.batches[0].work)
     peak, _ = peak_flops()
     for name, function in _towers(trained):
         milliseconds = median_ms(function, repeat=2 + sizes.steps)

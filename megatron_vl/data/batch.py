@@ -27,6 +27,7 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.data.pixels import blank_pixels
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
+from megatron_vl.planning.flops import Work
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class MicroBatch:
     """Tokens that are not padding, for throughput."""
     squared_spans: int
     """Sum of the squared lengths of the attention spans, padding left out of each, for throughput."""
+
+    @property
+    def work(self) -> Work:
+        """What training on it requires, for every figure of throughput; padding and the blank image require nothing."""
+        images = self.num_images if self.slots.numel() else 0
+        return Work(images, self.num_tokens, float(self.squared_spans), self.targets.numel())
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,15 @@ class FrozenParts:
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: the sums over any number of rows."""
+    """What is required, summed over any number of rows; ``MicroBatch.work`` says it of rows, without padding."""
 
-    num_images: int
-    """Images that reach the vision tower."""
-    num_tokens: int
-    """Positions that reach the language model, padding included if it does."""
-    sum_squared_spans: float
+    num_images: int = 0
+    """Images that the vision tower has to see."""
+    num_tokens: int = 0
+    """Positions that the language model has to read."""
+    sum_squared_spans: float = 0.0
     """Sum of the squared lengths of the spans inside which tokens attend to each other (rows or segments)."""
-    num_supervised: int
+    num_supervised: int = 0
     """Positions with a label, on which the output layer runs."""
 
     def __add__(self, other: Work) -> Work:

@@ -26,6 +26,7 @@ from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel
 from megatron_vl.parallel.schedule import run_schedule
 from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.flops import Work
 from megatron_vl.training.optimizer import LearningRates, set_groups
 from megatron_vl.training.parallel_model import ParallelModel
 
@@ -185,11 +186,9 @@ def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _count(batches: list[MicroBatch]) -> tuple[float, ...]:
-    images = sum(batch.num_images for batch in batches if batch.slots.numel())
+    work = sum((batch.work for batch in batches), Work())
     samples = sum(batch.num_samples for batch in batches)
-    tokens = sum(batch.num_tokens for batch in batches)
-    squared_spans = float(sum(batch.squared_spans for batch in batches))
-    return images, samples, tokens, squared_spans
+    return work.num_images, samples, work.num_tokens, work.sum_squared_spans
 
 
 def _forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -14,6 +14,7 @@ from megatron_vl.data.batch import CollateOptions, MicroBatch, collate, empty_ro
 from megatron_vl.data.pixels import BLANK_RGB
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
+from megatron_vl.planning.flops import Work
 
 SPECIAL = SpecialTokens(256)
 S, P, E, END = SPECIAL.img_start, SPECIAL.img_pad, SPECIAL.img_end, SPECIAL.endoftext
@@ -60,6 +61,8 @@ def test_whole_rows() -> None:
     assert batch.slots.tolist() == [1, 2]
     assert (batch.num_images, batch.num_samples, batch.num_tokens) == (1, 3, 22)
     assert batch.squared_spans == 10**2 + 12**2, "without the padding"
+    assert batch.work == Work(1, 22, 10**2 + 12**2, 16)
+    assert make([TEXT]).num_images == 1 and make([TEXT]).work.num_images == 0, "the blank image requires nothing"
     assert batch.pixels is not None
     assert batch.pixels.shape == (1, 3, 4, 4)
     assert batch.cu_seqlens.dtype == torch.int32
