@@ -63,7 +63,7 @@ def start(command: list[str], script: Path, *flags: str, **changes: str) -> subp
 
 def end(*processes: subprocess.Popen[str]) -> None:
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(map(str, sum(outputs, ())))
 
 
 def local_ranks(script: Path, world_size: int) -> list[int]:
