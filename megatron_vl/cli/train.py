@@ -21,6 +21,7 @@ from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, DataError, ExitStatus
 from megatron_vl.launch import has_cuda_device, read_launch, set_device_environment
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
+from megatron_vl.training.ending import recording_refusals
 
 _LESS_MEMORY = (
     "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
@@ -49,8 +50,12 @@ def _run(argv: Sequence[str]) -> ExitStatus:
     if options.dry_run:
         _dry_run(config, options.world_size or model_parallel_size(config.parallel))
         return ExitStatus.DONE
-    _refuse_early(config, options.world_size or launch.world_size)
-    return ExitStatus.DONE if options.check else _start(config)
+    if options.check:
+        _refuse_early(config, options.world_size or launch.world_size)
+        return ExitStatus.DONE
+    with recording_refusals(config, launch.rank):
+        _refuse_early(config, launch.world_size)
+    return _start(config)
 
 
 def _build_parser() -> argparse.ArgumentParser:

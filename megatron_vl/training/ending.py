@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_vl import folder_lock, machine_errors
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.errors import ExitStatus
+from megatron_vl.errors import ExitStatus, FolderInUseError, MegatronVLError, PeerError
 from megatron_vl.log import log_rank_0
-from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.state import TrainState
 
+if TYPE_CHECKING:  # a refusal does without torch
+    from megatron_vl.parallel.topology import Topology
+
 NAME = "last_run.json"
+LOCK = ".lock"
+"""Held in the save directory by the run that saves there."""
 
 
 def warn_of_loss(config: RunConfig, state: TrainState) -> None:
@@ -32,14 +39,60 @@ def warn_of_loss(config: RunConfig, state: TrainState) -> None:
 
 def forget_last(config: RunConfig, topology: Topology) -> None:
     """Remove what the last run has left."""
-    if config.checkpoint.save and topology.rank == 0:
+    if topology.rank == 0:
+        _forget(config)
+
+
+def record(config: RunConfig, topology: Topology, status: ExitStatus, *, step: int | None, reason: str) -> None:
+    """Note the end of this run, at which step, None before the first; where that cannot be written, the exit status
+    has to do."""
+    if topology.rank == 0:
+        _write(config, status, step=step, reason=reason)
+
+
+@contextlib.contextmanager
+def recording_errors(config: RunConfig, topology: Topology, *, step: Callable[[], int | None]) -> Iterator[None]:
+    """Note the end of a run by an error that is no bug."""
+    try:
+        yield
+    except BaseException as error:
+        if (status := _status_of(error)) is not None:
+            record(config, topology, status, step=step(), reason=machine_errors.describe(error) or str(error))
+        raise
+
+
+@contextlib.contextmanager
+def recording_refusals(config: RunConfig, rank: int) -> Iterator[None]:
+    """Note that a run was refused before it has started ranks; not in a directory where another one is at work."""
+    if rank == 0:
+        _forget(config)  # while a run is at work there is none
+    try:
+        yield
+    except MegatronVLError as error:
+        root = Path(config.checkpoint.save or "")
+        if rank == 0 and config.checkpoint.save and root.is_dir():
+            with contextlib.suppress(FolderInUseError, OSError), folder_lock.hold(root, LOCK):
+                _write(config, error.exit_status, step=None, reason=str(error))
+        raise
+
+
+def _status_of(error: BaseException) -> ExitStatus | None:
+    """The exit status that a command gives to an error; None for a bug, here or on another rank."""
+    if isinstance(error, MegatronVLError):
+        return None if isinstance(error, PeerError) else error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return ExitStatus.INTERRUPTED
+    return None if machine_errors.describe(error) is None else ExitStatus.USER_ERROR
+
+
+def _forget(config: RunConfig) -> None:
+    if config.checkpoint.save:
         with contextlib.suppress(OSError):
             (Path(config.checkpoint.save) / NAME).unlink()
 
 
-def record(config: RunConfig, topology: Topology, status: ExitStatus, *, step: int, reason: str) -> None:
-    """Note the end of this run; where that cannot be written, the exit status has to do."""
-    if config.checkpoint.save and topology.rank == 0:
+def _write(config: RunConfig, status: ExitStatus, *, step: int | None, reason: str) -> None:
+    if config.checkpoint.save:
         content = {"exit_status": int(status), "meaning": status.name.lower(), "step": step, "reason": reason}
         with contextlib.suppress(OSError):
             (Path(config.checkpoint.save) / NAME).write_text(json.dumps(content) + "\n")

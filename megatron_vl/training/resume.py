@@ -21,12 +21,13 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError, FolderInUseError
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.flops import FrozenParts
+from megatron_vl.planning.parameters import model_tensors, trains
 from megatron_vl.training import not_finite
+from megatron_vl.training.ending import LOCK
 from megatron_vl.training.parallel_model import ParallelModel
 from megatron_vl.training.start import Start, choose_start
 from megatron_vl.training.state import TrainState
-
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,25 @@ def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topo
     if not source.comes_with.optimizer:
         # The optimizer keeps fp32 copies of the weights, made when it was built.
         model.optimizer.reload_model_params()
+    else:
+        _warn_of_dropped_moments(config, source.checkpoint.path)
     not_finite.check_loaded(model, topology, source.checkpoint.path)
     log_rank_0(f"loaded {source.checkpoint.path}" + ("" if source.comes_with.progress else " (weights only)"))
     return TrainState(**progress) if source.comes_with.progress else TrainState()
+
+
+def _warn_of_dropped_moments(config: RunConfig, checkpoint: Path) -> None:
+    """Say so where parts trained before that are frozen now: a checkpoint has moments of what trains alone."""
+    before, now = FrozenParts.of(store.read_config(checkpoint).training), FrozenParts.of(config.training)
+    frozen = [spec for spec in model_tensors(config.model) if trains(spec.name, before) and not trains(spec.name, now)]
+    if frozen:
+        parts = ", ".join(dict.fromkeys(spec.part for spec in frozen))
+        log_rank_0(
+            f"MOMENTS DROPPED: {len(frozen)} tensors of {parts} trained before {checkpoint} and are frozen now. The "
+            "checkpoints of this run will have no moments for them; a run that trains them again starts from weights "
+            "alone, with --no-load-optim, or goes on from this checkpoint",
+            level=logging.WARNING,
+        )
 
 
 def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:

@@ -1,18 +1,25 @@
-"""Why a run stops before its last step: a signal, a time limit, an interval. All ranks stop at the same step."""
+"""Why a run stops before its last step: a signal, a time limit, an interval. All ranks stop at the same step.
+
+Before the first step there is nothing to save, so SIGTERM ends a process where it stands.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-from megatron_vl.config.schema import TrainingConfig
+from megatron_vl.config.schema import RunConfig, TrainingConfig
 from megatron_vl.errors import ExitStatus
 from megatron_vl.log import write_line
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
+from megatron_vl.training import ending
 
 _SAME_KEY_S = 3.0
 """Signals of one Ctrl-C: the terminal's own, and the one that torchrun passes on."""
@@ -48,6 +55,11 @@ class StopRequest:
         for number, previous in self._previous.items():
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
+    def is_asked(self) -> bool:
+        """Whether a signal asks the run to stop. Every rank calls it and gets the same answer."""
+        own = self._terminated or self._interrupted is not None
+        return max_over_world(float(own), device=self._topology.device) > 0
+
     def check(self, step: int) -> Stop | None:
         """Why all ranks should stop after ``step``, or nothing. Every rank calls it and gets the same answer."""
         interval, minutes = self._training.exit_interval, self._training.exit_duration_in_mins
@@ -74,3 +86,36 @@ class StopRequest:
         if time.monotonic() - self._interrupted > _SAME_KEY_S:
             # Not by an exception: on its way it would wait for the other ranks.
             os._exit(ExitStatus.INTERRUPTED)
+
+
+@contextmanager
+def ending_at_sigterm(config: RunConfig, topology: Topology) -> Iterator[None]:
+    """Let SIGTERM end this process at once, with the status and the record of a run that was stopped.
+
+    A thread does that: the main one may wait in a library for a rank that has ended already, and runs no handler then.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    wakened = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_end_at_sigterm, args=(reader, config, topology), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakened)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+def _end_at_sigterm(signals: int, config: RunConfig, topology: Topology) -> None:
+    """Read the numbers of signals, as Python writes them to a pipe, until its other end is closed."""
+    while number := os.read(signals, 1):
+        if number[0] == signal.SIGTERM:
+            reason = "SIGTERM before the first step"
+            ending.record(config, topology, ExitStatus.STOPPED, step=None, reason=reason)
+            if topology.rank == 0:
+                write_line(f"{reason}: there is nothing to save", error=True)
+            os._exit(ExitStatus.STOPPED)

@@ -6,6 +6,7 @@ Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megatron_vl.config.validate import validate
 from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.plan import DataPlan
-from megatron_vl.errors import ExitStatus, MegatronVLError, PeerError
+from megatron_vl.errors import ExitStatus
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.agreement import by_rank_0, together
 from megatron_vl.parallel.rng import seed_all
@@ -30,7 +31,7 @@ from megatron_vl.training.resume import find_source, hold_save_directory, load_s
 from megatron_vl.training.start import check_nothing_later, check_same_rows
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import evaluate, train_step
-from megatron_vl.training.stopping import Stop, StopRequest
+from megatron_vl.training.stopping import Stop, StopRequest, ending_at_sigterm
 
 
 def train(config: RunConfig) -> ExitStatus:
@@ -48,14 +49,11 @@ def _train(config: RunConfig, topology: Topology) -> ExitStatus:
     validate(config, world_size=topology.world_size, cuda=torch.cuda.is_available())
     with hold_save_directory(config):
         ending.forget_last(config, topology)
-        run = Run.set_up(config, topology)
+        with ending.recording_errors(config, topology, step=lambda: None), ending_at_sigterm(config, topology):
+            run = Run.set_up(config, topology)
         try:
-            end = run.loop()
-        except PeerError:  # a bug, as on the rank that has it
-            raise
-        except MegatronVLError as error:
-            ending.record(config, topology, error.exit_status, step=run.state.step, reason=str(error))
-            raise
+            with ending.recording_errors(config, topology, step=lambda: run.state.step):
+                end = run.loop()
         finally:
             run.close()
         ending.record(config, topology, end.status, step=run.state.step, reason=end.reason)
@@ -110,6 +108,7 @@ class Run:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
                 self.advance(next(steps))
+                self.validate_if_due(stop)
                 early = stop.check(self.state.step) if self.state.step < last else None
                 if self._checkpoint_due() or early or self.state.step == last:
                     with self.reporter.not_training():
@@ -121,7 +120,7 @@ class Run:
         return early or Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
-        """One step, and the validation that is due after it."""
+        """One step."""
         before = self.state
         result = train_step(self.model, batches, config=self.config, topology=self.topology, step=before.step)
         self.state = self.state.advanced(
@@ -134,16 +133,23 @@ class Run:
         if result.skipped:
             not_finite.describe_skipped(result, before, self.feed)
             not_finite.check_progress(self.state, self.config)
-        if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
-            self._validate(self.validation)
 
-    def _validate(self, feed: Feed) -> None:
+    def validate_if_due(self, stop: StopRequest) -> None:
+        """The validation that is due after a step; left when a signal comes, since the save is still to come."""
+        if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
+            with self.reporter.not_training():
+                self._validate(self.validation, stop)
+
+    def _validate(self, feed: Feed, stop: StopRequest) -> None:
         """The loss on each validation set."""
         losses = {}
-        with self.reporter.not_training():
-            for number, (name, _) in enumerate(validation_sets(self.config)):
-                steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
-                losses[name] = evaluate(self.model.wrapped, steps, topology=self.topology).mean
+        for number, (name, _) in enumerate(validation_sets(self.config)):
+            steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
+            until_asked = takewhile(lambda _: not stop.is_asked(), steps)
+            losses[name] = evaluate(self.model.wrapped, until_asked, topology=self.topology).mean
+            if stop.is_asked():
+                log_rank_0(f"the validation after step {self.state.step} was left at a signal; it has no loss")
+                return
         self.reporter.validation(self.state, losses)
         not_finite.describe_validation(losses, self.state)
 

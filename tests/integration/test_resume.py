@@ -6,6 +6,8 @@ That a run which goes on equals one that was never interrupted is shown for ever
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 
 from megatron_vl.checkpoint import store
 from megatron_vl.config.schema import CheckpointConfig, RunConfig
+from tests.helpers.listening import heard
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
-from tests.helpers.ranks import RankError, RankPools
+from tests.helpers.ranks import RankError, RankPools, Start
 from tests.helpers.tiny import tiny_config
 from tests.integration.running import RunRecord, train_on_rank
 
@@ -138,3 +141,37 @@ def test_a_checkpoint_of_another_model_is_refused(ranks: RankPools, prefix: str,
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, language=language))
     with pytest.raises(RankError, match="language.num_layers is 4 in the checkpoint and 2 in this run"):
         _train(ranks, 1, config)
+
+
+def _train_and_listen(start: Start, config: RunConfig, level: int) -> list[str]:
+    with heard(level) as messages:
+        train_on_rank(start, config)
+    return messages
+
+
+def test_moments_that_a_resume_drops_are_told_of(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    save = {"save": str(tmp_path), "auto_resume": True}
+    _train(ranks, 1, _config(prefix, steps=1, checkpoint=save))
+    for steps, told in ((2, 1), (3, 0)):
+        config = _config(prefix, steps=steps, checkpoint=save, training={"freeze_vision": True})
+        (warnings,) = ranks(1).run(_train_and_listen, config, logging.WARNING)
+        assert len(warnings) == told
+        said = r"MOMENTS DROPPED: \d+ tensors of vision trained before .*iter_0000001 and are frozen now"
+        assert all(re.match(said, warning) for warning in warnings)
+
+
+def test_a_run_without_a_save_directory_says_twice_that_it_is_lost(ranks: RankPools, prefix: str) -> None:
+    (warnings,) = ranks(1).run(_train_and_listen, _config(prefix, steps=2), logging.WARNING)
+    assert [line for line in warnings if set(line) != {"!"}] == [
+        "THE 2 STEPS OF THIS RUN WILL BE LOST: --save names no directory, so no checkpoint is written",
+        "WHAT THIS RUN HAS TRAINED IS LOST: --save names no directory, so no checkpoint is written",
+    ]
+
+
+def test_a_run_with_nothing_left_to_do_says_so(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
+    save = {"save": str(tmp_path), "auto_resume": True}
+    _train(ranks, 1, _config(prefix, steps=2, checkpoint=save))
+    for steps in (2, 1):
+        (messages,) = ranks(1).run(_train_and_listen, _config(prefix, steps=steps, checkpoint=save), logging.INFO)
+        assert f"nothing left to do: step 2 is done, and --train-iters is {steps}" in messages
+    assert store.steps_in(tmp_path) == [2]

@@ -25,6 +25,30 @@ TRAIN = ["tools/train.py"]
 OURS = ["tools/torchrun.py", "--standalone", "--nproc-per-node"]
 THEIRS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 PATIENCE_S = 240
+SLOW_SET_UP = """
+import ctypes, sys
+from megatron_vl.cli import train
+from megatron_vl.training import trainer
+def wait(config, topology):
+    print("setting up", flush=True)
+    while True:
+        ctypes.CDLL(None).sleep(1000)  # in a library: Python runs no handler there
+trainer.find_source = wait
+sys.exit(train.main())
+"""
+SLOW_VALIDATION = """
+import sys, time
+from megatron_vl.cli import train
+from megatron_vl.training import step
+plain = step.forward_backward
+def slow(*args, forward_only, **kwargs):
+    if forward_only:
+        print("validating", flush=True)
+        time.sleep(0.5)
+    return plain(*args, forward_only=forward_only, **kwargs)
+step.forward_backward = slow
+sys.exit(train.main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +59,11 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Running:
     """A training in a session of its own."""
 
-    def __init__(self, command: list[str], folder: Path, prefix: str, **training: Any) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, prefix: str, *, valid: bool = False, **training: Any
+    ) -> None:
         config = tiny_config(
-            data={"data_path": (prefix,), "seq_length": SEQ_LENGTH},
+            data={"data_path": (prefix,), "seq_length": SEQ_LENGTH, "valid_data_path": (prefix,) if valid else ()},
             training={"train_iters": 10**6, "micro_batch_size": 1, "global_batch_size": 2} | training,
             optimizer={"lr": 1e-5, "min_lr": 1e-5},
             logging={"log_interval": 1, "progress": False},
@@ -124,6 +150,47 @@ def test_a_signal_saves_and_ends(start: Start, command: list[str], number: int, 
     assert log.count(f"stopping after step {step}: {reason}") == 1
     if status != 1:  # torchrun has a traceback of its own
         assert "Traceback" not in log
+
+
+def test_a_sigterm_before_the_first_step_ends_at_once_and_is_recorded(start: Start) -> None:
+    """While the run is set up: it holds the directory and waits, as for a large checkpoint or a rank that is gone."""
+    run = start(["-c", SLOW_SET_UP])
+    run.wait_for(lambda log: "setting up" in log)
+    run.process.send_signal(signal.SIGTERM)
+    log = run.end()
+    assert run.process.returncode == 75 and "Traceback" not in log, log
+    expected = {"exit_status": 75, "step": None, "reason": "SIGTERM before the first step"}
+    assert expected.items() <= _last_run(run).items()
+    assert not store.steps_in(run.save)
+
+
+def test_a_sigterm_in_a_validation_saves_before_its_end(start: Start, prefix: str) -> None:
+    """A scheduler's notice may be shorter than a validation."""
+    run = start(["-c", SLOW_VALIDATION], eval_interval=2, train_iters=4, valid=True)
+    run.wait_for(lambda log: log.count("validating") >= 3)
+    run.process.send_signal(signal.SIGTERM)
+    log = run.end()
+    assert run.process.returncode == 75 and "Traceback" not in log, log
+    assert store.steps_in(run.save) == [2] and "the validation after step 2 was left at a signal" in log
+    assert log.count("validating") < 20 and "validation loss" not in log
+
+
+def test_a_refusal_is_recorded_in_place_of_the_end_before(start: Start) -> None:
+    """torchrun's status does not tell it from a death, and the last one would have the run started again for ever."""
+    run = start(TRAIN)
+    run.wait_for(_trains)
+    run.process.send_signal(signal.SIGTERM)
+    run.end()
+    assert _last_run(run)["exit_status"] == 75
+    (step,) = store.steps_in(run.save)
+    (store.directory_of(run.save, step) / "state.json").write_text("{}")
+    for later in ({"global_batch_size": 3, "micro_batch_size": 2}, {}):
+        refused = start(TRAIN, **later)
+        log = refused.end()
+        assert refused.process.returncode == 2, log
+        last = _last_run(run)
+        assert (last["exit_status"], last["meaning"], last["step"]) == (2, "user_error", None)
+        assert last["reason"].splitlines()[0] in log
 
 
 def test_a_second_ctrl_c_ends_at_once(start: Start) -> None:
