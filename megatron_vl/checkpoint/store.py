@@ -38,6 +38,8 @@ from megatron_vl.log import log_rank_0
 CONFIG = "config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+"""Held in a directory of checkpoints by who saves there."""
 FORMAT_VERSION = 1
 _DIGEST = "digest"
 _THREADS = 4

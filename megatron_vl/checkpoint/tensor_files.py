@@ -156,10 +156,22 @@ def _index_archive(file: Path) -> dict[str, StoredTensor]:
         raise ConversionError(
             f"{file}: no archive of torch.save (truncated, or written by torch before 1.6); download it again"
         )
+    _check_archive(file)
     content = _unpickle(file, str(file))
     if not isinstance(content, dict):
         raise ConversionError(f"{file}: holds a {type(content).__name__}; expected tensors by name")
     return {_name(name, file): _stored(name, tensor, file) for name, tensor in content.items()}
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse archives whose bytes are not the tensors': compressed ones, and those of a big-endian machine."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        orders = {archive.read(record) for record in records if record.filename.endswith("/byteorder")}
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or orders - {b"little"}:
+        raise ConversionError(
+            f"{file}: is compressed, or was written by a big-endian machine; load it with torch and save it again here"
+        )
 
 
 def _name(name: object, file: Path) -> str:

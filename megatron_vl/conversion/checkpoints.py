@@ -7,17 +7,19 @@ what a checkpoint holds; its tensors come from the model that is converted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vl.checkpoint import contents
+from megatron_vl import folder_lock
+from megatron_vl.checkpoint import contents, store
 from megatron_vl.checkpoint.streaming import StreamingStrategy
 from megatron_vl.config.schema import RunConfig, TrainingConfig
 from megatron_vl.conversion.convert import ConvertedModel
+from megatron_vl.errors import CheckpointError, FolderInUseError
 from megatron_vl.model.build import build_on_meta
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.vocabulary import padded_vocab_size
@@ -47,14 +49,27 @@ def write_checkpoint(
     config = RunConfig(model=converted.model, training=TrainingConfig(bf16=bf16))
     new = not root.exists()
     try:
-        with Topology(config.parallel) as topology:
+        with _held(root), Topology(config.parallel) as topology:
             trained = contents.Trained([build_on_meta(config, topology)], None, StreamingStrategy(read))
             return contents.save(trained, {"step": 0}, config=config, topology=topology, root=root)
     except BaseException:
         if new:
             with contextlib.suppress(OSError):
+                (root / store.LOCK).unlink(missing_ok=True)
                 root.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """Keep others from the directory: a save there removes what a save before it has left unfinished."""
+    try:
+        with folder_lock.hold(root, store.LOCK):
+            yield
+    except FolderInUseError as holder:
+        raise CheckpointError(
+            f"{root}: a training or another import saves there ({holder}); wait for it, or choose another directory"
+        ) from holder
 
 
 def _pad_vocabulary(tensor: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ def export_folder(
             use.
     """
     options = options or ExportOptions()
+    reference = _reference_config(model, options)
     entries = {entry.spec.name: entry for entry in correspondences(model)}
     check_names(state, set(entries), where="the model", what="its configuration")
     for name in entries:
@@ -172,7 +173,7 @@ def export_folder(
                     progress(tensor.nbytes)
             del tensors, tensor
         dtype = str(state.dtype(_DTYPE_FROM)).removeprefix("torch.")
-        writer.add_json("config.json", hf_config(model, dtype, _reference_config(options.reference)))
+        writer.add_json("config.json", hf_config(model, dtype, reference))
     return sum(tensor.num_bytes for tensor in plan)
 
 
@@ -231,8 +232,25 @@ def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOpt
     writer.add_json("generation_config.json", generation_config(model, options.release))
 
 
-def _reference_config(reference: Path | None) -> dict[str, object] | None:
-    return None if reference is None else read_json(reference / "config.json")
+def _reference_config(model: ModelConfig, options: ExportOptions) -> dict[str, object] | None:
+    """The settings of the reference, which must be of this kind of model, and its tokenizer of this vocabulary.
+
+    Raises:
+        ConversionError: the folder would describe another model, or come with the tokenizer of one.
+    """
+    if options.reference is None:
+        return None
+    file = options.reference / "config.json"
+    content = read_json(file)
+    found = model_config(content, str(file)).num_ranks
+    if found != model.num_ranks and options.vocab_file is None:
+        raise ConversionError(
+            f"{file}: its image_start_id implies {found} byte-pair ranks, and the model has {model.num_ranks}: its "
+            "tokenizer is not the model's. Give --vocab-file, or the folder that was imported"
+        )
+    if "quantization_config" in content:
+        raise ConversionError(f"{file}: describes quantized weights; give the folder that was imported")
+    return content
 
 
 def _check_stored(stored: Mapping[str, StoredTensor], model: ModelConfig, folder: Path) -> None:

@@ -55,16 +55,18 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
         ConversionError: no weights, an index that points outside of the folder, or shards and index that
             disagree.
     """
-    for file_format, stem in _STEMS.items():
-        suffix = f"{stem}.{file_format}"
-        index_file, single = folder / f"{suffix}.index.json", folder / suffix
-        if index_file.is_file():
-            return _read_shards(folder, index_file)
-        if single.is_file():
-            return index_shard(single)
-    raise ConversionError(
-        f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or one of them + .index.json"
-    )
+    names = [f"{stem}.{file_format}{end}" for file_format, stem in _STEMS.items() for end in ("", ".index.json")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise ConversionError(
+            f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or one of them + .index.json"
+        )
+    if len(found) > 1:
+        raise ConversionError(
+            f"{folder}: holds weights more than once: {' and '.join(path.name for path in found)}; keep those that you "
+            "mean, and move the others away"
+        )
+    return _read_shards(folder, found[0]) if found[0].suffix == ".json" else index_shard(found[0])
 
 
 def _read_shards(folder: Path, index_file: Path) -> dict[str, StoredTensor]:
@@ -112,7 +114,9 @@ class FolderWriter:
         """``folder`` must not exist, or be empty. ``tensors`` are what :meth:`add_tensor` will be given, in order."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")
-        self._folder = folder
+        self._folder = folder.resolve()  # a link cannot be replaced by a folder
+        if self._folder.is_mount():
+            raise ConversionError(f"{folder}: is a mount point, which cannot be replaced; choose a folder within it")
         self._format: FileFormat = file_format
         self._shards = plan_shards(tensors, max_shard_bytes)
         self._next = (0, 0)
@@ -121,7 +125,7 @@ class FolderWriter:
         self._temporary = folder
 
     def __enter__(self) -> Self:
-        parent = self._folder.absolute().parent
+        parent = self._folder.parent
         parent.mkdir(parents=True, exist_ok=True)
         self._temporary = parent / f".{self._folder.name}.partial-{uuid.uuid4().hex[:8]}"
         self._temporary.mkdir()
@@ -176,7 +180,7 @@ class FolderWriter:
         for path in [*self._temporary.iterdir(), self._temporary]:
             _flush_to_disk(path)
         self._temporary.rename(self._folder)
-        _flush_to_disk(self._folder.absolute().parent)
+        _flush_to_disk(self._folder.parent)
 
 
 def _flush_to_disk(path: Path) -> None:

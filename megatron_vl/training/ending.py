@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl import folder_lock, machine_errors
+from megatron_vl.checkpoint import store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ExitStatus, FolderInUseError, MegatronVLError, PeerError
 from megatron_vl.log import log_rank_0
@@ -23,8 +24,6 @@ if TYPE_CHECKING:  # a refusal does without torch
     from megatron_vl.parallel.topology import Topology
 
 NAME = "last_run.json"
-LOCK = ".lock"
-"""Held in the save directory by the run that saves there."""
 
 
 def warn_of_loss(config: RunConfig, state: TrainState) -> None:
@@ -71,7 +70,7 @@ def recording_refusals(config: RunConfig, rank: int) -> Iterator[None]:
     except MegatronVLError as error:
         root = Path(config.checkpoint.save or "")
         if rank == 0 and config.checkpoint.save and root.is_dir():
-            with contextlib.suppress(FolderInUseError, OSError), folder_lock.hold(root, LOCK):
+            with contextlib.suppress(FolderInUseError, OSError), folder_lock.hold(root, store.LOCK):
                 _write(config, error.exit_status, step=None, reason=str(error))
         raise
 

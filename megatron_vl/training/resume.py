@@ -24,7 +24,6 @@ from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.parameters import model_tensors, trains
 from megatron_vl.training import not_finite
-from megatron_vl.training.ending import LOCK
 from megatron_vl.training.parallel_model import ParallelModel
 from megatron_vl.training.start import Start, choose_start
 from megatron_vl.training.state import TrainState
@@ -69,7 +68,7 @@ def hold_save_directory(config: RunConfig) -> Iterator[None]:
 
 def _hold(root: Path, held: ExitStack) -> None:
     try:
-        held.enter_context(folder_lock.hold(root, LOCK))
+        held.enter_context(folder_lock.hold(root, store.LOCK))
     except FolderInUseError as holder:
         raise CheckpointError(
             f"checkpoint.save: another training saves to {root} ({holder}): wait for it, end it, or choose another "

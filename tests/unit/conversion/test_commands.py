@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vl import folder_lock
+from megatron_vl.checkpoint import store
 from megatron_vl.cli.convert import main
 from megatron_vl.conversion.convert import export_folder, import_folder
 
@@ -57,16 +59,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import ckpt_start --vision open_clip.bin",
         "import odd ckpt_odd",
         "export ckpt_odd/iter_0000000 hf_odd",
+        "import odd ckpt_busy",
     ]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        input="\n".join(commands),
-        cwd=directory,
-        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with folder_lock.hold(directory / "ckpt_busy", store.LOCK):  # as a training does
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT],
+            input="\n".join(commands),
+            cwd=directory,
+            env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     (directory / "output").write_text(run.stdout)
     (directory / "errors").write_text(run.stderr)
     return directory
@@ -78,6 +82,7 @@ def test_every_command_ends_as_it_should(workplace: Path) -> None:
         *["exit 0"] * 4,
         *["exit 2"] * 6,
         *["exit 0"] * 2,
+        "exit 2",
     ], (workplace / "errors").read_text()
     assert "parameters                                      4,284,416" in lines
 
@@ -91,13 +96,15 @@ def test_errors_name_the_place(workplace: Path) -> None:
         "nowhere",
         "nan/model.safetensors:",
         "import",
+        "ckpt_busy:",
     ]
 
 
 def test_nothing_half_written_is_left(workplace: Path) -> None:
     assert {path.name for path in workplace.iterdir()} == {
-        *("odd", "damaged", "nan", "ckpt", "hf", "ckpt_odd", "hf_odd", "output", "errors"),
+        *("odd", "damaged", "nan", "ckpt", "hf", "ckpt_odd", "hf_odd", "ckpt_busy", "output", "errors"),
     }
+    assert [path.name for path in (workplace / "ckpt_busy").iterdir()] == [store.LOCK]
 
 
 def test_golden_through_a_checkpoint(workplace: Path, golden_tensors: dict[str, Tensor]) -> None:

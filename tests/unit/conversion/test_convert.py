@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,44 @@ def test_vocabulary_padding_stays_behind(tmp_path: Path) -> None:
     size = sum(tensor.numel() * 2 for tensor in state.values())
     written = (tmp_path / "out/pytorch_model-00001-of-00001.bin").stat().st_size
     assert written < size + 40_000  # views are not written whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True; Qwen-VL has False"),
+        ({"visual": None}, "no section 'visual'"),
+        ({"quantization_config": {"bits": 4}}, "describes quantized weights"),
+        ("fewer ranks", "its tokenizer is not the model's"),
+    ],
+)
+def test_a_reference_of_another_model_is_refused(
+    golden: ImportedModel, tmp_path: Path, changes: Any, message: str
+) -> None:
+    config = json.loads((GOLDEN / "config.json").read_text())
+    if changes == "fewer ranks":
+        changes = {"visual": config["visual"] | {"image_start_id": config["visual"]["image_start_id"] - 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConversionError, match=message):
+        export_folder(golden, golden.model, tmp_path / "hf", options=ExportOptions(reference=tmp_path))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_goes_where_a_link_leads(
+    golden: ImportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("disk", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export_folder(golden, golden.model, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    export_folder(golden, golden.model, Path("."))
+    for name in ("disk", "here", "link"):
+        assert len(import_folder(tmp_path / name)) == len(golden)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "here", "link"]
+    with pytest.raises(ConversionError, match="is a mount point"), monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+        export_folder(golden, golden.model, tmp_path / "mounted")
 
 
 def test_reference_and_tokenizer_files_come_along(golden: ImportedModel, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,32 @@ class Evil:
 def test_nothing_is_executed(folder: Path) -> None:
     resave(folder, lambda tensors: tensors.update({"transformer.ln_f.weight": Evil()}))
     with pytest.raises(ConversionError, match=r"pytorch_model.bin: refused \(Weights only load failed"):
+        import_folder(folder)
+
+
+def rewrite(file: Path, *, compression: int, byteorder: bytes) -> None:
+    """Write an archive again, with the bytes of its tensors as they are."""
+    with zipfile.ZipFile(file) as old:
+        records = {record.filename: old.read(record) for record in old.infolist()}
+    with zipfile.ZipFile(file, "w", compression) as new:
+        for name, content in records.items():
+            new.writestr(name, byteorder if name.endswith("/byteorder") else content)
+
+
+@pytest.mark.parametrize(
+    ("compression", "byteorder"), [(zipfile.ZIP_DEFLATED, b"little"), (zipfile.ZIP_STORED, b"big")]
+)
+def test_archives_whose_bytes_are_not_the_tensors(folder: Path, compression: int, byteorder: bytes) -> None:
+    rewrite(folder / "pytorch_model-00001-of-00002.bin", compression=compression, byteorder=byteorder)
+    with pytest.raises(ConversionError, match="is compressed, or was written by a big-endian machine"):
+        import_folder(folder)
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_weights_that_are_there_twice(folder: Path, other: str) -> None:
+    """Which of them is meant, nobody knows: what other programs read first is not what was written last."""
+    (folder / other).write_bytes(b"older or newer")
+    with pytest.raises(ConversionError, match=f"holds weights more than once: .*{other}.*keep those that you mean"):
         import_folder(folder)
 
 
