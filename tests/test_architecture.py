@@ -208,7 +208,7 @@ def test_print_only_in_log() -> None:
     [
         # The CPU platform patches how groups are made; nobody but the topology asks for one.
         (r"(^|\.)parallel_state(\.|$)", ("parallel/topology.py", "backends/cpu.py")),
-        (r"(^|\.)transformer_engine(\.|$)", ("backends/te.py",)),
+        (r"(^|\.)transformer_engine(\.|$)", ("backends/te.py",)),  # presence.py asks by name
     ],
 )
 def test_imported_in_few_places_only(pattern: str, homes: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ and has loaded torch's compiler for it: a third of the time that a training take
 
 from __future__ import annotations
 
-from megatron_vl.backends import core, cpu
+from megatron_vl.backends import core, cpu, presence
 
 
 def prepare_process() -> None:
@@ -15,5 +15,6 @@ def prepare_process() -> None:
     Raises:
         ConfigError: there is no CUDA, and Megatron-Core has another version than the CPU platform knows.
     """
+    presence.hide_broken_transformer_engine()
     cpu.install()
     core.install()

@@ -127,7 +127,6 @@ def _import(options: argparse.Namespace) -> None:
 
 def _open_import(options: argparse.Namespace) -> ConvertedModel:
     from megatron_vl.conversion.convert import import_folder
-    from megatron_vl.conversion.starting_point import StartOptions, starting_model
 
     parts = (options.vision, options.language)
     if options.folder is not None and parts == (None, None):
@@ -136,6 +135,11 @@ def _open_import(options: argparse.Namespace) -> ConvertedModel:
         raise ConversionError(
             "import takes either HF_DIR, a folder of Qwen-VL, or both --vision and --language"
         )
+    from megatron_vl.backends.platform import prepare_process
+
+    prepare_process()
+    from megatron_vl.conversion.starting_point import StartOptions, starting_model
+
     start = StartOptions(
         vision_heads=options.vision_heads,
         num_queries=options.num_queries,
