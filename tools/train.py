@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_vl.cli.train import main
+from megatron_vl.cli.start import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("train"))

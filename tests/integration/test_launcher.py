@@ -67,7 +67,8 @@ def checkout(tmp_path: Path) -> Path:
     command.mkdir(parents=True)
     (command / "train.py").write_text(STAND_IN, encoding="utf-8")
     (tmp_path / "tools").mkdir()
-    for name in ("tools/torchrun", *(f"megatron_vl/{part}" for part in ("errors", "launch", "log", "cli/torchrun"))):
+    parts = ("errors", "launch", "log", "cli/start", "cli/torchrun")
+    for name in ("tools/torchrun", *(f"megatron_vl/{part}" for part in parts)):
         shutil.copy(ROOT / f"{name}.py", tmp_path / f"{name}.py")
     (tmp_path / "seen").mkdir()
     return tmp_path

@@ -46,3 +46,23 @@ def test_a_full_disk_is_a_line_and_a_bug_a_traceback(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "error: out.json: No space left on device\n"
     with pytest.raises(ValueError, match="bug"):
         exit_status(lambda: fail(ValueError("bug")))
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupts:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith("megatron_vl.cli.") and name != "megatron_vl.cli.start":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_while_a_command_is_imported_is_a_line(tool: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, f"tools/{tool}"]
+    done = subprocess.run(command, cwd=ROOT, env=ASCII, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (ExitStatus.INTERRUPTED, "", "interrupted\n")

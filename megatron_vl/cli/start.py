@@ -1,0 +1,18 @@
+"""The first line of every tool: its command is imported here, so that Ctrl-C before it is there is one line as well."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+_INTERRUPTED = 130  # ExitStatus.INTERRUPTED, which may not be imported yet
+
+
+def run(command: str) -> int:
+    """Run a module of this package; returns its exit status."""
+    try:
+        status: int = importlib.import_module(f"megatron_vl.cli.{command}").main()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return _INTERRUPTED
+    return status
