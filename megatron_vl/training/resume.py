@@ -9,6 +9,7 @@ a shared disk at different moments decide alike.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from megatron_vl.checkpoint.verification import Verified, choose_together, on_ra
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError, FolderInUseError
 from megatron_vl.log import log_rank_0
+from megatron_vl.parallel.agreement import by_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.parameters import model_tensors, trains
 from megatron_vl.training import not_finite
 from megatron_vl.training.parallel_model import ParallelModel
-from megatron_vl.training.start import Start, choose_start
+from megatron_vl.training.start import Start, as_state, choose_start
 from megatron_vl.training.state import TrainState
 
 
@@ -57,12 +59,14 @@ def hold_save_directory(config: RunConfig) -> Iterator[None]:
     """Make the save directory and hold it on rank 0, so that no second training writes to it meanwhile.
 
     Raises:
-        CheckpointError: on all ranks, another training holds it, or it cannot be made or written to.
+        CheckpointError: on all ranks, another training holds it, it cannot be made or written to, or some ranks do not
+            see it.
     """
     save = config.checkpoint.save
     with ExitStack() as held:
         if save:
             on_rank_0(lambda: _hold(Path(save), held))
+            _check_seen_by_all(Path(save))
         yield
 
 
@@ -81,6 +85,28 @@ def _hold(root: Path, held: ExitStack) -> None:
         ) from error
 
 
+def _check_seen_by_all(root: Path) -> None:
+    """Refuse a directory that is another one on another machine: the first save would fail, after hours.
+
+    The file to look for has a name that no machine has looked for before and remembers as absent.
+    """
+    mark: str = on_rank_0(lambda: _leave_mark(root))
+    seen = by_all((root / mark).is_file)
+    on_rank_0(lambda: (root / mark).unlink(missing_ok=True))
+    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+        named = ", ".join(map(str, blind[:8])) + (", ..." if len(blind) > 8 else "")
+        raise CheckpointError(
+            f"checkpoint.save: {root} is not the same directory to ranks {named} as to rank 0: every rank writes a "
+            "part of a checkpoint, so give a directory of a file system that all machines share"
+        )
+
+
+def _leave_mark(root: Path) -> str:
+    mark = root / f".seen-{uuid.uuid4().hex[:8]}"
+    mark.touch()
+    return mark.name
+
+
 def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:
     """Load what a source says into the model and its optimizer; where the run stands then."""
     trained = contents.Trained(model.chunks, model.optimizer if source.comes_with.optimizer else None)
@@ -93,7 +119,7 @@ def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topo
         _warn_of_dropped_moments(config, source.checkpoint.path)
     not_finite.check_loaded(model, topology, source.checkpoint.path)
     log_rank_0(f"loaded {source.checkpoint.path}" + ("" if source.comes_with.progress else " (weights only)"))
-    return TrainState(**progress) if source.comes_with.progress else TrainState()
+    return as_state(progress, source.checkpoint.path) if source.comes_with.progress else TrainState()
 
 
 def _warn_of_dropped_moments(config: RunConfig, checkpoint: Path) -> None:

@@ -8,8 +8,9 @@ it is loaded (``resume.py``).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_vl.checkpoint import store
 from megatron_vl.checkpoint.same_model import check_same_model
@@ -101,9 +102,26 @@ def _check_checkpoint(start: Start, config: RunConfig) -> TrainState:
     checkpoint = store.resolve(start.path)
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     try:
-        return TrainState(**json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        progress = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{checkpoint / 'state.json'}: cannot be read ({error})") from error
+    return as_state(progress, checkpoint)
+
+
+def as_state(progress: dict[str, Any], checkpoint: Path) -> TrainState:
+    """The progress that a checkpoint holds.
+
+    Raises:
+        CheckpointError: it says what this version does not know.
+    """
+    try:
+        return TrainState(**progress)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(TrainState))
+        raise CheckpointError(
+            f"{checkpoint / 'state.json'}: written by another version of megatron_vl, which knows more or other things "
+            f"than {known} ({error}): go on with that version, or from the weights alone with --pretrained-checkpoint"
+        ) from error
 
 
 def check_nothing_later(state: TrainState, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""What ``--check`` refuses of a checkpoint, from its small files and without torch."""
+"""What ``--check`` refuses of a checkpoint, from its small files and without torch, and what ranks refuse first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 from megatron_vl.checkpoint import store
 from megatron_vl.config.load import dump_config
 from megatron_vl.config.presets import PRESETS
-from megatron_vl.config.schema import CheckpointConfig, RunConfig
+from megatron_vl.config.schema import CheckpointConfig, ParallelConfig, RunConfig
 from megatron_vl.errors import CheckpointError
+from megatron_vl.training.resume import hold_save_directory
 from megatron_vl.training.start import check_start, choose_start
+from tests.helpers.ranks import RankPools, Start
 
 TINY = RunConfig(model=PRESETS["tiny"])
 ROWS = "0123456789ab"
@@ -88,3 +90,29 @@ def test_auto_resume_leaves_a_damaged_newest_checkpoint_to_the_run(tmp_path: Pat
     _check(save=str(tmp_path), auto_resume=True)
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
         _check(load=str(newest))
+
+
+def test_progress_of_another_version_is_refused(tmp_path: Path) -> None:
+    """It is no damage: --auto-resume must not go back behind it."""
+    path = _commit(tmp_path, 5, state={"step": 5, "data": ROWS, "invented_later": 1})
+    for flags in ({"load": str(path)}, {"save": str(tmp_path), "auto_resume": True}):
+        with pytest.raises(CheckpointError, match=r"state\.json: written by another version .*invented_later"):
+            _check(**flags)
+
+
+def _hold(start: Start, folder: Path, own: bool) -> str:
+    """Hold a save directory that each rank sees in its own folder, or in one for all."""
+    with start.topology(ParallelConfig()) as topology:
+        mine = folder / str(topology.rank) if own else folder / "all"
+        try:
+            with hold_save_directory(dataclasses.replace(TINY, checkpoint=CheckpointConfig(save=str(mine)))):
+                return sorted(path.name for path in mine.iterdir())[0]
+        except CheckpointError as error:
+            return str(error)
+
+
+def test_a_save_directory_that_machines_do_not_share_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    assert ranks(2).run(_hold, tmp_path, False) == [".lock", ".lock"]
+    for told in ranks(2).run(_hold, tmp_path, True):
+        assert "is not the same directory to ranks 1 as to rank 0" in told
+    assert [path.name for path in (tmp_path / "0").iterdir()] == [".lock"]
