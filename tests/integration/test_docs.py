@@ -190,7 +190,7 @@ def test_flags_in_the_text_exist(page: Path, outcomes: dict[str, Outcome]) -> No
     known = "".join(outcomes[f"python {tool} --help"].output for tool in TOOLS)
     known += "".join(outcomes[command.help].output for command in COMMANDS if command.help)
     known += " --all --smoke --output --release --format --reference --vocab-file --vision --language --no-deps "
-    known += " --resize_mode --save_additional_columns --kill-on-bad-exit "  # img2dataset's, srun's
+    known += " --resize_mode --save_additional_columns --kill-on-bad-exit --max-restarts "  # not our flags
     named = re.findall(r"(--[a-z][\w-]+)", " ".join(re.findall(r"`([^`\n]+)`", prose(page))))
     assert {flag for flag in named if not re.search(rf"{flag}\b(?!-)", known)} == set()
 
