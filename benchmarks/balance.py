@@ -26,10 +26,10 @@ from measure import Row, Spread, Times, compare, describe_machine, take_turns, w
 from stream import IMAGE, ROW, check_stream, make_stream
 
 from megatron_vl.config.schema import RunConfig, TrainingConfig
-from megatron_vl.data.balance import deal, row_costs, split
-from megatron_vl.data.blend import Blend
-from megatron_vl.data.packing import IntArray, PackLimits, pack
-from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.dataset.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.loading.balance import deal, row_costs, split
+from megatron_vl.data.loading.blend import Blend
+from megatron_vl.data.prepare.packing import IntArray, PackLimits, pack
 from megatron_vl.planning.flops import FrozenParts, Work, image_cost, step_flops
 
 MICRO_BATCHES = 16

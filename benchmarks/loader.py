@@ -49,10 +49,10 @@ from loader_peers.reading import IMAGE_SIZE, to_float
 from measure import Row, Spread, describe_machine, ratios, write_rows
 from PIL import Image
 
-from megatron_vl.data.indexed import IndexedFile, write_index
-from megatron_vl.data.manifest import HASHES, FileEntry, read_manifest, write_manifest
-from megatron_vl.data.prepare import prepare
-from megatron_vl.data.recipe import load_recipe
+from megatron_vl.data.dataset.indexed import IndexedFile, write_index
+from megatron_vl.data.dataset.manifest import HASHES, FileEntry, read_manifest, write_manifest
+from megatron_vl.data.prepare.job import prepare
+from megatron_vl.data.prepare.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
 READERS = HERE / "loader_peers"
@@ -199,7 +199,8 @@ def _environment(folder: Path, name: str) -> str:
         torch_pin = f"torch=={torch.__version__.partition('+')[0]}"
         _run([str(python), "-m", "pip", "install", "--quiet", torch_pin])
         _run([str(python), "-m", "pip", "install", "--quiet", torch_pin, *pins, COMPILER, PACKAGES[name]])
-    _run([str(python), "-c", "from megatron_vl.data.resize import compiled_resize; compiled_resize()"])  # is kept
+    compile_once = "from megatron_vl.data.images.resize import compiled_resize; compiled_resize()"
+    _run([str(python), "-c", compile_once])  # is kept
     return str(python)
 
 

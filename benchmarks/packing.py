@@ -2,10 +2,10 @@
 
     python benchmarks/packing.py [--samples 1000000 3000000 10000000] [--turns 5] [--json FILE] [--smoke]
 
-What is timed is ``pack`` of ``megatron_vl/data/packing.py`` with everything that it returns: the row and the place of
-every sample and of every piece of a text document. The references only count their rows, and keep text documents
-whole. Before anything is timed, the packing of the largest stream is checked: every sample once, every token of a
-document once, no row above its limits. All run on one core; next to wall-clock time stands the CPU time.
+What is timed is ``pack`` of ``megatron_vl/data/prepare/packing.py`` with everything that it returns: the row and the
+place of every sample and of every piece of a text document. The references only count their rows, and keep text
+documents whole. Before anything is timed, the packing of the largest stream is checked: every sample once, every
+token of a document once, no row above its limits. All run on one core; next to wall-clock time stands the CPU time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 from measure import Row, Spread, Times, compare, describe_machine, take_turns, write_rows
 from stream import ROW, check_stream, fill, first_fit_decreasing, make_stream, next_fit
 
-from megatron_vl.data.packing import Items, Packing, PackLimits, pack, pack_by_group
-from megatron_vl.data.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.dataset.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.prepare.packing import Items, Packing, PackLimits, pack, pack_by_group
 
 LIMITS = PackLimits(ROW, MAX_IMAGES_PER_ROW)
 MAX_SECONDS = 5.0

@@ -20,8 +20,8 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from megatron_vl.config.schema import ModelConfig
-from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.pixels import normalize
+from megatron_vl.data.images.pixels import normalize
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.model.resampler import sincos_positions
 from megatron_vl.model.vision import interpolate_positions
 

@@ -35,13 +35,13 @@ from typing import Any
 from measure import Row, Times, compare, describe_machine, ratios, take_turns, write_rows
 from PIL import Image
 
-from megatron_vl.data.parts import plan_units, write_part
-from megatron_vl.data.pool import Pool, open_pool, this_process
-from megatron_vl.data.prepare import prepare
-from megatron_vl.data.recipe import DataRecipe, load_recipe
+from megatron_vl.data.prepare.job import prepare
+from megatron_vl.data.prepare.parts import plan_units, write_part
+from megatron_vl.data.prepare.recipe import DataRecipe, load_recipe
+from megatron_vl.data.prepare.workers import Pool, open_pool, this_process
+from megatron_vl.data.prompting.tokenize import TokenizeOptions, tokenize_sample
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.tokenize import TokenizeOptions, tokenize_sample
-from megatron_vl.data.tokenizer import QwenTokenizer
 
 GOAL = 1.3
 ROOT = Path(__file__).resolve().parents[1]

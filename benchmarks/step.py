@@ -34,7 +34,7 @@ from megatron_vl.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 
 GOAL = 1.0
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ import heapq
 
 import numpy as np
 
-from megatron_vl.data.packing import IntArray, Items
+from megatron_vl.data.prepare.packing import IntArray, Items
 
 SEED = 1
 ROW = 2048

@@ -35,6 +35,14 @@ ORDER: tuple[tuple[str, ...], ...] = (
 """A package may import what stands in a line above its own, and itself."""
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line}
 
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("sample", "file_kinds"),
+    ("images", "prompting", "formats", "dataset"),
+    ("filters", "sources", "loading", "synthetic"),
+    ("prepare",),
+)
+"""The rooms of ``data``, by the same rule."""
+
 MAX_FILE, MAX_FUNCTION, USUAL_FUNCTION, MAX_PARAMETERS = 400, 80, 50, 5
 
 
@@ -85,7 +93,7 @@ OWN_FILES = modules(PACKAGE, "tools", "examples", "benchmarks", "tests")
 
 
 def package_of(name: str) -> str | None:
-    """``megatron_vl.data.image`` -> ``data``."""
+    """``megatron_vl.data.images.decode`` -> ``data``."""
     parts = name.split(".")
     return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
 
@@ -103,6 +111,41 @@ def test_imports_go_down_the_ranks() -> None:
             if own and other in RANK and other != own and RANK[other] >= RANK[own]:
                 wrong.append(f"{module.where}:{line}: {own} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_imports_of_the_data_rooms_go_down_their_ranks() -> None:
+    rank = {name: rank for rank, line in enumerate(ROOMS) for name in line}
+    wrong = []
+    for module in modules(f"{PACKAGE}/data"):
+        if module.name == f"{PACKAGE}.data":
+            continue
+        own = module.name.split(".")[2]
+        assert own in rank, f"{module.where}: a room without a rank"
+        for name, line in module.imports():
+            parts = name.split(".")
+            other = parts[2] if parts[:2] == [PACKAGE, "data"] else own
+            if other != own and rank[other] >= rank[own]:
+                wrong.append(f"{module.where}:{line}: {own} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_folders_import_each_other_without_cycles() -> None:
+    """A folder and the folders in it are folders of their own."""
+    names = {module.name for module in PACKAGE_MODULES}
+    graph: dict[str, set[str]] = {}
+    for module in PACKAGE_MODULES:
+        own = module.name if module.path.name == "__init__.py" else module.name.rpartition(".")[0]
+        for name, _ in module.imports():
+            found = name if name in names else name.rpartition(".")[0]
+            if found in names and found.startswith(PACKAGE):
+                is_package = (ROOT / Path(*found.split("."))).is_dir()
+                folder = found if is_package else found.rpartition(".")[0]
+                if folder != own:
+                    graph.setdefault(own, set()).add(folder)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_the_package_imports_nothing_that_sits_on_top_of_it() -> None:
@@ -242,7 +285,7 @@ def test_foreign_modules_are_patched_in_three_rooms_only() -> None:
 
 def test_the_environment_is_no_place_for_settings() -> None:
     # What the launcher says, and what a child process is given.
-    homes = {f"{PACKAGE}.{name}" for name in ("launch", "data.decoding", "cli.quickstart.runner")}
+    homes = {f"{PACKAGE}.{name}" for name in ("launch", "data.loading.decode_workers", "cli.quickstart.runner")}
     wrong = [
         f"{module.where}:{node.lineno}"
         for module in PACKAGE_MODULES

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.data.batch import CollateOptions, MicroBatch, collate
+from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
 
 

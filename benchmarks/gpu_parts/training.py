@@ -30,7 +30,7 @@ from megatron_vl.backends.platform import prepare_process
 from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import Flops, FrozenParts, Work, step_flops, training_flops
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model

@@ -9,7 +9,7 @@ from reading import BATCH, IMAGE_SIZE, read_task, report
 
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import DataConfig, RunConfig, TrainingConfig
-from megatron_vl.data.loader import DataShare, RowLoader
+from megatron_vl.data.loading.loader import DataShare, RowLoader
 
 WARM_UP = 400
 """Images of each worker until it uses compiled code, where it can."""

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vl.data.image import to_pixels
-from megatron_vl.data.pixels import IMAGE_MEAN, IMAGE_STD
-from megatron_vl.data.resize import Resize, compiled_resize, resize
+from megatron_vl.data.images.decode import to_pixels
+from megatron_vl.data.images.pixels import IMAGE_MEAN, IMAGE_STD
+from megatron_vl.data.images.resize import Resize, compiled_resize, resize
 
 IMAGE_SIZE = 448
 BATCH = 8

@@ -153,7 +153,7 @@ def _open_import(options: argparse.Namespace) -> ConvertedModel:
 def _export(options: argparse.Namespace) -> None:
     from megatron_vl.checkpoint.tensors import open_checkpoint
     from megatron_vl.conversion.convert import ExportOptions, export_folder
-    from megatron_vl.data.tokenizer import find_vocab_file
+    from megatron_vl.data.prompting.tokenizer import find_vocab_file
 
     vocab_file = None
     if options.vocab_file is not None:

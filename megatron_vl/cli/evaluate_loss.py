@@ -81,7 +81,7 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, A
     """The loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
     from megatron_vl.checkpoint import contents, store
     from megatron_vl.checkpoint.verification import choose_together
-    from megatron_vl.data.manifest import read_manifest
+    from megatron_vl.data.dataset.manifest import read_manifest
     from megatron_vl.model.build import build_model
 
     lengths = {prefix: read_manifest(prefix).seq_length for prefix in options.data_path}

@@ -25,11 +25,11 @@ from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.schema import ModelConfig
-from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM
-from megatron_vl.data.markup import count_images, join_parts, parse_markup
-from megatron_vl.data.prompts import Piece
-from megatron_vl.data.tokenize import encode_pieces
-from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.data.prompting.chat import DEFAULT_SYSTEM
+from megatron_vl.data.prompting.markup import count_images, join_parts, parse_markup
+from megatron_vl.data.prompting.tasks import Piece
+from megatron_vl.data.prompting.tokenize import encode_pieces
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
 from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
@@ -193,7 +193,7 @@ def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, op
     import numpy as np
     import torch
 
-    from megatron_vl.data.pixels import blank_pixels
+    from megatron_vl.data.images.pixels import blank_pixels
     from megatron_vl.generation.engine import Prompt
 
     images = question.content.get("image") or []
@@ -233,7 +233,7 @@ def _chat(question: Question, paths: list[str], encoder: ChatEncoder) -> tuple[t
 
 
 def _pixels(path: Path, image_size: int) -> Any:
-    from megatron_vl.data.image import to_pixels
+    from megatron_vl.data.images.decode import to_pixels
 
     try:
         return to_pixels(path.read_bytes(), image_size)

@@ -13,7 +13,7 @@ from megatron_vl.cli.parser import CommandParser
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
-    from megatron_vl.data.rows import RowStore
+    from megatron_vl.data.dataset.rows import RowStore
 
 _MIN_SIDE = 16
 

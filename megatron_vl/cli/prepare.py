@@ -17,7 +17,7 @@ from megatron_vl.launch import read_launch
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
-    from megatron_vl.data.pool import Pool
+    from megatron_vl.data.prepare.workers import Pool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +80,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     # Imported late, so that --help does not wait for the readers and their libraries.
-    from megatron_vl.data.manifest import verify_files
-    from megatron_vl.data.pool import open_pool
+    from megatron_vl.data.dataset.manifest import verify_files
+    from megatron_vl.data.prepare.workers import open_pool
 
     prefix = output_prefix(options.output, options.recipe)
     if options.workers is not None:
@@ -98,9 +98,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
-    from megatron_vl.data.prepare import prepare
-    from megatron_vl.data.recipe import load_recipe, without_missing
-    from megatron_vl.data.summary import summary_lines, warning_lines
+    from megatron_vl.data.prepare.job import prepare
+    from megatron_vl.data.prepare.recipe import load_recipe, without_missing
+    from megatron_vl.data.prepare.summary import summary_lines, warning_lines
 
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     check_at_least("--limit", options.limit, 1)
-    from megatron_vl.data.recipe import load_recipe
+    from megatron_vl.data.prepare.recipe import load_recipe
     from megatron_vl.evaluation.questions import write_questions
 
     preset = PRESETS[options.model_preset]

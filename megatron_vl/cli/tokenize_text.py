@@ -29,11 +29,11 @@ from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
-from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM, ChatStyle, complete_turns, render_turns
-from megatron_vl.data.markup import IMAGE_TAGS, stray_image_tag
+from megatron_vl.data.prompting.chat import DEFAULT_SYSTEM, ChatStyle, complete_turns, render_turns
+from megatron_vl.data.prompting.markup import IMAGE_TAGS, stray_image_tag
+from megatron_vl.data.prompting.tokenize import encode_pieces, encode_text
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import Turn
-from megatron_vl.data.tokenize import encode_pieces, encode_text
-from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history
 from megatron_vl.log import write_line

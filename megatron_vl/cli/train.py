@@ -91,7 +91,7 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
 
 def _check_files(config: RunConfig, world_size: int, *, cuda: bool) -> None:
     """Refuse what the data sets' manifests and the checkpoint's small files tell, and rows that do not divide."""
-    from megatron_vl.data.plan import DataPlan
+    from megatron_vl.data.loading.plan import DataPlan
     from megatron_vl.training.start import check_start
 
     plan = DataPlan.read(config)
@@ -171,7 +171,7 @@ def _plan_data(config: RunConfig, world_size: int) -> tuple[list[str], RunConfig
     """
     if not config.data.data_path:
         return [], config
-    from megatron_vl.data.plan import DataPlan
+    from megatron_vl.data.loading.plan import DataPlan
 
     try:
         plan = DataPlan.read(config)

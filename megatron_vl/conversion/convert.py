@@ -34,7 +34,7 @@ from megatron_vl.conversion.hf_config import (
 from megatron_vl.conversion.hf_files import FolderWriter, check_names, index_folder, read_json
 from megatron_vl.conversion.qwen_vl import Correspondence, correspondences, hf_shapes
 from megatron_vl.conversion.shards import FileFormat, PlannedTensor
-from megatron_vl.data.tokenizer import read_ranks
+from megatron_vl.data.prompting.tokenizer import read_ranks
 from megatron_vl.errors import ConversionError
 from megatron_vl.planning.parameters import TensorSpec, model_tensors
 

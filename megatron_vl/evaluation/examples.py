@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from megatron_vl.data.image import decode_image
+from megatron_vl.data.images.decode import decode_image
 from megatron_vl.data.sample import Region
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.evaluation.records import Prediction

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.conversion.qwen_vl import correspondences
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.evaluation.forward_inputs import ForwardInputs, idle_batch
 from megatron_vl.model.build import build_model
 from megatron_vl.model.qwen_vl import QwenVL

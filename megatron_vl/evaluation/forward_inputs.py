@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.pixels import blank_pixels
+from megatron_vl.data.images.pixels import blank_pixels
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.errors import DataError
 from megatron_vl.log import log_rank_0
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_vl.data.filters.rules import SampleFilter
-from megatron_vl.data.image import check_image
-from megatron_vl.data.image_check import settle_image
-from megatron_vl.data.markup import parse_markup
-from megatron_vl.data.prompts import END, render, render_prompt
-from megatron_vl.data.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.formats.shard import Skipped
+from megatron_vl.data.images.decode import check_image
+from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.prompting.markup import parse_markup
+from megatron_vl.data.prompting.tasks import END, render, render_prompt
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Skipped, Source
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError, SkipSample
 
 
@@ -124,7 +124,7 @@ def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]
 def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Sample:
     """The sample as preparation stores it; raises SkipSample where that leaves it out."""
     sample = cleaning.apply(sample)
-    images = tuple(settle_image(image, source) for image in sample.images)
+    images = tuple(source.settle(image) for image in sample.images)
     for image in images:
         cleaning.check_image(check_image(image.data))
     return replace(sample, images=images)

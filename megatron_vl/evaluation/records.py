@@ -3,7 +3,7 @@
     run.json                 what was run, on what machine, in which stages     -> RunInfo
     timings.jsonl            one line per attempt at a step                     -> StepTime
     <stage folder>/metrics.jsonl   one line per logged training step            -> TrainingRecord
-    data/<set>.json          packed data sets (:mod:`megatron_vl.data.manifest`)
+    data/<set>.json          packed data sets (:mod:`megatron_vl.data.dataset.manifest`)
     eval/predictions_{sighted,blind}.jsonl                                      -> Prediction
     eval/replies.jsonl       of the model after stage 3, in dialogues           -> Prediction
     eval/losses.json         held-out losses                                    -> HeldOutLoss

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vl.data.manifest import read_manifest
+from megatron_vl.data.dataset.manifest import read_manifest
 from megatron_vl.evaluation.legs import find_legs
 from megatron_vl.evaluation.records import StepTime, TrainingRecord
 

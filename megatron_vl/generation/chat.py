@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_vl.data.chat_prompts import DEFAULT_SYSTEM, open_turn, render_turns, write_prompt
+from megatron_vl.data.prompting.chat import DEFAULT_SYSTEM, open_turn, render_turns, write_prompt
+from megatron_vl.data.prompting.tokenize import encode_pieces
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import Turn
-from megatron_vl.data.tokenize import encode_pieces
-from megatron_vl.data.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError
 
 ChatFormat = Literal["raw", "chatml"]

@@ -1,7 +1,7 @@
 """Grounding text: regions out of what the model wrote, and regions drawn onto an image.
 
 Qwen-VL writes ``<ref>phrase</ref>`` followed by one or more ``<box>(x1,y1),(x2,y2)</box>`` or
-``<quad>(x,y),(x,y),(x,y),(x,y)</quad>``, in the cells of :mod:`megatron_vl.data.coordinates`. A model's text
+``<quad>(x,y),(x,y),(x,y),(x,y)</quad>``, in the cells of :mod:`megatron_vl.data.prompting.coordinates`. A model's text
 is untrusted: parsing never fails. Boxes that cannot be read are left out, tags are dropped from the plain
 text, and swapped corners are kept as they are (they overlap nothing, hence count as wrong).
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vl.data.coordinates import from_cell, parse_cells, parse_points
+from megatron_vl.data.prompting.coordinates import from_cell, parse_cells, parse_points
 from megatron_vl.data.sample import Region
 
 _PAIR = re.compile(r"\(\s*\d{1,3}\s*,\s*\d{1,3}\s*\)\s*,\s*\(\s*\d{1,3}\s*,\s*\d{1,3}\s*\)")

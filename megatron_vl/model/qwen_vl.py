@@ -22,7 +22,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import PackedLine
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.model.context import BuildContext
 from megatron_vl.model.fusion import fuse
 from megatron_vl.model.language import LanguageModel

@@ -21,7 +21,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
-from megatron_vl.data.pixels import normalize
+from megatron_vl.data.images.pixels import normalize
 from megatron_vl.model.context import BuildContext, build_layers, run_layers
 from megatron_vl.model.sharding import ShardedModule
 from megatron_vl.planning.layout import StageLayout

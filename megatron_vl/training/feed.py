@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.loader import DataShare, RowLoader, StepBatch
+from megatron_vl.data.loading.batch import MicroBatch
+from megatron_vl.data.loading.loader import DataShare, RowLoader, StepBatch
 from megatron_vl.parallel.agreement import together
 from megatron_vl.parallel.collectives import share_outlines
 from megatron_vl.parallel.topology import Topology

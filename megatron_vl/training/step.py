@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel
 from megatron_vl.parallel.schedule import run_schedule

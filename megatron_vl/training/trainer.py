@@ -15,8 +15,8 @@ from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.config.validation_sets import validation_sets
-from megatron_vl.data.batch import MicroBatch
-from megatron_vl.data.plan import DataPlan
+from megatron_vl.data.loading.batch import MicroBatch
+from megatron_vl.data.loading.plan import DataPlan
 from megatron_vl.errors import ExitStatus
 from megatron_vl.log import log_rank_0
 from megatron_vl.parallel.agreement import by_rank_0, together

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_vl.cli import prepare, synthetic
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import ParallelConfig, RunConfig
-from megatron_vl.data.plan import DataPlan
+from megatron_vl.data.loading.plan import DataPlan
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from megatron_vl.config.schema import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 
 MODEL = ModelConfig(
     preset="tiny",

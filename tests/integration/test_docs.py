@@ -21,9 +21,9 @@ from subprocess import PIPE
 
 import pytest
 
+from tests.helpers.data.published_grounding import write_downloads
 from tests.integration.documented import ONE_STEP, PAGES, RECIPES, ROOT, Command, documented_commands
 from tests.test_architecture import ORDER
-from tests.unit.data.published_grounding import write_downloads
 from tests.unit.evaluation.fake_run import write_fake_run
 
 COMMANDS = documented_commands()
@@ -231,7 +231,7 @@ def test_sources_have_the_options_of_their_readers() -> None:
 
 
 def test_recipe_keys_and_defaults_are_those_of_the_code() -> None:
-    from megatron_vl.data.recipe import DataRecipe, MixtureOptions, PackOptions
+    from megatron_vl.data.prepare.recipe import DataRecipe, MixtureOptions, PackOptions
 
     documented = {key: cells[0] for cell, cells in column("docs/data.md", "key").items() for key in code(cell)}
     fields = {item.name: item.default for item in dataclasses.fields(DataRecipe)}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from megatron_vl.cli import prepare
 from megatron_vl.cli.inspect_data import main
-from megatron_vl.data.rows import RowStore
+from megatron_vl.data.dataset.rows import RowStore
 from tests.helpers.browser import Visit, needs_chromium, visit
 from tests.unit.evaluation.hostile_data import CAPTIONS, SCRIPT, SOURCE, make_hostile_data_set
 

@@ -9,8 +9,8 @@ import torch
 
 from megatron_vl.cli.generate import main
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.image import to_pixels
-from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.data.images.decode import to_pixels
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import Start

@@ -21,7 +21,7 @@ from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.checkpoints import write_checkpoint
 from megatron_vl.conversion.convert import import_folder
-from megatron_vl.data.batch import CollateOptions, MicroBatch, collate
+from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.evaluation.forward import forward, forward_config, load_chunks, look, outputs_of
 from megatron_vl.evaluation.forward_inputs import ForwardInputs

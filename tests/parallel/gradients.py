@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vl.checkpoint import contents
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model

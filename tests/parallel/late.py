@@ -17,7 +17,7 @@ import torch
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.model.build import build_model
 from megatron_vl.training.step import evaluate
 from tests.helpers.ranks import Start

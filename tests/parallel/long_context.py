@@ -20,7 +20,7 @@ from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.hf_config import hf_config
 from megatron_vl.conversion.qwen_vl import correspondences
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
 from megatron_vl.model.build import build_model
 from megatron_vl.parallel.rng import seed_all

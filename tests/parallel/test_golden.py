@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_vl.conversion.qwen_vl import correspondences
-from megatron_vl.data.image import to_pixels
-from megatron_vl.data.pixels import normalize
+from megatron_vl.data.images.decode import to_pixels
+from megatron_vl.data.images.pixels import normalize
 from megatron_vl.generation.engine import GenerationOptions, Prompt
 from tests.helpers.pieces import whole_tensors
 from tests.helpers.ranks import RankPools

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vl.config.fields import nearest
-from megatron_vl.data.sources.base import as_number
+from megatron_vl.data.formats.values import as_number
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7

@@ -23,26 +23,13 @@ from typing import Any, Literal
 
 from PIL import ImageDraw, ImageFont
 
-from megatron_vl.data.image import decode_image
-from megatron_vl.data.image_check import settle_image
+from megatron_vl.data.formats.image_files import read_bytes, read_image, require_images
+from megatron_vl.data.formats.shard import Shard, Skipped, hash_of_files, range_shards, skipped, slice_of
+from megatron_vl.data.formats.values import Json, clean_text, decode_text, field, is_finite, words_of
+from megatron_vl.data.formats.zips import list_folder
+from megatron_vl.data.images.decode import decode_image
 from megatron_vl.data.sample import ImageRef, Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    decode_text,
-    field,
-    hash_of_files,
-    is_finite,
-    range_shards,
-    skipped,
-    slice_of,
-    words_of,
-)
-from megatron_vl.data.sources.images import read_bytes, read_image, require_images
-from megatron_vl.data.sources.zips import list_folder
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError, SkipSample
 
 NO_OPTION = "{}"
@@ -129,7 +116,7 @@ class AI2D(Source):
             prompt += "\nOptions: " + "\n".join(_lettered(options))
         image = read_image(self.path, f"images/{image_name}")
         if question.get("abcLabel") is True:
-            image = paint_letters(settle_image(image, self), self._load("annotations", f"{image_name}.json"))
+            image = paint_letters(self.settle(image), self._load("annotations", f"{image_name}.json"))
         return Sample(key, self.name, "vqa", "en", (image,), question=prompt, text=answer)
 
 

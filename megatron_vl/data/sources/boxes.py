@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_vl.data.formats.values import is_finite
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import is_finite
 from megatron_vl.errors import SkipSample
 
 Box = tuple[float, float, float, float]

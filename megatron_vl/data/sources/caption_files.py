@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.file_kinds import holds, plain_files
+from megatron_vl.data.formats.image_files import check_patterns, image_names, read_first_image, require_images
+from megatron_vl.data.formats.jsonl import Line, line_shards, read_lines
+from megatron_vl.data.formats.record_files import read_records, record_shards
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.formats.values import language_of
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, Source, language_of
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
-from megatron_vl.data.sources.file_kinds import holds, plain_files
-from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
-from megatron_vl.data.sources.jsonl import Line, line_shards, read_lines
-from megatron_vl.data.sources.record_files import read_records, record_shards
 from megatron_vl.errors import DataError, SkipSample
 
 FORMS = (".jsonl", ".tsv", ".json")

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from megatron_vl.data.formats.shard import Skipped, skipped
+from megatron_vl.data.formats.values import as_number, clean_text, words_of
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Skipped, as_number, clean_text, skipped, words_of
 from megatron_vl.errors import SkipSample
 
 Choice = Literal["longest", "first", "all"]

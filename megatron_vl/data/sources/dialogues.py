@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.formats.image_files import read_image, require_images
+from megatron_vl.data.formats.record_files import read_samples, record_shards
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.formats.values import NOTHING, Json, clean_text, field, size_of, words_in
 from megatron_vl.data.sample import ImageRef, Sample, Turn
-from megatron_vl.data.sources.base import NOTHING, Json, Shard, Skipped, Source, clean_text, field, size_of, words_in
-from megatron_vl.data.sources.images import read_image, require_images
-from megatron_vl.data.sources.record_files import read_samples, record_shards
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import SkipSample
 
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.file_kinds import BYTE_ORDER_MARK
+from megatron_vl.data.formats.img2dataset_shards import Pair, pair_shards, read_pairs
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.values import Json, as_number, clean_text, field, size_of
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, as_number, clean_text, field, size_of, skipped
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import about_region, box_from_corners
 from megatron_vl.data.sources.captions import as_score
-from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
-from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
 from megatron_vl.errors import SkipSample
 
 Span = tuple[int, int]

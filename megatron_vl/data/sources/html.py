@@ -1,7 +1,7 @@
 """HTML pages: laid out and rendered by a headless Chromium, with the box of every line of text.
 
 Pages come as .html files, in folders or zips, or as the responses in Common Crawl's .warc.gz. What is loaded
-is the page itself and nothing that it refers to (:mod:`megatron_vl.data.sources.chromium`). Its first
+is the page itself and nothing that it refers to (:mod:`megatron_vl.data.formats.chromium`). Its first
 ``max_height`` pixels are the image; a record is a page.
 
 Lines are found by asking for the rectangle of each character: characters of one block at one height with no
@@ -23,12 +23,12 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_vl.data.formats.chromium import Browser, BrowserGone, Page, find_browser
+from megatron_vl.data.formats.documents import Document, document_shards, read_documents
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.warc import WARC_SUFFIXES, read_warc
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, skipped
-from megatron_vl.data.sources.chromium import Browser, BrowserGone, Page, find_browser
-from megatron_vl.data.sources.documents import Document, document_shards, read_documents
 from megatron_vl.data.sources.pages import PageSource, TextLine
-from megatron_vl.data.sources.warc import WARC_SUFFIXES, read_warc
 from megatron_vl.errors import DataError, SkipSample
 
 SUFFIXES = (".html", ".htm")

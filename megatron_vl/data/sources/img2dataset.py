@@ -1,7 +1,7 @@
-"""Captions of img2dataset's output, in any of its containers (:mod:`megatron_vl.data.sources.containers`).
+"""Captions of img2dataset's output, in any of its containers (:mod:`megatron_vl.data.formats.img2dataset_shards`).
 
 Which field holds the caption, and which one a CLIP score, differs by data set: the rows of
-``data_sets.DATA_SETS`` (LAION-COCO keeps its caption in ``top_caption``, and the alt text that it replaces in
+``presets.DATA_SETS`` (LAION-COCO keeps its caption in ``top_caption``, and the alt text that it replaces in
 the ``txt``).
 """
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.formats.img2dataset_shards import Pair, pair_shards, read_pairs
+from megatron_vl.data.formats.shard import Shard, Skipped
 from megatron_vl.data.sample import ImageRef, Sample
-from megatron_vl.data.sources.base import Shard, Skipped, Source
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, scores_of, skip_captions
-from megatron_vl.data.sources.containers import Pair, pair_shards, read_pairs
 from megatron_vl.errors import SkipSample
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vl.data.file_kinds import BYTE_ORDER_MARK
+from megatron_vl.data.formats.image_files import read_image, require_images
+from megatron_vl.data.formats.record_files import folder_shards, read_samples
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.formats.values import Json, clean_text, field
 from megatron_vl.data.sample import IMAGE_MARK, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field
-from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
-from megatron_vl.data.sources.images import read_image, require_images
-from megatron_vl.data.sources.record_files import folder_shards, read_samples
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import SkipSample
 
 Part = tuple[Literal["text", "image"], str]

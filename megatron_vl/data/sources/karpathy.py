@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vl.data.formats.image_files import check_patterns, image_names, read_first_image, require_images
+from megatron_vl.data.formats.json_stream import array_shards, read_array
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.values import Json, field
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, field, skipped
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.captions import Choice, caption_samples, skip_captions
-from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
-from megatron_vl.data.sources.json_stream import array_shards, read_array
 from megatron_vl.errors import SkipSample
 
 

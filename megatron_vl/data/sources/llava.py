@@ -17,11 +17,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from megatron_vl.data.coordinates import format_points
-from megatron_vl.data.image import check_image
-from megatron_vl.data.image_check import settle_image
+from megatron_vl.data.formats.values import NUMBER, Json
+from megatron_vl.data.images.decode import check_image
+from megatron_vl.data.prompting.coordinates import format_points
 from megatron_vl.data.sample import Sample, Turn
-from megatron_vl.data.sources.base import NUMBER, Json
 from megatron_vl.data.sources.boxes import box_from_corners
 from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
 from megatron_vl.errors import SkipSample
@@ -50,7 +49,7 @@ class LLaVA(Dialogues):
         if self.convert_boxes and images and any(_is_box(match) for turn in turns for match in BOX.finditer(turn.text)):
             if len(images) > 1:
                 raise SkipSample("ambiguous_box", f"a box, but {len(images)} images")
-            size = check_image(settle_image(images[0], self).data)
+            size = check_image(self.settle(images[0]).data)
             turns = [replace(turn, text=_with_boxes(turn.text, size)) for turn in turns]
         return Sample(key, self.name, "chat", self.language, images, turns=_with_pictures(turns, names))
 

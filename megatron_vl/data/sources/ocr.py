@@ -21,23 +21,14 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_vl.data.formats.image_files import read_image
+from megatron_vl.data.formats.jsonl import line_shards, parse_object
+from megatron_vl.data.formats.record_files import read_samples, require_lines
+from megatron_vl.data.formats.shard import Shard, Skipped, require_folder
+from megatron_vl.data.formats.values import Json, clean_text, field, language_of, size_of, words_in
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    language_of,
-    require_folder,
-    size_of,
-    words_in,
-)
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import quad_from_points
-from megatron_vl.data.sources.images import read_image
-from megatron_vl.data.sources.jsonl import line_shards, parse_object
-from megatron_vl.data.sources.record_files import read_samples, require_lines
 from megatron_vl.errors import DataError, SkipSample
 
 FILE_NAME = re.compile(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"')

@@ -15,11 +15,12 @@ from typing import Literal
 
 from PIL import Image
 
-from megatron_vl.data.image import encode_jpeg
+from megatron_vl.data.file_kinds import BYTE_ORDER_MARK
+from megatron_vl.data.formats.values import clean_text
+from megatron_vl.data.images.decode import encode_jpeg
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Source, clean_text
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import clipped_quad, shows_in_image
-from megatron_vl.data.sources.file_kinds import BYTE_ORDER_MARK
 from megatron_vl.errors import SkipSample
 
 Point = tuple[float, float]

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.data.image import DEFAULT_LIMITS
+from megatron_vl.data.formats.documents import Document, document_shards, read_documents
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.images.decode import DEFAULT_LIMITS
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Shard, Skipped, skipped
-from megatron_vl.data.sources.documents import Document, document_shards, read_documents
 from megatron_vl.data.sources.pages import PageSource, Point, TextLine
 from megatron_vl.errors import DataError, SkipSample
 

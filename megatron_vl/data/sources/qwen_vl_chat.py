@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.data.coordinates import GRID, parse_points
+from megatron_vl.data.formats.values import Json
+from megatron_vl.data.prompting.coordinates import GRID, parse_points
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json
 from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
 from megatron_vl.errors import SkipSample
 

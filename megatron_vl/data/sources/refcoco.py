@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.formats.image_files import read_first_image, require_images
+from megatron_vl.data.formats.json_stream import iter_array
+from megatron_vl.data.formats.pickles import load_plain_pickle, plain_text
+from megatron_vl.data.formats.shard import Shard, Skipped, range_shards, skipped, slice_of
+from megatron_vl.data.formats.values import Json, clean_text, field, size_of, words_in
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import (
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    range_shards,
-    size_of,
-    skipped,
-    slice_of,
-    words_in,
-)
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
-from megatron_vl.data.sources.images import read_first_image, require_images
-from megatron_vl.data.sources.json_stream import iter_array
-from megatron_vl.data.sources.pickles import load_plain_pickle, plain_text
 from megatron_vl.data.sources.refexp import identity, train_images
 from megatron_vl.errors import DataError, SkipSample
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vl.data.formats.image_files import read_first_image, require_images
+from megatron_vl.data.formats.json_stream import array_shards, iter_array, read_array
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.values import Json, clean_text, field, size_of, words_in
 from megatron_vl.data.sample import Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import about_region, box_from_xywh
-from megatron_vl.data.sources.images import read_first_image, require_images
-from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
 from megatron_vl.errors import SkipSample
 
 

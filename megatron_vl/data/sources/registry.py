@@ -1,7 +1,7 @@
 """The table of source types, and how a recipe's entry becomes a reader.
 
 An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``: ``type`` picks the row, every
-other key is a field of the reader's dataclass. The name of a data set in ``data_sets.DATA_SETS`` is a type too:
+other key is a field of the reader's dataclass. The name of a data set in ``presets.DATA_SETS`` is a type too:
 its reader with some fields filled in. Relative paths count from the folder of the recipe.
 """
 
@@ -18,7 +18,6 @@ from megatron_vl.config.fields import nearest
 from megatron_vl.data.sources.ai2d import AI2D
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.caption_files import CaptionFiles
-from megatron_vl.data.sources.data_sets import DATA_SETS
 from megatron_vl.data.sources.grounded_caption import GroundedCaption
 from megatron_vl.data.sources.html import HTML
 from megatron_vl.data.sources.img2dataset import Img2Dataset
@@ -27,6 +26,7 @@ from megatron_vl.data.sources.karpathy import Karpathy
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.data.sources.ocr import OCR
 from megatron_vl.data.sources.pdf import PDF
+from megatron_vl.data.sources.presets import DATA_SETS
 from megatron_vl.data.sources.qwen_vl_chat import QwenVLChat
 from megatron_vl.data.sources.refcoco import RefCOCO
 from megatron_vl.data.sources.refexp import RefExp

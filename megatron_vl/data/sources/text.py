@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vl.data.formats.record_files import folder_shards, read_samples
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.formats.values import Json, clean_text, language_of, words_in
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, language_of, words_in
-from megatron_vl.data.sources.record_files import folder_shards, read_samples
+from megatron_vl.data.sources.base import Source
 
 
 @dataclass(frozen=True)

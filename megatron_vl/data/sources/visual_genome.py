@@ -15,11 +15,13 @@ from types import NoneType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from megatron_vl.data.formats.image_files import read_first_image, require_images
+from megatron_vl.data.formats.json_stream import array_shards, iter_array, read_array
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.values import Json, clean_text, field, size_of, words_in
 from megatron_vl.data.sample import ImageRef, Region, Sample
-from megatron_vl.data.sources.base import Json, Shard, Skipped, Source, clean_text, field, size_of, skipped, words_in
+from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.boxes import Box, about_region, box_from_xywh, overlap
-from megatron_vl.data.sources.images import read_first_image, require_images
-from megatron_vl.data.sources.json_stream import array_shards, iter_array, read_array
 from megatron_vl.data.sources.refcoco import evaluation_images, reference_files
 from megatron_vl.errors import DataError, SkipSample
 

@@ -1,6 +1,6 @@
 """Questions about images: VQAv2's format, and the sets that differ from it in names and nesting.
 
-A record is a question. The options say where its parts stand, and ``data_sets.DATA_SETS`` holds them for each
+A record is a question. The options say where its parts stand, and ``presets.DATA_SETS`` holds them for each
 published set:
 
     VQAv2             {"questions": [{image_id, question, question_id}]}, answers in a second file
@@ -25,23 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vl.data.file_kinds import plain_files
+from megatron_vl.data.formats.image_files import check_patterns, image_names, read_first_image, require_images
+from megatron_vl.data.formats.json_stream import iter_array
+from megatron_vl.data.formats.record_files import Record, read_records, record_shards
+from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.values import NOTHING, Json, clean_text, field, words_in, words_of
 from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import (
-    NOTHING,
-    Json,
-    Shard,
-    Skipped,
-    Source,
-    clean_text,
-    field,
-    skipped,
-    words_in,
-    words_of,
-)
-from megatron_vl.data.sources.file_kinds import plain_files
-from megatron_vl.data.sources.images import check_patterns, image_names, read_first_image, require_images
-from megatron_vl.data.sources.json_stream import iter_array
-from megatron_vl.data.sources.record_files import Record, read_records, record_shards
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError, SkipSample
 
 CONFIDENCE = {"yes": 1.0, "maybe": 0.5, "no": 0.0}

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_vl.data.image import decode_image, encode_jpeg
+from megatron_vl.data.images.decode import decode_image, encode_jpeg
 from megatron_vl.data.synthetic.config import Split, SyntheticConfig
 from megatron_vl.data.synthetic.fonts import find_fonts
 from megatron_vl.data.synthetic.language import (

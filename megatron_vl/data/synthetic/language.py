@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from megatron_vl.data.coordinates import format_points
+from megatron_vl.data.prompting.coordinates import format_points
 from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene, SceneObject
 

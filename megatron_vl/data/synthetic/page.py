@@ -16,7 +16,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from megatron_vl.data.image import encode_jpeg
+from megatron_vl.data.images.decode import encode_jpeg
 from megatron_vl.data.synthetic.config import PageConfig, Split
 from megatron_vl.data.synthetic.effects import photograph
 from megatron_vl.data.synthetic.fonts import Font, Language

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from megatron_vl.data.image import encode_jpeg
+from megatron_vl.data.images.decode import encode_jpeg
 from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene
 from megatron_vl.data.synthetic.texture import Color, random_crop, texture

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from megatron_vl.data.image import decode_image
+from megatron_vl.data.images.decode import decode_image
 from megatron_vl.errors import ConfigError, SkipSample
 
 Color = tuple[int, int, int]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vl.config.fields import nearest
-from megatron_vl.data.rows import RowStore
+from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.errors import ConfigError
 
 

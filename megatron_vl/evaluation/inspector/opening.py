@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validate import unfinished_data_set
-from megatron_vl.data.manifest import Manifest, manifest_path
-from megatron_vl.data.rows import RowStore
-from megatron_vl.data.tokenizer import QWEN_SHA256, find_vocab_file, read_ranks
+from megatron_vl.data.dataset.manifest import Manifest, manifest_path
+from megatron_vl.data.dataset.rows import RowStore
+from megatron_vl.data.prompting.tokenizer import QWEN_SHA256, find_vocab_file, read_ranks
 from megatron_vl.errors import DataError
 
 _MAX_NAMED = 12

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.manifest import CountEntry, Manifest, SkipEntry
-from megatron_vl.data.rows import RowStore
+from megatron_vl.data.dataset.manifest import CountEntry, Manifest, SkipEntry
+from megatron_vl.data.dataset.rows import RowStore
 
 SCANNED_ROWS = 100_000
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from megatron_vl.data.rows import RowStore
+from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.evaluation.figures import histogram_figure
 from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
 from megatron_vl.evaluation.inspector.opening import Vocabulary

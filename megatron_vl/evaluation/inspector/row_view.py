@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.data.coordinates import parse_points
-from megatron_vl.data.rows import SegmentKey
+from megatron_vl.data.dataset.rows import SegmentKey
+from megatron_vl.data.prompting.coordinates import parse_points
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.evaluation.inspector.opening import Vocabulary
 from megatron_vl.evaluation.inspector.text import Mark, make_marks, printable

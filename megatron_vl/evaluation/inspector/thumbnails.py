@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from megatron_vl.data.image import decode_image
-from megatron_vl.data.rows import RowStore
+from megatron_vl.data.dataset.rows import RowStore
+from megatron_vl.data.images.decode import decode_image
 from megatron_vl.errors import DataError, SkipSample
 
 _QUALITY = 80

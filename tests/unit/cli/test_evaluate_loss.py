@@ -11,10 +11,10 @@ import pytest
 
 from megatron_vl.cli import convert, evaluate_loss
 from megatron_vl.config.schema import RunConfig
+from tests.helpers.data.prepared import SEQ_LENGTH, make_data_set
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import MODEL, tiny_config
 from tests.parallel.saving import save_fresh_weights
-from tests.unit.data.prepared import SEQ_LENGTH, make_data_set
 
 Loss = Callable[..., dict[str, Any]]
 

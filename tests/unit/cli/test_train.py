@@ -16,7 +16,7 @@ from megatron_vl.cli.train import main
 from megatron_vl.config.load import load_config
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import ModelConfig, RunConfig
-from megatron_vl.data.manifest import FORMAT_VERSION, Manifest, write_manifest
+from megatron_vl.data.dataset.manifest import FORMAT_VERSION, Manifest, write_manifest
 from megatron_vl.errors import ExitStatus
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_vl.config.strict_yaml import parse_yaml
-from megatron_vl.data.recipe import load_recipe
+from megatron_vl.data.prepare.recipe import load_recipe
 from megatron_vl.errors import ConfigError
 
 

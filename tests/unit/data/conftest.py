@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vl.data import row_plan
-from tests.unit.data.jobs import NUM_TARS
-from tests.unit.data.prepared import png, write_raw
-from tests.unit.data.reading import write_tar
+from megatron_vl.data.prepare import row_plan
+from tests.helpers.data.jobs import NUM_TARS
+from tests.helpers.data.prepared import png, write_raw
+from tests.helpers.data.reading import write_tar
 
 
 @pytest.fixture

@@ -11,7 +11,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from megatron_vl.data.manifest import FORMAT_VERSION, CountEntry, Manifest, SkipEntry, SourceTotals, write_manifest
+from megatron_vl.data.dataset.manifest import (
+    FORMAT_VERSION,
+    CountEntry,
+    Manifest,
+    SkipEntry,
+    SourceTotals,
+    write_manifest,
+)
 
 LAYOUTS = {
     "stage0": ("TP 1 x PP 1 x DP 2", None),

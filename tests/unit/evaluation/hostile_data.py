@@ -11,9 +11,9 @@ import yaml
 
 from megatron_vl.cli import prepare
 from megatron_vl.data.sources import qwen_vl_chat
+from tests.helpers.data.prepared import png
+from tests.helpers.data.reading import write_tar
 from tests.helpers.tiny import MODEL
-from tests.unit.data.prepared import png
-from tests.unit.data.reading import write_tar
 
 SEQ_LENGTH = 512
 SOURCE = "cap<b>'\"&"

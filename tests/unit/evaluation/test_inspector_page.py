@@ -19,8 +19,8 @@ from PIL import Image
 
 from megatron_vl.cli import prepare
 from megatron_vl.cli.inspect_data import main
-from megatron_vl.data.rows import RowStore
-from megatron_vl.data.tokenizer import find_vocab_file
+from megatron_vl.data.dataset.rows import RowStore
+from megatron_vl.data.prompting.tokenizer import find_vocab_file
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
 from megatron_vl.evaluation.inspector.overview import read_overview

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vl.data.coordinates import from_cell
-from megatron_vl.data.rows import RowStore, SegmentKey
+from megatron_vl.data.dataset.rows import RowStore, SegmentKey
+from megatron_vl.data.prompting.coordinates import from_cell
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.evaluation.inspector.opening import Vocabulary, open_vocabulary
 from megatron_vl.evaluation.inspector.row_view import RowReader, RowView, Run

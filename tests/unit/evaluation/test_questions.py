@@ -14,11 +14,12 @@ from PIL import Image
 from megatron_vl.cli.generate import Question, _chat
 from megatron_vl.cli.questions import main
 from megatron_vl.data.filters.options import FilterOptions
-from megatron_vl.data.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.prompting.tokenize import TokenizeOptions, tokenize_sample
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
-from megatron_vl.data.sources.base import Shard, Skipped, Source
-from megatron_vl.data.tokenize import TokenizeOptions, tokenize_sample
-from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.questions import ask, write_questions
 from megatron_vl.evaluation.records import Prediction

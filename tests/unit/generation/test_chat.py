@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vl.data.tokenizer import QwenTokenizer
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError
 from megatron_vl.generation.chat import ChatEncoder, Dialogue, read_history, stop_sequences
 

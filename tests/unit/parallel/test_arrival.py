@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vl.config.schema import ParallelConfig
-from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel import arrival
 from megatron_vl.parallel.arrival import Arrivals, pack, unpack
 from megatron_vl.parallel.collectives import share_outlines, tensors_of, with_tensors

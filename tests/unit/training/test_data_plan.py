@@ -13,14 +13,14 @@ import pytest
 from megatron_vl.cli.train import main
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
-from megatron_vl.data.blend import Blend
-from megatron_vl.data.manifest import read_manifest
-from megatron_vl.data.plan import DataPlan
+from megatron_vl.data.dataset.manifest import read_manifest
+from megatron_vl.data.loading.blend import Blend
+from megatron_vl.data.loading.plan import DataPlan
 from megatron_vl.training.trainer import Run
+from tests.helpers.data.prepared import SEQ_LENGTH, make_data_set, run_config
 from tests.helpers.listening import heard
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import MODEL, tiny_config
-from tests.unit.data.prepared import SEQ_LENGTH, make_data_set, run_config
 
 LINE = re.compile(
     r"(\S.*): ([\d,]+) samples in ([\d,]+) rows \(([\d.]+) % filled\); the run takes each row ([\d.,]+) times"

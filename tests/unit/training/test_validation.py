@@ -19,9 +19,9 @@ from megatron_vl.errors import ConfigError
 from megatron_vl.training import trainer
 from megatron_vl.training.metrics import Reporter
 from megatron_vl.training.trainer import Run
+from tests.helpers.data.prepared import SEQ_LENGTH, make_data_set
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
-from tests.unit.data.prepared import SEQ_LENGTH, make_data_set
 
 
 def names(*prefixes: str) -> list[str]:

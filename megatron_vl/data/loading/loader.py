@@ -1,0 +1,265 @@
+"""The rows of one data-parallel rank, step by step, as micro-batches.
+
+    consumed rows ─blend─▶ rows of the global batch ─deal─▶ mine ─decode workers─▶ pixels ─collate─▶
+    MicroBatch
+
+Which rows a step holds is a pure function of the seed and of how many rows were consumed before; so the
+loader has no state of its own, a run resumes from one integer, and every data-parallel size sees the same
+global batches. Rows are read here (they are small); images are decoded in worker processes, a step and a bit
+ahead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.config.batch import num_microbatches
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.special_tokens import SpecialTokens
+from megatron_vl.config.validate import parse_data_path
+from megatron_vl.data.dataset.rows import RowStore, SegmentKey
+from megatron_vl.data.loading.balance import deal, row_costs, split
+from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate, empty_row
+from megatron_vl.data.loading.decode_workers import DecodePool
+from megatron_vl.data.loading.plan import DataPlan
+from megatron_vl.data.sample import PackedRow
+from megatron_vl.errors import ConfigError
+
+PADDING_ROW = -1
+"""In place of a row id: a row of padding that fills the last batch of a finite pass."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one data-parallel rank computes in one step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    row_ids: npt.NDArray[np.int64]
+    """int64[global batch]: global rows of the whole global batch, the same on every rank; PADDING_ROW for
+    none."""
+
+
+@dataclass(frozen=True)
+class DataShare:
+    """Which part of every global batch this reader gets."""
+
+    rank: int
+    """Data-parallel rank."""
+    size: int
+    """Data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A micro-batch whose images are being decoded."""
+
+    rows: list[PackedRow]
+    names: list[str]
+    span_images: npt.NDArray[np.int64]
+    """Which of the distinct images each span shows."""
+    ticket: int | None
+
+
+class DataSets:
+    """Prepared data sets, opened together and checked against the run; rows are numbered through over all of
+    them."""
+
+    def __init__(self, config: RunConfig, data_path: Sequence[str]) -> None:
+        """Open and check every data set of ``data_path`` (prefixes, or weight and prefix in turn).
+
+        Raises ConfigError if there is none or one was prepared for another model or row length, and DataError
+        if files are missing or damaged.
+        """
+        pairs = parse_data_path(data_path)
+        if not pairs:
+            raise ConfigError("data.data_path is empty: give the prefix of a prepared data set")
+        self.stores = [RowStore(prefix) for _, prefix in pairs]
+        self.plan = DataPlan.of(config, data_path, [(store.prefix, store.manifest) for store in self.stores])
+        self.blend = self.plan.blend
+        self.lengths = np.concatenate([store.row_lengths for store in self.stores])
+        self.images = np.concatenate([store.row_images for store in self.stores])
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """One hash per data set; if they are unchanged, so is every row."""
+        return tuple(store.manifest.fingerprint for store in self.stores)
+
+    def read(self, row_id: int) -> tuple[PackedRow, str, npt.NDArray[np.int64]]:
+        """A row, its name for messages, and its images as int64[n, 2] (data set, image)."""
+        if row_id == PADDING_ROW:
+            return empty_row(), "padding", np.zeros((0, 2), dtype=np.int64)
+        store_id, index = self._find(row_id)
+        store = self.stores[store_id]
+        row = store.row(index)
+        images = np.stack([np.full(len(row.image_ids), store_id), row.image_ids], axis=1)
+        return row, f"{store.prefix}, row {index}", images
+
+    def keys(self, row_id: int) -> list[SegmentKey]:
+        """Which samples a row holds."""
+        store_id, index = self._find(row_id)
+        return self.stores[store_id].keys(index)
+
+    def name_rows(self, row_ids: npt.NDArray[np.int64]) -> list[str]:
+        """One text for each data set that has some of these rows: its prefix and their numbers in it."""
+        store_ids, indices = self.blend.locate(np.unique(row_ids))
+        return [
+            f"{self.stores[store_id].prefix} rows {', '.join(str(index) for index in indices[store_ids == store_id])}"
+            for store_id in np.unique(store_ids).tolist()
+        ]
+
+    def close(self) -> None:
+        """Close all files."""
+        for store in self.stores:
+            store.close()
+
+    def _find(self, row_id: int) -> tuple[int, int]:
+        store_ids, indices = self.blend.locate(np.array([row_id]))
+        return int(store_ids[0]), int(indices[0])
+
+
+class RowLoader:
+    """Batches of one data-parallel rank; see the module."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        share: DataShare,
+        with_pixels: bool = True,
+        data_path: Sequence[str] | None = None,
+        image_cost: float = 0.0,
+    ) -> None:
+        """Open the data sets of ``data_path`` (default: ``config.data.data_path``) and start the decode
+        workers.
+
+        ``with_pixels``: this rank holds the patch embedding. ``image_cost``: what an image adds to the work of a
+        row, in labels, by which rows are dealt over ranks and micro-batches. Raises as ``DataSets`` does.
+        """
+        self.data_sets = DataSets(config, config.data.data_path if data_path is None else data_path)
+        self._global_batch_size = config.training.global_batch_size
+        self._num_micro_batches = num_microbatches(config.training, share.size)
+        self._share = share
+        self._image_cost = image_cost
+        self._options = CollateOptions(
+            special=SpecialTokens(config.model.num_ranks),
+            seq_length=config.data.seq_length,
+            num_queries=config.model.resampler.num_queries,
+            image_size=config.model.image_size,
+            attention_span=config.data.attention_span,
+            with_pixels=with_pixels,
+            blank_images=config.data.blank_images,
+        )
+        decodes = with_pixels and not config.data.blank_images and bool(self.data_sets.images.any())
+        prefixes = [store.prefix for store in self.data_sets.stores]
+        self._num_workers = config.data.num_workers
+        self._pool = (
+            DecodePool(prefixes, config.model.image_size, num_workers=self._num_workers) if decodes else None
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all data sets."""
+        return self.data_sets.blend.num_rows
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the decode workers."""
+        return self._pool.worker_pids if self._pool else []
+
+    def rows_of_step(self, consumed_rows: int) -> npt.NDArray[np.int64]:
+        """int64[global batch]: global rows of the step that begins after ``consumed_rows``."""
+        return self.data_sets.blend.step_rows(consumed_rows, self._global_batch_size)
+
+    def steps(self, consumed_rows: int = 0) -> Iterator[StepBatch]:
+        """Training steps without end, from the number of rows consumed so far."""
+
+        def batches() -> Iterator[npt.NDArray[np.int64]]:
+            first = consumed_rows
+            while True:
+                yield self.rows_of_step(first)
+                first += self._global_batch_size
+
+        return self._load(batches())
+
+    def one_pass(self, data_set: int = 0, *, max_steps: int = 0) -> Iterator[StepBatch]:
+        """Every row of a data set once, in the stored order; the last batch is filled with padding rows. 0 steps: all
+        of them."""
+        sizes = self.data_sets.blend.sizes
+        first, count, size = sum(sizes[:data_set]), sizes[data_set], self._global_batch_size
+        num_steps = -(-count // size)
+        if max_steps:
+            num_steps = min(num_steps, max_steps)
+        ids = np.full(num_steps * size, PADDING_ROW, dtype=np.int64)
+        ids[: min(count, len(ids))] = first + np.arange(min(count, len(ids)))
+        return self._load(iter(ids.reshape(num_steps, size)))
+
+    def name_rows(self, consumed_rows: int, places: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """The rows of the step that begins after ``consumed_rows``, one text for each data set that has some.
+
+        ``places``: only the rows of these micro-batches, each (data-parallel rank, index).
+        """
+        row_ids = self.rows_of_step(consumed_rows)
+        chosen = [row_ids[self._positions(row_ids, rank)[index]] for rank, index in places] or [row_ids]
+        return self.data_sets.name_rows(np.concatenate(chosen))
+
+    def close(self) -> None:
+        """End the decode workers and close all files."""
+        if self._pool is not None:
+            self._pool.close()
+        self.data_sets.close()
+
+    def _load(self, batches: Iterator[npt.NDArray[np.int64]]) -> Iterator[StepBatch]:
+        """Read and request micro-batches ahead, and hand out whole steps."""
+        ahead = self._num_micro_batches + 2 * self._num_workers
+        pending: deque[_Pending] = deque()
+        steps: deque[npt.NDArray[np.int64]] = deque()
+        requests = self._requests(batches, steps)
+        if self._pool is not None:
+            self._pool.forget()
+        while True:
+            while len(pending) < ahead and (request := next(requests, None)) is not None:
+                pending.append(request)
+            if not pending:
+                return
+            micro_batches = []
+            for _ in range(self._num_micro_batches):
+                micro_batches.append(self._collate(pending.popleft()))
+                if (request := next(requests, None)) is not None:
+                    pending.append(request)
+            yield StepBatch(tuple(micro_batches), steps.popleft())
+
+    def _requests(
+        self, batches: Iterator[npt.NDArray[np.int64]], steps: deque[npt.NDArray[np.int64]]
+    ) -> Iterator[_Pending]:
+        """The micro-batches of this rank in order, each with its images asked for; notes the step's rows in
+        ``steps``."""
+        for row_ids in batches:
+            steps.append(row_ids)
+            for positions in self._positions(row_ids, self._share.rank):
+                read = [self.data_sets.read(row_id) for row_id in row_ids[positions].tolist()]
+                every = np.concatenate([images for _, _, images in read])
+                images, shown = np.unique(every, axis=0, return_inverse=True)
+                ticket = self._pool.submit(images) if self._pool is not None and len(images) else None
+                rows, names = [row for row, _, _ in read], [name for _, name, _ in read]
+                yield _Pending(rows, names, shown.reshape(-1), ticket)
+
+    def _positions(self, row_ids: npt.NDArray[np.int64], rank: int) -> npt.NDArray[np.int64]:
+        """int64[micro-batches, rows]: positions in the global batch that a data-parallel rank computes."""
+        real = row_ids != PADDING_ROW
+        lengths = np.where(real, self.data_sets.lengths[row_ids], 0)
+        images = np.where(real, self.data_sets.images[row_ids], 0)
+        costs = row_costs(lengths, images, image_cost=self._image_cost)
+        mine = deal(costs, num_ranks=self._share.size)[rank]
+        return split(costs, mine, num_micro_batches=self._num_micro_batches)
+
+    def _collate(self, pending: _Pending) -> MicroBatch:
+        pixels = None
+        if pending.ticket is not None:
+            assert self._pool is not None
+            pixels = self._pool.result(pending.ticket)
+        return collate(pending.rows, pixels, self._options, names=pending.names, span_images=pending.span_images)

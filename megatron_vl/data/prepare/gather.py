@@ -1,0 +1,178 @@
+"""All parts as columns of numbers: what merging computes with.
+
+Some forty bytes for a sample and fifty for a different image are all that is in memory, whatever the samples are; their
+tokens, keys and images stay in the parts and are read one by one. A sample keeps its number from here on: sources in
+the order of the recipe, shards in the order of the source, records in the order of the shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.data.dataset.manifest import NUM_EXAMPLES
+from megatron_vl.data.prepare.part_files import KEPT, PartIndex
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass
+class Tally:
+    """What became of the records of one source; filled while preparation goes on."""
+
+    read: int = 0
+    skips: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    num_scored: int = 0
+
+    def skip(self, reason: str, count: int, examples: Iterable[str] = ()) -> None:
+        """Count samples that were left out, and keep the first examples."""
+        if count:
+            self.skips[reason] = self.skips.get(reason, 0) + count
+            mine = self.examples.setdefault(reason, [])
+            mine += list(examples)[: NUM_EXAMPLES - len(mine)]
+
+    @property
+    def kept(self) -> int:
+        return self.read - sum(self.skips.values())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of all parts."""
+
+    source: npt.NDArray[np.int16]
+    part: npt.NDArray[np.int32]
+    task: npt.NDArray[np.int8]
+    offset: IntArray
+    length: npt.NDArray[np.int32]
+    key_size: npt.NDArray[np.int32]
+    image_splits: IntArray
+    """int64[samples + 1]: sample s has images image_ids[image_splits[s] : image_splits[s + 1]]."""
+    image_ids: npt.NDArray[np.int32]
+    """Numbers of different images, see Images."""
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    @property
+    def image_counts(self) -> IntArray:
+        return np.diff(self.image_splits)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The different images of all parts, in the order in which they first occur."""
+
+    part: npt.NDArray[np.int32]
+    offset: IntArray
+    size: npt.NDArray[np.int32]
+    digest: npt.NDArray[np.uint8]
+    """uint8[images, 32]: SHA-256."""
+    looks: npt.NDArray[np.uint64]
+    """uint64[images]: perceptual hash, 0 where no filter needs it."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Everything that the parts hold, and what they left out."""
+
+    samples: Samples
+    images: Images
+    tallies: tuple[Tally, ...]
+    """One for each source."""
+    largest_token: int
+    """Largest id of all samples; -1 if there is none."""
+
+
+def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
+    """The columns of all parts; ``indices`` gives the source of each part and its index, in the order of the units."""
+    tallies = tuple(Tally() for _ in range(num_sources))
+    parts = []
+    largest = -1
+    for source, index in indices:
+        largest = max(largest, index.largest_token)
+        _count(tallies[source], index)
+        parts.append((source, dataclasses.replace(index, outcomes=index.outcomes[:0], examples=())))
+    return Gathered(*_columns(parts), tallies, largest)
+
+
+def cut(index: PartIndex, most: int) -> PartIndex:
+    """The part as if reading had stopped right behind its ``most``-th sample."""
+    if index.num_samples < most:
+        return index
+    read = int(np.flatnonzero(index.outcomes == KEPT)[most - 1]) + 1 if most else 0
+    kept = {name: getattr(index, name)[:most] for name in ("tasks", "offsets", "lengths", "key_sizes", "image_counts")}
+    return dataclasses.replace(
+        index,
+        examples=tuple(example for example in index.examples if example.position < read),
+        outcomes=index.outcomes[:read],
+        image_ids=index.image_ids[: int(index.image_counts[:most].sum())],
+        **kept,
+    )
+
+
+def _count(tally: Tally, index: PartIndex) -> None:
+    tally.read += len(index.outcomes)
+    tally.num_scored += index.num_scored
+    counts = np.bincount(index.outcomes[index.outcomes != KEPT], minlength=len(index.reasons))
+    for reason, count in zip(index.reasons, counts.tolist(), strict=True):
+        tally.skip(reason, count, (item.text for item in index.examples if item.reason == reason))
+
+
+def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
+    """The columns of all parts, end to end; there is at least one part."""
+
+    def join(column: Callable[[PartIndex], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.concatenate([column(index) for _, index in parts])
+
+    stored = np.array([len(index.image_sizes) for _, index in parts], dtype=np.int64)
+    sizes = np.array([index.num_samples for _, index in parts], dtype=np.int64)
+    numbers = np.arange(len(parts), dtype=np.int32)
+    images, distinct = _distinct(
+        Images(
+            part=np.repeat(numbers, stored),
+            offset=join(lambda index: index.image_offsets),
+            size=join(lambda index: index.image_sizes),
+            digest=join(lambda index: index.digests),
+            looks=join(lambda index: index.looks),
+        )
+    )
+    uses = np.array([len(index.image_ids) for _, index in parts], dtype=np.int64)
+    image_ids = join(lambda index: index.image_ids) + np.repeat(np.cumsum(stored) - stored, uses)
+    counts = join(lambda index: index.image_counts)
+    samples = Samples(
+        source=np.repeat(np.array([source for source, _ in parts], dtype=np.int16), sizes),
+        part=np.repeat(numbers, sizes),
+        task=join(lambda index: index.tasks),
+        offset=join(lambda index: index.offsets),
+        length=join(lambda index: index.lengths),
+        key_size=join(lambda index: index.key_sizes),
+        image_splits=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)]),
+        image_ids=distinct[image_ids],
+    )
+    return samples, images
+
+
+def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
+    """Each image once, by its SHA-256, where it first occurs; and the number there of every image given."""
+    words = np.ascontiguousarray(images.digest).view(np.uint64).reshape(-1, 4)
+    order = np.lexsort(words.T)  # stable, so the first of equals comes first
+    fresh = np.ones(len(order), dtype=np.bool_)
+    fresh[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+    firsts = order[fresh]
+    rank = np.empty(len(firsts), dtype=np.int32)
+    rank[np.argsort(firsts)] = np.arange(len(firsts), dtype=np.int32)
+    number = np.empty(len(order), dtype=np.int32)
+    number[order] = rank[np.cumsum(fresh) - 1]
+    kept = np.sort(firsts)
+    columns = {item.name: getattr(images, item.name)[kept] for item in dataclasses.fields(Images)}
+    # The first of equals may come from a source whose filters need no hash.
+    columns["looks"] = np.zeros(len(kept), dtype=np.uint64)
+    np.maximum.at(columns["looks"], number, images.looks)
+    return Images(**columns), number

@@ -1,0 +1,52 @@
+"""What reading has given, judged before anything is written: a source that gave nothing was hardly meant.
+
+A wrong name of a field, a folder of the wrong form, a filter that nothing passes: each leaves a source without samples,
+and a model that never sees them is not told apart from one that does. So it is an error, unless the recipe, or
+``--allow-empty``, says that it may be. The finished parts stay, so that only what is mended is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_vl.data.prepare.gather import Tally
+from megatron_vl.data.prepare.recipe import DataRecipe
+from megatron_vl.errors import DataError
+
+
+def check_outcome(recipe: DataRecipe, tallies: Sequence[Tally]) -> None:
+    """Raise DataError if nothing is left of a source, or none of its samples has the score that was asked for."""
+    named = [(entry.source.name, tally) for entry, tally in zip(recipe.sources, tallies, strict=True)]
+    empty = [(name, tally) for name, tally in named if not tally.kept]
+    if len(empty) == len(named) or (empty and not recipe.allow_empty):
+        what = f"nothing is kept of source {', '.join(repr(name) for name, _ in empty)}"
+        what += ". Mend or remove what is meant to give something, or go on without it (--allow-empty)"
+        losses = "".join(f"\n  {line}" for name, tally in empty for line in _losses(name, tally))
+        raise DataError(f"{'no sample is left to write' if len(empty) == len(named) else what}:{losses}")
+    for entry, tally in zip(recipe.sources, tallies, strict=True):
+        if entry.needs_scores and tally.kept and not tally.num_scored:
+            fields = " or ".join(map(repr, entry.source.score_fields()))
+            raise DataError(
+                f"source {entry.source.name!r}: none of the {tally.read:,} records has a score in {fields}, but one is "
+                "asked for. Name the field that holds it (score_field), or remove score_field and min_score "
+                "(of one source: filters: {min_score: null})"
+            )
+
+
+def check_drawn(tallies: Sequence[Tally], drawn: int) -> None:
+    """Raise DataError if weights and amounts leave nothing to write of the samples that are kept."""
+    if not drawn:
+        kept = sum(tally.kept for tally in tallies)
+        raise DataError(
+            f"no sample is left to write: of {kept:,} that were kept, none is drawn. Raise weight, samples or "
+            "mixture.max_repeats: a weight of 0.1 takes every tenth sample"
+        )
+
+
+def _losses(name: str, tally: Tally) -> list[str]:
+    """A line for each reason for which a source lost what it had, with its first example."""
+    lines = [
+        f"source {name!r}: {count:,} of {tally.read:,} left out for {reason}, first {tally.examples[reason][0]}"
+        for reason, count in tally.skips.items()
+    ]
+    return lines or [f"source {name!r}: it is empty"]

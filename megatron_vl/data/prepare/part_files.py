@@ -1,0 +1,209 @@
+"""The files of one part: what a unit of work leaves for the merge.
+
+    <part>.bin    sample after sample: its new images, its tokens (targets complemented, see rows.py), its key
+    <part>.npz    columns that say what is where, what became of every record, and the size of the .bin. Comes last.
+
+Both are written under temporary names of the writing process and renamed, so a part is there in full or not at all,
+also when a killed run's last writer is still at work while the next run does the same part again. While a part is
+written, some 75 bytes a sample with an image are kept in memory; a bounded memory of images recognizes the same file
+again (what it has forgotten is stored twice here, and once in the data set).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.data.dataset.durable_files import load_columns, store_columns, sync
+from megatron_vl.data.dataset.manifest import NUM_EXAMPLES
+from megatron_vl.data.formats.shard import Skipped
+
+IntArray = npt.NDArray[np.int64]
+
+_REMEMBERED_IMAGES = 65_536
+_COLUMNS: dict[str, str] = {
+    "outcomes": "h", "tasks": "b", "offsets": "q", "lengths": "i", "key_sizes": "i", "image_counts": "h",
+    "image_ids": "i", "image_offsets": "q", "image_sizes": "i", "looks": "Q",
+}  # fmt: skip
+_OF_FILES = frozenset({"missing_image", "unreadable_file"})
+KEPT = -1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of the first samples that were left out for a reason."""
+
+    position: int
+    """Which record of the unit it was."""
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PartIndex:
+    """What a finished part holds. All arrays but ``outcomes`` have one entry for each kept sample or stored image."""
+
+    reasons: tuple[str, ...]
+    examples: tuple[Example, ...]
+    outcomes: npt.NDArray[np.int16]
+    """int16[records]: KEPT, or the index of the reason for which a record was left out."""
+    tasks: npt.NDArray[np.int8]
+    """int8[samples]: index into TASKS."""
+    offsets: IntArray
+    """int64[samples]: byte at which the tokens begin; the key follows them."""
+    lengths: npt.NDArray[np.int32]
+    """int32[samples]: tokens."""
+    key_sizes: npt.NDArray[np.int32]
+    """int32[samples]: bytes of the key."""
+    image_counts: npt.NDArray[np.int16]
+    """int16[samples]."""
+    image_ids: npt.NDArray[np.int32]
+    """int32[sum of image_counts]: which of the part's images each sample has, one sample after the other."""
+    image_offsets: IntArray
+    """int64[images]."""
+    image_sizes: npt.NDArray[np.int32]
+    """int32[images]: bytes."""
+    digests: npt.NDArray[np.uint8]
+    """uint8[images, 32]: SHA-256."""
+    looks: npt.NDArray[np.uint64]
+    """uint64[images]: perceptual hash; 0 where it was not asked for."""
+    num_scored: int
+    """Samples with a score, of those that were read, kept or not."""
+    largest_token: int
+    """Largest id of all samples; -1 if there is none."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether images that records name were not there or could not be read, which may have changed since."""
+        return not _OF_FILES.isdisjoint(self.reasons)
+
+
+class PartWriter:
+    """Writes one part."""
+
+    def __init__(self, prefix: Path) -> None:
+        self._prefix = prefix
+        descriptor, name = tempfile.mkstemp(".tmp", prefix.name + ".", prefix.parent)
+        self._temporary = Path(name)
+        self._file = os.fdopen(descriptor, "wb")
+        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
+        self._digests = bytearray()
+        self._reasons: dict[str, int] = {}
+        self._examples: list[Example] = []
+        self._examples_of: Counter[str] = Counter()
+        self._remembered: dict[bytes, int] = {}
+        self._num_scored = 0
+        self._largest_token = -1
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._columns["lengths"])
+
+    def count_score(self) -> None:
+        """Count a sample that has a score."""
+        self._num_scored += 1
+
+    def find_image(self, digest: bytes) -> int | None:
+        """Number of this very file, if it was stored a while ago."""
+        return self._remembered.get(digest)
+
+    def skip(self, skipped: Skipped) -> None:
+        """Count a record that was left out, and name it if it is among the first of its reason."""
+        reason = self._reasons.setdefault(skipped.reason, len(self._reasons))
+        if self._examples_of[skipped.reason] < NUM_EXAMPLES:
+            self._examples_of[skipped.reason] += 1
+            text = f"{skipped.key}: {skipped.detail}" if skipped.detail else skipped.key
+            self._examples.append(Example(len(self._columns["outcomes"]), skipped.reason, text))
+        self._columns["outcomes"].append(reason)
+
+    def add_image(self, data: bytes, digest: bytes, looks: int) -> int:
+        """Store an image; returns its number in the part."""
+        number = len(self._columns["image_sizes"])
+        self._append(image_offsets=self._file.tell(), image_sizes=len(data), looks=looks)
+        self._digests += digest
+        self._file.write(data)
+        self._remembered[digest] = number
+        if len(self._remembered) > _REMEMBERED_IMAGES:
+            del self._remembered[next(iter(self._remembered))]
+        return number
+
+    def add_sample(self, joined: npt.NDArray[np.int32], key: str, *, task: int, images: list[int]) -> None:
+        """Store a sample whose images are stored."""
+        stored_key = key.encode("utf-8", "surrogatepass")
+        self._append(
+            outcomes=KEPT, tasks=task, offsets=self._file.tell(), lengths=len(joined), key_sizes=len(stored_key),
+            image_counts=len(images),
+        )  # fmt: skip
+        self._columns["image_ids"].extend(images)
+        self._largest_token = max(self._largest_token, int((joined ^ (joined >> 31)).max(initial=-1)))
+        self._file.write(joined.astype("<i4").data)
+        self._file.write(stored_key)
+
+    def finish(self) -> None:
+        """Bring the part to the disk under its own name."""
+        header = {
+            "size": self._file.tell(), "reasons": list(self._reasons), "num_scored": self._num_scored,
+            "largest_token": self._largest_token,
+            "examples": [[item.position, item.reason, item.text] for item in self._examples],
+        }  # fmt: skip
+        columns = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values}
+        columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        columns["digests"] = np.frombuffer(bytes(self._digests), np.uint8)
+        sync(self._file)
+        os.replace(self._temporary, data_path(self._prefix))
+        store_columns(index_path(self._prefix), columns)
+
+    def close(self) -> None:
+        """Close and remove what is not finished."""
+        with contextlib.suppress(OSError):  # a full disk: what it could not take is removed
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _append(self, **values: int) -> None:
+        for name, value in values.items():
+            self._columns[name].append(value)
+
+
+def data_path(prefix: Path) -> Path:
+    """``<part>.bin``."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def index_path(prefix: Path) -> Path:
+    """``<part>.npz``."""
+    return prefix.with_name(prefix.name + ".npz")
+
+
+def read_index(prefix: Path) -> PartIndex | None:
+    """What a part holds, or None if it is not there in full."""
+    stored = load_columns(index_path(prefix))
+    try:
+        if stored is None:
+            return None
+        header = json.loads(stored["header"].tobytes())
+        digests = stored["digests"].reshape(-1, 32)
+        if data_path(prefix).stat().st_size != header["size"]:
+            return None
+        num_scored, largest_token = int(header["num_scored"]), int(header["largest_token"])
+    except (OSError, ValueError, KeyError):
+        return None
+    columns = {name: values for name, values in stored.items() if name in _COLUMNS}
+    empty = {name: np.zeros(0, dtype=np.dtype(code)) for name, code in _COLUMNS.items()}
+    examples = tuple(Example(*example) for example in header["examples"])
+    return PartIndex(
+        tuple(header["reasons"]), examples, digests=digests, num_scored=num_scored, largest_token=largest_token,
+        **{**empty, **columns},
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""The first half of preparation: one unit of work (a shard of a source) -> one part (its tokenized samples, on disk).
+
+A part depends on nothing but what its name, the unit's fingerprint, is the hash of: the options of the source and its
+filters, what tokenizing needs to know, and the shard with size and time of its files. So parts may be made in any
+order, by any number of processes on any machine; a part that is there is finished and need not be made again; and one
+of another recipe or of other files has another name.
+
+Every image is decoded here once, so that training meets no unreadable one; what fails is skipped under its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_vl import __version__
+from megatron_vl.data.dataset.rows import join_tokens
+from megatron_vl.data.filters.duplicates import looks_of
+from megatron_vl.data.filters.rules import SampleFilter
+from megatron_vl.data.formats.shard import Shard, Skipped
+from megatron_vl.data.images.decode import check_image, decode_image
+from megatron_vl.data.prepare.part_files import PartWriter
+from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
+from megatron_vl.data.prompting.tokenize import TokenizeOptions, tokenize_sample
+from megatron_vl.data.prompting.tokenizer import QwenTokenizer
+from megatron_vl.data.sample import TASKS, ImageRef, Sample
+from megatron_vl.errors import DataError, SkipSample
+
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work: a shard of a source that becomes one part."""
+
+    source_index: int
+    shard: Shard
+    name: str
+    """Fingerprint of all that its part depends on."""
+
+    def __str__(self) -> str:
+        return f"{self.shard.path}, shard {self.shard.name}"
+
+
+def plan_units(recipe: DataRecipe) -> list[Unit]:
+    """The work of a recipe in its fixed order.
+
+    Raises DataError if the files of a source are missing.
+    """
+    units = []
+    for source_index, entry in enumerate(recipe.sources):
+        common = _common_facts(recipe, entry)
+        with _named(entry):
+            shards = entry.source.shards()
+        for shard in shards:
+            state = None if shard.contents and shard.path.is_dir() else _state(shard.path)
+            facts = json.dumps([common, dataclasses.asdict(shard), state], default=str)
+            units.append(Unit(source_index, shard, hashlib.sha256(facts.encode()).hexdigest()[:32]))
+    return units
+
+
+def write_part(recipe: DataRecipe, unit: Unit, folder: Path) -> int:
+    """Read, check and tokenize the samples of a unit into its part; returns the number kept.
+
+    At most as many samples are kept as the source may give in all. Raises DataError if a file of the source turns out
+    to be useless.
+    """
+    entry = recipe.sources[unit.source_index]
+    maker = _PartMaker(recipe, entry, part_prefix(folder, unit))
+    try:
+        with _named(entry):
+            for item in entry.source.read(unit.shard):
+                maker.add(item)
+                if entry.limit is not None and maker.num_samples >= entry.limit:
+                    break
+        maker.finish()
+    finally:
+        maker.close()
+    return maker.num_samples
+
+
+def part_prefix(folder: Path, unit: Unit) -> Path:
+    """Where the part of a unit lies."""
+    return folder / unit.name
+
+
+class _PartMaker:
+    """Turns what a reader yields into the samples of one part."""
+
+    def __init__(self, recipe: DataRecipe, entry: SourceEntry, prefix: Path) -> None:
+        self._recipe = recipe
+        self._tokenizer = _load_tokenizer(recipe.num_ranks, recipe.vocab_file)
+        self._options = _tokenize_options(recipe)
+        self._source = entry.source
+        self._filter = SampleFilter(entry.filters)
+        self._needs_looks = entry.filters.needs_looks
+        self._writer = PartWriter(prefix)
+
+    @property
+    def num_samples(self) -> int:
+        return self._writer.num_samples
+
+    def add(self, item: Sample | Skipped) -> None:
+        """Keep a sample, or count why not."""
+        if isinstance(item, Skipped):
+            self._writer.skip(item)
+            return
+        if item.score is not None:
+            self._writer.count_score()
+        try:
+            self._keep(item)
+        except SkipSample as error:
+            self._writer.skip(Skipped(item.key, error.reason, error.detail))
+
+    def finish(self) -> None:
+        """Bring the part to the disk."""
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Close the files, finished or not."""
+        self._writer.close()
+
+    def _keep(self, sample: Sample) -> None:
+        most = self._recipe.pack.max_images
+        if len(sample.images) > most:
+            raise SkipSample("too_many_images", f"{len(sample.images)}, a row takes {most}")
+        tokenized = tokenize_sample(self._filter.apply(sample), self._tokenizer, self._options)
+        checked = [self._check(image) for image in sample.images]  # all of them, before any is stored
+        images = [self._writer.add_image(*fresh) if number is None else number for number, fresh in checked]
+        joined = join_tokens(tokenized.tokens, tokenized.supervised)
+        self._writer.add_sample(joined, sample.key, task=TASKS.index(sample.task), images=images)
+
+    def _check(self, image: ImageRef) -> tuple[int | None, tuple[bytes, bytes, int]]:
+        """The image's number, if it is stored; its bytes and hashes, after decoding it if it is not."""
+        try:
+            image = self._source.settle(image)
+            digest = hashlib.sha256(image.data).digest()
+            number, looks = self._writer.find_image(digest), 0
+            if number is None:
+                decoded = decode_image(image.data) if self._needs_looks else None
+                self._filter.check_image(check_image(image.data) if decoded is None else decoded.size)
+                looks = 0 if decoded is None else looks_of(decoded)
+        except SkipSample as error:
+            raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
+        return number, (image.data, digest, looks)
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(num_ranks: int, vocab_file: str | None) -> QwenTokenizer:
+    """A worker makes many parts and reads the vocabulary once."""
+    return QwenTokenizer(num_ranks, vocab_file)
+
+
+def _tokenize_options(recipe: DataRecipe) -> TokenizeOptions:
+    return TokenizeOptions(recipe.num_queries, recipe.longest_sample, recipe.chat_style)
+
+
+@contextlib.contextmanager
+def _named(entry: SourceEntry) -> Iterator[None]:
+    """Say of which source it is that a file is useless."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"source {entry.source.name!r}: {error}") from error
+
+
+def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
+    """What all parts of a source depend on."""
+    files = [*entry.source.files(), *filter(None, [entry.filters.exclude_images])]
+    return [
+        __version__, _FORMAT, type(entry.source).__name__, dataclasses.asdict(entry.source),
+        dataclasses.asdict(entry.filters.of_samples), entry.filters.needs_looks,
+        [_state(path) for path in files if not path.is_dir()], entry.limit, recipe.num_ranks, recipe.vocab_file,
+        dataclasses.asdict(_tokenize_options(recipe)), recipe.pack.max_images,
+    ]  # fmt: skip
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, or of the archive that a path leads into: what tells that it was changed. Of a folder,
+    which is a shard, the time at which a file in it came or went."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            found = place.stat()
+            return found.st_size, found.st_mtime_ns
+    return None

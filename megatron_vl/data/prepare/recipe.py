@@ -1,0 +1,340 @@
+"""The recipe of a data set: which sources, how they are tokenized, how they are packed.
+
+    sources:
+      - {name: scenes, type: img2dataset, path: raw/scenes}
+      - {name: questions, type: vqa, questions: raw/vqa.json, image_root: raw/images, weight: 2, limit: 50000}
+    seq_length: 2048
+    num_queries: 256          # these two may come from --model-preset
+    num_ranks: 151643
+    pack: {mode: mixed, max_images: 7}
+    filters: {min_side: 64, drop_emoji: true}
+    mixture: {groups: {captioning: 19.7M}, max_repeats: 2}
+
+``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first
+samples, ``samples`` or ``group`` give it an amount (mixture.py), ``filters`` its own thresholds; all other keys of a
+source are options of its reader. Unknown keys are errors that name their nearest neighbor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vl.config.fields import nearest
+from megatron_vl.config.strict_yaml import read_yaml
+from megatron_vl.data.dataset.rows import MAX_IMAGES_PER_ROW
+from megatron_vl.data.filters.options import FilterOptions, read_filters
+from megatron_vl.data.formats.values import as_number
+from megatron_vl.data.prompting.chat import ChatStyle
+from megatron_vl.data.sources.base import Source
+from megatron_vl.data.sources.registry import build_source
+from megatron_vl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How samples share rows."""
+
+    mode: Literal["mixed", "task", "none"] = "mixed"
+    """``mixed``; ``task``: only samples of one task in a row (few-shot rows); ``none``: one sample a row."""
+    max_images: int = MAX_IMAGES_PER_ROW
+    """Images in a row."""
+    min_piece: int = 16
+    """Gaps shorter than this are not filled with text."""
+    seed: int = 0
+    """Seed of the shuffle before packing."""
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One source, how it is cleaned, and how much of it is used."""
+
+    source: Source
+    weight: float = 1.0
+    limit: int | None = None
+    """Samples to read at most: the first that pass the filters of single samples."""
+    group: str | None = None
+    """Group of the mixture, where amounts are given; a source with ``samples`` is a group of its own."""
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    needs_scores: bool = False
+    """Whether a score is asked for, by ``score_field`` or by a filter, so that it is an error if no record has one."""
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """Amounts that the groups of sources are to have, see mixture.py."""
+
+    groups: dict[str, int] = field(default_factory=dict)
+    """Samples of each group; only their proportions matter where there is less."""
+    max_repeats: float = 1.0
+    """How often the samples of a group may be used."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Everything that the prepared rows depend on."""
+
+    sources: tuple[SourceEntry, ...]
+    num_queries: int
+    num_ranks: int
+    seq_length: int = 2048
+    max_sample_length: int | None = None
+    """Longest sample; by default the row (stage 1 of the paper: 512)."""
+    chat_style: ChatStyle = "paper"
+    exif_orientation: Literal["ignore", "apply"] = "ignore"
+    """Take images as they are stored, or turned as EXIF says; a source's own entry replaces this."""
+    vocab_file: str | None = None
+    pack: PackOptions = field(default_factory=PackOptions)
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    """For all sources; a source's own entries replace these."""
+    mixture: MixtureOptions = field(default_factory=MixtureOptions)
+    allow_empty: bool = False
+    """Go on if nothing of a source passes; by default that is an error."""
+
+    @property
+    def longest_sample(self) -> int:
+        return self.max_sample_length or self.seq_length
+
+
+def load_recipe(
+    path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
+) -> DataRecipe:
+    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_ranks`` of a model preset where the recipe
+    does not.
+
+    Relative paths count from ``root``, by default the recipe's folder. Raises ConfigError naming file and
+    key.
+    """
+    values, _ = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
+    values = {**(defaults or {}), **values}
+    _check_keys(values, DataRecipe, str(path))
+    for key in ("sources", "num_queries", "num_ranks"):
+        if key not in values:
+            hint = "" if key == "sources" else " (or give --model-preset)"
+            raise ConfigError(f"{path}: {key} is missing{hint}")
+    root = root or path.parent
+    filters = read_filters(values.get("filters", {}), f"{path}: filters", root=root)
+    sources, amounts = _sources(_with_defaults(values), path, root, filters)
+    recipe = DataRecipe(
+        **{
+            **values,
+            "sources": sources,
+            "vocab_file": _vocab_file(values.get("vocab_file"), f"{path}: vocab_file", root),
+            "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
+            "filters": filters,
+            "mixture": _mixture(values.get("mixture", {}), amounts, f"{path}: mixture"),
+        }
+    )
+    _check_values(recipe, str(path))
+    _check_groups(recipe, str(path))
+    return recipe
+
+
+def without_missing(recipe: DataRecipe) -> tuple[DataRecipe, list[str]]:
+    """The recipe without sources whose files are not there, and a line about each of those.
+
+    Raises ConfigError if no source is left.
+    """
+    missing = {entry.source.name: _absent(entry.source) for entry in recipe.sources}
+    sources = tuple(entry for entry in recipe.sources if not missing[entry.source.name])
+    lines = [f"source {name} is left out: {paths[0]} is missing" for name, paths in missing.items() if paths]
+    if not sources:
+        raise ConfigError("the files of all sources are missing:\n  " + "\n  ".join(lines))
+    served = {entry.group for entry in sources}
+    groups = {name: amount for name, amount in recipe.mixture.groups.items() if name in served}
+    mixture = dataclasses.replace(recipe.mixture, groups=groups)
+    return dataclasses.replace(recipe, sources=sources, mixture=mixture), lines
+
+
+def _absent(source: Source) -> list[Path]:
+    """Paths of a source that neither exist nor lead into a file (a zip)."""
+    values = [getattr(source, item.name) for item in dataclasses.fields(source)]
+    paths = [value for value in values if isinstance(value, Path)]
+    return [path for path in paths if not path.exists() and not any(parent.is_file() for parent in path.parents)]
+
+
+def read_amount(value: Any, where: str) -> int:
+    """A number of samples: an integer, or a number with K, M or B behind it; raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value)) if type(value) in (int, str) else None
+    amount = Decimal(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else Decimal(0)
+    if amount < 1 or amount != int(amount):
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a number of samples such as 350000, 350K or 19.7M")
+    return int(amount)
+
+
+def _with_defaults(values: Mapping[str, Any]) -> Any:
+    """The entries of the sources with what the recipe says for all of them."""
+    entries = values["sources"]
+    if "exif_orientation" not in values or not isinstance(entries, list):
+        return entries
+    common = {"exif_orientation": values["exif_orientation"]}
+    return [{**common, **entry} if isinstance(entry, dict) else entry for entry in entries]
+
+
+def _sources(
+    entries: Any, path: Path, root: Path, filters: FilterOptions
+) -> tuple[tuple[SourceEntry, ...], dict[str, int]]:
+    """The sources, and the amounts of those that have one of their own."""
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: sources: expected a list of mappings with 'name' and 'type'")
+    built = tuple(_source(entry, f"{path}: sources[{i}]", root, filters) for i, entry in enumerate(entries))
+    names = [entry.source.name for entry in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique"
+            )
+    amounts = {
+        entry["name"]: read_amount(entry["samples"], f"{path}: sources[{i}].samples")
+        for i, entry in enumerate(entries)
+        if "samples" in entry
+    }
+    return built, amounts
+
+
+_ENTRY_KEYS = ("weight", "limit", "samples", "group", "filters")
+"""Keys of a source that its reader does not see."""
+
+
+def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> SourceEntry:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
+    weight = _factor(entry.get("weight", 1.0), f"{where}.weight", "2 uses every sample twice")
+    limit, group = entry.get("limit"), entry.get("group")
+    if "samples" in entry and group is not None:
+        raise ConfigError(f"{where}: 'samples' and 'group' exclude each other; the group has an amount already")
+    if group is not None and not isinstance(group, str):
+        raise ConfigError(f"{where}.group: found {group!r:.60}, expected a name of mixture.groups")
+    source = build_source({key: entry[key] for key in entry if key not in _ENTRY_KEYS}, where=where, root=root)
+    cleaning = read_filters(entry.get("filters", {}), f"{where}.filters", root=root, base=filters)
+    own = entry.get("filters", {})
+    if own.get("min_score") is not None and not source.score_fields():
+        raise ConfigError(
+            f"{where}.filters.min_score: no record of this source has a score; name the field that holds it "
+            "(score_field of img2dataset and pairs), or remove min_score"
+        )
+    return SourceEntry(
+        source,
+        weight=weight,
+        limit=None if limit is None else read_amount(limit, f"{where}.limit"),
+        group=source.name if "samples" in entry else group,
+        filters=cleaning,
+        needs_scores=bool(source.score_fields()) and ("score_field" in entry or cleaning.min_score is not None),
+    )
+
+
+def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
+    _check_keys(values, MixtureOptions, where)
+    groups, repeats = values.get("groups", {}), values.get("max_repeats", 1.0)
+    if not isinstance(groups, dict):
+        raise ConfigError(f"{where}.groups: found {groups!r:.60}, expected names and numbers of samples")
+    repeats = _factor(repeats, f"{where}.max_repeats", "2 may use every sample twice")
+    for name in amounts:
+        if name in groups:
+            raise ConfigError(f"{where}.groups: {name!r} is the name of a source that has its own 'samples'")
+    named = {str(name): read_amount(value, f"{where}.groups.{name}") for name, value in groups.items()}
+    return MixtureOptions({**named, **amounts}, repeats)
+
+
+def _factor(value: Any, where: str, meaning: str) -> float:
+    """How often samples are used; raises ConfigError."""
+    number = as_number(value)  # YAML takes 1e-3 for a text
+    if number is None or not 0 < number <= 1000:
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a number above 0 and at most 1000 ({meaning})")
+    return number
+
+
+def _check_groups(recipe: DataRecipe, where: str) -> None:
+    """Amounts for all sources or for none, and no amount for nothing."""
+    amounts = recipe.mixture.groups
+    for index, entry in enumerate(recipe.sources):
+        if entry.group is not None and entry.group not in amounts:
+            known = f"known are {', '.join(amounts)}" if amounts else "there is no such entry"
+            raise ConfigError(
+                f"{where}: sources[{index}].group: {entry.group!r} has no amount in mixture.groups; {known}"
+            )
+        if entry.group is None and amounts:
+            raise ConfigError(
+                f"{where}: sources[{index}] ({entry.source.name}) has neither 'samples' nor 'group', but other sources "
+                "have amounts; give all sources one, or none"
+            )
+    for name in amounts:
+        if not any(entry.group == name for entry in recipe.sources):
+            raise ConfigError(f"{where}: mixture.groups.{name}: no source is in this group; remove it")
+
+
+def _pack_options(values: Any, where: str) -> PackOptions:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
+    _check_keys(values, PackOptions, where)
+    options = PackOptions(**values)
+    _check_choice(options.mode, ("mixed", "task", "none"), f"{where}.mode")
+    for key in ("max_images", "min_piece", "seed"):
+        _check_integer(getattr(options, key), f"{where}.{key}", least=0 if key == "seed" else 1)
+    if options.max_images > MAX_IMAGES_PER_ROW:
+        raise ConfigError(f"{where}.max_images: found {options.max_images}, the most is {MAX_IMAGES_PER_ROW}")
+    return options
+
+
+def _vocab_file(value: Any, where: str, root: Path) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: found {value!r:.60}, expected a path")
+    path = root / value
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {path}: no such file; expected Qwen's .tiktoken file. Without this key it is that of the "
+            "package dashscope"
+        )
+    return str(path)
+
+
+def _check_values(recipe: DataRecipe, where: str) -> None:
+    for key in ("num_queries", "num_ranks", "seq_length"):
+        _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
+    _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
+    _check_choice(recipe.exif_orientation, ("ignore", "apply"), f"{where}: exif_orientation")
+    if type(recipe.allow_empty) is not bool:
+        raise ConfigError(f"{where}: allow_empty: found {recipe.allow_empty!r:.60}, expected true or false")
+    if recipe.filters.min_score is not None and not any(entry.source.score_fields() for entry in recipe.sources):
+        raise ConfigError(
+            f"{where}: filters.min_score: no source has a score; name the field that holds it (score_field of "
+            "img2dataset and pairs), or remove min_score"
+        )
+    if recipe.max_sample_length is not None:
+        _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
+    if recipe.longest_sample > recipe.seq_length:
+        raise ConfigError(
+            f"{where}: max_sample_length {recipe.longest_sample} exceeds seq_length {recipe.seq_length}; a "
+            "sample must fit "
+            "into a row"
+        )
+
+
+def _check_keys(values: Mapping[str, Any], kind: type[Any], where: str) -> None:
+    valid = [item.name for item in dataclasses.fields(kind)]
+    for key in values:
+        if key not in valid:
+            near = nearest(str(key), valid)
+            hint = f"did you mean {near!r}?" if near else f"valid are {', '.join(valid)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _check_integer(value: Any, where: str, *, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{where}: found {value!r}, expected an integer of at least {least}")
+
+
+def _check_choice(value: Any, choices: Sequence[str], where: str) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(choices)}")

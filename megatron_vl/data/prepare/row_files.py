@@ -1,0 +1,130 @@
+"""The files of a data set in the making: room for all of it, rows by workers, indices, and the step to a data set.
+
+Until then they lie among the parts, under names that begin with ``rows-`` and the hash of their plan, so that what is
+unfinished is in one folder, and files of that name and size are those of this very plan. An old manifest goes before
+the files are renamed, the new one comes last: whatever happens, there is a whole data set under the prefix, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vl.data.dataset.durable_files import sync
+from megatron_vl.data.dataset.indexed import Stretch, write_index
+from megatron_vl.data.dataset.manifest import HASHES, FileEntry, Manifest, hash_lines, manifest_path, write_manifest
+from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_slices
+from megatron_vl.data.prepare.row_slices import IMAGES, TOKENS, SliceRecord, read_record, record_path, write_slice
+from megatron_vl.data.prepare.workers import Pool, hand_out
+from megatron_vl.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with the number of rows done and the number of all rows."""
+_KEYS = ".keys"
+
+
+def write_rows(plan: RowPlan, origins: Origins, folder: Path, *, pool: Pool, report: Progress) -> Path:
+    """Have all slices written that are not, and finish the files; returns the path that they all begin with."""
+    names = [work.name for work in plan_slices(plan, origins)]
+    stem = folder / f"rows-{hashlib.sha256(' '.join(names).encode()).hexdigest()[:16]}"
+    present = _make_room(plan, names, stem)
+    num_done = 0
+
+    def finish(_: str, num_rows: int) -> None:
+        nonlocal num_done
+        num_done += num_rows
+        report(num_done, plan.packing.num_rows)
+
+    def jobs() -> Iterator[tuple[str, Callable[..., int], tuple[Any, ...]]]:
+        for work in plan_slices(plan, origins):
+            if record_path(stem, work.name) in present and read_record(stem, work.name) is not None:
+                finish(work.name, work.num_rows)
+            else:
+                yield f"rows of {stem}, slice {work.name}", write_slice, (work, stem)
+
+    hand_out(pool, jobs(), finish)
+    _finish_files(plan, names, stem)
+    return stem
+
+
+def is_of_rows(path: Path) -> bool:
+    """Whether a file among the parts is one of these."""
+    return path.name.startswith("rows-")
+
+
+def file_entries(stem: Path) -> tuple[tuple[FileEntry, ...], str]:
+    """What the manifest says of the finished files: their sizes, and the hash of their hashes."""
+    kinds = [f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx")]
+    entries = tuple(FileEntry(kind, Path(f"{stem}{kind}").stat().st_size) for kind in (*kinds, HASHES))
+    return entries, hashlib.sha256(Path(f"{stem}{HASHES}").read_bytes()).hexdigest()
+
+
+def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
+    """Make the finished files the data set at ``prefix``."""
+    write_manifest(stem, manifest)  # here first: a full disk is met before anything is moved
+    manifest_path(prefix).unlink(missing_ok=True)
+    for entry in manifest.files:
+        os.replace(f"{stem}{entry.suffix}", f"{prefix}{entry.suffix}")
+    os.replace(manifest_path(stem), manifest_path(prefix))
+    descriptor = os.open(prefix.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    _remove(stem.parent, kept=())
+
+
+def _make_room(plan: RowPlan, names: Sequence[str], stem: Path) -> set[Path]:
+    """Make the files as long as they will be, and remove those of other plans; returns the records that count."""
+    sizes = {TOKENS: 4 * int(plan.lengths.sum()), IMAGES: int(plan.stored_sizes.sum(dtype=np.int64))}
+    files = {Path(f"{stem}{suffix}.bin"): size for suffix, size in sizes.items()}
+    as_left = all(path.is_file() and path.stat().st_size == size for path, size in files.items())
+    wanted = {record_path(stem, name) for name in names if as_left}
+    # A file that another machine is to make must not be looked for before: NFS would remember that it is not there.
+    present = wanted & set(stem.parent.iterdir())
+    _remove(stem.parent, kept=present | files.keys())
+    for path, size in files.items():
+        with path.open("ab") as file:
+            file.truncate(size)
+    return present
+
+
+def _remove(folder: Path, kept: Collection[Path]) -> None:
+    for path in folder.iterdir():
+        if is_of_rows(path) and path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _finish_files(plan: RowPlan, names: Sequence[str], stem: Path) -> None:
+    """Write the keys, one slice after the other, the indices and the hashes."""
+    stretches: dict[str, list[Stretch]] = {TOKENS: [], IMAGES: [], _KEYS: []}
+    key_lengths = []
+    with Path(f"{stem}{_KEYS}.bin").open("wb") as file:
+        for name in names:
+            record = _finished(stem, name)
+            stretches[TOKENS].append(record.tokens)
+            stretches[IMAGES].append(record.images)
+            stretches[_KEYS].append(Stretch(len(record.keys), hashlib.sha256(record.keys.data).hexdigest()))
+            key_lengths.append(record.key_lengths)
+            file.write(record.keys.data)
+        sync(file)
+    indices = {
+        TOKENS: write_index(f"{stem}{TOKENS}", plan.lengths, "int32", plan.images_per_row),
+        IMAGES: write_index(f"{stem}{IMAGES}", plan.stored_sizes, "uint8"),
+        _KEYS: write_index(f"{stem}{_KEYS}", np.concatenate(key_lengths), "uint8"),
+    }
+    with Path(f"{stem}{HASHES}").open("wb") as file:
+        for suffix, index in indices.items():
+            for line in (*hash_lines(f"{suffix}.bin", stretches[suffix]), *hash_lines(f"{suffix}.idx", [index])):
+                file.write(line.encode())
+        sync(file)
+
+
+def _finished(stem: Path, name: str) -> SliceRecord:
+    record = read_record(stem, name)
+    if record is None:
+        raise DataError(f"{record_path(stem, name)}: gone or damaged; start again, and its rows are written again")
+    return record

@@ -1,0 +1,141 @@
+"""Where every row and every image of a data set will lie, in numbers alone.
+
+Once samples are packed, the length of every row and of every image is known, and so is its place in the files. So the
+rows can be written in any order, by anybody: they are cut into slices of some size, each a unit of work (row_slices.py)
+that knows all it needs. Where the slices are cut depends on the rows only, never on who writes them.
+
+An image is stored where a row first uses it, so the images of neighboring rows lie together, and once, whoever else
+uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.data.dataset.rows import row_lengths
+from megatron_vl.data.prepare.gather import Images, Samples
+from megatron_vl.data.prepare.packing import Packing
+from megatron_vl.data.prepare.row_slices import RowSlice
+
+IntArray = npt.NDArray[np.int64]
+SLICE_BYTES = 256 * 2**20
+"""A slice ends behind so many bytes of rows and images: enough to be worth handing out, little to do again."""
+SLICE_PIECES = 200_000
+"""Or behind so many pieces, of which each takes some 45 bytes to hand out."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What the numbers of parts and sources stand for."""
+
+    paths: tuple[Path, ...]
+    """Data files of the parts."""
+    names: tuple[str, ...]
+    """Names of the sources."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows and images in the order in which they are stored."""
+
+    samples: Samples
+    images: Images
+    packing: Packing
+    pieces: IntArray
+    """int64[pieces]: the sample of each piece of the packing."""
+    lengths: IntArray
+    """int64[rows]: items of each stored row."""
+    image_splits: IntArray
+    """int64[rows + 1]: row r has images image_numbers[image_splits[r] : image_splits[r + 1]]."""
+    image_numbers: IntArray
+    """int64[sum of the rows' images]: which of the stored images."""
+    stored: IntArray
+    """int64[stored images]: its index in ``images``."""
+    first_stored: IntArray
+    """int64[rows + 1]: row r is the first to use images first_stored[r] to first_stored[r + 1]."""
+
+    @property
+    def stored_sizes(self) -> npt.NDArray[np.int32]:
+        """int32[stored images]: bytes."""
+        return self.images.size[self.stored]
+
+    @property
+    def images_per_row(self) -> IntArray:
+        """int64[rows]."""
+        return np.diff(self.image_splits)
+
+
+def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Images) -> RowPlan:
+    """The plan of a packing, whose samples are positions in ``chosen``."""
+    pieces = chosen[packing.samples]
+    counts = samples.image_splits[pieces + 1] - samples.image_splits[pieces]
+    piece_splits = _splits(counts)
+    places = np.repeat(samples.image_splits[pieces] - piece_splits[:-1], counts) + np.arange(piece_splits[-1])
+    uses = samples.image_ids[places]
+    used, first_use, inverse = np.unique(uses, return_index=True, return_inverse=True)
+    order = np.argsort(first_use)
+    number = np.empty(len(order), dtype=np.int64)
+    number[order] = np.arange(len(order))
+    image_splits = piece_splits[packing.row_splits]
+    tokens = _splits(packing.stops - packing.starts)[packing.row_splits]
+    return RowPlan(
+        samples=samples,
+        images=images,
+        packing=packing,
+        pieces=pieces,
+        lengths=row_lengths(np.diff(packing.row_splits), np.diff(image_splits), np.diff(tokens)),
+        image_splits=image_splits,
+        image_numbers=number[inverse],
+        stored=used[order].astype(np.int64),
+        first_stored=np.searchsorted(first_use[order], image_splits),
+    )
+
+
+def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
+    """The slices of a plan, in order."""
+    token_begins = 4 * _splits(plan.lengths)
+    image_begins = _splits(plan.stored_sizes)[plan.first_stored]
+    numbers = (token_begins + image_begins)[:-1] // SLICE_BYTES + plan.packing.row_splits[:-1] // SLICE_PIECES
+    borders = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
+        yield _slice(plan, first, last, origins, (int(token_begins[first]), int(image_begins[first])))
+
+
+def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple[int, int]) -> RowSlice:
+    """Rows [first, last) with all that is needed of samples, images and parts."""
+    samples, images, splits = plan.samples, plan.images, plan.packing.row_splits
+    piece_range = slice(int(splits[first]), int(splits[last]))
+    use_range = slice(int(plan.image_splits[first]), int(plan.image_splits[last]))
+    pieces = plan.pieces[piece_range]
+    fresh = plan.stored[plan.first_stored[first] : plan.first_stored[last]]
+    parts, numbers = np.unique(np.concatenate([samples.part[pieces], images.part[fresh]]), return_inverse=True)
+    return RowSlice(
+        token_begin=begins[0],
+        image_begin=begins[1],
+        paths=tuple(origins.paths[part] for part in parts.tolist()),
+        names=origins.names,
+        row_splits=splits[first : last + 1] - splits[first],
+        part=numbers[: len(pieces)],
+        offset=samples.offset[pieces],
+        length=samples.length[pieces],
+        key_size=samples.key_size[pieces],
+        source=samples.source[pieces],
+        task=samples.task[pieces],
+        start=plan.packing.starts[piece_range],
+        stop=plan.packing.stops[piece_range],
+        image_splits=plan.image_splits[first : last + 1] - plan.image_splits[first],
+        image_numbers=plan.image_numbers[use_range],
+        image_part=numbers[len(pieces) :],
+        image_offset=images.offset[fresh],
+        image_size=images.size[fresh],
+    )
+
+
+def _splits(counts: npt.NDArray[np.integer]) -> IntArray:
+    """int64[n + 1]: where each of n runs of these lengths begins, and where the last ends."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -1,0 +1,192 @@
+"""The unit of work of the merge: a slice of rows is written into files whose every byte has its place already.
+
+    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own stretch
+    rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its stretches, its keys
+
+The record comes last, when the stretches are on the disk. A slice is named by the hash of all that it is made from and
+of where it goes, and a plan by its slices. So a slice that has its record need not be written again, a killed merge
+goes on where it was, and a straggler of another plan writes into files that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.data.dataset.durable_files import load_columns, store_columns, sync
+from megatron_vl.data.dataset.indexed import Stretch
+from megatron_vl.data.dataset.rows import SegmentKey, encode_keys, encode_row
+from megatron_vl.data.prepare.part_reader import PartReader
+from megatron_vl.data.sample import TASKS
+
+IntArray = npt.NDArray[np.int64]
+TOKENS, IMAGES = ".tokens", ".images"
+_BUFFER_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Some rows, one after the other, and where everything about them is."""
+
+    token_begin: int
+    """Byte of the file of tokens at which its rows begin."""
+    image_begin: int
+    """Byte of the file of images at which those begin that its rows are the first to use."""
+    paths: tuple[Path, ...]
+    """Files of the parts that it reads."""
+    names: tuple[str, ...]
+    """Of the sources."""
+    row_splits: IntArray
+    """int64[rows + 1]: row r has pieces row_splits[r] to row_splits[r + 1]."""
+    part: IntArray
+    """int64[pieces]: index into ``paths``."""
+    offset: IntArray
+    """int64[pieces]: byte at which the sample's tokens begin."""
+    length: npt.NDArray[np.int32]
+    """int32[pieces]: tokens of the sample; its key follows them."""
+    key_size: npt.NDArray[np.int32]
+    source: npt.NDArray[np.int16]
+    task: npt.NDArray[np.int8]
+    start: IntArray
+    """int64[pieces]: the piece is tokens [start, stop) of the sample."""
+    stop: IntArray
+    image_splits: IntArray
+    """int64[rows + 1]: row r has images image_numbers[image_splits[r] : image_splits[r + 1]]."""
+    image_numbers: IntArray
+    image_part: IntArray
+    """int64[images that it stores]: index into ``paths``."""
+    image_offset: IntArray
+    image_size: npt.NDArray[np.int32]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_splits) - 1
+
+    @cached_property
+    def name(self) -> str:
+        """Fingerprint of all of it; of the parts their names say everything, wherever they lie."""
+        digest = hashlib.sha256()
+        facts = dataclasses.replace(self, paths=tuple(Path(path.name) for path in self.paths))
+        for item in dataclasses.fields(facts):
+            value = getattr(facts, item.name)
+            data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+            digest.update(f"{item.name} {len(data)} ".encode() + data)
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class SliceRecord:
+    """What is kept of a finished slice."""
+
+    tokens: Stretch
+    images: Stretch
+    keys: npt.NDArray[np.uint8]
+    """The stored keys of its rows, end to end."""
+    key_lengths: npt.NDArray[np.int32]
+    """int32[rows]."""
+
+
+def record_path(stem: Path, name: str) -> Path:
+    """The record of a slice; ``stem`` is the path that all files of a plan begin with."""
+    return stem.with_name(f"{stem.name}-{name}.npz")
+
+
+def write_slice(work: RowSlice, stem: Path) -> int:
+    """Write the rows of a slice and the images that they are the first to use; returns the number of rows.
+
+    Both files are there already, as long as they will be. Raises DataError if a part is damaged.
+    """
+    reader = PartReader(work.paths)
+    try:
+        with _stretch(Path(f"{stem}{IMAGES}.bin"), work.image_begin) as images:
+            places = (work.image_part, work.image_offset, work.image_size)
+            for part, offset, size in zip(*(column.tolist() for column in places), strict=True):
+                images.write(reader.read(part, offset, size))
+        with _stretch(Path(f"{stem}{TOKENS}.bin"), work.token_begin) as tokens:
+            keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
+    finally:
+        reader.close()
+    stretches = json.dumps([dataclasses.astuple(writer.finished()) for writer in (tokens, images)])
+    columns: dict[str, npt.NDArray[Any]] = {
+        "stretches": np.frombuffer(stretches.encode(), np.uint8),
+        "keys": np.frombuffer(b"".join(keys), np.uint8),
+        "key_lengths": np.array([len(key) for key in keys], dtype=np.int32),
+    }
+    store_columns(record_path(stem, work.name), columns)
+    return work.num_rows
+
+
+def read_record(stem: Path, name: str) -> SliceRecord | None:
+    """The record of a slice, or None if it is not there or damaged."""
+    stored = load_columns(record_path(stem, name))
+    try:
+        if stored is None:
+            return None
+        tokens, images = (Stretch(*item) for item in json.loads(stored["stretches"].tobytes()))
+        return SliceRecord(tokens, images, stored["keys"], stored["key_lengths"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class _StretchWriter:
+    """Writes bytes one after the other, counts and hashes them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    def finished(self) -> Stretch:
+        return Stretch(self._size, self._hash.hexdigest())
+
+
+@contextlib.contextmanager
+def _stretch(path: Path, begin: int) -> Iterator[_StretchWriter]:
+    """A writer into a file from a byte on; what it wrote is on the disk afterwards.
+
+    The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
+    send all of the page, with what a neighbor's stretch held there before.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
+        file.seek(begin)
+        yield _StretchWriter(file)
+        sync(file)
+
+
+def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: _StretchWriter) -> bytes:
+    """Write one row; returns its keys in their stored form."""
+    pieces = [_read_piece(work, piece, reader) for piece in range(work.row_splits[row], work.row_splits[row + 1])]
+    images = work.image_numbers[work.image_splits[row] : work.image_splits[row + 1]]
+    tokens.write(encode_row([piece for piece, _ in pieces], images).astype("<i4").tobytes())
+    return encode_keys([key for _, key in pieces])
+
+
+def _read_piece(work: RowSlice, piece: int, reader: PartReader) -> tuple[npt.NDArray[np.int32], SegmentKey]:
+    """Stored tokens of a piece, and which of which sample they are. A text document's continuation does not predict its
+    own first token, since what stands before it in the row is another segment."""
+    part, offset = int(work.part[piece]), int(work.offset[piece])
+    start, stop = int(work.start[piece]), int(work.stop[piece])
+    length, key_size = int(work.length[piece]), int(work.key_size[piece])
+    data = reader.read(part, offset + 4 * start, 4 * (stop - start))
+    key = reader.read(part, offset + 4 * length, key_size).decode("utf-8", "surrogatepass")
+    joined = np.frombuffer(data, dtype="<i4")
+    if start > 0:
+        joined = joined.copy()
+        joined[0] ^= joined[0] >> 31
+    return joined, SegmentKey(work.names[work.source[piece]], TASKS[work.task[piece]], key, start, stop)

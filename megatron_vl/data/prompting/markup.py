@@ -1,0 +1,101 @@
+"""Qwen-VL's marks inside a text: ``<img>PATH</img>`` is an image, ``<ref>``, ``<box>`` and ``<quad>`` are grounding.
+
+Only a whole ``<img>PATH</img>``, with no other mark in its path, makes an image; a lone ``<img>``, ``</img>`` or
+``<imgpad>`` has no meaning. So no text can open an image span that it does not close, or claim a slot. Grounding marks
+count one by one, closed or not, as in the original, whose prompts may end in an open ``<box>``. The surface form of any
+other special token is text like any other. Marks are looked for in the NFC form, as in the original: what follows a
+``>`` can compose with it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_vl.data.prompting.coordinates import GRID
+from megatron_vl.data.prompting.tasks import Piece
+from megatron_vl.errors import DataError
+
+GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
+_IN_PATH = rf"(?!{'|'.join(GROUNDING + IMAGE_TAGS)})."
+_IMAGE = re.compile(rf"<img>((?:{_IN_PATH})*)</img>", re.DOTALL)
+_GROUNDING = re.compile("|".join(GROUNDING))
+_IMAGE_OR_GROUNDING = re.compile(f"{_IMAGE.pattern}|{_GROUNDING.pattern}", re.DOTALL)
+_BOX_SIZE = 4
+
+
+def parse_markup(text: str, *, images: bool = True) -> list[Piece]:
+    """Pieces of a text, unsupervised: images with their paths, grounding marks, and plain text between them.
+
+    Without ``images`` an image is plain text as well.
+    """
+    text = unicodedata.normalize("NFC", text)
+    pieces: list[Piece] = []
+    done = 0
+    for match in (_IMAGE_OR_GROUNDING if images else _GROUNDING).finditer(text):
+        pieces += _plain(text[done : match.start()])
+        pieces.append(Piece("special", match[0]) if match[0] in GROUNDING else Piece("image", match[1]))
+        done = match.end()
+    return pieces + _plain(text[done:])
+
+
+def count_images(text: str) -> int:
+    """How many images a text names."""
+    return sum(piece.kind == "image" for piece in parse_markup(text))
+
+
+def stray_image_tag(text: str) -> str | None:
+    """The first of <img>, </img> and <imgpad> that belongs to no image, if there is one."""
+    stretches = _IMAGE.split(unicodedata.normalize("NFC", text))[::2]
+    return next((tag for stretch in stretches for tag in IMAGE_TAGS if tag in stretch), None)
+
+
+def join_parts(parts: Sequence[Any], *, images_before: int = 0) -> str:
+    """One text of Qwen-VL's list of parts: ``{"image": path}``, ``{"text": words}``, and ``{"box": boxes}`` with or
+    without a ``"ref"``, where a box is four cells from 0 to 999.
+
+    An image becomes ``Picture k: <img>path</img>`` and a line end; k counts the images of the dialogue, of which there
+    were ``images_before``.
+
+    Raises:
+        DataError: a part is something else, or a path holds a mark; says which part.
+    """
+    text = ""
+    for number, part in enumerate(parts, 1):
+        where = f"part {number} of the text, {str(part)[:80]}"
+        if not isinstance(part, Mapping):
+            raise DataError(f"{where}: expected an object with 'image', 'text' or 'box'")
+        if isinstance(part.get("image"), str):
+            images_before += 1
+            text += f"Picture {images_before}: {_image(part['image'], where)}\n"
+        elif isinstance(part.get("text"), str):
+            images_before += count_images(part["text"])
+            text += part["text"]
+        elif isinstance(part.get("box"), Sequence) and isinstance(part.get("ref", ""), str):
+            text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
+            text += "".join(_box(box, where) for box in part["box"])
+        else:
+            raise DataError(f"{where}: expected 'image' or 'text', a text, or 'box', a list, with 'ref', a text")
+    return text
+
+
+def _image(path: str, where: str) -> str:
+    image = f"<img>{path}</img>"
+    if not _IMAGE.fullmatch(unicodedata.normalize("NFC", image)):
+        raise DataError(f"{where}: the path holds one of {', '.join(GROUNDING + IMAGE_TAGS)}; rename the file")
+    return image
+
+
+def _box(box: Any, where: str) -> str:
+    cells = list(box) if isinstance(box, Sequence) else []
+    if len(cells) != _BOX_SIZE or not all(isinstance(cell, int) and 0 <= cell < GRID for cell in cells):
+        raise DataError(f"{where}: a box is four integers from 0 to {GRID - 1}: x1, y1, x2, y2")
+    x1, y1, x2, y2 = cells
+    return f"<box>({x1},{y1}),({x2},{y2})</box>"
+
+
+def _plain(text: str) -> list[Piece]:
+    return [Piece("text", text)] if text else []
