@@ -39,9 +39,9 @@ def test_help_ends_with_an_example_that_the_documentation_has(tool: str) -> None
 def _parsers() -> Iterator[argparse.ArgumentParser]:
     for tool in TOOLS:
         source = (ROOT / "tools" / f"{tool}.py").read_text(encoding="utf-8")
-        match = re.search(r"from (megatron_vl\.cli\.\w+) import main", source)
+        match = re.search(r'run\("(\w+)"\)', source)
         assert match
-        module = importlib.import_module(match[1])
+        module = importlib.import_module(f"megatron_vl.cli.{match[1]}")
         build = getattr(module, "_build_parser", None) or module.build_parser
         yield build()
 
