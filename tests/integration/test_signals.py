@@ -16,6 +16,7 @@ import pytest
 
 from megatron_vl.checkpoint import store
 from megatron_vl.config.load import dump_config
+from tests.helpers.interruptible import interruptible_children
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.tiny import tiny_config
 from tests.integration.test_launcher import environment
@@ -72,7 +73,7 @@ class Running:
         (folder / "recipe.yaml").write_text(dump_config(config))
         self.save, self.log = folder / "run", folder / f"log{len(list(folder.iterdir()))}"
         arguments = [sys.executable, *command, str(folder / "recipe.yaml"), "--save", str(self.save), "--auto-resume"]
-        with self.log.open("w") as stream:
+        with self.log.open("w") as stream, interruptible_children():
             self.process = subprocess.Popen(
                 arguments, cwd=ROOT, env=environment(), stdout=stream, stderr=stream, start_new_session=True
             )

@@ -20,6 +20,7 @@ from megatron_vl.data.prepare.recipe import load_recipe
 from megatron_vl.data.prepare.workers import open_pool
 from megatron_vl.errors import DataError
 from tests.helpers.data.jobs import NUM_SLICES, ROOT, RUN, SMALL_SLICES, command, hashes, recipe_file, run_tool
+from tests.helpers.interruptible import interruptible_children
 
 DIES_AT_CALL = """
 import os, signal
@@ -163,9 +164,9 @@ def test_an_interruption_is_one_line_and_work_goes_on(raw: Path, workers: int) -
     recipe = recipe_file(raw)
     code = SMALL_SLICES + SLOW + RUN
     arguments = [str(recipe), "--output", str(raw / "set"), "--quiet", "--workers", str(workers)]
-    job = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    program = [sys.executable, "-c", code, *arguments]
+    with interruptible_children():
+        job = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(list((raw / "set.parts").glob("*.npz"))) < 3:
         assert time.monotonic() < deadline and job.poll() is None
