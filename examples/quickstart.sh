@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart.sh [--smoke] [--output DIR]
 #
-# Makes or reuses .venv, draws and prepares the data, trains stages 0 to 3 (and a blind twin), exports a Hugging Face
+# Makes or reuses .venv, draws and prepares the data, trains stages 0 to 3 (and a blind model), exports a Hugging Face
 # folder, scores held-out answers and writes runs/quickstart/report.html: about 15 minutes. Started again, it goes on
 # where it stopped and reuses what is there. --smoke: the same in 3 minutes, learning nothing.
 set -euo pipefail

@@ -30,6 +30,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("training", "conversion"),
     ("generation",),
     ("evaluation", "serving"),
+    ("report",),
+    ("inspector",),
     ("cli",),
 )
 """A package may import what stands in a line above its own, and itself."""

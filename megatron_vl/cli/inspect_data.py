@@ -51,7 +51,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from megatron_vl.evaluation.inspector.opening import open_store
+    from megatron_vl.inspector.opening import open_store
 
     check_at_least("--rows", options.rows, 1)
     check_at_least("--seed", options.seed or 0, 0)
@@ -67,16 +67,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _print_summary(store: RowStore) -> None:
-    from megatron_vl.evaluation.inspector.overview import read_overview
-    from megatron_vl.evaluation.inspector.summary import format_summary
+    from megatron_vl.inspector.overview import read_overview
+    from megatron_vl.inspector.summary import format_summary
 
     write_line(format_summary(read_overview(store)))
 
 
 def _write_page(store: RowStore, path: Path, options: argparse.Namespace) -> None:
-    from megatron_vl.evaluation.inspector.choice import Choice
-    from megatron_vl.evaluation.inspector.opening import open_vocabulary
-    from megatron_vl.evaluation.inspector.page import read_page, render_page
+    from megatron_vl.inspector.choice import Choice
+    from megatron_vl.inspector.opening import open_vocabulary
+    from megatron_vl.inspector.page import read_page, render_page
 
     vocabulary = open_vocabulary(options.prefix, store.manifest, options.vocab_file)
     choice = Choice(options.rows, options.first, options.seed, options.source, options.task)

@@ -25,7 +25,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from megatron_vl.evaluation.report import read_report, render_page, render_text
+    from megatron_vl.report.report import read_report, render_page, render_text
 
     path = options.output or options.run_dir / "report.html"
     if options.run_dir.is_dir():  # else no folder is made for a name that was mistyped

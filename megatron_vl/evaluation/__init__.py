@@ -1,1 +1,1 @@
-"""Scores of predictions, and the report of a run."""
+"""Questions, scores of predictions, and the forward pass for comparisons."""

@@ -33,8 +33,8 @@ from megatron_vl.training.step import evaluating, forward_backward
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What this rank saw of a forward pass: one tensor for each micro-batch, on the CPU in fp32."""
+class ForwardOutputs:
+    """This rank's outputs of a forward pass: one tensor for each micro-batch, on the CPU in fp32."""
 
     logits: list[Tensor]
     """float32[m, padded vocabulary / tp] each, where the head is."""
@@ -82,25 +82,25 @@ def forward(
     """
     inputs.check(config.model)
     mine = _deal(inputs.micro_batches(config.model, labels=None), config, topology)
-    outputs = _assemble(look(chunks, mine, topology=topology), inputs, config.model, topology)
+    outputs = _assemble(run_eval_forward(chunks, mine, topology=topology), inputs, config.model, topology)
     if inputs.labels is not None:
         mine = _deal(inputs.micro_batches(config.model, labels=inputs.labels), config, topology)
-        learned = learn(chunks, mine, config=config, topology=topology)
-        outputs |= learned if topology.rank == 0 else {}
+        norms = loss_and_grad_norms(chunks, mine, config=config, topology=topology)
+        outputs |= norms if topology.rank == 0 else {}
     return outputs
 
 
 @torch.no_grad()
-def look(chunks: Sequence[QwenVL], batches: list[MicroBatch], *, topology: Topology) -> Seen:
-    """Run micro-batches in evaluation mode and keep what resampler and head give."""
+def run_eval_forward(chunks: Sequence[QwenVL], batches: list[MicroBatch], *, topology: Topology) -> ForwardOutputs:
+    """Run micro-batches in evaluation mode and keep the outputs of resampler and head."""
     heads = [chunk.language_model.output_layer for chunk in chunks if chunk.language_model and chunk.stage.head]
     resamplers = [chunk.resampler for chunk in chunks if chunk.resampler]
     with evaluating(chunks), outputs_of(heads) as logits, outputs_of(resamplers) as features:
         forward_backward(chunks, batches, topology=topology, forward_only=True)
-    return Seen(logits, features)
+    return ForwardOutputs(logits, features)
 
 
-def learn(
+def loss_and_grad_norms(
     chunks: Sequence[QwenVL], batches: list[MicroBatch], *, config: RunConfig, topology: Topology
 ) -> dict[str, Tensor]:
     """Mean loss and gradient norms in training mode, on every rank; whole gradients stay in ``main_grad``."""
@@ -141,12 +141,14 @@ def _deal(batches: list[MicroBatch], config: RunConfig, topology: Topology) -> l
     return [*batches, *idle][topology.dp_rank :: topology.dp_size]
 
 
-def _assemble(seen: Seen, inputs: ForwardInputs, model: ModelConfig, topology: Topology) -> dict[str, Tensor]:
-    """Put together on rank 0 what all ranks saw."""
+def _assemble(
+    local: ForwardOutputs, inputs: ForwardInputs, model: ModelConfig, topology: Topology
+) -> dict[str, Tensor]:
+    """Put the outputs of all ranks together on rank 0."""
     spans = [len(starts) for starts in inputs.span_starts(model)]
     mine = range(topology.dp_rank, len(spans), topology.dp_size)
-    pieces = {("logits", row, topology.tp_rank): piece for row, piece in zip(mine, seen.logits, strict=False)}
-    pieces |= {("features", row, 0): piece for row, piece in zip(mine, seen.features, strict=False) if spans[row]}
+    pieces = {("logits", row, topology.tp_rank): piece for row, piece in zip(mine, local.logits, strict=False)}
+    pieces |= {("features", row, 0): piece for row, piece in zip(mine, local.features, strict=False) if spans[row]}
     outputs = {}
     if topology.rank == 0:
         outputs["logits"] = torch.empty(*inputs.input_ids.shape, model.language.vocab_size)

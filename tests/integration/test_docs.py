@@ -24,7 +24,7 @@ import pytest
 from tests.helpers.data.published_grounding import write_downloads
 from tests.integration.documented import ONE_STEP, PAGES, RECIPES, ROOT, Command, documented_commands
 from tests.test_architecture import ORDER
-from tests.unit.evaluation.fake_run import write_fake_run
+from tests.unit.report.fake_run import write_fake_run
 
 COMMANDS = documented_commands()
 LINKED = ("examples", "tools", "tests", "benchmarks", "megatron_vl", "setup.py", "constraints-cpu.txt")

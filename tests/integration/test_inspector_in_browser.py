@@ -17,7 +17,7 @@ from megatron_vl.cli import prepare
 from megatron_vl.cli.inspect_data import main
 from megatron_vl.data.dataset.rows import RowStore
 from tests.helpers.browser import Visit, needs_chromium, visit
-from tests.unit.evaluation.hostile_data import CAPTIONS, SCRIPT, SOURCE, make_hostile_data_set
+from tests.unit.inspector.hostile_data import CAPTIONS, SCRIPT, SOURCE, make_hostile_data_set
 
 pytestmark = needs_chromium
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vl.evaluation.report import read_report, render_page
+from megatron_vl.report.report import read_report, render_page
 from tests.helpers.browser import needs_chromium, visit
-from tests.unit.evaluation.fake_run import write_fake_run
+from tests.unit.report.fake_run import write_fake_run
 
 pytestmark = needs_chromium
 

@@ -23,7 +23,7 @@ from megatron_vl.conversion.checkpoints import write_checkpoint
 from megatron_vl.conversion.convert import import_folder
 from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.evaluation.forward import forward, forward_config, load_chunks, look, outputs_of
+from megatron_vl.evaluation.forward import forward, forward_config, load_chunks, outputs_of, run_eval_forward
 from megatron_vl.evaluation.forward_inputs import ForwardInputs
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
 from tests.helpers.pieces import Piece, take_pieces
@@ -97,7 +97,8 @@ def packed_on_rank(start: Start, layout: Layout, batch: MicroBatch, checkpoint: 
     """Logits of the supervised positions of a micro-batch: this rank's part, where it has the head."""
     config = forward_config(checkpoint, layout.config, seq_length=len(batch.tokens), bf16=layout.bf16)
     with start.topology(config.parallel) as topology:
-        return look(load_chunks(checkpoint, config=config, topology=topology), [batch], topology=topology).logits
+        chunks = load_chunks(checkpoint, config=config, topology=topology)
+        return run_eval_forward(chunks, [batch], topology=topology).logits
 
 
 def packed_batch(segments: Sequence[ForwardInputs]) -> MicroBatch:

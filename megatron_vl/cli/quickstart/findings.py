@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_vl.cli.quickstart.plan import EVALUATIONS, PRESET, STAGES, Plan
 from megatron_vl.config.presets import PRESETS
-from megatron_vl.evaluation.records import HeldOutLoss, RunInfo
 from megatron_vl.planning.parameters import count_parameters
+from megatron_vl.report.records import HeldOutLoss, RunInfo
 
 
 def write_run_info(plan: Plan, command: str) -> None:
@@ -39,7 +39,7 @@ def write_run_info(plan: Plan, command: str) -> None:
 
 def gather_findings(plan: Plan) -> None:
     """Write ``eval/losses.json`` and ``eval/checks.json`` out of what the evaluation steps wrote."""
-    from megatron_vl.evaluation.checks import compare_language_models
+    from megatron_vl.report.checks import compare_language_models
 
     losses = []
     for evaluation in EVALUATIONS:

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_vl.evaluation.records import StepTime
+from megatron_vl.report.records import StepTime
 
 
 @dataclass(frozen=True)

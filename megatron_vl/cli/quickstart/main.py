@@ -20,8 +20,8 @@ from megatron_vl.cli.quickstart.plan import STAGES, Plan
 from megatron_vl.cli.quickstart.profiles import PROFILES
 from megatron_vl.cli.quickstart.runner import Runner
 from megatron_vl.errors import MegatronVLError
-from megatron_vl.evaluation.records import StepTime
 from megatron_vl.log import escape_what_terminals_cannot_show, write_line
+from megatron_vl.report.records import StepTime
 
 EXIT_FAILED = 1
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan, results: Path | None) -> None:
-    from megatron_vl.evaluation.report import read_report, render_page, render_text
-    from megatron_vl.evaluation.results import write_results
+    from megatron_vl.report.report import read_report, render_page, render_text
+    from megatron_vl.report.results import write_results
 
     gather_findings(plan)
     report = read_report(plan.run_dir)

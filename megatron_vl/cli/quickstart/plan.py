@@ -17,8 +17,8 @@ from pathlib import Path
 
 from megatron_vl.cli.quickstart.profiles import Profile
 from megatron_vl.cli.quickstart.runner import Step
-from megatron_vl.evaluation.bars import LOSS_TASKS
-from megatron_vl.evaluation.records import Model, StageInfo
+from megatron_vl.report.records import Model, StageInfo
+from megatron_vl.report.requirements import LOSS_TASKS
 
 RECIPES = Path("examples/tiny")
 PRESET = "tiny"

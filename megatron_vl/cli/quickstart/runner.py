@@ -24,8 +24,8 @@ from pathlib import Path
 
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
 from megatron_vl.errors import MegatronVLError
-from megatron_vl.evaluation.records import StepTime
-from megatron_vl.evaluation.tables import show_duration
+from megatron_vl.report.records import StepTime
+from megatron_vl.report.tables import show_duration
 
 _PROGRESS = re.compile(r"iteration +(\d+)/ *(\d+) .*lm loss: (\S+) .*tokens/s: (\d+)")
 _TAIL_LINES = 25

@@ -179,7 +179,7 @@ def test_commands_name_files_of_the_checkout_that_exist(plan: Plan) -> None:
     assert not [word for word in named if not (ROOT / word).is_file()]
 
 
-def test_the_blind_twin_differs_in_nothing_but_its_eyes(plan: Plan) -> None:
+def test_blind_run_differs_only_by_blank_images(plan: Plan) -> None:
     steps = {step.name: step for group in plan.groups() for step in group}
     for number in (1, 2):
         sighted, blind = steps[f"stage {number}"].commands, steps[f"blind stage {number}"].commands

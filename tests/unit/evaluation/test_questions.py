@@ -21,8 +21,8 @@ from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
 from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError
+from megatron_vl.evaluation.predictions import Prediction
 from megatron_vl.evaluation.questions import ask, write_questions
-from megatron_vl.evaluation.records import Prediction
 from megatron_vl.evaluation.scoring import score_predictions
 from megatron_vl.generation.chat import ChatEncoder
 

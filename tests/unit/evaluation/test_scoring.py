@@ -1,4 +1,4 @@
-"""Scores of predictions and the bars over them."""
+"""Scores of predictions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.bars import LANGUAGE_MODEL_UNCHANGED, Findings, judge
-from megatron_vl.evaluation.records import Check, HeldOutLoss, Prediction
-from megatron_vl.evaluation.scoring import Score, reference_iou, score_predictions
+from megatron_vl.evaluation.predictions import Prediction
+from megatron_vl.evaluation.scoring import reference_iou, score_predictions
 
 
 def _prediction(task: str, prediction: str, *references: str) -> Prediction:
@@ -90,40 +89,3 @@ def test_a_reference_without_a_box_is_no_miss_but_an_error(reference: str) -> No
 def test_reference_iou_is_zero_without_a_box() -> None:
     assert reference_iou(_prediction("referring", "", "<box>(0,0),(9,9)</box>")) == 0.0
     assert reference_iou(_prediction("referring", "(0,0),(9,9)", "<box>(0,0),(9,9)</box>")) == 1.0
-
-
-def _findings(sighted_vqa: float, blind_vqa: float, sighted_loss: float, *, unchanged: bool = True) -> Findings:
-    losses = [
-        HeldOutLoss("stage1", "sighted", "caption", 1.0, 10),
-        HeldOutLoss("stage1", "blind", "caption", 1.5, 10),
-    ]
-    for task in ("caption", "vqa", "referring", "ocr"):
-        losses.append(HeldOutLoss("stage2", "sighted", task, sighted_loss, 10))
-        losses.append(HeldOutLoss("stage2", "blind", task, 1.0, 10))
-    scores = {
-        "sighted": {"vqa": Score("vqa", "VQA accuracy", sighted_vqa, 10)},
-        "blind": {"vqa": Score("vqa", "VQA accuracy", blind_vqa, 10)},
-    }
-    return Findings(scores, losses, [Check(LANGUAGE_MODEL_UNCHANGED, unchanged, "39 of 39 tensors equal")])
-
-
-def test_all_bars_met() -> None:
-    bars = judge("quickstart", _findings(0.5, 0.3, 0.9))
-    assert len(bars) == 7
-    assert all(bar.met for bar in bars)
-
-
-def test_each_bar_can_be_missed() -> None:
-    missed = [bar.what for bar in judge("quickstart", _findings(0.49, 0.3, 1.0, unchanged=False)) if not bar.met]
-    assert missed == [
-        "Stage 1 leaves the language model as it was",
-        "VQA accuracy on vqa after stage 2",
-        *(f"Held-out loss on {task} after stage 2" for task in ("caption", "vqa", "referring", "ocr")),
-    ]
-
-
-def test_what_was_not_measured_is_missed() -> None:
-    bars = judge("learn", Findings({}, [], []))
-    assert len(bars) == 11
-    assert not any(bar.met for bar in bars)
-    assert {bar.found for bar in bars} == {"not measured"}

@@ -20,7 +20,7 @@ from megatron_vl.data.prepare.job import prepare
 from megatron_vl.data.sample import ImageRef
 from megatron_vl.data.sources.llava import LLaVA
 from megatron_vl.errors import SkipSample
-from megatron_vl.evaluation.inspector.thumbnails import make_thumbnails
+from megatron_vl.inspector.thumbnails import make_thumbnails
 from tests.helpers.data import published_grounding
 from tests.helpers.data.learned import outcomes, recipe_of
 from tests.helpers.data.reading import kept, read_all, write_json, write_tar

@@ -3,7 +3,7 @@
 Every token of a row is in exactly one run, in order, and a run is wholly supervised or not, so what is shown can be
 held against the row. Boxes and quads are read from the special tokens, not from the look of the text: a caption that
 spells ``<box>`` is a caption. A shape belongs to the last picture before it in its segment, or to the first one if
-none stands before it. What contradicts itself is shown and named instead of refused: this is where one comes to look.
+none stands before it. The inspector must show damaged rows, so it reports problems instead of raising.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.data.dataset.rows import SegmentKey
 from megatron_vl.data.prompting.coordinates import parse_points
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.evaluation.inspector.opening import Vocabulary
-from megatron_vl.evaluation.inspector.text import Mark, make_marks, printable
+from megatron_vl.inspector.opening import Vocabulary
+from megatron_vl.inspector.text import Mark, make_marks, printable
 
 RunKind = Literal["text", "coordinates", "special", "picture", "unknown"]
 Band = Literal["picture", "learned", "given"]
@@ -103,7 +103,7 @@ class SegmentView:
 
     @property
     def bands(self) -> list[tuple[Band, int]]:
-        """Stretches of slots, of supervised and of other tokens, with their lengths."""
+        """Bands of slots, of supervised and of other tokens, with their lengths."""
         bands = itertools.groupby(self.runs, key=_band)
         return [(band, sum(run.stop - run.start for run in runs)) for band, runs in bands]
 

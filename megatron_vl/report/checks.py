@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_vl.conversion.hf_files import index_folder
-from megatron_vl.evaluation.bars import LANGUAGE_MODEL_UNCHANGED
-from megatron_vl.evaluation.records import Check
+from megatron_vl.report.records import Check
+from megatron_vl.report.requirements import LANGUAGE_MODEL_UNCHANGED
 
 _VISUAL = "transformer.visual."
 

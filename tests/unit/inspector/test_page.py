@@ -22,11 +22,11 @@ from megatron_vl.cli.inspect_data import main
 from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.data.prompting.tokenizer import find_vocab_file
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
-from megatron_vl.evaluation.inspector.overview import read_overview
-from megatron_vl.evaluation.inspector.thumbnails import make_thumbnails
+from megatron_vl.inspector.choice import Choice, choose_rows
+from megatron_vl.inspector.overview import read_overview
+from megatron_vl.inspector.thumbnails import make_thumbnails
 from tests.test_architecture import imported_by
-from tests.unit.evaluation.hostile_data import CAPTIONS, SCRIPT, SOURCE, make_hostile_data_set
+from tests.unit.inspector.hostile_data import CAPTIONS, SCRIPT, SOURCE, make_hostile_data_set
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_vl.evaluation.report import read_report
-from megatron_vl.evaluation.results import write_results
-from tests.unit.evaluation.fake_run import write_fake_run
+from megatron_vl.report.report import read_report
+from megatron_vl.report.results import write_results
+from tests.unit.report.fake_run import write_fake_run
 
 
 def test_results_carry_date_commit_and_every_verdict(tmp_path: Path) -> None:
@@ -19,8 +19,8 @@ def test_results_carry_date_commit_and_every_verdict(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "results" / "learn.json").read_text(encoding="utf-8"))
     page = (tmp_path / "results" / "learn.md").read_text(encoding="utf-8")
     assert (found["date"], found["commit"]) == (report.run.date, report.run.commit)
-    assert [bar["met"] for bar in found["requirements"]] == [bar.met for bar in report.bars]
-    assert page.count("| missed |") == sum(not bar.met for bar in report.bars) > 0
+    assert [item["met"] for item in found["requirements"]] == [item.met for item in report.requirements]
+    assert page.count("| missed |") == sum(not item.met for item in report.requirements) > 0
     assert found["total_seconds"] == round(report.seconds, 1)
     assert report.run.date in page
     assert report.run.commit in page

@@ -6,20 +6,19 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
 from megatron_vl.cli.report import main
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.figures import smooth
-from megatron_vl.evaluation.legs import find_legs
-from megatron_vl.evaluation.records import StepTime, TrainingRecord, load_predictions, load_training
-from megatron_vl.evaluation.report import read_report, render_page, render_text
-from megatron_vl.evaluation.results import results_markdown
-from megatron_vl.evaluation.tables import format_table, show_duration, time_rows, total_seconds
-from tests.unit.evaluation.fake_run import write_fake_run
+from megatron_vl.report.figures import smooth
+from megatron_vl.report.layout_phases import find_layout_phases
+from megatron_vl.report.records import StepTime, TrainingRecord, load_training
+from megatron_vl.report.report import read_report, render_page, render_text
+from megatron_vl.report.results import results_markdown
+from megatron_vl.report.tables import format_table, show_duration, time_rows, total_seconds
+from tests.unit.report.fake_run import write_fake_run
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +128,12 @@ def test_texts_of_the_run_are_escaped(page: str) -> None:
     assert "<example>" not in page
 
 
-def test_missed_bars_are_said_to_be_missed(tmp_path: Path) -> None:
+def test_missed_requirements_are_said_to_be_missed(tmp_path: Path) -> None:
     run_dir = write_fake_run(tmp_path, num_steps=20, samples_per_task=1)
     path = run_dir / "eval" / "checks.json"
     path.write_text(path.read_text().replace("true", "false"))
     report = read_report(run_dir)
-    missed = [bar.what for bar in report.bars if not bar.met]
+    missed = [item.what for item in report.requirements if not item.met]
     assert missed == ["Stage 1 leaves the language model as it was", "VQA accuracy on vqa after stage 2"]
     assert "5 of 7" in render_page(report, run_dir)
     assert render_text(report).count("MISSED") == 2
@@ -232,48 +231,13 @@ def test_a_damaged_or_foreign_line_is_named(tmp_path: Path) -> None:
         load_training(tmp_path)
 
 
-def test_references_are_one_text_or_several(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "image": "x.png"}
-    path.write_text("".join(json.dumps({**line, "reference": truth}) + "\n" for truth in ("a", ["a", "b"])))
-    first, second = load_predictions(path)
-    assert (first.references, second.references) == (("a",), ("a", "b"))
-    assert first.image == tmp_path / "x.png"
-
-
-@pytest.mark.parametrize("reference", [None, [], ["a", None], 3])
-def test_a_reference_that_is_no_text_is_an_error(tmp_path: Path, reference: Any) -> None:
-    path = tmp_path / "p.jsonl"
-    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": reference}
-    path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match="line 1: 'reference' is .*expected the true answer"):
-        load_predictions(path)
-
-
-def test_a_question_that_was_skipped_has_no_score(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": None, "reference": "a", "skipped": "empty_prompt"}
-    path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"line 1: was not answered \(empty_prompt\)"):
-        load_predictions(path)
-
-
-@pytest.mark.parametrize("annotators", ["red", ["red"], ["red", 1]])
-def test_annotators_that_cannot_vote_are_an_error(tmp_path: Path, annotators: Any) -> None:
-    path = tmp_path / "p.jsonl"
-    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": "a", "annotators": annotators}
-    path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match="line 1: 'annotators' is .*two or more"):
-        load_predictions(path)
-
-
 def _record(iteration: int, layout: str) -> TrainingRecord:
     return TrainingRecord(iteration, 1.0, 1e-3, 1.0, 1.0, 1.0, 1.0, layout)
 
 
-def test_legs_are_stretches_of_equal_layout() -> None:
-    legs = find_legs([_record(1, "a"), _record(2, "a"), _record(3, "b"), _record(4, "a")])
-    assert [(leg.layout, leg.first, leg.last) for leg in legs] == [("a", 1, 2), ("b", 3, 3), ("a", 4, 4)]
+def test_a_layout_phase_is_the_steps_at_one_layout() -> None:
+    phases = find_layout_phases([_record(1, "a"), _record(2, "a"), _record(3, "b"), _record(4, "a")])
+    assert [(phase.layout, phase.first, phase.last) for phase in phases] == [("a", 1, 2), ("b", 3, 3), ("a", 4, 4)]
 
 
 def test_smoothing_keeps_a_constant_and_short_series() -> None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vl.data.dataset.manifest import read_manifest
-from megatron_vl.evaluation.legs import find_legs
-from megatron_vl.evaluation.records import StepTime, TrainingRecord
+from megatron_vl.report.layout_phases import find_layout_phases
+from megatron_vl.report.records import StepTime, TrainingRecord
 
 _NUMBER = re.compile(r"[\d,.]+(\s%)?|–")
 
 
 @dataclass(frozen=True)
 class LayoutRow:
-    """Throughput of a stretch of steps at one layout."""
+    """Throughput of a phase of steps at one layout."""
 
     stage: str
     layout: str
@@ -78,16 +78,16 @@ def data_row(prefix: Path) -> DataRow:
 
 
 def layout_rows(stage: str, records: Sequence[TrainingRecord]) -> tuple[LayoutRow, ...]:
-    """One row per stretch of steps at one layout; throughputs are medians over the stretch's logged steps."""
+    """Return one row for each phase at one layout; throughputs are medians over the phase's logged steps."""
     rows = []
-    for leg in find_legs(records):
-        part = [record for record in records if leg.first <= record.iteration <= leg.last]
+    for phase in find_layout_phases(records):
+        part = [record for record in records if phase.first <= record.iteration <= phase.last]
         rows.append(
             LayoutRow(
                 stage=stage,
-                layout=leg.layout,
-                first=leg.first,
-                last=leg.last,
+                layout=phase.layout,
+                first=phase.first,
+                last=phase.last,
                 tokens_per_second=statistics.median(record.tokens_per_second for record in part),
                 images_per_second=statistics.median(record.images_per_second for record in part),
                 gflops_per_rank=1000 * statistics.median(record.tflops_per_rank for record in part),

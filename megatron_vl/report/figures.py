@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_vl.evaluation.legs import find_legs
-from megatron_vl.evaluation.records import TrainingRecord
+from megatron_vl.report.layout_phases import find_layout_phases
+from megatron_vl.report.records import TrainingRecord
 
-SIGHTED_COLOR = "#2563eb"
-BLIND_COLOR = "#9a6700"
+WITH_IMAGES_COLOR = "#2563eb"
+WITHOUT_IMAGES_COLOR = "#9a6700"
 MUTED_COLOR = "#6b7280"
 
 _STYLE: dict[Any, Any] = {
@@ -51,19 +51,19 @@ def smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
-def loss_figure(sighted: Sequence[TrainingRecord], blind: Sequence[TrainingRecord] = ()) -> str:
+def loss_figure(with_images: Sequence[TrainingRecord], without_images: Sequence[TrainingRecord] = ()) -> str:
     """Plot the training loss of a stage, the blind model's beside it; returns one <svg> element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.subplots()
-        if blind:
-            _plot_loss(axes, blind, BLIND_COLOR, "blind model")
-        _plot_loss(axes, sighted, SIGHTED_COLOR, "this model")
-        for before, after in zip(find_legs(sighted), find_legs(sighted)[1:], strict=False):
+        if without_images:
+            _plot_loss(axes, without_images, WITHOUT_IMAGES_COLOR, "blind model")
+        _plot_loss(axes, with_images, WITH_IMAGES_COLOR, "this model")
+        for before, after in zip(find_layout_phases(with_images), find_layout_phases(with_images)[1:], strict=False):
             _mark_hand_over(axes, (before.last + after.first) / 2, after.layout)
         axes.set_xlabel("step", color=MUTED_COLOR)
         axes.set_ylabel("training loss", color=MUTED_COLOR)
-        if blind:
+        if without_images:
             axes.legend(loc="upper center", frameon=False)
         return _to_svg(figure)
 
@@ -73,7 +73,7 @@ def histogram_figure(edges: Sequence[float], counts: Sequence[int], *, label: st
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.6, 2.2), layout="constrained")
         axes = figure.subplots()
-        axes.stairs(counts, edges, fill=True, color=SIGHTED_COLOR)
+        axes.stairs(counts, edges, fill=True, color=WITH_IMAGES_COLOR)
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
         axes.set_xlim(edges[0], edges[-1])

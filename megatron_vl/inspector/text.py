@@ -23,7 +23,7 @@ _MAX_NAME = 200
 
 @dataclass(frozen=True)
 class Mark:
-    """A stretch of visible text, or one character that needs a sign to be seen."""
+    """Consecutive visible characters, or one character that needs a sign to be seen."""
 
     kind: Kind
     text: str

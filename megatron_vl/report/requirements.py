@@ -1,7 +1,6 @@
-"""The bars that a run has to clear, and whether it did.
+"""The requirements on a run, and whether it meets them.
 
-Every bar is worked out from the records alone. A figure that the run did not produce leaves its bar open,
-which counts as missed: nothing is met by silence.
+Every requirement is computed from the records alone. A requirement without a measured value counts as not met.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vl.evaluation.records import Check, HeldOutLoss, Model
 from megatron_vl.evaluation.scoring import VQA_ACCURACY, Score
+from megatron_vl.report.records import Check, HeldOutLoss, Model
 
 VQA_MARGIN = 0.20
 LOSS_TASKS = ("caption", "vqa", "referring", "ocr")
@@ -21,11 +20,11 @@ GOALS: dict[str, dict[str, float]] = {
     "quickstart": {},
     "learn": {"vqa": 0.95, "caption": 0.75, "referring": 0.30, "ocr": 0.30},
 }
-"""Scores that a profile has to reach, beside the bars that hold for every profile."""
+"""Scores that a profile requires, beside the requirements of every profile."""
 
 
 @dataclass(frozen=True)
-class Bar:
+class Requirement:
     """One requirement, what was found, and the verdict."""
 
     what: str
@@ -43,21 +42,21 @@ class Findings:
     checks: Sequence[Check]
 
 
-def judge(profile: str, findings: Findings) -> tuple[Bar, ...]:
-    """The bars of a profile, in the order of the pipeline."""
-    bars = [
-        _unchanged_bar(findings.checks),
-        _loss_bar("stage1", "caption", findings.losses),
-        _vqa_bar(findings),
+def judge(profile: str, findings: Findings) -> tuple[Requirement, ...]:
+    """Return the requirements of a profile, in the order of the pipeline."""
+    requirements = [
+        _unchanged_requirement(findings.checks),
+        _loss_requirement("stage1", "caption", findings.losses),
+        _vqa_requirement(findings),
     ]
-    bars += [_loss_bar("stage2", task, findings.losses) for task in LOSS_TASKS]
-    bars += [_goal_bar(task, goal, findings.scores) for task, goal in GOALS.get(profile, {}).items()]
-    return tuple(bars)
+    requirements += [_loss_requirement("stage2", task, findings.losses) for task in LOSS_TASKS]
+    requirements += [_goal_requirement(task, goal, findings.scores) for task, goal in GOALS.get(profile, {}).items()]
+    return tuple(requirements)
 
 
-def _unchanged_bar(checks: Iterable[Check]) -> Bar:
+def _unchanged_requirement(checks: Iterable[Check]) -> Requirement:
     check = next((check for check in checks if check.name == LANGUAGE_MODEL_UNCHANGED), None)
-    return Bar(
+    return Requirement(
         what="Stage 1 leaves the language model as it was",
         required="every tensor bit-identical",
         found="not measured" if check is None else check.detail,
@@ -71,32 +70,32 @@ def find_loss(losses: Iterable[HeldOutLoss], stage: str, model: Model, task: str
     return next(matching, None)
 
 
-def _loss_bar(stage: str, task: str, losses: Sequence[HeldOutLoss]) -> Bar:
-    sighted, blind = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
-    return Bar(
+def _loss_requirement(stage: str, task: str, losses: Sequence[HeldOutLoss]) -> Requirement:
+    with_images, without_images = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+    return Requirement(
         what=f"Held-out loss on {task} after stage {stage.removeprefix('stage')}",
-        required="below the blind model's" if blind is None else f"below the blind model's {blind:.3f}",
-        found="not measured" if sighted is None else f"{sighted:.3f}",
-        met=sighted is not None and blind is not None and sighted < blind,
+        required="below the blind model's" + ("" if without_images is None else f" {without_images:.3f}"),
+        found="not measured" if with_images is None else f"{with_images:.3f}",
+        met=with_images is not None and without_images is not None and with_images < without_images,
     )
 
 
-def _vqa_bar(findings: Findings) -> Bar:
+def _vqa_requirement(findings: Findings) -> Requirement:
     scores = [findings.scores.get(model, {}).get("vqa") for model in ("sighted", "blind")]
-    sighted, blind = (None if score is None else score.value for score in scores)
+    with_images, without_images = (None if score is None else score.value for score in scores)
     metric = next((score.metric for score in scores if score), VQA_ACCURACY)
     required = f"at least {100 * VQA_MARGIN:.0f} points above the blind model"
-    return Bar(
+    return Requirement(
         what=f"{metric} on vqa after stage 2",
-        required=required if blind is None else f"{required}'s {100 * blind:.1f} %",
-        found="not measured" if sighted is None else f"{100 * sighted:.1f} %",
-        met=sighted is not None and blind is not None and sighted >= blind + VQA_MARGIN,
+        required=required if without_images is None else f"{required}'s {100 * without_images:.1f} %",
+        found="not measured" if with_images is None else f"{100 * with_images:.1f} %",
+        met=with_images is not None and without_images is not None and with_images >= without_images + VQA_MARGIN,
     )
 
 
-def _goal_bar(task: str, goal: float, scores: Mapping[Model, Mapping[str, Score]]) -> Bar:
+def _goal_requirement(task: str, goal: float, scores: Mapping[Model, Mapping[str, Score]]) -> Requirement:
     score = scores.get("sighted", {}).get(task)
-    return Bar(
+    return Requirement(
         what=f"Score on {task}" + (f" ({score.metric})" if score else ""),
         required=f"at least {100 * goal:.0f} %",
         found="not measured" if score is None else f"{100 * score.value:.1f} %",

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from megatron_vl.data.dataset.rows import RowStore, SegmentKey
 from megatron_vl.data.prompting.coordinates import from_cell
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.evaluation.inspector.opening import Vocabulary, open_vocabulary
-from megatron_vl.evaluation.inspector.row_view import RowReader, RowView, Run
-from megatron_vl.evaluation.inspector.text import Mark, make_marks, printable
+from megatron_vl.inspector.opening import Vocabulary, open_vocabulary
+from megatron_vl.inspector.row_view import RowReader, RowView, Run
+from megatron_vl.inspector.text import Mark, make_marks, printable
 from tests.helpers.tiny import MODEL
-from tests.unit.evaluation.hostile_data import CAPTIONS, SEQ_LENGTH, SOURCE, make_hostile_data_set
+from tests.unit.inspector.hostile_data import CAPTIONS, SEQ_LENGTH, SOURCE, make_hostile_data_set
 
 QUERIES = MODEL.resampler.num_queries
 

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained ``report.html``, and the same findings as plain text for the
 terminal.
 
-A report is a pure function of the run directory (:mod:`megatron_vl.evaluation.records`). The page asks for
+A report is a pure function of the run directory (:mod:`megatron_vl.report.records`). The page asks for
 nothing: plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script; links
 lead to the pages of its data sets. Every text of the run is escaped by the template engine; only our own SVG is
 inserted as it is.
@@ -17,25 +17,24 @@ from pathlib import Path
 from urllib.parse import quote
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.bars import Bar, Findings, find_loss, judge
-from megatron_vl.evaluation.examples import Example, make_examples
-from megatron_vl.evaluation.figures import loss_figure
-from megatron_vl.evaluation.pages import page_environment
-from megatron_vl.evaluation.records import (
+from megatron_vl.evaluation.predictions import Prediction, load_predictions
+from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
+from megatron_vl.report.examples import Example, make_examples
+from megatron_vl.report.figures import loss_figure
+from megatron_vl.report.html_pages import page_environment
+from megatron_vl.report.records import (
     HeldOutLoss,
     Model,
-    Prediction,
     RunInfo,
     StageInfo,
     load_checks,
     load_losses,
-    load_predictions,
     load_run_info,
     load_timings,
     load_training,
 )
-from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
-from megatron_vl.evaluation.tables import (
+from megatron_vl.report.requirements import Findings, Requirement, find_loss, judge
+from megatron_vl.report.tables import (
     DataRow,
     LayoutRow,
     TimeRow,
@@ -68,8 +67,8 @@ class ScoreRow:
 
     task: str
     metric: str
-    sighted: str
-    blind: str
+    with_images: str
+    without_images: str
     above: str
     """yes, no, or a dash where one was not measured."""
     num_samples: int
@@ -81,8 +80,8 @@ class LossRow:
 
     stage: str
     task: str
-    sighted: str
-    blind: str
+    with_images: str
+    without_images: str
     below: str
     """yes, no, or a dash where one was not measured."""
 
@@ -92,7 +91,7 @@ class Report:
     """Everything that the page and the terminal show."""
 
     run: RunInfo
-    bars: tuple[Bar, ...]
+    requirements: tuple[Requirement, ...]
     scores: tuple[ScoreRow, ...]
     losses: tuple[LossRow, ...]
     curves: tuple[StageCurve, ...]
@@ -107,15 +106,16 @@ class Report:
     def remarks(self) -> tuple[str, ...]:
         """Scores that no requirement is about and that looking at pictures did not raise."""
         return tuple(
-            f"the score on {row.task} ({row.metric}) is {row.sighted}, that of the blind model {row.blind}."
+            f"the score on {row.task} ({row.metric}) is {row.with_images}, "
+            f"that of the blind model {row.without_images}."
             for row in self.scores
             if row.above == "no"
         )
 
     @property
     def num_met(self) -> int:
-        """Bars that were met."""
-        return sum(bar.met for bar in self.bars)
+        """Requirements that were met."""
+        return sum(item.met for item in self.requirements)
 
 
 def read_report(run_dir: Path) -> Report:
@@ -128,7 +128,7 @@ def read_report(run_dir: Path) -> Report:
     checks = load_checks(run_dir / "eval" / "checks.json")
     return Report(
         run=run,
-        bars=judge(run.profile, Findings(scores, losses, checks)),
+        requirements=judge(run.profile, Findings(scores, losses, checks)),
         scores=_score_rows(scores),
         losses=_loss_rows(losses),
         curves=tuple(_stage_curve(run_dir, stage) for stage in run.stages),
@@ -142,16 +142,16 @@ def read_report(run_dir: Path) -> Report:
 
 def render_page(report: Report, folder: Path) -> str:
     """The report as one HTML page, whose links hold from ``folder``."""
-    environment = page_environment()
+    environment = page_environment("megatron_vl.report")
     environment.filters["duration"] = show_duration
     environment.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
     return environment.get_template("report.html.j2").render(report=report, tasks=SCORERS)
 
 
 def render_text(report: Report) -> str:
-    """The bars, scores, layouts and times as plain text tables."""
+    """The requirements, scores, layouts and times as plain text tables."""
     tables = [
-        ("Requirements", ("what", "required", "found", ""), _bar_cells(report.bars)),
+        ("Requirements", ("what", "required", "found", ""), _requirement_cells(report.requirements)),
         (
             "Scores on held-out data",
             ("task", "measured by", "this model", "blind model", "samples"),
@@ -164,7 +164,7 @@ def render_text(report: Report) -> str:
     if report.run.profile == "smoke":
         parts.append("A smoke test trains a few steps only: it shows that everything runs, and learns nothing.")
     parts += [f"Not required, and not reached: {remark}" for remark in report.remarks]
-    total = f"{report.num_met} of {len(report.bars)} requirements met; {show_duration(report.seconds)} in all"
+    total = f"{report.num_met} of {len(report.requirements)} requirements met; {show_duration(report.seconds)} in all"
     return "\n\n".join([*parts, total])
 
 
@@ -200,11 +200,11 @@ def _check_questions(folder: Path, predictions: Mapping[Model, Sequence[Predicti
 def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, ...]:
     rows = []
     for task in SCORERS:
-        sighted, blind = scores["sighted"].get(task), scores["blind"].get(task)
-        if sighted is not None:
-            above = "–" if blind is None else "yes" if sighted.value > blind.value else "no"
-            shown = _percent(sighted), _percent(blind)
-            rows.append(ScoreRow(task, sighted.metric, *shown, above, sighted.num_samples))
+        with_images, without_images = scores["sighted"].get(task), scores["blind"].get(task)
+        if with_images is not None:
+            above = "–" if without_images is None else "yes" if with_images.value > without_images.value else "no"
+            shown = _percent(with_images), _percent(without_images)
+            rows.append(ScoreRow(task, with_images.metric, *shown, above, with_images.num_samples))
     return tuple(rows)
 
 
@@ -215,9 +215,11 @@ def _percent(score: Score | None) -> str:
 def _loss_rows(losses: Sequence[HeldOutLoss]) -> tuple[LossRow, ...]:
     rows = []
     for stage, task in dict.fromkeys((loss.stage, loss.task) for loss in losses):
-        sighted, blind = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
-        below = "–" if sighted is None or blind is None else "yes" if sighted < blind else "no"
-        rows.append(LossRow(stage.removeprefix("stage"), task, _loss(sighted), _loss(blind), below))
+        with_images, without_images = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+        below = "–"
+        if with_images is not None and without_images is not None:
+            below = "yes" if with_images < without_images else "no"
+        rows.append(LossRow(stage.removeprefix("stage"), task, _loss(with_images), _loss(without_images), below))
     return tuple(rows)
 
 
@@ -226,10 +228,10 @@ def _loss(loss: float | None) -> str:
 
 
 def _stage_curve(run_dir: Path, stage: StageInfo) -> StageCurve:
-    sighted = load_training(run_dir / stage.folder)
-    blind = load_training(run_dir / stage.blind_folder) if stage.blind_folder else ()
-    layouts = tuple(dict.fromkeys(row.layout for row in layout_rows(stage.name, sighted)))
-    return StageCurve(stage, loss_figure(sighted, blind), sighted[-1].iteration, layouts)
+    with_images = load_training(run_dir / stage.folder)
+    without_images = load_training(run_dir / stage.blind_folder) if stage.blind_folder else ()
+    layouts = tuple(dict.fromkeys(row.layout for row in layout_rows(stage.name, with_images)))
+    return StageCurve(stage, loss_figure(with_images, without_images), with_images[-1].iteration, layouts)
 
 
 def _stage_layouts(run_dir: Path, stage: StageInfo) -> tuple[LayoutRow, ...]:
@@ -241,9 +243,9 @@ def _stage_layouts(run_dir: Path, stage: StageInfo) -> tuple[LayoutRow, ...]:
 
 
 def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tuple[Example, ...]]:
-    blind = {prediction.key: prediction for prediction in predictions["blind"]}
+    without_images = {prediction.key: prediction for prediction in predictions["blind"]}
     found = {
-        task: make_examples(predictions["sighted"], blind=blind, task=task, count=EXAMPLES_PER_TASK)
+        task: make_examples(predictions["sighted"], without_images=without_images, task=task, count=EXAMPLES_PER_TASK)
         for task in EXAMPLE_TASKS
     }
     return {task: cards for task, cards in found.items() if cards}
@@ -253,16 +255,16 @@ def _replies(run_dir: Path) -> dict[str, tuple[Example, ...]]:
     """The dialogues of the model after stage 3; none in a run of a version that asked none."""
     path = run_dir / "eval" / "replies.jsonl"
     replies = load_predictions(path) if path.exists() else ()
-    cards = make_examples(replies, blind={}, task="chat", count=EXAMPLES_PER_TASK)
+    cards = make_examples(replies, without_images={}, task="chat", count=EXAMPLES_PER_TASK)
     return {"chat": cards} if cards else {}
 
 
-def _bar_cells(bars: Sequence[Bar]) -> list[tuple[str, ...]]:
-    return [(bar.what, bar.required, bar.found, "met" if bar.met else "MISSED") for bar in bars]
+def _requirement_cells(requirements: Sequence[Requirement]) -> list[tuple[str, ...]]:
+    return [(item.what, item.required, item.found, "met" if item.met else "MISSED") for item in requirements]
 
 
 def _cells(report: Report) -> list[tuple[str, ...]]:
-    return [(row.task, row.metric, row.sighted, row.blind, str(row.num_samples)) for row in report.scores]
+    return [(row.task, row.metric, row.with_images, row.without_images, str(row.num_samples)) for row in report.scores]
 
 
 def _layout_cells(rows: Sequence[LayoutRow]) -> list[tuple[str, ...]]:

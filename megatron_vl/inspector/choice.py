@@ -1,4 +1,4 @@
-"""Which rows a page shows: a stretch of the data set, or a random choice; of one source or task if wanted."""
+"""Which rows a page shows: consecutive rows of the data set, or a random choice; of one source or task if wanted."""
 
 from __future__ import annotations
 

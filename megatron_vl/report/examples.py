@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_vl.data.images.decode import decode_image
 from megatron_vl.data.sample import Region
 from megatron_vl.errors import DataError, SkipSample
-from megatron_vl.evaluation.records import Prediction
+from megatron_vl.evaluation.predictions import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
 from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
 
@@ -35,7 +35,7 @@ class Example:
     question: str
     truth: str
     said: str
-    blind_said: str
+    said_without_images: str
     verdict: str
     good: bool
     image: str
@@ -43,23 +43,23 @@ class Example:
 
 
 def make_examples(
-    predictions: Sequence[Prediction], *, blind: Mapping[str, Prediction], task: str, count: int
+    predictions: Sequence[Prediction], *, without_images: Mapping[str, Prediction], task: str, count: int
 ) -> tuple[Example, ...]:
     """Make cards of the first ``count`` predictions of a task, in the order of the file: they are not chosen.
 
-    ``blind`` maps keys to the blind model's predictions. Raises DataError for an image that cannot be read.
+    ``without_images`` maps keys to the blind model's predictions. Raises DataError for an image that cannot be read.
     """
     chosen = [prediction for prediction in predictions if prediction.task == task][:count]
-    return tuple(_make_example(prediction, blind.get(prediction.key)) for prediction in chosen)
+    return tuple(_make_example(prediction, without_images.get(prediction.key)) for prediction in chosen)
 
 
-def _make_example(prediction: Prediction, blind: Prediction | None) -> Example:
+def _make_example(prediction: Prediction, without_images: Prediction | None) -> Example:
     verdict, good = _verdict(prediction)
     return Example(
         question=readable(prediction.prompt),
         truth=_answer(prediction.task, prediction.references[0]),
         said=_answer(prediction.task, prediction.prediction),
-        blind_said="" if blind is None else _answer(prediction.task, blind.prediction),
+        said_without_images="" if without_images is None else _answer(prediction.task, without_images.prediction),
         verdict=verdict,
         good=good,
         image=_draw(prediction),

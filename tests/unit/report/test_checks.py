@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_vl.evaluation.checks import compare_language_models
+from megatron_vl.report.checks import compare_language_models
 
 
 def _folder(path: Path, **changes: torch.Tensor) -> Path:

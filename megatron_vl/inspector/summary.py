@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.evaluation.inspector.overview import Overview
-from megatron_vl.evaluation.inspector.text import printable
-from megatron_vl.evaluation.tables import format_table
+from megatron_vl.inspector.overview import Overview
+from megatron_vl.inspector.text import printable
+from megatron_vl.report.tables import format_table
 
 _MAX_EXAMPLE = 160
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}

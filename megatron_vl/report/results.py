@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.evaluation.report import Report
-from megatron_vl.evaluation.tables import show_duration
+from megatron_vl.report.report import Report
+from megatron_vl.report.tables import show_duration
 
 
 def write_results(report: Report, stem: Path) -> None:
@@ -31,7 +31,7 @@ def results_json(report: Report) -> dict[str, Any]:
         "commit": run.commit,
         "machine": dict(run.machine),
         "model": dict(run.model),
-        "requirements": [asdict(bar) for bar in report.bars],
+        "requirements": [asdict(item) for item in report.requirements],
         "scores": [asdict(row) for row in report.scores],
         "heldout_losses": [asdict(row) for row in report.losses],
         "layouts": [asdict(row) for row in report.layouts],
@@ -44,19 +44,23 @@ def results_markdown(report: Report) -> str:
     """The same as a page."""
     run = report.run
     machine = "; ".join(f"{name}: {value}" for name, value in run.machine.items())
-    bars = [(bar.what, bar.required, bar.found, "met" if bar.met else "missed") for bar in report.bars]
-    scores = [(row.task, row.metric, row.sighted, row.blind, str(row.num_samples)) for row in report.scores]
-    losses = [(row.stage, row.task, row.sighted, row.blind) for row in report.losses]
+    requirements = [
+        (item.what, item.required, item.found, "met" if item.met else "missed") for item in report.requirements
+    ]
+    scores = [
+        (row.task, row.metric, row.with_images, row.without_images, str(row.num_samples)) for row in report.scores
+    ]
+    losses = [(row.stage, row.task, row.with_images, row.without_images) for row in report.losses]
     steps = [(curve.info.title, str(curve.num_steps), " → ".join(curve.layouts)) for curve in report.curves]
     times = [(row.step, show_duration(row.seconds)) for row in report.times]
     sections = [
         f"# {run.title}",
         f"{run.date}, commit {run.commit}. `{run.command}`: {show_duration(report.seconds)} in all, "
-        f"{report.num_met} of {len(report.bars)} requirements met.",
+        f"{report.num_met} of {len(report.requirements)} requirements met.",
         machine,
         "The language model is not Qwen-7B but a tiny one, pre-trained on text alone (stage 0). The blind model "
         "was trained and tested with every picture blanked.",
-        _table(("Requirement", "required", "found", ""), bars),
+        _table(("Requirement", "required", "found", ""), requirements),
         *(f"Not required, and not reached: {remark}" for remark in report.remarks),
         _table(("Held-out task", "measured by", "this model", "blind model", "samples"), scores),
         _table(("Held-out loss after stage", "task", "this model", "blind model"), losses),

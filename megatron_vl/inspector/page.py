@@ -18,14 +18,14 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_vl.data.dataset.rows import RowStore
-from megatron_vl.evaluation.figures import histogram_figure
-from megatron_vl.evaluation.inspector.choice import Choice, choose_rows
-from megatron_vl.evaluation.inspector.opening import Vocabulary
-from megatron_vl.evaluation.inspector.overview import Overview, read_overview
-from megatron_vl.evaluation.inspector.row_view import RowReader, RowView
-from megatron_vl.evaluation.inspector.text import printable
-from megatron_vl.evaluation.inspector.thumbnails import Thumbnail, make_thumbnails
-from megatron_vl.evaluation.pages import page_environment
+from megatron_vl.inspector.choice import Choice, choose_rows
+from megatron_vl.inspector.opening import Vocabulary
+from megatron_vl.inspector.overview import Overview, read_overview
+from megatron_vl.inspector.row_view import RowReader, RowView
+from megatron_vl.inspector.text import printable
+from megatron_vl.inspector.thumbnails import Thumbnail, make_thumbnails
+from megatron_vl.report.figures import histogram_figure
+from megatron_vl.report.html_pages import page_environment
 
 _BINS = 28
 _FILL_STEP = 5
@@ -92,7 +92,7 @@ def _with_unreadable(row: RowView, thumbnails: Mapping[int, Thumbnail]) -> RowVi
 
 def render_page(page: DataPage) -> str:
     """The page as HTML."""
-    environment = page_environment()
+    environment = page_environment("megatron_vl.inspector")
     environment.filters["printable"] = printable
     assert environment.loader is not None
     script = environment.loader.get_source(environment, "inspector.js")[0]

@@ -1,0 +1,61 @@
+"""Typed records from JSON files that a tool of this project has written.
+
+A missing or damaged file is a DataError that names it and says which step writes it. Unknown keys are ignored, so that
+newer files stay readable.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatron_vl.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def make_record(kind: type[T], values: Any, path: Path, where: str) -> T:
+    """Make a record of the values that it knows; a missing value is an error that says where."""
+    if not isinstance(values, dict):
+        raise DataError(f"{path}, {where}: found {type(values).__name__}, expected an object")
+    names = {field.name for field in fields(kind)}
+    try:
+        return kind(**{key: value for key, value in values.items() if key in names})
+    except TypeError as error:
+        raise DataError(f"{path}, {where}: {error}; found the keys {', '.join(sorted(values))}") from None
+
+
+def _read_text(path: Path, written_by: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; it is written by {written_by}") from None
+
+
+def read_json(path: Path, *, written_by: str) -> Any:
+    """Read a JSON file; ``written_by`` is the step to name in errors."""
+    try:
+        return json.loads(_read_text(path, written_by))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}); it is written by {written_by}, run that again") from None
+
+
+def read_json_lines(path: Path, *, written_by: str) -> list[dict[str, Any]]:
+    """Parse JSON lines; a torn last line (a killed writer) is left out, any other damage is an error."""
+    lines = _read_text(path, written_by).split("\n")
+    records = []
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if i == len(lines):
+                break
+            raise DataError(f"{path}, line {i}: not JSON ({error}); it is written by {written_by}") from None
+    return records

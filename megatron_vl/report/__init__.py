@@ -1,0 +1,1 @@
+"""The report of a run: its records, requirements, tables, plots and page."""

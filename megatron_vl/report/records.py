@@ -1,0 +1,151 @@
+"""What lies in a run directory, as typed records: the only place that knows its file names and keys.
+
+    run.json                 what was run, on what machine, in which stages     -> RunInfo
+    timings.jsonl            one line per attempt at a step                     -> StepTime
+    <stage folder>/metrics.jsonl   one line per logged training step            -> TrainingRecord
+    data/<set>.json          packed data sets (:mod:`megatron_vl.data.dataset.manifest`)
+    eval/predictions_{sighted,blind}.jsonl     (:mod:`megatron_vl.evaluation.predictions`)
+    eval/replies.jsonl       of the model after stage 3, in dialogues; the same
+    eval/losses.json         held-out losses                                    -> HeldOutLoss
+    eval/checks.json         yes-or-no findings                                 -> Check
+
+Everything else (scores, requirements, tables) is computed from these, so no two files of a run can disagree. A
+missing or damaged file is a DataError that names it and says which step writes it; unknown keys are ignored,
+so that newer runs stay readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.json_records import make_record, read_json, read_json_lines
+
+Model = Literal["sighted", "blind"]
+"""The model that is trained with images and the blind model, as the folders and files of a run call them."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """One logged training step."""
+
+    iteration: int
+    lm_loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    images_per_second: float
+    tflops_per_rank: float
+    layout: str
+    """Parallel sizes as the trainer writes them; equal strings are equal layouts."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Wall-clock time that one attempt at a step of the pipeline took."""
+
+    step: str
+    seconds: float
+    began: float
+    """Seconds since the epoch; steps may run side by side."""
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One training stage: where its metrics lie and how to describe it."""
+
+    name: str
+    """stage0 .. stage3."""
+    title: str
+    trains: str
+    starts_from: str
+    folder: str
+    """Of the model with images, relative to the run directory."""
+    recipe: str
+    blind_folder: str | None = None
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What was run and where."""
+
+    title: str
+    profile: str
+    command: str
+    date: str
+    commit: str
+    machine: Mapping[str, str]
+    """Label to value, in the order in which they are shown."""
+    model: Mapping[str, str]
+    """The same about the sizes of the model."""
+    stages: tuple[StageInfo, ...]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean loss of a supervised token on held-out data."""
+
+    stage: str
+    model: Model
+    task: str
+    loss: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """A yes-or-no finding, such as that stage 1 left the language model as it was."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def load_run_info(run_dir: Path) -> RunInfo:
+    """Read ``run.json``."""
+    path = run_dir / "run.json"
+    data = read_json(path, written_by="the first step of the quickstart")
+    stages = data.get("stages", ())
+    stages = tuple(make_record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(stages))
+    return make_record(RunInfo, {**data, "stages": stages}, path, "the run")
+
+
+def load_timings(run_dir: Path) -> tuple[StepTime, ...]:
+    """Read ``timings.jsonl``, one record per attempt, in order."""
+    path = run_dir / "timings.jsonl"
+    lines = read_json_lines(path, written_by="the quickstart, as each step ends")
+    return tuple(make_record(StepTime, line, path, f"line {i}") for i, line in enumerate(lines, 1))
+
+
+def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
+    """Read a stage's ``metrics.jsonl``: training lines in order of steps, the later of two lines about a
+    step.
+
+    (A run that was killed and resumed logs the steps since its last checkpoint again. A line about steps that were all
+    skipped has no loss.)
+    """
+    path = folder / "metrics.jsonl"
+    by_iteration: dict[int, TrainingRecord] = {}
+    for i, line in enumerate(read_json_lines(path, written_by="tools/train.py"), 1):
+        if line.get("lm_loss") is not None:
+            record = make_record(TrainingRecord, line, path, f"line {i}")
+            by_iteration[record.iteration] = record
+    if not by_iteration:
+        raise DataError(f"{path}: no line has a training loss (key lm_loss); expected one per logged step")
+    return tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
+
+
+def load_losses(path: Path) -> tuple[HeldOutLoss, ...]:
+    """Read the list of held-out losses."""
+    entries = read_json(path, written_by="the evaluation steps of the quickstart")
+    return tuple(make_record(HeldOutLoss, entry, path, f"entry {i}") for i, entry in enumerate(entries))
+
+
+def load_checks(path: Path) -> tuple[Check, ...]:
+    """Read the list of findings."""
+    entries = read_json(path, written_by="the evaluation steps of the quickstart")
+    return tuple(make_record(Check, entry, path, f"entry {i}") for i, entry in enumerate(entries))
