@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_vl"
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "files"),
     ("launch", "folder_lock", "machine_errors"),
     ("log",),
     ("config",),
@@ -282,6 +282,18 @@ def test_foreign_modules_are_patched_in_three_rooms_only() -> None:
                 changed = isinstance(target, ast.Attribute) or isinstance(node, ast.Call)
                 if changed and root is not None and root.id in foreign and module.where not in rooms:
                     wrong.append(f"{module.where}:{node.lineno}: changes {ast.unparse(target)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_are_renamed_synchronized_and_hashed_in_one_module_only() -> None:
+    calls = ("os.replace", "os.rename", "os.fsync", "hashlib.file_digest", "tempfile.mkstemp")
+    wrong = [
+        f"{module.where}:{node.lineno}: {ast.unparse(node)}"
+        for module in PACKAGE_MODULES
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and (ast.unparse(node) in calls or node.attr in ("rename", "fsync"))
+        if module.name != f"{PACKAGE}.files"
+    ]
     assert not wrong, "\n".join(wrong)
 
 

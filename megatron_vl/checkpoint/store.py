@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -33,6 +32,7 @@ from typing import Any
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.files import drafts_beside, move, sha256_of_file, sync_path, write_whole
 from megatron_vl.log import log_rank_0
 
 CONFIG = "config.yaml"
@@ -72,6 +72,8 @@ def open_staging(root: Path, step: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for left in [*root.glob(".staging-*"), *root.glob(".trash-*")]:
         shutil.rmtree(left, ignore_errors=True)
+    for draft in drafts_beside(root / TRACKER):
+        draft.unlink(missing_ok=True)
     staging = root / f".staging-{directory_of(root, step).name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     return staging
@@ -79,9 +81,8 @@ def open_staging(root: Path, step: int) -> Path:
 
 def record_file(path: Path) -> FileRecord:
     """Synchronise a file with the disk, and note its size and SHA-256."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return FileRecord(path.name, path.stat().st_size, _sha256(path))
+    sync_path(path)
+    return FileRecord(path.name, path.stat().st_size, sha256_of_file(path))
 
 
 def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], facts: dict[str, Any]) -> Path:
@@ -94,15 +95,12 @@ def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], fac
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts}
     manifest["files"] = {record.name: {"size": record.size, "sha256": record.sha256} for record in files}
     manifest[_DIGEST] = _digest(manifest)
-    _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_directory(staging)
+    write_whole(staging / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+    sync_path(staging)
     final = directory_of(root, step)
-    staging.rename(final)
-    _sync_directory(root)
-    temporary = root / f".{TRACKER}.new"
-    _write_durably(temporary, f"{step}\n")
-    temporary.rename(root / TRACKER)
-    _sync_directory(root)
+    move((staging, final))
+    write_whole(root / TRACKER, f"{step}\n", durable=True)
+    sync_path(root)
     return final
 
 
@@ -254,8 +252,7 @@ def share_out(files: Sequence[FileRecord], world_size: int) -> list[list[FileRec
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint to a name that no run reads, writes or removes; returns the name."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
-    checkpoint.rename(aside)
-    _sync_directory(checkpoint.parent)
+    move((checkpoint, aside))
     return aside
 
 
@@ -264,7 +261,7 @@ def retain(root: Path, keep_last: int | None) -> None:
     for step in steps_in(root)[: -keep_last if keep_last else 0]:
         doomed = directory_of(root, step)
         trash = root / f".trash-{doomed.name}-{uuid.uuid4().hex[:8]}"
-        doomed.rename(trash)
+        move((doomed, trash))
         shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -285,7 +282,7 @@ def _compare_size(checkpoint: Path, expected: FileRecord) -> None:
 
 def _compare_contents(checkpoint: Path, expected: FileRecord) -> None:
     path = checkpoint / expected.name
-    if (found := _sha256(path)) != expected.sha256:
+    if (found := sha256_of_file(path)) != expected.sha256:
         raise DamagedCheckpointError(
             f"{path}: SHA-256 {found[:16]}..., but {str(expected.sha256)[:16]}... was written; the file was changed"
         )
@@ -295,23 +292,3 @@ def _digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of what a manifest says beside its digest."""
     said = {name: value for name, value in manifest.items() if name != _DIGEST}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,8 +11,6 @@ takes what it needs.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +37,11 @@ from torch.utils.serialization import config as torch_serialization
 
 from megatron_vl.checkpoint import store
 from megatron_vl.checkpoint.tensors import METADATA_FILE, read_ahead
+from megatron_vl.files import HashedWriter, sync
 
 _DATA_FILE = "__0_0.distcp"
 _ALIGNMENT = 64
 """torch aligns a tensor's bytes within an archive; aligned archives make them readable in place."""
-_HASHED_BESIDE = 2**16
-"""Writes of at least so many bytes are hashed by another thread; for smaller ones that costs more than it saves."""
 
 
 class StreamingStrategy(SaveShardedStrategy):
@@ -90,11 +87,11 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(max_workers=1)
 
     def __enter__(self) -> Self:
         self._stream = self._path.open("wb")
+        self._writer = HashedWriter(self._stream, self._hasher)
         return self
 
     def __exit__(
@@ -102,33 +99,26 @@ class _HashedFile:
     ) -> None:
         self._hasher.shutdown()
         with self._stream as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
 
     def append(self, item: object) -> _StorageInfo:
         """Add an item as torch saves it, and say where it lies."""
-        self.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
-        start = self._stream.tell()
+        self.write(b"\0" * (-self._writer.size % _ALIGNMENT))
+        start = self._writer.size
         with getattr(torch_serialization, "patch")({"save.compute_crc32": False}):  # the manifest's SHA-256 covers it
             torch.save(item, cast(IO[bytes], self))
-        return _StorageInfo(self._path.name, start, self._stream.tell() - start)
+        return _StorageInfo(self._path.name, start, self._writer.size - start)
 
     def write(self, data: memoryview | bytes) -> int:
-        """Called by torch. The bytes are only lent, so file and hash are both done with them at the end."""
-        if len(data) < _HASHED_BESIDE:
-            self._sha256.update(data)
-            return self._stream.write(data)
-        hashed = self._hasher.submit(self._sha256.update, data)
-        written = self._stream.write(data)
-        hashed.result()
-        return written
+        """Called by torch."""
+        return self._writer.write(data)
 
     def flush(self) -> None:
         """Called by torch after each item; the file is flushed once, at the end."""
 
     def record(self) -> store.FileRecord:
         """Size and hash; once the file is closed."""
-        return store.FileRecord(self._path.name, self._path.stat().st_size, self._sha256.hexdigest())
+        return store.FileRecord(self._path.name, self._writer.size, self._writer.sha256)
 
 
 def _describe(tensor: Tensor) -> TensorStorageMetadata:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_vl import files
 from megatron_vl.errors import DataError
 
 
@@ -17,13 +18,10 @@ def check_writable(path: Path) -> None:
     Raises:
         DataError: a file cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
+        files.try_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -37,28 +35,25 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with files.whole_file(path) as draft:
+            yield draft
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):  # nothing was written, or it has its name
-            temporary.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text in one step; see :func:`whole_file`.
-
-    Half a surrogate pair, which UTF-8 does not have, is written as JSON's escape of it.
+    """Write a text as :func:`megatron_vl.files.write_whole` does, in a folder that is made if need be.
 
     Raises:
         DataError: the file cannot be written.
     """
-    with whole_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, text)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:

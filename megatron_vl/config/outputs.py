@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
+from megatron_vl.files import try_folder
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -34,11 +34,8 @@ def check_outputs(config: RunConfig) -> None:
 
 
 def _check_directory(path: Path, key: str) -> None:
-    probe = path / f".probe-{os.getpid()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        try_folder(path)
     except OSError as error:
         raise ConfigError(
             f"{key}: {path} cannot be written to ({error.strerror or error}); choose another place, or mend its rights "

@@ -31,7 +31,7 @@ from megatron_vl.conversion.hf_config import (
     hf_config,
     model_config,
 )
-from megatron_vl.conversion.hf_files import FolderWriter, check_names, index_folder, read_json
+from megatron_vl.conversion.hf_files import FolderWriter, check_names, index_folder, read_json, write_folder
 from megatron_vl.conversion.qwen_vl import Correspondence, correspondences, hf_shapes
 from megatron_vl.conversion.shards import FileFormat, PlannedTensor
 from megatron_vl.data.prompting.tokenizer import read_ranks
@@ -162,7 +162,7 @@ def export_folder(
     def read(name: str) -> Sequence[Tensor]:
         return _published(entries[name], state[name], model)
 
-    with FolderWriter(
+    with write_folder(
         folder, plan, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes
     ) as writer:
         _add_side_files(writer, model, options)

@@ -11,19 +11,18 @@ carries the folder's name is always whole, and an export that fails leaves nothi
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
 from megatron_vl.checkpoint.tensor_files import StoredTensor, index_shard
 from megatron_vl.conversion.shards import FileFormat, PlannedTensor, Shard, open_shard, plan_shards
 from megatron_vl.errors import ConversionError
+from megatron_vl.files import draft_of, whole_folder
 
 _STEMS: dict[FileFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
 _MAX_JSON_BYTES = 64 * 2**20
@@ -101,44 +100,15 @@ def check_names(found: Iterable[str], expected: set[str], *, where: str, what: s
 
 
 class FolderWriter:
-    """Writes a folder; a context manager that commits at the end and removes everything after an error."""
+    """Writes the files of a folder; see :func:`write_folder`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Sequence[PlannedTensor],
-        *,
-        file_format: FileFormat = "safetensors",
-        max_shard_bytes: int = 2 * 10**9,
-    ) -> None:
-        """``folder`` must not exist, or be empty. ``tensors`` are what :meth:`add_tensor` will be given, in order."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")
-        self._folder = folder.resolve()  # a link cannot be replaced by a folder
-        if self._folder.is_mount():
-            raise ConversionError(f"{folder}: is a mount point, which cannot be replaced; choose a folder within it")
+    def __init__(self, folder: Path, shards: Sequence[Sequence[PlannedTensor]], file_format: FileFormat) -> None:
+        self._folder = folder
         self._format: FileFormat = file_format
-        self._shards = plan_shards(tensors, max_shard_bytes)
+        self._shards = shards
         self._next = (0, 0)
         """Shard, and tensor within it, that comes next."""
         self._shard: Shard | None = None
-        self._temporary = folder
-
-    def __enter__(self) -> Self:
-        parent = self._folder.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = parent / f".{self._folder.name}.partial-{uuid.uuid4().hex[:8]}"
-        self._temporary.mkdir()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._commit()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write the next planned tensor."""
@@ -146,7 +116,7 @@ class FolderWriter:
         shard = self._shards[number]
         assert PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) == shard[index], f"{name} is not the next one"
         if self._shard is None:
-            self._shard = open_shard(self._temporary / self._file_name(number), shard, self._format)
+            self._shard = open_shard(self._folder / self._file_name(number), shard, self._format)
         self._shard.add(name, tensor)
         if index + 1 < len(shard):
             self._next = (number, index + 1)
@@ -160,16 +130,17 @@ class FolderWriter:
 
     def add_bytes(self, name: str, content: bytes) -> None:
         """Write a file."""
-        (self._temporary / name).write_bytes(content)
+        (self._folder / name).write_bytes(content)
 
     def copy(self, file: Path) -> None:
         """Copy a file under its own name."""
-        shutil.copyfile(file, self._temporary / file.name)
+        shutil.copyfile(file, self._folder / file.name)
 
     def _file_name(self, number: int) -> str:
         return f"{_STEMS[self._format]}-{number + 1:05}-of-{len(self._shards):05}.{self._format}"
 
-    def _commit(self) -> None:
+    def finish(self) -> None:
+        """Write the index, after all tensors."""
         assert self._next == (len(self._shards), 0), "every planned tensor has been added"
         weight_map = {
             tensor.name: self._file_name(number) for number, shard in enumerate(self._shards) for tensor in shard
@@ -177,15 +148,29 @@ class FolderWriter:
         total = sum(tensor.num_bytes for shard in self._shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         self.add_json(f"{_STEMS[self._format]}.{self._format}.index.json", index)
-        for path in [*self._temporary.iterdir(), self._temporary]:
-            _flush_to_disk(path)
-        self._temporary.rename(self._folder)
-        _flush_to_disk(self._folder.parent)
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextmanager
+def write_folder(
+    folder: Path,
+    tensors: Sequence[PlannedTensor],
+    *,
+    file_format: FileFormat = "safetensors",
+    max_shard_bytes: int = 2 * 10**9,
+) -> Iterator[FolderWriter]:
+    """Yield the writer of a folder that is complete and on the disk at the end, and not there after an error.
+
+    Args:
+        folder: must not exist, or be empty.
+        tensors: what :meth:`FolderWriter.add_tensor` will be given, in order.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")
+    place = folder.resolve()  # a link cannot be replaced by a folder
+    if place.is_mount():
+        raise ConversionError(f"{folder}: is a mount point, which cannot be replaced; choose a folder within it")
+    draft = draft_of(place)
+    with whole_folder(place, draft, durable=True):
+        writer = FolderWriter(draft, plan_shards(tensors, max_shard_bytes), file_format)
+        yield writer
+        writer.finish()

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.files import write_whole
 from megatron_vl.report.report import Report
 from megatron_vl.report.tables import show_duration
 
@@ -16,8 +17,8 @@ def write_results(report: Report, stem: Path) -> None:
     """Write ``STEM.json`` and ``STEM.md``."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results_json(report), indent=1, ensure_ascii=False) + "\n"
-    stem.with_suffix(".json").write_text(text, encoding="utf-8")
-    stem.with_suffix(".md").write_text(results_markdown(report), encoding="utf-8")
+    write_whole(stem.with_suffix(".json"), text)
+    write_whole(stem.with_suffix(".md"), results_markdown(report))
 
 
 def results_json(report: Report) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_vl import folder_lock, machine_errors
 from megatron_vl.checkpoint import store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ExitStatus, FolderInUseError, MegatronVLError, PeerError
+from megatron_vl.files import write_whole
 from megatron_vl.log import log_rank_0
 from megatron_vl.training.state import TrainState
 
@@ -94,4 +95,4 @@ def _write(config: RunConfig, status: ExitStatus, *, step: int | None, reason: s
     if config.checkpoint.save:
         content = {"exit_status": int(status), "meaning": status.name.lower(), "step": step, "reason": reason}
         with contextlib.suppress(OSError):
-            (Path(config.checkpoint.save) / NAME).write_text(json.dumps(content) + "\n")
+            write_whole(Path(config.checkpoint.save) / NAME, json.dumps(content) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_vl.cli.quickstart.plan import EVALUATIONS, PRESET, STAGES, Plan
 from megatron_vl.config.presets import PRESETS
+from megatron_vl.files import write_whole
 from megatron_vl.planning.parameters import count_parameters
 from megatron_vl.report.records import HeldOutLoss, RunInfo
 
@@ -55,7 +56,7 @@ def gather_findings(plan: Plan) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _commit(root: Path) -> str:

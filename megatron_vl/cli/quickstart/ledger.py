@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_vl.files import write_whole
 from megatron_vl.report.records import StepTime
 
 
@@ -46,9 +47,7 @@ class Ledger:
         """Replace the state of a step."""
         path = self._state_path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(asdict(state)))
 
     def settle(self, step: str) -> None:
         """Count the time of an attempt that was killed."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
 from megatron_vl.errors import MegatronVLError
+from megatron_vl.files import sha256_of_file
 from megatron_vl.report.records import StepTime
 from megatron_vl.report.tables import show_duration
 
@@ -96,7 +97,7 @@ class Runner:
     def _key(self, step: Step) -> str:
         digest = hashlib.sha256(json.dumps(step.commands).encode())
         for path in step.reads:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(sha256_of_file(path).encode())
         for name in step.after:
             digest.update(self._keys[name].encode())
         return digest.hexdigest()

@@ -25,8 +25,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.dataset.durable_files import sync
 from megatron_vl.errors import DataError
+from megatron_vl.files import sync
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

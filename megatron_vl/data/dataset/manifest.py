@@ -11,21 +11,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_vl.config.validate import unfinished_data_set
-from megatron_vl.data.dataset.durable_files import sync
 from megatron_vl.data.dataset.indexed import Stretch
 from megatron_vl.errors import DataError
+from megatron_vl.files import sha256_of_next, write_whole
 
 FORMAT_VERSION = 3
 HASHES = ".sha256"
-_CHUNK_BYTES = 2**20
 NUM_EXAMPLES = 5
 """Keys of skipped samples that the manifest names for each source and reason."""
 
@@ -184,12 +182,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Write ``<prefix>.json`` in one step: it is there in full or not at all."""
-    path = manifest_path(prefix)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(manifest.to_json().encode())
-        sync(file)
-    os.replace(temporary, path)
+    write_whole(manifest_path(prefix), manifest.to_json(), durable=True)
 
 
 def hash_lines(suffix: str, stretches: Iterable[Stretch]) -> Iterator[str]:
@@ -217,7 +210,7 @@ def verify_files(prefix: str | Path) -> None:
         path = Path(f"{prefix}{suffix}")
         with path.open("rb") as file:
             file.seek(int(begin))
-            _compare(path, int(begin), int(size), found=_digest(file, int(size)), expected=sha256)
+            _compare(path, int(begin), int(size), found=sha256_of_next(file, int(size)), expected=sha256)
 
 
 def _compare(path: Path, begin: int, size: int, *, found: str, expected: str) -> None:
@@ -226,15 +219,6 @@ def _compare(path: Path, begin: int, size: int, *, found: str, expected: str) ->
             f"{path}: SHA-256 of bytes {begin} to {begin + size} is {found}, expected {expected}. The file is damaged; "
             "copy it anew."
         )
-
-
-def _digest(file: IO[bytes], size: int) -> str:
-    """SHA-256 of the next ``size`` bytes."""
-    digest = hashlib.sha256()
-    while size and (data := file.read(min(size, _CHUNK_BYTES))):
-        digest.update(data)
-        size -= len(data)
-    return digest.hexdigest()
 
 
 def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:

@@ -11,21 +11,22 @@ again (what it has forgotten is stored twice here, and once in the data set).
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from array import array
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.dataset.durable_files import load_columns, store_columns, sync
+from megatron_vl.data.dataset.columns import Columns, load_columns, store_columns
 from megatron_vl.data.dataset.manifest import NUM_EXAMPLES
 from megatron_vl.data.formats.shard import Skipped
+from megatron_vl.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 
@@ -92,13 +93,10 @@ class PartIndex:
 
 
 class PartWriter:
-    """Writes one part."""
+    """Writes one part; see :func:`write_part_files`."""
 
-    def __init__(self, prefix: Path) -> None:
-        self._prefix = prefix
-        descriptor, name = tempfile.mkstemp(".tmp", prefix.name + ".", prefix.parent)
-        self._temporary = Path(name)
-        self._file = os.fdopen(descriptor, "wb")
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._columns = {name: array(code) for name, code in _COLUMNS.items()}
         self._digests = bytearray()
         self._reasons: dict[str, int] = {}
@@ -152,8 +150,8 @@ class PartWriter:
         self._file.write(joined.astype("<i4").data)
         self._file.write(stored_key)
 
-    def finish(self) -> None:
-        """Bring the part to the disk under its own name."""
+    def columns(self) -> Columns:
+        """Return the columns of the finished part."""
         header = {
             "size": self._file.tell(), "reasons": list(self._reasons), "num_scored": self._num_scored,
             "largest_token": self._largest_token,
@@ -162,19 +160,21 @@ class PartWriter:
         columns = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items() if values}
         columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         columns["digests"] = np.frombuffer(bytes(self._digests), np.uint8)
-        sync(self._file)
-        os.replace(self._temporary, data_path(self._prefix))
-        store_columns(index_path(self._prefix), columns)
-
-    def close(self) -> None:
-        """Close and remove what is not finished."""
-        with contextlib.suppress(OSError):  # a full disk: what it could not take is removed
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        return columns
 
     def _append(self, **values: int) -> None:
         for name, value in values.items():
             self._columns[name].append(value)
+
+
+@contextmanager
+def write_part_files(prefix: Path) -> Iterator[PartWriter]:
+    """Yield a writer; what it was given is on the disk at the end, and not there after an error."""
+    with whole_file(data_path(prefix), durable=True) as draft, draft.open("wb") as file:
+        writer = PartWriter(file)
+        yield writer
+        columns = writer.columns()
+    store_columns(index_path(prefix), columns)
 
 
 def data_path(prefix: Path) -> Path:

@@ -25,7 +25,7 @@ from megatron_vl.data.filters.duplicates import looks_of
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.formats.shard import Shard, Skipped
 from megatron_vl.data.images.decode import check_image, decode_image
-from megatron_vl.data.prepare.part_files import PartWriter
+from megatron_vl.data.prepare.part_files import PartWriter, write_part_files
 from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.prompting.tokenize import TokenizeOptions, tokenize_sample
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
@@ -72,17 +72,14 @@ def write_part(recipe: DataRecipe, unit: Unit, folder: Path) -> int:
     to be useless.
     """
     entry = recipe.sources[unit.source_index]
-    maker = _PartMaker(recipe, entry, part_prefix(folder, unit))
-    try:
+    with write_part_files(part_prefix(folder, unit)) as writer:
+        maker = _PartMaker(recipe, entry, writer)
         with _named(entry):
             for item in entry.source.read(unit.shard):
                 maker.add(item)
-                if entry.limit is not None and maker.num_samples >= entry.limit:
+                if entry.limit is not None and writer.num_samples >= entry.limit:
                     break
-        maker.finish()
-    finally:
-        maker.close()
-    return maker.num_samples
+    return writer.num_samples
 
 
 def part_prefix(folder: Path, unit: Unit) -> Path:
@@ -93,18 +90,14 @@ def part_prefix(folder: Path, unit: Unit) -> Path:
 class _PartMaker:
     """Turns what a reader yields into the samples of one part."""
 
-    def __init__(self, recipe: DataRecipe, entry: SourceEntry, prefix: Path) -> None:
+    def __init__(self, recipe: DataRecipe, entry: SourceEntry, writer: PartWriter) -> None:
         self._recipe = recipe
         self._tokenizer = _load_tokenizer(recipe.num_ranks, recipe.vocab_file)
         self._options = _tokenize_options(recipe)
         self._source = entry.source
         self._filter = SampleFilter(entry.filters)
         self._needs_looks = entry.filters.needs_looks
-        self._writer = PartWriter(prefix)
-
-    @property
-    def num_samples(self) -> int:
-        return self._writer.num_samples
+        self._writer = writer
 
     def add(self, item: Sample | Skipped) -> None:
         """Keep a sample, or count why not."""
@@ -117,14 +110,6 @@ class _PartMaker:
             self._keep(item)
         except SkipSample as error:
             self._writer.skip(Skipped(item.key, error.reason, error.detail))
-
-    def finish(self) -> None:
-        """Bring the part to the disk."""
-        self._writer.finish()
-
-    def close(self) -> None:
-        """Close the files, finished or not."""
-        self._writer.close()
 
     def _keep(self, sample: Sample) -> None:
         most = self._recipe.pack.max_images

@@ -8,20 +8,19 @@ the files are renamed, the new one comes last: whatever happens, there is a whol
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vl.data.dataset.durable_files import sync
 from megatron_vl.data.dataset.indexed import Stretch, write_index
 from megatron_vl.data.dataset.manifest import HASHES, FileEntry, Manifest, hash_lines, manifest_path, write_manifest
 from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_slices
 from megatron_vl.data.prepare.row_slices import IMAGES, TOKENS, SliceRecord, read_record, record_path, write_slice
 from megatron_vl.data.prepare.workers import Pool, hand_out
 from megatron_vl.errors import DataError
+from megatron_vl.files import move, sha256_of_file, sync
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and the number of all rows."""
@@ -61,19 +60,16 @@ def file_entries(stem: Path) -> tuple[tuple[FileEntry, ...], str]:
     """What the manifest says of the finished files: their sizes, and the hash of their hashes."""
     kinds = [f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx")]
     entries = tuple(FileEntry(kind, Path(f"{stem}{kind}").stat().st_size) for kind in (*kinds, HASHES))
-    return entries, hashlib.sha256(Path(f"{stem}{HASHES}").read_bytes()).hexdigest()
+    return entries, sha256_of_file(Path(f"{stem}{HASHES}"))
 
 
 def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
     """Make the finished files the data set at ``prefix``."""
     write_manifest(stem, manifest)  # here first: a full disk is met before anything is moved
     manifest_path(prefix).unlink(missing_ok=True)
-    for entry in manifest.files:
-        os.replace(f"{stem}{entry.suffix}", f"{prefix}{entry.suffix}")
-    os.replace(manifest_path(stem), manifest_path(prefix))
-    descriptor = os.open(prefix.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    suffixes = [entry.suffix for entry in manifest.files]
+    files = [(Path(f"{stem}{suffix}"), Path(f"{prefix}{suffix}")) for suffix in suffixes]
+    move(*files, (manifest_path(stem), manifest_path(prefix)))
     _remove(stem.parent, kept=())
 
 

@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.data.dataset.durable_files import load_columns, store_columns, sync
+from megatron_vl.data.dataset.columns import load_columns, store_columns
 from megatron_vl.data.dataset.indexed import Stretch
 from megatron_vl.data.dataset.rows import SegmentKey, encode_keys, encode_row
 from megatron_vl.data.prepare.part_reader import PartReader
 from megatron_vl.data.sample import TASKS
+from megatron_vl.files import HashedWriter, sync
 
 IntArray = npt.NDArray[np.int64]
 TOKENS, IMAGES = ".tokens", ".images"
@@ -117,7 +118,7 @@ def write_slice(work: RowSlice, stem: Path) -> int:
             keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
     finally:
         reader.close()
-    stretches = json.dumps([dataclasses.astuple(writer.finished()) for writer in (tokens, images)])
+    stretches = json.dumps([(writer.size, writer.sha256) for writer in (tokens, images)])
     columns: dict[str, npt.NDArray[Any]] = {
         "stretches": np.frombuffer(stretches.encode(), np.uint8),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
@@ -139,25 +140,8 @@ def read_record(stem: Path, name: str) -> SliceRecord | None:
         return None
 
 
-class _StretchWriter:
-    """Writes bytes one after the other, counts and hashes them."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._size += len(data)
-
-    def finished(self) -> Stretch:
-        return Stretch(self._size, self._hash.hexdigest())
-
-
 @contextlib.contextmanager
-def _stretch(path: Path, begin: int) -> Iterator[_StretchWriter]:
+def _stretch(path: Path, begin: int) -> Iterator[HashedWriter]:
     """A writer into a file from a byte on; what it wrote is on the disk afterwards.
 
     The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
@@ -165,11 +149,11 @@ def _stretch(path: Path, begin: int) -> Iterator[_StretchWriter]:
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
         file.seek(begin)
-        yield _StretchWriter(file)
+        yield HashedWriter(file)
         sync(file)
 
 
-def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: _StretchWriter) -> bytes:
+def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: HashedWriter) -> bytes:
     """Write one row; returns its keys in their stored form."""
     pieces = [_read_piece(work, piece, reader) for piece in range(work.row_splits[row], work.row_splits[row + 1])]
     images = work.image_numbers[work.image_splits[row] : work.image_splits[row + 1]]

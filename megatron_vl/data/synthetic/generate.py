@@ -30,6 +30,7 @@ from megatron_vl.data.synthetic.photos import PHOTOS, find_photos
 from megatron_vl.data.synthetic.texture import find_pictures
 from megatron_vl.data.synthetic.writers import write_json
 from megatron_vl.errors import ConfigError, DataError
+from megatron_vl.files import whole_folder
 
 FORMAT_VERSION = 1
 META = "meta.json"
@@ -70,12 +71,8 @@ def generate(config: SyntheticConfig, out: Path, *, num_workers: int = 1, progre
 def _generate(config: SyntheticConfig, out: Path, num_workers: int, progress: bool) -> Summary:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(out, partial):
         summary = _fill(config, partial, num_workers, progress)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # there is none if all went well
     return replace(summary, folder=out)
 
 

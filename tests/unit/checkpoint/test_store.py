@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_vl.checkpoint import store
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
+from megatron_vl.files import draft_of
 from tests.helpers.listening import heard
 
 
@@ -83,7 +84,9 @@ def test_every_file_is_synchronised_before_it_counts(tmp_path: Path, monkeypatch
     _save(tmp_path, 5)
     staging = next(name for name in synchronised if name.startswith(".staging-"))
     written = ["__0_0.distcp", "config.yaml", store.MANIFEST, staging]
-    assert synchronised == [*written, tmp_path.name, f".{store.TRACKER}.new", tmp_path.name]
+    drafts = {name: name.rsplit(".", 2)[0] for name in synchronised if name.endswith(".draft")}
+    assert [drafts.get(name, name) for name in synchronised] == [*written, tmp_path.name, store.TRACKER, tmp_path.name]
+    assert list(drafts.values()) == [store.MANIFEST, store.TRACKER]
 
 
 @contextmanager
@@ -101,11 +104,11 @@ def _dying(monkeypatch: pytest.MonkeyPatch, survives: int) -> Iterator[list[str]
         return attempt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", mortal("rename", Path.rename))
+        patch.setattr(os, "replace", mortal("rename", os.replace))
         patch.setattr(Path, "mkdir", mortal("mkdir", Path.mkdir))
         patch.setattr(Path, "write_text", mortal("write", Path.write_text))
-        patch.setattr(store, "_write_durably", mortal("write", store._write_durably))
-        patch.setattr(store, "_sync_directory", mortal("sync", store._sync_directory))
+        patch.setattr(Path, "write_bytes", mortal("write", Path.write_bytes))
+        patch.setattr(os, "fsync", mortal("sync", os.fsync))
         patch.setattr(shutil, "rmtree", mortal("remove", shutil.rmtree))
         yield done
 
@@ -134,6 +137,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
     assert finished and done.count("rename") >= 2
     assert seen == sorted(seen), "first the old one, then the new one"
     assert set(seen) == {"first", "second"}
+
+
+def test_a_killed_writer_of_the_tracker_leaves_nothing_for_long(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    draft_of(tmp_path / store.TRACKER).write_text("6")
+    mine = draft_of(tmp_path / "notes.txt")
+    mine.write_text("mine")
+    _save(tmp_path, 6)
+    assert list(tmp_path.glob("*.draft")) == [mine]
 
 
 @pytest.mark.parametrize("text", ["", "7\n", "five", "-1", "\x00\ufffd", "release"], ids=repr)
@@ -220,7 +232,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: 
         return sha256
 
     for number, kind in ((errno.ESTALE, CheckpointError), (errno.EIO, DamagedCheckpointError)):
-        monkeypatch.setattr(store, "_sha256", fail(number))
+        monkeypatch.setattr(store, "sha256_of_file", fail(number))
         with pytest.raises(kind) as caught:
             store.verify(checkpoint)
         assert type(caught.value) is kind

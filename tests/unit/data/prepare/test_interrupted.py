@@ -194,7 +194,7 @@ def test_a_full_disk_is_named_and_does_no_harm(raw: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"set\.parts: No space left on device\. Mend"):
         patch.setattr(os, "fsync", fsync)
         prepare(recipe, raw / "set", progress=False)
-    assert not Path(raw / "set.json").exists() and not list((raw / "set.parts").glob("[0-9a-f]*.tmp"))
+    assert not Path(raw / "set.json").exists() and not list((raw / "set.parts").glob("[0-9a-f]*.draft"))
     prepare(recipe, raw / "set", progress=False)
     prepare(recipe, raw / "undisturbed", progress=False)
     assert hashes(raw / "set") == hashes(raw / "undisturbed")

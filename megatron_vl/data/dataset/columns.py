@@ -1,0 +1,30 @@
+"""Columns of numbers in a file, which is there in full or not at all."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vl.files import whole_file
+
+Columns = Mapping[str, npt.NDArray[Any]]
+
+
+def store_columns(path: Path, columns: Columns) -> None:
+    """Write an ``.npz`` to the disk in one step, whoever else does the same."""
+    with whole_file(path, durable=True) as draft, draft.open("wb") as file:
+        np.savez(file, allow_pickle=False, **columns)
+
+
+def load_columns(path: Path) -> Columns | None:
+    """The columns of an ``.npz``, or None if it is not there or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
