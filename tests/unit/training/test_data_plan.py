@@ -42,18 +42,26 @@ def parsed(line: str) -> tuple[str, str, str, float, str]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "num_rows"), [(None, 37 * 4), (None, 20), ((0.9, 0.1), 5000), ((1e-7, 1.0, 1.0), 1 << 20)]
+    ("sizes", "weights", "num_rows", "taken"),
+    [
+        ((30, 7), None, 4 * 37, (120, 28)),  # four whole epochs of one pool
+        ((30, 7), (0.9, 0.1), 5000, (4500, 500)),
+        ((1000, 10, 7), (1e-7, 1.0, 1.0), 1 << 20, (0, 1 << 19, 1 << 19)),  # the first has its turn after 2^23 rows
+    ],
 )
-def test_passes_are_those_of_the_rows(weights: tuple[float, ...] | None, num_rows: int) -> None:
-    sizes = (1000, 10, 7) if weights and len(weights) == 3 else (30, 7)
+def test_passes_are_those_of_the_rows(
+    sizes: tuple[int, ...], weights: tuple[float, ...] | None, num_rows: int, taken: tuple[int, ...]
+) -> None:
     blend = Blend(sizes, weights, seed=3)
-    taken, _ = blend.locate(blend.rows(np.arange(num_rows)))
-    found = np.bincount(taken, minlength=len(sizes)) / np.array(sizes)
-    expected = blend.passes(num_rows)
-    if weights is None:
-        assert expected == (num_rows / 37,) * 2 and found.mean() == pytest.approx(expected[0], abs=0.3)
-    else:
-        assert found.tolist() == list(expected)
+    data_sets, _ = blend.locate(blend.rows(np.arange(num_rows)))
+    assert np.bincount(data_sets, minlength=len(sizes)).tolist() == list(taken)
+    assert blend.passes(num_rows) == tuple(count / size for count, size in zip(taken, sizes, strict=True))
+
+
+def test_a_part_of_an_epoch_takes_no_row_twice() -> None:
+    blend = Blend((30, 7), None, seed=3)
+    assert len(set(blend.rows(np.arange(20)).tolist())) == 20
+    assert blend.passes(20) == pytest.approx((0.540540, 0.540540), abs=1e-6)  # 20 of 37 rows, to six digits
 
 
 def test_data_sets_without_weights_are_one_pool(prefix: str) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import resource
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from unittest import mock
 import pytest
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.training.metrics import JsonLines, Layout, Reporter, StepMetrics, Window, log_line
 from megatron_vl.training.optimizer import LearningRates
 from megatron_vl.training.state import TrainState
@@ -84,9 +84,14 @@ def test_a_window_weighs_tokens_not_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert metrics.lm_loss == pytest.approx(1.2)
     assert metrics.elapsed_ms_per_iteration == pytest.approx(2000.0)
     assert (metrics.tokens_per_second, metrics.images_per_second, metrics.samples_per_second) == (50.0, 1.5, 2.5)
-    work = Work(num_images=6, num_tokens=200, sum_squared_spans=10_000.0, num_supervised=100)
-    flops = step_flops(config.model, FrozenParts.of(config.training), work)
-    assert metrics.tflops_per_rank == pytest.approx(flops / 4.0 / 2 / 1e12)
+    # By hand, from the sizes of the tiny model, for 6 images of 16 patches, 200 tokens, 100 labels and spans whose
+    # squares add up to 10,000, with the vision tower frozen. A product costs 2 a multiply-add.
+    vision = 2 * 96 * 588 * 32 + 4 * (2 * 96 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 96 * 16 * 32)
+    resampler = 6 * (2 * 65_536 + 3 * (32_768 + 262_144 + 2 * 32_768 + 16_384))
+    language = 4 * 3 * (2 * 200 * (4 * 64 * 64 + 3 * 64 * 96) + 2 * 10_000 * 64)
+    head = 3 * 2 * 100 * 64 * 500
+    assert (vision, resampler, language, head) == (9_904_128, 7_569_408, 182_476_800, 19_200_000)
+    assert metrics.tflops_per_rank == pytest.approx(219_150_336 / 4.0 / 2 / 1e12)  # 4 seconds, 2 ranks
 
 
 def test_skipped_steps_are_counted_and_their_loss_is_not() -> None:
@@ -220,14 +225,21 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_what_is_not_training_takes_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
+def test_what_is_not_training_takes_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of 2,000 seconds each, and 7,000 seconds of something else between them."""
+    now = [time.perf_counter()]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    reporter = Reporter(tiny_config(), layout=LAYOUT, state=TrainState(), active=False)
-    started = reporter._window.started
-    with reporter.not_training():
-        now[0] += 7.0
-    assert reporter._window.started == started + 7.0
+    reporter = Reporter(_config(tmp_path), layout=LAYOUT, state=TrainState(), active=True)
+    for step in (1, 2):
+        now[0] += 2000.0
+        reporter.step(TrainState(step=step), _result(1.0, 1))
+        if step == 1:
+            with reporter.not_training():
+                now[0] += 7000.0
+    reporter.close()
+    (record,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    # The first window begins by the real clock, which goes on between the first line above and the third.
+    assert record["elapsed_ms_per_iteration"] == pytest.approx(2e6, rel=0.01)
 
 
 def test_state_advances_by_what_was_read() -> None:

@@ -187,12 +187,15 @@ def test_a_sample_beyond_the_limits_is_our_own_error() -> None:
         pack(items([65], [0], [False]), limits=LIMITS, seed=0)
 
 
-def test_the_order_is_random_also_where_no_bits_are_left() -> None:
-    """Rows numbered beyond 2^50, as there would be of billions of pieces: indices are sorted instead of numbers."""
-    keys = np.repeat(np.arange(40, dtype=np.int64), 50)
-    for shift in (0, 2**52):
-        order = packing._shuffled_order(keys + shift, np.random.PCG64(1))
-        assert np.array_equal(keys[order], keys)
-        assert np.array_equal(np.sort(order), np.arange(len(keys)))
-        within = order.reshape(40, 50)
-        assert (np.diff(within) > 0).mean() == pytest.approx(0.5, abs=0.05)
+@pytest.mark.parametrize("bits_wanted", [16, 63], ids=["numbers", "indices"])
+def test_the_order_is_random_also_where_no_bits_are_left(monkeypatch: pytest.MonkeyPatch, bits_wanted: int) -> None:
+    """As with billions of samples: indices are sorted instead of numbers, for which memory would not do here."""
+    monkeypatch.setattr(packing, "_RANDOM_BITS", bits_wanted)
+    lengths = np.repeat([32, 16], 2000)
+    made_of = items(lengths, np.zeros(4000), np.zeros(4000))
+    packed = pack(made_of, limits=LIMITS, seed=1)
+    check(packed, made_of)
+    assert packed.num_rows == 2000 // 2 + 2000 // 4
+    for same in packed.samples[lengths[packed.samples] == 32], packed.samples[lengths[packed.samples] == 16]:
+        # Of 1,999 steps of a random order half go up, with a standard deviation of sqrt(2001 / 12) = 13.
+        assert abs((np.diff(same) > 0).sum() - 999.5) < 5 * 13
