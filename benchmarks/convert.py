@@ -81,7 +81,7 @@ def synthetic_model(num_bytes: float) -> ModelConfig:
     """A model of about so many bytes in bf16; only its number of language layers depends on it."""
     model = ModelConfig(
         preset="synthetic",
-        num_ranks=31_000,
+        num_bpe_tokens=31_000,
         vision=VisionConfig(num_layers=2),
         resampler=ResamplerConfig(num_attention_heads=16),
         language=LanguageConfig(

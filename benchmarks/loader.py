@@ -162,7 +162,7 @@ def write_data(place: Path, *, count: int, pythons: dict[str, str]) -> list[byte
     (place / OURS).mkdir()
     source = {"name": "photographs", "type": "img2dataset", "path": str(place / "tars")}
     for name, mode in (("set", "mixed"), ("single", "none")):
-        values = {"sources": [source], "num_queries": 256, "num_ranks": 151643, "pack": {"mode": mode}}
+        values = {"sources": [source], "num_queries": 256, "num_bpe_tokens": 151643, "pack": {"mode": mode}}
         (place / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
         prepare(load_recipe(place / "recipe.yaml"), place / OURS / name, progress=False)
     _multiply(place / OURS / "single", place / OURS / "many", num_rows=SKIP[OURS] + 10_000)

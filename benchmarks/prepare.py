@@ -225,7 +225,7 @@ def documents(folder: Path, samples: int) -> Workload:
 
 def recipe_of(workload: Workload, folder: Path) -> DataRecipe:
     path = folder / "recipe.yaml"
-    values = {"sources": [{"name": "s", **workload.entry}], "num_queries": 256, "num_ranks": 151643}
+    values = {"sources": [{"name": "s", **workload.entry}], "num_queries": 256, "num_bpe_tokens": 151643}
     path.write_text(json.dumps(values))
     return load_recipe(path)
 
@@ -234,7 +234,7 @@ def run_source(workload: Workload, folder: Path, *, turns: int) -> list[Row]:
     """Time a source three ways; returns the rows of worker and whole."""
     recipe = recipe_of(workload, folder)
     units = plan_units(recipe)
-    encoding = QwenTokenizer(recipe.num_ranks)._encoding
+    encoding = QwenTokenizer(recipe.num_bpe_tokens)._encoding
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
     times = take_turns(

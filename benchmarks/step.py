@@ -84,12 +84,12 @@ def make_batch(model: ModelConfig, workload: Workload) -> MicroBatch:
     supervised = torch.nonzero(is_text).flatten()[::2]
     size = (images, 3, model.image_size, model.image_size)
     return MicroBatch(
-        tokens=torch.randint(0, model.num_ranks, (total,), generator=generator),
+        tokens=torch.randint(0, model.num_bpe_tokens, (total,), generator=generator),
         positions=torch.arange(workload.seq_length).repeat(workload.rows),
         cu_seqlens=torch.arange(0, total + 1, workload.seq_length, dtype=torch.int32),
         span_lengths=(workload.seq_length,) * workload.rows,
         supervised=supervised,
-        targets=torch.randint(0, model.num_ranks, (len(supervised),), generator=generator),
+        targets=torch.randint(0, model.num_bpe_tokens, (len(supervised),), generator=generator),
         slots=slots.flatten(),
         pixels=torch.randint(0, 256, size, generator=generator, dtype=torch.uint8),
         span_images=torch.arange(images),

@@ -41,7 +41,7 @@ def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0
     rng = np.random.default_rng(seed)
     model = config.model
     options = CollateOptions(
-        special=SpecialTokens(model.num_ranks),
+        special=SpecialTokens(model.num_bpe_tokens),
         seq_length=config.data.seq_length,
         num_queries=model.resampler.num_queries,
         image_size=model.image_size,
@@ -57,7 +57,7 @@ def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0
 
 
 def _row(config: RunConfig, shape: RowShape, rng: np.random.Generator) -> PackedRow:
-    model, special = config.model, SpecialTokens(config.model.num_ranks)
+    model, special = config.model, SpecialTokens(config.model.num_bpe_tokens)
     length = int(config.data.seq_length * shape.fill) // shape.samples
     image = [special.img_start, *[special.img_pad] * model.resampler.num_queries, special.img_end]
     head = image if shape.with_images else []
@@ -66,7 +66,7 @@ def _row(config: RunConfig, shape: RowShape, rng: np.random.Generator) -> Packed
     for _ in range(shape.samples):
         text = length - len(head)
         first = text - max(1, round(shape.supervised * text))
-        tokens += [*head, *rng.integers(0, model.num_ranks, text).tolist()]
+        tokens += [*head, *rng.integers(0, model.num_bpe_tokens, text).tolist()]
         supervised += [False] * (len(head) + first) + [True] * (text - first)
     images = shape.samples if shape.with_images else 0
     return PackedRow(

@@ -92,7 +92,7 @@ def _answer(checkpoint: Path, report: Report) -> None:
 
 
 def _prompt(engine: Engine) -> Prompt:
-    special, model = SpecialTokens(engine.model.num_ranks), engine.model
+    special, model = SpecialTokens(engine.model.num_bpe_tokens), engine.model
     image = [special.img_start, *[special.img_pad] * model.resampler.num_queries, special.img_end]
     pixels = torch.randint(0, 256, (1, 3, model.image_size, model.image_size), dtype=torch.uint8)
     return Prompt((*image, 5, 6, 7), pixels)

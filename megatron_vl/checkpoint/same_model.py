@@ -26,7 +26,9 @@ def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) 
             for name, value in ours.items()
             if theirs[name] != value and name not in _NO_WEIGHT_DEPENDS_ON
         ]
-    if wanted.num_ranks != saved.num_ranks:
-        differences.append(f"num_ranks is {saved.num_ranks} in the checkpoint and {wanted.num_ranks} in this run")
+    if wanted.num_bpe_tokens != saved.num_bpe_tokens:
+        differences.append(
+            f"num_bpe_tokens is {saved.num_bpe_tokens} in the checkpoint and {wanted.num_bpe_tokens} in this run"
+        )
     if differences:
         raise CheckpointError(f"{checkpoint} is of another model: " + "; ".join(differences))

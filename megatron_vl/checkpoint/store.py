@@ -40,7 +40,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 """Held in a directory of checkpoints by who saves there."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DIGEST = "digest"
 _THREADS = 4
 """Files that a process hashes at a time."""

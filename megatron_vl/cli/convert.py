@@ -99,7 +99,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     for flag, value, text in (
         ("--vision-heads", VisionConfig.num_attention_heads, "attention heads of the vision tower"),
         ("--num-queries", ResamplerConfig.num_queries, "image features for the language model"),
-        ("--num-ranks", ModelConfig.num_ranks, "byte-pair ranks of the vocabulary"),
+        ("--num-bpe-tokens", ModelConfig.num_bpe_tokens, "byte-pair tokens of the vocabulary"),
         ("--image-size", ModelConfig.image_size // 2, "pixels of an image in stage 1"),
         ("--seed", TrainingConfig.seed, "of the resampler's weights"),
     ):
@@ -143,7 +143,7 @@ def _open_import(options: argparse.Namespace) -> ConvertedModel:
     start = StartOptions(
         vision_heads=options.vision_heads,
         num_queries=options.num_queries,
-        num_ranks=options.num_ranks,
+        num_bpe_tokens=options.num_bpe_tokens,
         image_size=options.image_size,
         seed=options.seed,
     )

@@ -109,7 +109,7 @@ def _answers(questions: list[Question], options: argparse.Namespace, topology: A
 
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
-    tokenizer = QwenTokenizer(engine.model.num_ranks, options.vocab_file)
+    tokenizer = QwenTokenizer(engine.model.num_bpe_tokens, options.vocab_file)
     prompts: list[Prompt] = []
     answers: list[Json] = []
     for question in questions:

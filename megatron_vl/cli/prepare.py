@@ -54,7 +54,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, help="processes (default: one per core); under mpirun the other ranks work instead"
     )
     parser.add_argument(
-        "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_ranks of this model preset"
+        "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_bpe_tokens of this model preset"
     )
     parser.add_argument(
         "--verify", action="store_true", help="do not prepare: check the files of a finished data set"
@@ -103,7 +103,7 @@ def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
     from megatron_vl.data.prepare.summary import summary_lines, warning_lines
 
     preset = PRESETS.get(options.model_preset)
-    defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks} if preset else {}
+    defaults = {"num_queries": preset.resampler.num_queries, "num_bpe_tokens": preset.num_bpe_tokens} if preset else {}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
     if options.skip_missing:
         recipe, missing = without_missing(recipe)

@@ -27,7 +27,7 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_vl.evaluation.questions import write_questions
 
     preset = PRESETS[options.model_preset]
-    defaults = {"num_queries": preset.resampler.num_queries, "num_ranks": preset.num_ranks}
+    defaults = {"num_queries": preset.resampler.num_queries, "num_bpe_tokens": preset.num_bpe_tokens}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
     counts, left_out = write_questions(recipe, options.output, limit=options.limit)
     write_line(f"{options.output}: " + ", ".join(f"{count} {task}" for task, count in counts.items()))

@@ -67,7 +67,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
     parser.add_argument(
-        "--num-ranks", type=int, default=published.num_ranks, metavar="N", help="byte-pair ranks that are kept (all)"
+        "--num-bpe-tokens",
+        type=int,
+        default=published.num_bpe_tokens,
+        metavar="N",
+        help="byte-pair tokens that are kept (all)",
     )
     parser.add_argument(
         "--num-queries", type=int, default=published.resampler.num_queries, metavar="N", help="slots of an image (256)"
@@ -79,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.num_queries < 1:
         raise ConfigError(f"--num-queries {options.num_queries}: an image has at least one slot")
     document = _read(options.input)
-    tokenizer = QwenTokenizer(options.num_ranks, options.vocab_file)
+    tokenizer = QwenTokenizer(options.num_bpe_tokens, options.vocab_file)
     encoder = _CaseEncoder(tokenizer, options.num_queries, options.label_style)
     counts = []
     for name, encode in zip(LISTS, (encoder.text, encoder.sample, encoder.prompt), strict=True):

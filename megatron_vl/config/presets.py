@@ -10,7 +10,7 @@ from megatron_vl.config.schema import LanguageConfig, ModelConfig, ResamplerConf
 TINY = ModelConfig(
     preset="tiny",
     image_size=84,
-    num_ranks=2048,
+    num_bpe_tokens=2048,
     init_method_std=0.08,  # about 1 / sqrt(width); the 0.02 of the big models makes a narrow one start too slowly
     vision=VisionConfig(num_layers=3, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4, position_grid=6),
     resampler=ResamplerConfig(num_queries=16, num_attention_heads=4),
@@ -22,7 +22,7 @@ TINY = ModelConfig(
 SMALL = ModelConfig(
     preset="small",
     image_size=448,
-    num_ranks=4096,
+    num_bpe_tokens=4096,
     vision=VisionConfig(num_layers=8, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=8),
     resampler=ResamplerConfig(num_queries=256, num_attention_heads=8),
     language=LanguageConfig(

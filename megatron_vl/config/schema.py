@@ -81,8 +81,8 @@ class ModelConfig:
     """Sizes to start from: tiny, small or qwen_vl_7b."""
     image_size: int = 448
     """Side of the square to which every image is resized, in pixels (stage 1: 224)."""
-    num_ranks: int = 151643
-    """Ranks of the byte-pair vocabulary that are kept; the special tokens follow them."""
+    num_bpe_tokens: int = 151643
+    """Tokens of the byte-pair vocabulary that are kept, from the most frequent; the special tokens follow them."""
     init_method_std: float = 0.02
     """Standard deviation of fresh weights; projections back into the residual stream get this / sqrt(2 x layers)."""
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -1,6 +1,6 @@
 """The ids of Qwen-VL's special tokens: the one fact that data and model share about the vocabulary.
 
-The special tokens follow the byte-pair ranks in a fixed order (``tokenization_qwen.py`` of the published model), so
+The special tokens follow the byte-pair tokens in a fixed order (``tokenization_qwen.py`` of the published model), so
 every id follows from the number of ranks that are kept. ``qwen_vl_7b`` keeps all 151,643.
 """
 
@@ -13,9 +13,9 @@ NUM_EXTRA = 205
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens of a vocabulary that keeps ``num_ranks`` byte-pair ranks."""
+    """Ids of the special tokens of a vocabulary that keeps ``num_bpe_tokens`` byte-pair tokens."""
 
-    num_ranks: int
+    num_bpe_tokens: int
 
     @property
     def by_text(self) -> dict[str, int]:
@@ -23,23 +23,23 @@ class SpecialTokens:
         names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         names += [f"<|extra_{i}|>" for i in range(NUM_EXTRA)]
         names += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
-        return {name: self.num_ranks + i for i, name in enumerate(names)}
+        return {name: self.num_bpe_tokens + i for i, name in enumerate(names)}
 
     @property
     def endoftext(self) -> int:
-        return self.num_ranks
+        return self.num_bpe_tokens
 
     @property
     def im_start(self) -> int:
-        return self.num_ranks + 1
+        return self.num_bpe_tokens + 1
 
     @property
     def im_end(self) -> int:
-        return self.num_ranks + 2
+        return self.num_bpe_tokens + 2
 
     @property
     def ref_start(self) -> int:
-        return self.num_ranks + 3 + NUM_EXTRA
+        return self.num_bpe_tokens + 3 + NUM_EXTRA
 
     @property
     def ref_end(self) -> int:

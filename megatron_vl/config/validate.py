@@ -109,11 +109,11 @@ def check_attention_heads(model: ModelConfig) -> None:
 
 def check_vocabulary(model: ModelConfig) -> None:
     """Every token has a row in the word embedding."""
-    needed = SpecialTokens(model.num_ranks).num_tokens
+    needed = SpecialTokens(model.num_bpe_tokens).num_tokens
     if model.language.vocab_size < needed:
         raise ConfigError(
             f"model.language.vocab_size {model.language.vocab_size} is less than the tokenizer's {needed} tokens: "
-            f"model.num_ranks {model.num_ranks} + {needed - model.num_ranks} special tokens"
+            f"model.num_bpe_tokens {model.num_bpe_tokens} + {needed - model.num_bpe_tokens} special tokens"
         )
 
 

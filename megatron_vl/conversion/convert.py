@@ -225,7 +225,7 @@ def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOpt
         for file in sorted({f for pattern in _REFERENCE_PATTERNS for f in options.reference.glob(pattern)}):
             writer.copy(file)
     if options.vocab_file is not None:
-        ranks = list(read_ranks(options.vocab_file))[: model.num_ranks]
+        ranks = list(read_ranks(options.vocab_file))[: model.num_bpe_tokens]
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
         writer.add_bytes("qwen.tiktoken", "".join(lines).encode())
         writer.add_json("tokenizer_config.json", TOKENIZER_CONFIG)
@@ -242,11 +242,11 @@ def _reference_config(model: ModelConfig, options: ExportOptions) -> dict[str, o
         return None
     file = options.reference / "config.json"
     content = read_json(file)
-    found = model_config(content, str(file)).num_ranks
-    if found != model.num_ranks and options.vocab_file is None:
+    found = model_config(content, str(file)).num_bpe_tokens
+    if found != model.num_bpe_tokens and options.vocab_file is None:
         raise ConversionError(
-            f"{file}: its image_start_id implies {found} byte-pair ranks, and the model has {model.num_ranks}: its "
-            "tokenizer is not the model's. Give --vocab-file, or the folder that was imported"
+            f"{file}: its image_start_id implies {found} byte-pair tokens, and the model has {model.num_bpe_tokens}: "
+            "its tokenizer is not the model's. Give --vocab-file, or the folder that was imported"
         )
     if "quantization_config" in content:
         raise ConversionError(f"{file}: describes quantized weights; give the folder that was imported")

@@ -3,7 +3,7 @@
 The published configuration leaves three sizes to its modelling code: 256 queries (``n_queries`` may state
 another number), a position table of 16 x 16, and one resampler head for every 128 features. The last two are
 written as extra keys of ``visual``, which that code ignores, only where they differ from its own choice; so a
-folder of the published sizes has exactly the published keys. The number of byte-pair ranks follows from
+folder of the published sizes has exactly the published keys. The number of byte-pair tokens follows from
 ``image_start_id``, because the special tokens follow the ranks in a fixed order.
 """
 
@@ -52,10 +52,10 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
         )
     hidden = _integer(hf, "hidden_size", source)
     width = _integer(visual, "width", source)
-    num_ranks = _integer(visual, "image_start_id", source) - SpecialTokens(0).img_start
+    num_bpe_tokens = _integer(visual, "image_start_id", source) - SpecialTokens(0).img_start
     model = ModelConfig(
         image_size=_integer(visual, "image_size", source),
-        num_ranks=num_ranks,
+        num_bpe_tokens=num_bpe_tokens,
         init_method_std=_number(hf, "initializer_range", source, ModelConfig.init_method_std),
         vision=VisionConfig(
             num_layers=_integer(visual, "layers", source),
@@ -144,7 +144,7 @@ def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | Non
 
 def generation_config(model: ModelConfig, release: Release) -> dict[str, Any]:
     """Content of ``generation_config.json`` with the published defaults of the base or the chat model."""
-    end = SpecialTokens(model.num_ranks).endoftext
+    end = SpecialTokens(model.num_bpe_tokens).endoftext
     return {
         "chat_format": {"base": "raw", "chat": "chatml"}[release],
         "do_sample": True,
@@ -167,7 +167,7 @@ def _visual(model: ModelConfig) -> dict[str, Any]:
     visual: dict[str, Any] = {
         "heads": vision.num_attention_heads,
         "image_size": model.image_size,
-        "image_start_id": SpecialTokens(model.num_ranks).img_start,
+        "image_start_id": SpecialTokens(model.num_bpe_tokens).img_start,
         "layers": vision.num_layers,
         "mlp_ratio": _mlp_ratio(vision),
         "output_dim": hidden,
@@ -220,7 +220,7 @@ def _check_architecture(hf: Mapping[str, Any], source: str) -> None:
 def check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
     """Raise ConversionError, naming ``source``, unless the sizes fit each other."""
     language, vision, resampler = model.language, model.vision, model.resampler
-    tokens = SpecialTokens(model.num_ranks).num_tokens
+    tokens = SpecialTokens(model.num_bpe_tokens).num_tokens
     problems = {
         "output_dim of 'visual' is not hidden_size": output_dim != language.hidden_size,
         "num_attention_heads does not divide hidden_size": language.hidden_size
@@ -229,7 +229,7 @@ def check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
         "the resampler's heads do not divide hidden_size": language.hidden_size
         % resampler.num_attention_heads,
         "patch_size of 'visual' does not divide its image_size": model.image_size % vision.patch_size,
-        "image_start_id leaves fewer than 256 byte-pair ranks": model.num_ranks < 256,
+        "image_start_id leaves fewer than 256 byte-pair tokens": model.num_bpe_tokens < 256,
         f"more than {_MOST_LAYERS} layers": max(language.num_layers, vision.num_layers) > _MOST_LAYERS,
         f"vocab_size is below the {tokens} tokens that image_start_id implies": language.vocab_size < tokens,
     }

@@ -55,8 +55,8 @@ class StartOptions:
     vision_heads: int
     """Attention heads of the vision tower (ViT-bigG: 16 of 104)."""
     num_queries: int
-    num_ranks: int
-    """Byte-pair ranks of the vocabulary; the special tokens follow them."""
+    num_bpe_tokens: int
+    """Byte-pair tokens of the vocabulary; the special tokens follow them."""
     image_size: int
     """Pixels; 224 in stage 1. Weights do not depend on it, and a run chooses its own."""
     seed: int
@@ -127,7 +127,7 @@ def starting_model(vision_file: Path, language_folder: Path, options: StartOptio
     model = with_preset_name(
         ModelConfig(
             image_size=options.image_size,
-            num_ranks=options.num_ranks,
+            num_bpe_tokens=options.num_bpe_tokens,
             vision=_vision_config(vision, vision_file, options.vision_heads),
             resampler=ResamplerConfig(options.num_queries, resampler_heads(language.hidden_size)),
             language=language,

@@ -60,7 +60,7 @@ class ForwardInputs:
 
     def span_starts(self, model: ModelConfig) -> list[Tensor]:
         """For each row int64[k], the positions of ``<img>``; raises DataError if a span is not whole."""
-        special, queries = SpecialTokens(model.num_ranks), model.resampler.num_queries
+        special, queries = SpecialTokens(model.num_bpe_tokens), model.resampler.num_queries
         rows = []
         for number, ids in enumerate(self.input_ids):
             starts, ends = (torch.nonzero(ids == marker).flatten() for marker in (special.img_start, special.img_end))

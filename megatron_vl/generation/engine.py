@@ -99,7 +99,7 @@ class Engine:
         self.topology = topology
         self.layout: PipelineLayout = resolve_layout(config)
         self.model = config.model
-        self.special = SpecialTokens(config.model.num_ranks)
+        self.special = SpecialTokens(config.model.num_bpe_tokens)
         self._long_context = LongContext(config.model.language)
         self._dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         for chunk in self.chunks:

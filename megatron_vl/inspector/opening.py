@@ -53,12 +53,12 @@ def open_vocabulary(prefix: str, manifest: Manifest, vocab_file: Path | None = N
         )
     path = vocab_file or find_vocab_file()
     ranks = tuple(read_ranks(path, manifest.tokenizer_sha256))
-    if manifest.num_ranks > len(ranks):
+    if manifest.num_bpe_tokens > len(ranks):
         raise DataError(
-            f"{prefix}: keeps {manifest.num_ranks} ranks of a vocabulary, but {path} has {len(ranks)}; prepare the "
+            f"{prefix}: keeps {manifest.num_bpe_tokens} byte-pair tokens, but {path} has {len(ranks)}; prepare the "
             "data again."
         )
-    return Vocabulary(ranks[: manifest.num_ranks], SpecialTokens(manifest.num_ranks))
+    return Vocabulary(ranks[: manifest.num_bpe_tokens], SpecialTokens(manifest.num_bpe_tokens))
 
 
 def _no_data_set(prefix: str) -> str:

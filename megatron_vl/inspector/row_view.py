@@ -172,8 +172,8 @@ class RowReader:
         while start < stop:
             token, learned = tokens[start], supervised[start]
             end = start + 1
-            if token < special.num_ranks:
-                while end < stop and tokens[end] < special.num_ranks and supervised[end] == learned:
+            if token < special.num_bpe_tokens:
+                while end < stop and tokens[end] < special.num_bpe_tokens and supervised[end] == learned:
                     end += 1
                 yield Run("text", start, end, learned, marks=make_marks(self.vocabulary.to_bytes(tokens[start:end])))
             elif token == special.img_start and (found := _picture_end(tokens, start, special)):

@@ -25,7 +25,7 @@ from tests.helpers.tiny import micro_batches, tiny_config
 MODEL = ModelConfig(
     preset="qwen_vl_7b",
     image_size=112,
-    num_ranks=448,
+    num_bpe_tokens=448,
     init_method_std=0.05,
     vision=VisionConfig(num_layers=2, hidden_size=208, ffn_hidden_size=416, num_attention_heads=2, position_grid=6),
     resampler=ResamplerConfig(num_queries=4, num_attention_heads=2),

@@ -14,7 +14,7 @@ sources:
   - {{name: text, type: text, path: text}}
 seq_length: {seq_length}
 num_queries: {num_queries}
-num_ranks: {num_ranks}
+num_bpe_tokens: {num_bpe_tokens}
 """
 SEQ_LENGTH = 256
 
@@ -26,7 +26,8 @@ def prepare_tiny(folder: Path, *, seed: int = 1) -> str:
     raw, recipe, prefix = folder / "raw", folder / "recipe.yaml", folder / "rows"
     make = [str(raw), "--profile", "tiny", "--seed", str(seed), "--num-workers", "1", "--no-progress"]
     assert synthetic.main([*make, *counts, *others]) == 0
-    sizes = {"seq_length": SEQ_LENGTH, "num_queries": MODEL.resampler.num_queries, "num_ranks": MODEL.num_ranks}
+    queries, tokens = MODEL.resampler.num_queries, MODEL.num_bpe_tokens
+    sizes = {"seq_length": SEQ_LENGTH, "num_queries": queries, "num_bpe_tokens": tokens}
     recipe.write_text(RECIPE.format(**sizes))
     done = prepare.main([str(recipe), "--root", str(raw), "--output", str(prefix), "--workers", "1", "--quiet"])
     assert done == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Kind = Literal["safetensors", "bin"]
 IMAGE_START = 470
-"""Of a vocabulary that keeps 256 byte-pair ranks."""
+"""Of a vocabulary that keeps 256 byte-pair tokens."""
 
 
 def published_config(

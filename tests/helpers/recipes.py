@@ -51,7 +51,8 @@ def prepare_data_sets(folder: Path) -> DataSets:
     counts = {"caption": 16, "refexp": 12, "text": 40, "chat": 16} | others
     make = [str(folder / "raw"), "--profile", "tiny", "--seed", "1", "--num-workers", "1", "--no-progress"]
     assert synthetic.main([*make, *(f"--count={family}={count}" for family, count in counts.items())]) == 0
-    sizes = {"seq_length": SEQ_LENGTH, "num_queries": MODEL.resampler.num_queries, "num_ranks": MODEL.num_ranks}
+    queries, tokens = MODEL.resampler.num_queries, MODEL.num_bpe_tokens
+    sizes = {"seq_length": SEQ_LENGTH, "num_queries": queries, "num_bpe_tokens": tokens}
     prefixes = {}
     for name, sources in SOURCES.items():
         recipe, prefix = folder / f"{name}.yaml", folder / name

@@ -23,7 +23,7 @@ from megatron_vl.data.loading.batch import MicroBatch
 MODEL = ModelConfig(
     preset="tiny",
     image_size=56,
-    num_ranks=256,
+    num_bpe_tokens=256,
     init_method_std=0.1,
     vision=VisionConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, position_grid=3),
     resampler=ResamplerConfig(num_queries=4, num_attention_heads=2),
@@ -74,7 +74,7 @@ def _micro_batch(model: ModelConfig, images: int, rows: int, span: str, generato
     positions = torch.cat([torch.arange(int(n)) for n in borders.diff()])
     free = torch.tensor([i for i in range(length) if i not in set(slots.tolist())])
     supervised = free[torch.randperm(len(free), generator=generator)[: 5 + 3 * images]].sort().values
-    vocabulary = model.num_ranks
+    vocabulary = model.num_bpe_tokens
     return MicroBatch(
         tokens=torch.randint(0, vocabulary, (length,), generator=generator),
         positions=positions,

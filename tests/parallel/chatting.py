@@ -33,7 +33,7 @@ def answer_texts(start: Start, config: RunConfig, checkpoint: Path, texts: list[
     """Answers to prompts that are written out, slots and markers included, with their images."""
     with start.topology(config.parallel) as topology:
         engine = Engine.from_checkpoint(checkpoint, parallel=config.parallel, topology=topology)
-        tokenizer, size = QwenTokenizer(config.model.num_ranks), config.model.image_size
+        tokenizer, size = QwenTokenizer(config.model.num_bpe_tokens), config.model.image_size
         given = []
         for text, images in texts:
             pixels = torch.from_numpy(np.stack([to_pixels(path.read_bytes(), size) for path in images]))

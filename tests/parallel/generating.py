@@ -17,11 +17,11 @@ NEW_TOKENS = 6
 
 def prompts(config: RunConfig) -> list[Prompt]:
     """Prompts of different lengths with 0, 1 and 2 images."""
-    special, generator = SpecialTokens(config.model.num_ranks), torch.Generator().manual_seed(3)
+    special, generator = SpecialTokens(config.model.num_bpe_tokens), torch.Generator().manual_seed(3)
     image = [special.img_start] + [special.img_pad] * config.model.resampler.num_queries + [special.img_end]
     made = []
     for images, length in ((1, 5), (0, 7), (2, 3), (1, 11), (0, 2)):
-        text = torch.randint(0, config.model.num_ranks, (length,), generator=generator).tolist()
+        text = torch.randint(0, config.model.num_bpe_tokens, (length,), generator=generator).tolist()
         size = (images, 3, config.model.image_size, config.model.image_size)
         pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8) if images else None
         made.append(Prompt((*image * images, *text), pixels))
@@ -49,7 +49,7 @@ def recompute_on_rank(start: Start, config: RunConfig) -> list[list[int]]:
     """The same tokens in one process without cache or padding: each new token from a pass over the whole sequence."""
     with start.topology(config.parallel) as topology, torch.no_grad():
         chunk = build_model(config, topology)[0].eval()
-        endoftext, answers = SpecialTokens(config.model.num_ranks).endoftext, []
+        endoftext, answers = SpecialTokens(config.model.num_bpe_tokens).endoftext, []
         for prompt in prompts(config):
             tokens = list(prompt.tokens)
             for _ in range(NEW_TOKENS):
@@ -65,7 +65,7 @@ def _last_logits(chunk: object, config: RunConfig, tokens: list[int], prompt: Pr
     line, language = torch.tensor(tokens), chunk.language_model
     embedded = language.embed(line)
     if prompt.pixels is not None:
-        slots = torch.nonzero(line == SpecialTokens(config.model.num_ranks).img_pad).flatten()
+        slots = torch.nonzero(line == SpecialTokens(config.model.num_bpe_tokens).img_pad).flatten()
         spans = torch.arange(len(prompt.pixels))
         embedded = fuse(embedded, chunk.features(prompt.pixels), slots=slots, span_images=spans)
     inputs = language.attention_inputs(PackedLine.of([len(tokens)]))

@@ -113,7 +113,7 @@ def packed_batch(segments: Sequence[ForwardInputs]) -> MicroBatch:
         image_ids=np.arange(len(pixels)),
     )
     options = CollateOptions(
-        special=SpecialTokens(MODEL.num_ranks),
+        special=SpecialTokens(MODEL.num_bpe_tokens),
         seq_length=len(everywhere),
         num_queries=MODEL.resampler.num_queries,
         image_size=MODEL.image_size,

@@ -50,7 +50,7 @@ def with_language(**fields: Any) -> ModelConfig:
 def random_tokens(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Texts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, MODEL.num_ranks, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(0, MODEL.num_bpe_tokens, (length,), generator=generator).tolist() for length in lengths]
 
 
 def packed(texts: Sequence[Sequence[int]]) -> MicroBatch:
@@ -103,7 +103,7 @@ class Reference:
         text, rows = list(prompt), []
         for _ in range(NEW_TOKENS):
             logits = kept.logits(text)[-1]
-            logits[SpecialTokens(MODEL.num_ranks).endoftext] = float("-inf")
+            logits[SpecialTokens(MODEL.num_bpe_tokens).endoftext] = float("-inf")
             rows.append(logits)
             text.append(int(logits.argmax()))
         return text[len(prompt) :], torch.stack(rows)
@@ -185,6 +185,6 @@ def answers_on_rank(
         for chunk in engine.chunks:
             if chunk.stage.head:
                 chunk.language_model.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
-        banned = (SpecialTokens(config.model.num_ranks).endoftext,)
+        banned = (SpecialTokens(config.model.num_bpe_tokens).endoftext,)
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, batch_size=batch_size, banned_ids=banned)
         return engine.generate([Prompt(tuple(text)) for text in texts], options), logits

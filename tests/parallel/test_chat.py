@@ -47,7 +47,9 @@ def _before_first(answer: list[int], stops: tuple[tuple[int, ...], ...]) -> list
 
 # --- tools/generate.py ------------------------------------------------------------------------------------------------
 
-CONFIG = tiny_config(model={"language": replace(MODEL.language, vocab_size=SpecialTokens(MODEL.num_ranks).num_tokens)})
+CONFIG = tiny_config(
+    model={"language": replace(MODEL.language, vocab_size=SpecialTokens(MODEL.num_bpe_tokens).num_tokens)}
+)
 """Without rows of the vocabulary that have no text."""
 SLOTS = "<img>" + "<imgpad>" * 4 + "</img>"
 QUESTION = {

@@ -22,7 +22,7 @@ from megatron_vl.data.dataset.indexed import Stretch
 from megatron_vl.errors import DataError
 from megatron_vl.files import sha256_of_next, write_whole
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 HASHES = ".sha256"
 NUM_EXAMPLES = 5
 """Keys of skipped samples that the manifest names for each source and reason."""
@@ -76,7 +76,7 @@ class Manifest:
 
     format_version: int
     tokenizer_sha256: str
-    num_ranks: int
+    num_bpe_tokens: int
     num_queries: int
     """Slots of an image."""
     seq_length: int

@@ -146,7 +146,7 @@ class RowLoader:
         self._share = share
         self._image_cost = image_cost
         self._options = CollateOptions(
-            special=SpecialTokens(config.model.num_ranks),
+            special=SpecialTokens(config.model.num_bpe_tokens),
             seq_length=config.data.seq_length,
             num_queries=config.model.resampler.num_queries,
             image_size=config.model.image_size,

@@ -116,7 +116,7 @@ class DataPlan:
 def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
     """Refuse a data set that was prepared for another model or for other rows."""
     for key, found, expected in (
-        ("model.num_ranks", manifest.num_ranks, config.model.num_ranks),
+        ("model.num_bpe_tokens", manifest.num_bpe_tokens, config.model.num_bpe_tokens),
         ("model.resampler.num_queries", manifest.num_queries, config.model.resampler.num_queries),
     ):
         if found != expected:
@@ -124,11 +124,11 @@ def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
                 f"{prefix}: was prepared for {key} = {found}, this run has {expected}; prepare the data for this model "
                 "(tools/prepare_data.py --model-preset) or change the model"
             )
-    largest = SpecialTokens(manifest.num_ranks).img_pad
+    largest = SpecialTokens(manifest.num_bpe_tokens).img_pad
     if manifest.largest_token > largest:
         raise DataError(
-            f"{prefix}: holds the token {manifest.largest_token}, but a vocabulary of num_ranks {manifest.num_ranks} "
-            f"ends at {largest}; prepare the data again with this model's --model-preset"
+            f"{prefix}: holds the token {manifest.largest_token}, but a vocabulary with num_bpe_tokens = "
+            f"{manifest.num_bpe_tokens} ends at {largest}; prepare the data again with this model's --model-preset"
         )
     if manifest.seq_length > config.data.seq_length:
         raise ConfigError(

@@ -150,7 +150,7 @@ def _manifest(
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256=QWEN_SHA256,
-        num_ranks=recipe.num_ranks,
+        num_bpe_tokens=recipe.num_bpe_tokens,
         num_queries=recipe.num_queries,
         seq_length=recipe.seq_length,
         max_sample_length=recipe.longest_sample,

@@ -32,7 +32,7 @@ from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import TASKS, ImageRef, Sample
 from megatron_vl.errors import DataError, SkipSample
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _PartMaker:
 
     def __init__(self, recipe: DataRecipe, entry: SourceEntry, writer: PartWriter) -> None:
         self._recipe = recipe
-        self._tokenizer = _load_tokenizer(recipe.num_ranks, recipe.vocab_file)
+        self._tokenizer = _load_tokenizer(recipe.num_bpe_tokens, recipe.vocab_file)
         self._options = _tokenize_options(recipe)
         self._source = entry.source
         self._filter = SampleFilter(entry.filters)
@@ -137,9 +137,9 @@ class _PartMaker:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(num_ranks: int, vocab_file: str | None) -> QwenTokenizer:
+def _load_tokenizer(num_bpe_tokens: int, vocab_file: str | None) -> QwenTokenizer:
     """A worker makes many parts and reads the vocabulary once."""
-    return QwenTokenizer(num_ranks, vocab_file)
+    return QwenTokenizer(num_bpe_tokens, vocab_file)
 
 
 def _tokenize_options(recipe: DataRecipe) -> TokenizeOptions:
@@ -161,7 +161,7 @@ def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
     return [
         __version__, _FORMAT, type(entry.source).__name__, dataclasses.asdict(entry.source),
         dataclasses.asdict(entry.filters.of_samples), entry.filters.needs_looks,
-        [_state(path) for path in files if not path.is_dir()], entry.limit, recipe.num_ranks, recipe.vocab_file,
+        [_state(path) for path in files if not path.is_dir()], entry.limit, recipe.num_bpe_tokens, recipe.vocab_file,
         dataclasses.asdict(_tokenize_options(recipe)), recipe.pack.max_images,
     ]  # fmt: skip
 

@@ -5,7 +5,7 @@
       - {name: questions, type: vqa, questions: raw/vqa.json, image_root: raw/images, weight: 2, limit: 50000}
     seq_length: 2048
     num_queries: 256          # these two may come from --model-preset
-    num_ranks: 151643
+    num_bpe_tokens: 151643
     pack: {mode: mixed, max_images: 7}
     filters: {min_side: 64, drop_emoji: true}
     mixture: {groups: {captioning: 19.7M}, max_repeats: 2}
@@ -81,7 +81,7 @@ class DataRecipe:
 
     sources: tuple[SourceEntry, ...]
     num_queries: int
-    num_ranks: int
+    num_bpe_tokens: int
     seq_length: int = 2048
     max_sample_length: int | None = None
     """Longest sample; by default the row (stage 1 of the paper: 512)."""
@@ -104,7 +104,7 @@ class DataRecipe:
 def load_recipe(
     path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
 ) -> DataRecipe:
-    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_ranks`` of a model preset where the recipe
+    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset where the recipe
     does not.
 
     Relative paths count from ``root``, by default the recipe's folder. Raises ConfigError naming file and
@@ -115,7 +115,7 @@ def load_recipe(
         raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
     values = {**(defaults or {}), **values}
     _check_keys(values, DataRecipe, str(path))
-    for key in ("sources", "num_queries", "num_ranks"):
+    for key in ("sources", "num_queries", "num_bpe_tokens"):
         if key not in values:
             hint = "" if key == "sources" else " (or give --model-preset)"
             raise ConfigError(f"{path}: {key} is missing{hint}")
@@ -300,7 +300,7 @@ def _vocab_file(value: Any, where: str, root: Path) -> str | None:
 
 
 def _check_values(recipe: DataRecipe, where: str) -> None:
-    for key in ("num_queries", "num_ranks", "seq_length"):
+    for key in ("num_queries", "num_bpe_tokens", "seq_length"):
         _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
     _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
     _check_choice(recipe.exif_orientation, ("ignore", "apply"), f"{where}: exif_orientation")

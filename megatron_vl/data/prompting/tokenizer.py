@@ -1,4 +1,4 @@
-"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_ranks`` merges, special tokens after
+"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_bpe_tokens`` merges, special tokens after
 them.
 
 The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed
@@ -47,24 +47,24 @@ _PATTERN = (
 class QwenTokenizer:
     """Text to ids and back; see the module for where the vocabulary comes from."""
 
-    def __init__(self, num_ranks: int, vocab_file: str | Path | None = None) -> None:
+    def __init__(self, num_bpe_tokens: int, vocab_file: str | Path | None = None) -> None:
         """Read and check the vocabulary.
 
-        Raises ConfigError for an impossible ``num_ranks`` and DataError if the file is absent or not Qwen's.
+        Raises ConfigError for an impossible ``num_bpe_tokens`` and DataError if the file is absent or not Qwen's.
         """
         ranks = read_ranks(find_vocab_file() if vocab_file is None else Path(vocab_file))
-        if not NUM_BYTES <= num_ranks <= len(ranks):
+        if not NUM_BYTES <= num_bpe_tokens <= len(ranks):
             raise ConfigError(
-                f"model.num_ranks = {num_ranks}: expected {NUM_BYTES} (the single bytes) to {len(ranks)} "
+                f"model.num_bpe_tokens = {num_bpe_tokens}: expected {NUM_BYTES} (the single bytes) to {len(ranks)} "
                 "(all ranks)."
             )
-        self.special = SpecialTokens(num_ranks)
+        self.special = SpecialTokens(num_bpe_tokens)
         self.special_ids = self.special.by_text
         """Surface form of each special token -> its id."""
         self._encoding = tiktoken.Encoding(
-            name=f"qwen_{num_ranks}",
+            name=f"qwen_{num_bpe_tokens}",
             pat_str=_PATTERN,
-            mergeable_ranks=dict(list(ranks.items())[:num_ranks]),
+            mergeable_ranks=dict(list(ranks.items())[:num_bpe_tokens]),
             special_tokens=self.special_ids,
         )
 
@@ -99,7 +99,7 @@ class QwenTokenizer:
         Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are
         not UTF-8, as when a generation stops within a character, become U+FFFD.
         """
-        kept = [i for i in ids if i < self.special.num_ranks or self._keeps(i, keep_special)]
+        kept = [i for i in ids if i < self.special.num_bpe_tokens or self._keeps(i, keep_special)]
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
 
     def _keeps(self, token_id: int, keep_special: bool | Collection[str]) -> bool:

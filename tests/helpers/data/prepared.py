@@ -16,7 +16,7 @@ from megatron_vl.data.prepare.recipe import load_recipe
 from tests.helpers.data.reading import write_tar
 from tests.helpers.tiny import MODEL
 
-QUERIES, RANKS, SEQ_LENGTH = MODEL.resampler.num_queries, MODEL.num_ranks, 64
+QUERIES, RANKS, SEQ_LENGTH = MODEL.resampler.num_queries, MODEL.num_bpe_tokens, 64
 NUM_CAPTIONS, NUM_DOCUMENTS = 30, 12
 
 
@@ -46,7 +46,7 @@ def recipe_values(**changes: Any) -> dict[str, Any]:
         ],
         "seq_length": SEQ_LENGTH,
         "num_queries": QUERIES,
-        "num_ranks": RANKS,
+        "num_bpe_tokens": RANKS,
         **changes,
     }
 

@@ -45,7 +45,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_no_tool_imports_megatron_core_before_the_process_is_prepared(prefix: str, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(json.dumps({"prompt": "What?"}) + "\n", encoding="utf-8")
-    sizes = [f"--seq-length={SEQ_LENGTH}", f"--num-ranks={MODEL.num_ranks}"]
+    sizes = [f"--seq-length={SEQ_LENGTH}", f"--num-bpe-tokens={MODEL.num_bpe_tokens}"]
     sizes.append(f"--resampler-num-queries={MODEL.resampler.num_queries}")
     some = ["--checkpoint", "c", "--output", str(tmp_path / "output")]
     tools = {

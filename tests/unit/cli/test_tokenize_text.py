@@ -27,7 +27,7 @@ def run(folder: Path, document: Any, *options: str) -> Any:
 
 def small(folder: Path, name: str, case: Any, *options: str) -> Any:
     """What it adds to one case, with a vocabulary of single bytes and 3 slots an image."""
-    return run(folder, {name: [case]}, "--num-ranks", "256", "--num-queries", "3", *options)[name][0]
+    return run(folder, {name: [case]}, "--num-bpe-tokens", "256", "--num-queries", "3", *options)[name][0]
 
 
 def expand(runs: list[list[int]]) -> list[int]:
@@ -112,7 +112,8 @@ def test_what_is_wrong_is_said_with_the_case(
 ) -> None:
     (tmp_path / "out.json").write_text("before", encoding="utf-8")
     (tmp_path / "cases.json").write_text(json.dumps(document), encoding="utf-8")
-    arguments = ["--input", str(tmp_path / "cases.json"), "--output", str(tmp_path / "out.json"), "--num-ranks", "256"]
+    files = ["--input", str(tmp_path / "cases.json"), "--output", str(tmp_path / "out.json")]
+    arguments = [*files, "--num-bpe-tokens", "256"]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == "before"
@@ -124,7 +125,7 @@ def test_what_is_wrong_is_said_with_the_case(
         (b"{", [], "expected JSON"),
         (b"\xff", [], "expected JSON"),
         (b'{"chat": []}', ["--num-queries", "0"], "at least one slot"),
-        (b'{"chat": []}', ["--num-ranks", "5"], "num_ranks = 5"),
+        (b'{"chat": []}', ["--num-bpe-tokens", "5"], "num_bpe_tokens = 5"),
         (b'{"chat": []}', ["--vocab-file", "absent"], "cannot be read"),
     ],
 )

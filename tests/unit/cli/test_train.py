@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def _write_manifest(path: Path, model: ModelConfig, **fields: Any) -> str:
     """Write the manifest of a data set without files; return its prefix."""
     values: dict[str, Any] = {
-        "format_version": FORMAT_VERSION, "tokenizer_sha256": "", "num_ranks": model.num_ranks,
+        "format_version": FORMAT_VERSION, "tokenizer_sha256": "", "num_bpe_tokens": model.num_bpe_tokens,
         "num_queries": model.resampler.num_queries, "seq_length": 2048, "max_sample_length": 2048, "packing": "mixed",
         "num_rows": 100, "num_samples": 300, "num_segments": 300, "num_tokens": 200_000, "num_images": 0,
         "num_stored_images": 0, "images_per_row": (100,), "sources": (), "counts": (), "skips": (), "files": (),
@@ -115,7 +115,7 @@ def test_check_and_dry_run_count_a_batch_of_samples_in_rows(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"num_ranks": 256}, "was prepared for model.num_ranks = 256, this run has 2048"),
+        ({"num_bpe_tokens": 256}, "was prepared for model.num_bpe_tokens = 256, this run has 2048"),
         ({"num_queries": 4}, "was prepared for model.resampler.num_queries = 4, this run has 16"),
         ({"seq_length": 4096}, "has rows of up to 4096 tokens, but data.seq_length is 2048"),
         ({"num_rows": 0}, "holds no rows"),

@@ -29,7 +29,7 @@ EFFECTS = "integration/test_flags.py::"
 SEEN_BY = {
     "--preset": "unit/config/test_load.py::test_order_is_defaults_then_preset_then_recipe_then_flags",
     "--image-size": "unit/planning/test_flops.py::test_forward_of_an_image",
-    "--num-ranks": "unit/cli/test_train.py::test_check_refuses_data_of_another_model",
+    "--num-bpe-tokens": "unit/cli/test_train.py::test_check_refuses_data_of_another_model",
     "--init-method-std": "unit/model/test_build.py::test_fresh_weights_have_their_deviations",
     "--vision-num-layers": SIZES,
     "--vision-hidden-size": SIZES,

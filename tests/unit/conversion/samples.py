@@ -35,7 +35,7 @@ def small_model() -> ModelConfig:
     return replace(
         tiny,
         preset="qwen_vl_7b",
-        num_ranks=256,
+        num_bpe_tokens=256,
         vision=replace(tiny.vision, num_layers=2, hidden_size=24, ffn_hidden_size=56, num_attention_heads=3),
         resampler=replace(tiny.resampler, num_queries=4, num_attention_heads=2),
         language=replace(

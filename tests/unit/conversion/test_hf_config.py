@@ -28,7 +28,7 @@ def test_golden_config_comes_back_as_it_was() -> None:
 
 def test_sizes_of_the_golden_config() -> None:
     model = model_config(golden_config(), "config.json")
-    tokens = SpecialTokens(model.num_ranks)
+    tokens = SpecialTokens(model.num_bpe_tokens)
     assert (tokens.img_start, tokens.img_end, tokens.img_pad) == (600, 601, 602)
     assert (model.vision.num_layers, model.vision.ffn_hidden_size, model.vision.position_grid) == (4, 512, 16)
     assert (model.language.ffn_hidden_size, model.language.vocab_size) == (512, 640)
@@ -91,7 +91,7 @@ def test_a_reference_keeps_its_other_settings_but_no_sizes() -> None:
         ({"use_logn_attn": 1}, "use_logn_attn is 1; expected true or false"),
         ({"use_dynamic_ntk": None}, "use_dynamic_ntk is None; expected true or false"),
         ({"visual": None}, "no section 'visual'"),
-        ({"visual": {"image_start_id": 300}}, "fewer than 256 byte-pair ranks"),
+        ({"visual": {"image_start_id": 300}}, "fewer than 256 byte-pair tokens"),
         ({"visual": {"output_dim": 512}}, "output_dim of 'visual' is not hidden_size"),
         ({"visual": {"image_size": 450}}, "patch_size of 'visual' does not divide its image_size"),
         ({"visual": {"mlp_ratio": float("nan")}}, "mlp_ratio is nan"),

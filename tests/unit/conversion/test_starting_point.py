@@ -19,7 +19,7 @@ from tests.unit.conversion.samples import random_state, read_with_libraries, sma
 
 MODEL = small_model()  # vision 2 x 24 with 3 heads, table of 6 x 6; language 3 x 32
 WIDTH, FFN, CELLS = MODEL.vision.hidden_size, MODEL.vision.ffn_hidden_size, MODEL.vision.position_grid**2
-OPTIONS = StartOptions(vision_heads=3, num_queries=4, num_ranks=256, image_size=MODEL.image_size, seed=7)
+OPTIONS = StartOptions(vision_heads=3, num_queries=4, num_bpe_tokens=256, image_size=MODEL.image_size, seed=7)
 
 
 def openclip() -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from megatron_vl.evaluation.forward_inputs import ForwardInputs, idle_batch, rea
 from tests.helpers.listening import heard
 from tests.helpers.tiny import MODEL
 
-SPECIAL, QUERIES, SIZE = SpecialTokens(MODEL.num_ranks), MODEL.resampler.num_queries, MODEL.image_size
+SPECIAL, QUERIES, SIZE = SpecialTokens(MODEL.num_bpe_tokens), MODEL.resampler.num_queries, MODEL.image_size
 START, END, PAD = SPECIAL.img_start, SPECIAL.img_end, SPECIAL.img_pad
 IMAGE = [START, *[PAD] * QUERIES, END]
 PIXELS = torch.rand(3, 3, SIZE, SIZE)

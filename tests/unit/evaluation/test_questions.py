@@ -85,7 +85,7 @@ class _Fixed(Source):
 
 
 def _recipe(*samples: Sample | Skipped) -> DataRecipe:
-    return DataRecipe((SourceEntry(_Fixed("s", samples)),), num_queries=16, num_ranks=2048)
+    return DataRecipe((SourceEntry(_Fixed("s", samples)),), num_queries=16, num_bpe_tokens=2048)
 
 
 def _write(path: Path, *samples: Sample | Skipped, limit: int = 10) -> list[dict[str, str]]:
@@ -140,7 +140,7 @@ def test_what_cannot_be_asked_is_left_out_and_the_limit_counts_questions(tmp_pat
 def test_what_has_no_question_is_counted_and_a_source_has_a_limit_of_its_own(tmp_path: Path) -> None:
     text = Sample("t", "s", "text", text="once")
     first = SourceEntry(_Fixed("a", (text, *SAMPLES)), limit=1)
-    recipe = DataRecipe((first, SourceEntry(_Fixed("b", SAMPLES))), num_queries=16, num_ranks=2048)
+    recipe = DataRecipe((first, SourceEntry(_Fixed("b", SAMPLES))), num_queries=16, num_bpe_tokens=2048)
     counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=3)
     assert counts == {"caption": 2, "vqa": 1, "referring": 1} and left_out == {"no_question": 1}
 
@@ -164,7 +164,7 @@ def test_what_preparation_leaves_out_is_not_asked_and_counted(tmp_path: Path) ->
         caption("a red ball", replace(IMAGES[0], declared=(8, 8))),
     )
     entry = SourceEntry(_Fixed("s", samples), filters=FilterOptions(drop_special_tags=True))
-    recipe = DataRecipe((entry,), num_queries=16, num_ranks=2048)
+    recipe = DataRecipe((entry,), num_queries=16, num_bpe_tokens=2048)
     counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=9)
     assert counts == {"caption": 1}
     reasons = ("missing_image", "unreadable_image", "size_mismatch", "empty_text", "special_tag")

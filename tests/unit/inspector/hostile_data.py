@@ -60,7 +60,7 @@ def make_hostile_data_set(folder: Path) -> str:
         ],
         "seq_length": SEQ_LENGTH,
         "num_queries": MODEL.resampler.num_queries,
-        "num_ranks": MODEL.num_ranks,
+        "num_bpe_tokens": MODEL.num_bpe_tokens,
     }
     (folder / "data.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     prefix = str(folder / "set")

@@ -344,7 +344,7 @@ def test_another_vocabulary_needs_its_file(copy: str, tmp_path: Path, capsys: py
     assert "--vocab-file" in error_of([copy], capsys)
     assert "expected" in error_of([copy, "--vocab-file", str(find_vocab_file())], capsys)
     assert main([copy, "--vocab-file", str(vocabulary)]) == 0
-    values["num_ranks"] = 300
+    values["num_bpe_tokens"] = 300
     manifest.write_text(json.dumps(values))
     assert "keeps 300 ranks" in error_of([copy, "--vocab-file", str(vocabulary)], capsys)
     assert main([copy, "--summary"]) == 0

@@ -142,9 +142,9 @@ def test_a_character_that_packing_cut_is_shown_as_its_bytes(views: list[RowView]
     assert text.decode() == "汉字" * 700
 
 
-_SPECIAL = MODEL.num_ranks + 3 + 205
+_SPECIAL = MODEL.num_bpe_tokens + 3 + 205
 _TAGS = st.integers(_SPECIAL, _SPECIAL + 9)  # the tags, and one id beyond the vocabulary
-_TOKENS = st.lists(st.one_of(st.integers(0, MODEL.num_ranks - 1), _TAGS), min_size=1, max_size=60)
+_TOKENS = st.lists(st.one_of(st.integers(0, MODEL.num_bpe_tokens - 1), _TAGS), min_size=1, max_size=60)
 
 
 @given(tokens=_TOKENS, data=st.data())

@@ -167,7 +167,7 @@ def _manifest() -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256="0" * 64,
-        num_ranks=2048,
+        num_bpe_tokens=2048,
         num_queries=16,
         seq_length=512,
         max_sample_length=512,

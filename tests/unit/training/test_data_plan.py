@@ -26,7 +26,7 @@ LINE = re.compile(
     r"(\S.*): ([\d,]+) samples in ([\d,]+) rows \(([\d.]+) % filled\); the run takes each row ([\d.,]+) times"
 )
 
-FITTING = f"--preset tiny --num-ranks {MODEL.num_ranks} --resampler-num-queries {MODEL.resampler.num_queries}"
+FITTING = f"--preset tiny --num-bpe-tokens {MODEL.num_bpe_tokens} --resampler-num-queries {MODEL.resampler.num_queries}"
 """Flags of a model for which the data set is prepared."""
 
 

@@ -50,7 +50,7 @@ def test_the_recipes_of_the_page_take_everything_from_the_downloads(tmp_path: Pa
     for text, name in re.findall(r"^```yaml\n(# (\S+\.yaml)\n.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL):
         text = text.replace(f"{root}.zip/train2017", root) if unpacked else text
         (tmp_path / name).write_text(text, encoding="utf-8")
-        defaults = {"num_queries": QUERIES, "num_ranks": RANKS}
+        defaults = {"num_queries": QUERIES, "num_bpe_tokens": RANKS}
         recipe = load_recipe(tmp_path / name, defaults, root=tmp_path / "downloads")
         found |= check_account(recipe, prepare(recipe, tmp_path / Path(name).stem, progress=False))
     assert found == {

@@ -265,7 +265,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(recipe), "--output", out, "--workers", "1", "--model-preset", "tiny", "--quiet"]) == 0
     assert "captions" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "out" / "mix")
-    assert (manifest.num_queries, manifest.num_ranks) == (16, 2048)
+    assert (manifest.num_queries, manifest.num_bpe_tokens) == (16, 2048)
     assert main([str(recipe), "--output", out, "--verify"]) == 0
     Path(f"{out}mix.keys.bin").write_bytes(b"")
     assert main([str(recipe), "--output", out, "--verify"]) == 2

@@ -39,7 +39,7 @@ TABLE_3 = {
 
 def qwen_vl(stage: int) -> DataRecipe:
     path = ROOT / "examples" / "qwen_vl" / "data" / f"stage{stage}.yaml"
-    return load_recipe(path, {"num_queries": 256, "num_ranks": 151643}, root=Path("/raw"))
+    return load_recipe(path, {"num_queries": 256, "num_bpe_tokens": 151643}, root=Path("/raw"))
 
 
 def drawn_by_source(recipe: DataRecipe, available: dict[str, int]) -> dict[str, int]:

@@ -130,7 +130,7 @@ def test_a_source_that_gives_nothing_ends_the_preparation(
     write_raw(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({
         "sources": [{**CAPTIONS, "caption_field": "top_caption"}, DOCUMENTS], "seq_length": 64, "num_queries": 4,
-        "num_ranks": RANKS,
+        "num_bpe_tokens": RANKS,
     }))  # fmt: skip
     arguments = [str(tmp_path / "data.json"), "--output", str(tmp_path / "set"), "--workers", "1", "--quiet"]
     assert command.main(arguments) == 2

@@ -59,7 +59,7 @@ def appended(tokenizer: QwenTokenizer, text: str) -> list[int]:
 def test_any_text_comes_back_in_its_nfc_form_and_makes_no_special_token(full: QwenTokenizer, text: str) -> None:
     for tokenizer in (full, TINY):
         ids = tokenizer.encode(text)
-        assert all(token < tokenizer.special.num_ranks for token in ids)
+        assert all(token < tokenizer.special.num_bpe_tokens for token in ids)
         assert appended(tokenizer, text) == ids
         assert appended(tokenizer, 100 * text) == tokenizer.encode(100 * text)
         assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
@@ -118,7 +118,7 @@ def test_ranks_with_gaps_are_refused(content: bytes, message: str) -> None:
         parse_ranks(content, "file")
 
 
-@pytest.mark.parametrize("num_ranks", [255, ALL_RANKS + 1])
-def test_impossible_number_of_ranks(num_ranks: int) -> None:
-    with pytest.raises(ConfigError, match="num_ranks"):
-        QwenTokenizer(num_ranks)
+@pytest.mark.parametrize("num_bpe_tokens", [255, ALL_RANKS + 1])
+def test_impossible_number_of_ranks(num_bpe_tokens: int) -> None:
+    with pytest.raises(ConfigError, match="num_bpe_tokens"):
+        QwenTokenizer(num_bpe_tokens)
