@@ -145,7 +145,7 @@ def test_a_box_along_the_edges_has_its_whole_line(tmp_path: Path) -> None:
     turns = [{"from": "user", "value": ask}, {"from": "assistant", "value": answer}]
     (tmp_path / "chat.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
     source = "{name: chats, type: qwen_vl_chat, path: chat.json, image_root: .}"
-    sizes = "seq_length: 256\nnum_queries: 4\nnum_ranks: 256\n"
+    sizes = "seq_length: 256\nnum_queries: 4\nnum_bpe_tokens: 256\n"
     (tmp_path / "set.yaml").write_text(f"sources: [{source}]\n{sizes}")
     assert prepare.main([str(tmp_path / "set.yaml"), "--workers", "1", "--quiet"]) == 0
     assert main([str(tmp_path / "set")]) == 0

@@ -198,7 +198,7 @@ def test_figures_are_those_of_all_rows(prefix: str) -> None:
 def test_a_row_of_many_segments_is_counted_without_its_tokens(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": "ab"}) + "\n" for _ in range(150))
     (tmp_path / "text.jsonl").write_text(lines)
-    recipe = "sources: [{name: t, type: text, path: text.jsonl}]\nseq_length: 512\nnum_queries: 4\nnum_ranks: 256\n"
+    recipe = "sources: [{name: t, type: text, path: text.jsonl}]\nseq_length: 512\nnum_queries: 4\nnum_bpe_tokens: 256\n"
     (tmp_path / "data.yaml").write_text(recipe)
     assert prepare.main([str(tmp_path / "data.yaml"), "--workers", "1", "--quiet"]) == 0
     store = RowStore(tmp_path / "data")
@@ -346,7 +346,7 @@ def test_another_vocabulary_needs_its_file(copy: str, tmp_path: Path, capsys: py
     assert main([copy, "--vocab-file", str(vocabulary)]) == 0
     values["num_bpe_tokens"] = 300
     manifest.write_text(json.dumps(values))
-    assert "keeps 300 ranks" in error_of([copy, "--vocab-file", str(vocabulary)], capsys)
+    assert "keeps 300 byte-pair tokens" in error_of([copy, "--vocab-file", str(vocabulary)], capsys)
     assert main([copy, "--summary"]) == 0
 
 

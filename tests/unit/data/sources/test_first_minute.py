@@ -104,7 +104,7 @@ def test_a_threshold_in_scientific_notation_counts(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_windows(tmp_path: Path) -> None:
-    text = "sources:\r\n  - {name: t, type: text, path: t.jsonl}\r\nnum_queries: 4\r\nnum_ranks: 2000\r\n"
+    text = "sources:\r\n  - {name: t, type: text, path: t.jsonl}\r\nnum_queries: 4\r\nnum_bpe_tokens: 2000\r\n"
     for data in (text.encode(), codecs.BOM_UTF8 + text.encode()):
         (tmp_path / "r.yaml").write_bytes(data)
         assert load_recipe(tmp_path / "r.yaml").sources[0].source.name == "t"
