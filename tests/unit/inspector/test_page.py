@@ -198,7 +198,8 @@ def test_figures_are_those_of_all_rows(prefix: str) -> None:
 def test_a_row_of_many_segments_is_counted_without_its_tokens(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": "ab"}) + "\n" for _ in range(150))
     (tmp_path / "text.jsonl").write_text(lines)
-    recipe = "sources: [{name: t, type: text, path: text.jsonl}]\nseq_length: 512\nnum_queries: 4\nnum_bpe_tokens: 256\n"
+    recipe = "sources: [{name: t, type: text, path: text.jsonl}]\n"
+    recipe += "seq_length: 512\nnum_queries: 4\nnum_bpe_tokens: 256\n"
     (tmp_path / "data.yaml").write_text(recipe)
     assert prepare.main([str(tmp_path / "data.yaml"), "--workers", "1", "--quiet"]) == 0
     store = RowStore(tmp_path / "data")
