@@ -1,8 +1,8 @@
 """Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows.
 
 The package is imported only when the backend is asked for, so that nothing else needs it. The checkpoint keys are
-those of ``local.py``: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it back
-under its own name, so that a checkpoint written by one backend loads in the other.
+those of the local backend: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it
+back under its own name, so that a checkpoint written by one backend loads in the other.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
-from megatron_vl.backends.local import LocalInputs
+from megatron_vl.backends.local.attention import LocalInputs
 from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens

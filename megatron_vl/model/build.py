@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from megatron_vl.backends import core
-from megatron_vl.backends.select import Backend, select_backend
+from megatron_vl.backends.interface import Backend
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
+from megatron_vl.model.backend import select_backend
 from megatron_vl.model.configs import Target, core_configs
 from megatron_vl.model.context import BuildContext
 from megatron_vl.model.freeze import freeze

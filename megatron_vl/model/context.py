@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
-from megatron_vl.backends.select import Backend
+from megatron_vl.backends.interface import Backend
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.model.configs import CoreConfigs
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vl.backends.select import select_backend
 from megatron_vl.checkpoint import contents
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.backend import select_backend
 from megatron_vl.model.build import build_model
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.parameters import model_tensors

@@ -14,7 +14,7 @@ BROKEN = "raise FileNotFoundError('Could not find shared object file for Transfo
 PREPARE = """
 from megatron_vl.backends.platform import prepare_process
 prepare_process()
-from megatron_vl.backends.select import select_backend
+from megatron_vl.model.backend import select_backend
 from megatron_vl.errors import ConfigError
 print(select_backend("local").name)
 try:

@@ -58,7 +58,7 @@ SEEN_BY = {
     "--use-distributed-optimizer": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-grad-reduce": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-param-gather": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
-    "--backend": "unit/backends/test_select.py::test_a_backend_that_is_not_there_is_refused_with_advice",
+    "--backend": "unit/model/test_backend.py::test_a_backend_that_is_not_there_is_refused_with_advice",
     "--distributed-timeout-minutes": EFFECTS + "test_collectives_end_after_the_timeout",
     "--data-path": "unit/data/loading/test_loader.py::test_pixels_are_those_of_the_rows",
     "--valid-data-path": "unit/training/test_validation.py::test_losses_of_several_sets_are_those_of_each_alone",

@@ -1,8 +1,4 @@
-"""Layers from plain PyTorch, on CPU and GPU: norms that work under sequence parallelism, attention over packed rows.
-
-Megatron-Core's own local parts do not serve here. ``WrappedTorchNorm`` refuses sequence parallelism,
-``LocalSpecProvider.layer_norm(rms_norm=True)`` rewrites a module global and so changes every other norm of the
-process, and ``DotProductAttention`` refuses packed sequences. The linear layers are Megatron-Core's.
+"""Attention of the local backend: over packed rows, with a mask, or over everything.
 
 Who may look at whom. Without a mask everybody may at everybody (vision tower), or at what lies before (language model);
 ``bool[b, 1, sq, sk]`` hides a key from a query where it is True (generation with a key-value cache). Everything else is
@@ -15,20 +11,16 @@ Rotary angles of a packed line are in it too, so that their cosines and sines ar
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vl.backends import kernels
-from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
-from megatron_vl.backends.spans import SpanGroup, group_spans
+from megatron_vl.backends.attention_inputs import PackedLine
+from megatron_vl.backends.local.spans import SpanGroup
 
 
 @dataclass(frozen=True)
@@ -45,37 +37,6 @@ class LocalInputs:
     """float32[sq, 1 or b, 1, 1]: a factor for each query (evaluation above the native length)."""
     qkv_format: str = "sbhd"
     """The form that Megatron-Core leaves queries, keys and values in: [s, b, heads, d]."""
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm whose parameters are marked for Megatron-Core's gradient reduction under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _norm_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-        self.bias = _norm_parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.layer_norm(hidden, (hidden.shape[-1],), self.weight, self.bias, self.eps)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm, as ``kernels.py`` computes it on the device."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _norm_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return kernels.rms_norm(hidden, self.weight, self.eps)
-
-
-def _norm_parameter(value: Tensor, config: TransformerConfig) -> nn.Parameter:
-    parameter = nn.Parameter(value)
-    setattr(parameter, "sequence_parallel", config.sequence_parallel)
-    return parameter
 
 
 class SpanAttention(nn.Module):
@@ -142,62 +103,3 @@ class SpanAttention(nn.Module):
         """query, key, value: [b, heads, s, d]."""
         causal = self.causal and mask is None and query.shape[2] > 1
         return kernels.attention(query, key, value, mask, is_causal=causal, scale=self.softmax_scale)
-
-
-class LocalBackend:
-    """Layer specs of plain PyTorch parts, and what their attention needs to know of a batch."""
-
-    name = "local"
-
-    def vision_layer(self) -> ModuleSpec:
-        """A pre-norm block with LayerNorm and attention without a mask."""
-        return _layer(LayerNorm, AttnMaskType.no_mask)
-
-    def language_layer(self) -> ModuleSpec:
-        """A pre-norm block with RMSNorm and causal attention."""
-        return _layer(RMSNorm, AttnMaskType.causal)
-
-    def final_norm(self) -> type[nn.Module]:
-        """The norm before the output layer."""
-        return RMSNorm
-
-    def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
-        """What the layers are told of a packed line.
-
-        Args:
-            rotary_table: float[longest, 1, 1, d], angles by position.
-            dtype: of the hidden states.
-        """
-        return self.long_attention_inputs(line, rotary_table.index_select(0, line.positions), None, dtype=dtype)
-
-    def long_attention_inputs(
-        self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
-    ) -> AttentionInputs:
-        """What the layers are told in evaluation of a line with spans that are longer than the native length.
-
-        Args:
-            angles: float[t, 1, 1, d], of each token.
-            query_scale: float[t], the factor of each token's query, if there is one.
-            dtype: of the hidden states.
-        """
-        device = line.cu_seqlens.device
-        told = LocalInputs(
-            line=line,
-            groups=() if kernels.has_varlen(device, dtype) else group_spans(line.lengths, device),
-            rotary=(angles.cos().to(dtype), angles.sin().to(dtype)),
-            query_scale=None if query_scale is None else query_scale.view(-1, 1, 1, 1),
-        )
-        return AttentionInputs(packed=told)
-
-
-def _layer(norm: type[nn.Module], mask: AttnMaskType) -> ModuleSpec:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    spec = copy.deepcopy(get_gpt_layer_local_spec())
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = norm
-    layer.self_attention.params = {"attn_mask_type": mask}
-    layer.self_attention.submodules.core_attention = SpanAttention
-    # Checkpoint keys are the plain names of this file; te.py maps its fused names onto them.
-    layer.sharded_state_dict_keys_map = {}
-    return spec

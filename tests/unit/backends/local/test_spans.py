@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.backends.spans import group_spans
+from megatron_vl.backends.local.spans import group_spans
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=24)
 

@@ -1,36 +1,18 @@
-"""Which backend a run uses."""
+"""Which backend builds the layers of a run."""
 
 from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import Tensor, nn
 
-from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
+from megatron_vl.backends.interface import Backend
+from megatron_vl.backends.local.backend import LocalBackend
+from megatron_vl.backends.te import TransformerEngineBackend
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import log_rank_0
-
-
-class Backend(Protocol):
-    """How layers are built, and what their attention needs to know of a batch."""
-
-    name: str
-
-    def vision_layer(self) -> ModuleSpec: ...
-
-    def language_layer(self) -> ModuleSpec: ...
-
-    def final_norm(self) -> type[nn.Module]: ...
-
-    def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs: ...
-
-    def long_attention_inputs(
-        self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
-    ) -> AttentionInputs: ...
 
 
 def select_backend(name: Literal["auto", "local", "transformer_engine"], *, bf16: bool = False) -> Backend:
@@ -39,9 +21,6 @@ def select_backend(name: Literal["auto", "local", "transformer_engine"], *, bf16
     Raises:
         ConfigError: Transformer Engine was named and cannot be used.
     """
-    from megatron_vl.backends.local import LocalBackend
-    from megatron_vl.backends.te import TransformerEngineBackend
-
     if name == "transformer_engine":
         return TransformerEngineBackend()
     if name == "local" or not torch.cuda.is_available():

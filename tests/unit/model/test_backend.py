@@ -5,10 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_vl.backends import select, te
-from megatron_vl.backends.local import LocalBackend
-from megatron_vl.backends.select import select_backend
+from megatron_vl.backends import te
+from megatron_vl.backends.local.backend import LocalBackend
 from megatron_vl.errors import ConfigError
+from megatron_vl.model import backend
+from megatron_vl.model.backend import select_backend
 
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
@@ -39,8 +40,8 @@ def test_auto_falls_back_to_local_and_says_why(
     monkeypatch.setattr(te, "_check_package", check)
     monkeypatch.setattr(te, "_check_attention", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(select, "find_spec", lambda _: object() if installed else None)
-    monkeypatch.setattr(select, "log_rank_0", lambda message, **_: said.append(message))
+    monkeypatch.setattr(backend, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(backend, "log_rank_0", lambda message, **_: said.append(message))
     assert select_backend("auto", bf16=bf16).name == chosen
     assert len(said) == bool(told) and all("backend local: " in line and told in line for line in said)
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_vl.backends import kernels
 from megatron_vl.backends.attention_inputs import PackedLine
-from megatron_vl.backends.local import LayerNorm, LocalBackend, LocalInputs, RMSNorm, SpanAttention
-from megatron_vl.backends.spans import group_spans
+from megatron_vl.backends.local.attention import LocalInputs, SpanAttention
+from megatron_vl.backends.local.backend import LocalBackend
+from megatron_vl.backends.local.norms import LayerNorm, RMSNorm
+from megatron_vl.backends.local.spans import group_spans
 
 HEADS, WIDTH = 3, 8
 
