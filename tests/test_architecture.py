@@ -217,21 +217,6 @@ def _root(node: ast.AST) -> ast.Name | None:
     return node if isinstance(node, ast.Name) else None
 
 
-def test_no_hidden_state() -> None:
-    wrong = []
-    for module in PACKAGE_MODULES:
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Global):
-                wrong.append(f"{module.where}:{node.lineno}: global {', '.join(node.names)}")
-        for node in module.tree.body:
-            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-            call = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
-            mutable = isinstance(value, ast.List | ast.Set | ast.ListComp | ast.SetComp)
-            if mutable or call in ("list", "set", "dict", "defaultdict", "deque", "Counter"):
-                wrong.append(f"{module.where}:{node.lineno}: a module-level variable that can be changed")
-    assert not wrong, "\n".join(wrong)
-
-
 def test_no_junk_drawer() -> None:
     drawers = {"utils", "util", "helpers", "misc", "common"}
     assert [module.where for module in PACKAGE_MODULES if module.path.stem in drawers] == []
