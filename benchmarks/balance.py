@@ -7,9 +7,9 @@ The model is Qwen-VL at its published sizes. The work of a row is what ``plannin
 labels and attention over the whole row included; of what a row holds the deals know only what the loader does: its
 length and its number of images.
 
-The efficiency of a batch is the work of the average rank over that of the dearest, for which the others wait at the end
-of a step. In lock step they would wait at each of its 16 micro-batches. As they come, in a snake over the sorted rows,
-and to the rank with least work (LPT) are the references.
+The efficiency of a batch is the work of the average rank over that of the most loaded one, for which the others wait at
+the end of a step. In lock step they would wait at each of its 16 micro-batches. The references are: as they come, in a
+snake over the sorted rows, and to the rank with least work (LPT).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def snake(costs: IntArray, num_ranks: int) -> IntArray:
 
 
 def least_loaded(costs: IntArray, num_ranks: int) -> IntArray:
-    """int64[ranks, rows]: the dearest row first, each to the rank with least work that still takes rows (LPT)."""
+    """int64[ranks, rows]: the most expensive row first, each to the least loaded rank that still takes rows (LPT)."""
     size = len(costs) // num_ranks
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
     ranks = [(0, rank) for rank in range(num_ranks)]
@@ -164,8 +164,8 @@ def _compare_deals(packed: PackedRows, config: RunConfig, *, ranks: int, most_ba
 
 
 def _row(name: str, mine: float, other: float, *, goal: float | None) -> Row:
-    """The dearest rank's work in that of the average, ours beside a reference, from efficiencies."""
-    row = Row(f"dearest rank / average, {name}", 1 / mine, 1 / other, other / mine, goal, None)
+    """The most loaded rank's work in that of the average, ours beside a reference, from efficiencies."""
+    row = Row(f"most loaded rank / average, {name}", 1 / mine, 1 / other, other / mine, goal, None)
     if goal is None:
         return row
     row = Row(row.name, row.ours, row.reference, row.ratio, goal, row.ratio <= goal)
@@ -183,7 +183,7 @@ def _compare_micro_batches(packed: PackedRows, ranks: int) -> Row:
     mine, other = (
         float(np.mean([efficiency(work[rank].sum(axis=1)) for rank in dealt])) for dealt in (np.stack(parts), plain)
     )
-    name = f"dearest micro-batch of {LARGER_MICRO_BATCH} rows / average of its rank, DP {ranks}; reference as they come"
+    name = f"largest micro-batch of {LARGER_MICRO_BATCH} rows / average of its rank, DP {ranks}; reference as they come"
     print(f"{name}: {1 / mine:.4f} and {1 / other:.4f}")
     return Row(name, 1 / mine, 1 / other, other / mine, None, None)
 

@@ -45,7 +45,7 @@ _TYPES = {code: np.dtype(name) for name, code in _TYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FileRange:
     """Consecutive bytes of a file."""
 
     size: int
@@ -57,7 +57,7 @@ def write_index(
     lengths: npt.NDArray[np.integer],
     dtype: npt.DTypeLike,
     modes: npt.NDArray[np.integer] | None = None,
-) -> Stretch:
+) -> FileRange:
     """Bring ``<prefix>.idx`` to the disk, the index of sequences of these ``lengths`` in items of ``dtype``.
 
     ``modes``: 0 to 127 for each sequence, if the file is to be opened with modes.
@@ -75,7 +75,7 @@ def write_index(
     with paths_of(prefix)[1].open("wb") as file:
         file.write(content)
         sync(file)
-    return Stretch(len(content), hashlib.sha256(content).hexdigest())
+    return FileRange(len(content), hashlib.sha256(content).hexdigest())
 
 
 class IndexedFile:

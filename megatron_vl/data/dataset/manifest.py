@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.config.validate import unfinished_data_set
-from megatron_vl.data.dataset.indexed import Stretch
+from megatron_vl.data.dataset.indexed import FileRange
 from megatron_vl.errors import DataError
 from megatron_vl.files import sha256_of_next, write_whole
 
@@ -185,15 +185,15 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     write_whole(manifest_path(prefix), manifest.to_json(), durable=True)
 
 
-def hash_lines(suffix: str, stretches: Iterable[Stretch]) -> Iterator[str]:
-    """A line for each stretch of a file: SHA-256, suffix, first byte, number of bytes.
+def hash_lines(suffix: str, ranges: Iterable[FileRange]) -> Iterator[str]:
+    """A line for each range of a file: SHA-256, suffix, first byte, number of bytes.
 
-    Stretches, because a file is written by many; and not in the manifest, which everyone reads.
+    Ranges, because a file is written by many; and not in the manifest, which everyone reads.
     """
     begin = 0
-    for stretch in stretches:
-        yield f"{stretch.sha256} {suffix} {begin} {stretch.size}\n"
-        begin += stretch.size
+    for range in ranges:
+        yield f"{range.sha256} {suffix} {begin} {range.size}\n"
+        begin += range.size
 
 
 def verify_files(prefix: str | Path) -> None:

@@ -19,13 +19,13 @@ Hashes = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
 
 
-def looks_of(image: Image.Image) -> int:
+def dhash(image: Image.Image) -> int:
     """The perceptual hash of an image."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(small[:, :-1] > small[:, 1:]).tobytes(), "big")
 
 
-def like_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
+def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
     """Pairs of different hashes within a distance in bits, as indices (i, j) with i < j, in order of j.
 
     ``hashes`` are distinct.
@@ -48,30 +48,30 @@ def like_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
     return pairs[1], pairs[0]
 
 
-def repeated(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
-    """Which of the images, in their order, look like an earlier one that is not itself such a repetition."""
+def mark_repeats(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
+    """Which of the images, in their order, are near duplicates of an earlier one that is kept."""
     dropped = np.zeros(len(hashes), dtype=np.bool_)
-    with_looks = np.flatnonzero(hashes)
-    values, first, inverse = np.unique(hashes[with_looks], return_index=True, return_inverse=True)
+    nonzero = np.flatnonzero(hashes)
+    values, first, inverse = np.unique(hashes[nonzero], return_index=True, return_inverse=True)
     in_order = np.argsort(first, kind="stable")
     kept = np.ones(len(values), dtype=np.bool_)
-    for i, j in zip(*(pair.tolist() for pair in like_pairs(values[in_order], distance)), strict=True):
+    for i, j in zip(*(pair.tolist() for pair in near_duplicate_pairs(values[in_order], distance)), strict=True):
         if kept[i]:
             kept[j] = False
     survives = np.empty(len(values), dtype=np.bool_)
     survives[in_order] = kept
-    dropped[with_looks] = ~survives[inverse] | (first[inverse] != np.arange(len(with_looks)))
+    dropped[nonzero] = ~survives[inverse] | (first[inverse] != np.arange(len(nonzero)))
     return dropped
 
 
-def like_any(hashes: Hashes, others: Hashes, distance: int) -> npt.NDArray[np.bool_]:
+def matches_any(hashes: Hashes, others: Hashes, distance: int) -> npt.NDArray[np.bool_]:
     """Which of the hashes are within a distance of one of ``others``."""
     others = np.unique(others[others != 0])
     found = np.isin(hashes, others)
     fresh, inverse = np.unique(np.where(found, 0, hashes), return_inverse=True)
     like = np.zeros(len(fresh), dtype=np.bool_)
-    with_looks = np.flatnonzero(fresh)
-    firsts, seconds = like_pairs(np.concatenate([others, fresh[with_looks]]), distance)
+    nonzero = np.flatnonzero(fresh)
+    firsts, seconds = near_duplicate_pairs(np.concatenate([others, fresh[nonzero]]), distance)
     hits = seconds[(firsts < len(others)) & (seconds >= len(others))] - len(others)
-    like[with_looks[hits]] = True
+    like[nonzero[hits]] = True
     return found | like[inverse]

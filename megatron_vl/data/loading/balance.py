@@ -1,15 +1,16 @@
 """Who computes which rows of a global batch: equal numbers of rows, nearly equal work.
 
 Rows differ in work: their lines are padded to one length, but the vision tower runs once per image, and the
-output layer once per label. Dealt as they come, 16 rows a rank, the dearest of 64 ranks has 8 % more than the
+output layer once per label. Dealt as they come, 16 rows a rank, the most loaded of 64 ranks has 8 % more than the
 average, and all others wait for it. Here rows are dealt to ranks, and those of a rank to micro-batches, in the
 same two moves each time:
 
-    deal     the dearest go first, one to each bin in turn, each turn's dearest to the bin with least work so far
+    deal     from the most expensive to the cheapest, one for each bin in a round; in a round, the most expensive goes
+             to the least loaded bin
     swap     fullest and emptiest bin, second fullest and second emptiest, ... trade the pair of members that
              leaves them most equal, until no trade helps
 
-Each rank computes its dearest micro-batch first, so that those of one number are alike everywhere. Each finds
+Each rank computes its most expensive micro-batch first, so that those of one number are alike everywhere. Each finds
 the deal by itself, so work is counted in whole numbers, whose sums are exact on any processor. Which
 rows are in the batch, and hence what is learned, does not depend on the deal.
 """
@@ -32,7 +33,7 @@ def row_costs(lengths: npt.NDArray[np.integer], images: npt.NDArray[np.integer],
 
 
 def deal(costs: IntArray, *, num_ranks: int) -> IntArray:
-    """int64[ranks, rows]: positions in the batch that each data-parallel rank computes, dearest first.
+    """int64[ranks, rows]: positions in the batch that each data-parallel rank computes, most expensive first.
 
     ``len(costs)`` must be a multiple of the ranks. Deterministic.
     """
@@ -40,13 +41,13 @@ def deal(costs: IntArray, *, num_ranks: int) -> IntArray:
 
 
 def split(costs: IntArray, positions: IntArray, *, num_micro_batches: int) -> IntArray:
-    """int64[micro-batches, rows]: the positions of one rank as micro-batches, dearest first; deterministic."""
+    """int64[micro-batches, rows]: the positions of one rank as micro-batches, most expensive first; deterministic."""
     parts = positions[_deal_evenly(costs[positions], num_micro_batches)]
     return np.sort(parts[np.argsort(-costs[parts].sum(axis=1), kind="stable")], axis=1)
 
 
 def _deal_evenly(costs: IntArray, num_bins: int) -> IntArray:
-    """int64[bins, size]: members of bins of equal size and nearly equal cost, the dearest first in each bin."""
+    """int64[bins, size]: members of bins of equal size and nearly equal cost, the most expensive first in each bin."""
     assert len(costs) and len(costs) % num_bins == 0, f"{len(costs)} rows cannot be dealt evenly to {num_bins}"
     turns = np.argsort(-costs, kind="stable").reshape(-1, num_bins)
     members = np.empty((num_bins, len(turns)), dtype=np.int64)

@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass
-class Tally:
+class SourceCounts:
     """What became of the records of one source; filled while preparation goes on."""
 
     read: int = 0
@@ -74,7 +74,7 @@ class Images:
     size: npt.NDArray[np.int32]
     digest: npt.NDArray[np.uint8]
     """uint8[images, 32]: SHA-256."""
-    looks: npt.NDArray[np.uint64]
+    dhashes: npt.NDArray[np.uint64]
     """uint64[images]: perceptual hash, 0 where no filter needs it."""
 
 
@@ -84,7 +84,7 @@ class Gathered:
 
     samples: Samples
     images: Images
-    tallies: tuple[Tally, ...]
+    all_counts: tuple[SourceCounts, ...]
     """One for each source."""
     largest_token: int
     """Largest id of all samples; -1 if there is none."""
@@ -92,14 +92,14 @@ class Gathered:
 
 def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
     """The columns of all parts; ``indices`` gives the source of each part and its index, in the order of the units."""
-    tallies = tuple(Tally() for _ in range(num_sources))
+    all_counts = tuple(SourceCounts() for _ in range(num_sources))
     parts = []
     largest = -1
     for source, index in indices:
         largest = max(largest, index.largest_token)
-        _count(tallies[source], index)
+        _count(all_counts[source], index)
         parts.append((source, dataclasses.replace(index, outcomes=index.outcomes[:0], examples=())))
-    return Gathered(*_columns(parts), tallies, largest)
+    return Gathered(*_columns(parts), all_counts, largest)
 
 
 def cut(index: PartIndex, most: int) -> PartIndex:
@@ -117,12 +117,12 @@ def cut(index: PartIndex, most: int) -> PartIndex:
     )
 
 
-def _count(tally: Tally, index: PartIndex) -> None:
-    tally.read += len(index.outcomes)
-    tally.num_scored += index.num_scored
-    counts = np.bincount(index.outcomes[index.outcomes != KEPT], minlength=len(index.reasons))
-    for reason, count in zip(index.reasons, counts.tolist(), strict=True):
-        tally.skip(reason, count, (item.text for item in index.examples if item.reason == reason))
+def _count(counts: SourceCounts, index: PartIndex) -> None:
+    counts.read += len(index.outcomes)
+    counts.num_scored += index.num_scored
+    skipped = np.bincount(index.outcomes[index.outcomes != KEPT], minlength=len(index.reasons))
+    for reason, count in zip(index.reasons, skipped.tolist(), strict=True):
+        counts.skip(reason, count, (item.text for item in index.examples if item.reason == reason))
 
 
 def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
@@ -140,7 +140,7 @@ def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
             offset=join(lambda index: index.image_offsets),
             size=join(lambda index: index.image_sizes),
             digest=join(lambda index: index.digests),
-            looks=join(lambda index: index.looks),
+            dhashes=join(lambda index: index.dhashes),
         )
     )
     uses = np.array([len(index.image_ids) for _, index in parts], dtype=np.int64)
@@ -173,6 +173,6 @@ def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
     kept = np.sort(firsts)
     columns = {item.name: getattr(images, item.name)[kept] for item in dataclasses.fields(Images)}
     # The first of equals may come from a source whose filters need no hash.
-    columns["looks"] = np.zeros(len(kept), dtype=np.uint64)
-    np.maximum.at(columns["looks"], number, images.looks)
+    columns["dhashes"] = np.zeros(len(kept), dtype=np.uint64)
+    np.maximum.at(columns["dhashes"], number, images.dhashes)
     return Images(**columns), number

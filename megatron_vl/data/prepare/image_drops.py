@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.file_kinds import is_clutter
-from megatron_vl.data.filters.duplicates import like_any, looks_of, repeated
+from megatron_vl.data.filters.duplicates import dhash, mark_repeats, matches_any
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.images.decode import decode_image
 from megatron_vl.data.images.stored import upright
@@ -60,7 +60,7 @@ def _duplicates(samples: Samples, images: Images, filters: Sequence[FilterOption
     scope = np.flatnonzero(single & ~same & (modes[samples.source] == 2))
     ids = samples.image_ids[samples.image_splits[scope]]
     distance = max([0, *(options.duplicate_distance for options in filters if options.duplicates == "near")])
-    similar[scope] = repeated(images.looks[ids], distance)
+    similar[scope] = mark_repeats(images.dhashes[ids], distance)
     return same, similar
 
 
@@ -71,16 +71,16 @@ def _any_image(samples: Samples, marked: Mask) -> Mask:
 
 
 def _in_benchmark(images: Images, path: Path, distance: int) -> Mask:
-    digests, looks = _benchmark_hashes(path)
+    digests, dhashes = _benchmark_hashes(path)
     mine = np.ascontiguousarray(images.digest).view("V32").reshape(-1)
     same = np.isin(mine.view("S32"), np.array(sorted(digests), dtype="S32"))
-    return same | like_any(images.looks, np.array(sorted(looks), dtype=np.uint64), distance)
+    return same | matches_any(images.dhashes, np.array(sorted(dhashes), dtype=np.uint64), distance)
 
 
 def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
     """SHA-256 and perceptual hashes of a benchmark's images: of a folder's files, or as a file lists them."""
     digests: set[bytes] = set()
-    looks: set[int] = set()
+    dhashes: set[int] = set()
     if path.is_dir():
         for file in sorted(item for item in path.rglob("*") if item.is_file()):
             if is_clutter(file.relative_to(path).as_posix()):
@@ -88,11 +88,11 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
             data = file.read_bytes()
             try:
                 forms = {data, upright(data)}  # a source may store it turned
-                looks |= {looks_of(decode_image(form)) for form in forms}
+                dhashes |= {dhash(decode_image(form)) for form in forms}
             except SkipSample as error:
                 raise DataError(f"{file}: {error.reason} ({error.detail}); {path} is to hold images only") from error
             digests |= {hashlib.sha256(form).digest() for form in forms}
-        return digests, looks
+        return digests, dhashes
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         word = line.strip()
         try:
@@ -102,10 +102,10 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
         if len(value) == 32:
             digests.add(value)
         elif len(value) == 8:
-            looks.add(int.from_bytes(value, "big"))
+            dhashes.add(int.from_bytes(value, "big"))
         elif word:
             raise DataError(
                 f"{path}, line {number}: found {word!r:.40}, expected a SHA-256 (64 hexadecimal digits) or a "
                 "perceptual hash (16)"
             )
-    return digests, looks
+    return digests, dhashes

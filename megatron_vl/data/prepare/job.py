@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megatron_vl import folder_lock
 from megatron_vl.data.dataset.manifest import Manifest
-from megatron_vl.data.prepare.gather import Tally, cut
+from megatron_vl.data.prepare.gather import SourceCounts, cut
 from megatron_vl.data.prepare.merge import FinishedPart, merge_parts
 from megatron_vl.data.prepare.outcome import check_outcome
 from megatron_vl.data.prepare.part_files import data_path, index_path, read_index
@@ -52,7 +52,7 @@ def prepare(
     with _disk_errors_named(folder):
         units = plan_units(recipe)
         if not units:
-            check_outcome(recipe, [Tally() for _ in recipe.sources])
+            check_outcome(recipe, [SourceCounts() for _ in recipe.sources])
         with _locked(folder):
             _remove_others(folder, units)
             with _bar("tokenizing", "shard", show=progress) as bar:

@@ -94,15 +94,15 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _C
     left = np.ones(len(samples), dtype=np.bool_)
 
     def leave_out(reason: str, dropped: npt.NDArray[np.bool_]) -> None:
-        for source, tally in enumerate(gathered.tallies):
+        for source, counts in enumerate(gathered.all_counts):
             mine = np.flatnonzero(dropped & (samples.source == source))
-            tally.skip(reason, len(mine), _keys(samples, mine[:NUM_EXAMPLES], paths))
+            counts.skip(reason, len(mine), _keys(samples, mine[:NUM_EXAMPLES], paths))
         left[dropped] = False
 
     for dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]):
         leave_out(dropped.reason, dropped.samples)
     members = [np.flatnonzero(left & (samples.source == source)) for source in range(len(recipe.sources))]
-    check_outcome(recipe, gathered.tallies)
+    check_outcome(recipe, gathered.all_counts)
     supplies = [
         Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)
     ]
@@ -110,7 +110,7 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _C
     copies = np.zeros(len(samples), dtype=np.int64)
     for mine, count in zip(members, draw.counts, strict=True):
         copies[mine] = copies_of(len(mine), count)
-    check_drawn(gathered.tallies, int(copies.sum()))
+    check_drawn(gathered.all_counts, int(copies.sum()))
     leave_out("not_drawn", left & (copies == 0))
     return _Chosen(np.repeat(np.arange(len(samples)), copies), draw)
 
@@ -146,7 +146,7 @@ def _manifest(
     packing = plan.packing
     files, hashes = file_entries(stem)
     names = [entry.source.name for entry in recipe.sources]
-    tallies = list(zip(names, gathered.tallies, strict=True))
+    named = list(zip(names, gathered.all_counts, strict=True))
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256=QWEN_SHA256,
@@ -163,14 +163,14 @@ def _manifest(
         num_stored_images=len(plan.stored),
         images_per_row=tuple(np.bincount(plan.images_per_row).tolist()),
         sources=tuple(
-            SourceTotals(name, tally.read, int(kept))
-            for (name, tally), kept in zip(tallies, _kept(gathered.samples, chosen.samples, len(names)), strict=True)
+            SourceTotals(name, counts.read, int(kept))
+            for (name, counts), kept in zip(named, _kept(gathered.samples, chosen.samples, len(names)), strict=True)
         ),
         counts=_counts(names, gathered.samples, chosen.samples),
         skips=tuple(
-            SkipEntry(name, reason, tally.skips[reason], tuple(tally.examples[reason]))
-            for name, tally in tallies
-            for reason in sorted(tally.skips)
+            SkipEntry(name, reason, counts.skips[reason], tuple(counts.examples[reason]))
+            for name, counts in named
+            for reason in sorted(counts.skips)
         ),
         files=files,
         amounts_factor=float(chosen.draw.factor),

@@ -9,44 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vl.data.prepare.gather import Tally
+from megatron_vl.data.prepare.gather import SourceCounts
 from megatron_vl.data.prepare.recipe import DataRecipe
 from megatron_vl.errors import DataError
 
 
-def check_outcome(recipe: DataRecipe, tallies: Sequence[Tally]) -> None:
+def check_outcome(recipe: DataRecipe, all_counts: Sequence[SourceCounts]) -> None:
     """Raise DataError if nothing is left of a source, or none of its samples has the score that was asked for."""
-    named = [(entry.source.name, tally) for entry, tally in zip(recipe.sources, tallies, strict=True)]
-    empty = [(name, tally) for name, tally in named if not tally.kept]
+    named = [(entry.source.name, counts) for entry, counts in zip(recipe.sources, all_counts, strict=True)]
+    empty = [(name, counts) for name, counts in named if not counts.kept]
     if len(empty) == len(named) or (empty and not recipe.allow_empty):
         what = f"nothing is kept of source {', '.join(repr(name) for name, _ in empty)}"
         what += ". Mend or remove what is meant to give something, or go on without it (--allow-empty)"
-        losses = "".join(f"\n  {line}" for name, tally in empty for line in _losses(name, tally))
+        losses = "".join(f"\n  {line}" for name, counts in empty for line in _losses(name, counts))
         raise DataError(f"{'no sample is left to write' if len(empty) == len(named) else what}:{losses}")
-    for entry, tally in zip(recipe.sources, tallies, strict=True):
-        if entry.needs_scores and tally.kept and not tally.num_scored:
+    for entry, counts in zip(recipe.sources, all_counts, strict=True):
+        if entry.needs_scores and counts.kept and not counts.num_scored:
             fields = " or ".join(map(repr, entry.source.score_fields()))
             raise DataError(
-                f"source {entry.source.name!r}: none of the {tally.read:,} records has a score in {fields}, but one is "
-                "asked for. Name the field that holds it (score_field), or remove score_field and min_score "
+                f"source {entry.source.name!r}: none of the {counts.read:,} records has a score in {fields}, but one "
+                "is asked for. Name the field that holds it (score_field), or remove score_field and min_score "
                 "(of one source: filters: {min_score: null})"
             )
 
 
-def check_drawn(tallies: Sequence[Tally], drawn: int) -> None:
+def check_drawn(all_counts: Sequence[SourceCounts], drawn: int) -> None:
     """Raise DataError if weights and amounts leave nothing to write of the samples that are kept."""
     if not drawn:
-        kept = sum(tally.kept for tally in tallies)
+        kept = sum(counts.kept for counts in all_counts)
         raise DataError(
             f"no sample is left to write: of {kept:,} that were kept, none is drawn. Raise weight, samples or "
             "mixture.max_repeats: a weight of 0.1 takes every tenth sample"
         )
 
 
-def _losses(name: str, tally: Tally) -> list[str]:
+def _losses(name: str, counts: SourceCounts) -> list[str]:
     """A line for each reason for which a source lost what it had, with its first example."""
     lines = [
-        f"source {name!r}: {count:,} of {tally.read:,} left out for {reason}, first {tally.examples[reason][0]}"
-        for reason, count in tally.skips.items()
+        f"source {name!r}: {count:,} of {counts.read:,} left out for {reason}, first {counts.examples[reason][0]}"
+        for reason, count in counts.skips.items()
     ]
     return lines or [f"source {name!r}: it is empty"]

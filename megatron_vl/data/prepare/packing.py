@@ -1,8 +1,8 @@
-"""Which samples share a row: first-fit decreasing over two limits, with text documents as mortar.
+"""Which samples share a row: first-fit decreasing over two limits, with text documents as filler.
 
     limits: 16 tokens, 2 images            a..e samples, T a text document, . padding
     whole samples, first fit decreasing    |a a a a a a a a a b b b b b . .|  |c c c c c c c d d d e e e . . .|
-    mortar: T is cut over what is left     |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
+    filler: T is cut over what is left     |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
 
 An image sample takes at least its slots (258 tokens of 2,048), so about 5 % of every row stay empty, whatever
 the algorithm. Text has no such grain: laid end to end it is a stream that may be cut anywhere, and it fills
@@ -84,9 +84,9 @@ def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
     whole, documents = whole[order], documents[_shuffled_order(np.zeros_like(documents), bits)]
     lengths = items.lengths[whole]
     filled = np.bincount(rows, weights=lengths).astype(np.int64)
-    mortar = _lay_text(documents, items.lengths[documents], limits.tokens - filled, limits=limits)
+    filler = _lay_text(documents, items.lengths[documents], limits.tokens - filled, limits=limits)
     pieces = (rows, whole, np.zeros_like(whole), lengths)
-    return _by_row(*(np.concatenate(columns) for columns in zip(pieces, mortar, strict=True)), bits=bits)
+    return _by_row(*(np.concatenate(columns) for columns in zip(pieces, filler, strict=True)), bits=bits)
 
 
 def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: int) -> Packing:

@@ -33,7 +33,7 @@ IntArray = npt.NDArray[np.int64]
 _REMEMBERED_IMAGES = 65_536
 _COLUMNS: dict[str, str] = {
     "outcomes": "h", "tasks": "b", "offsets": "q", "lengths": "i", "key_sizes": "i", "image_counts": "h",
-    "image_ids": "i", "image_offsets": "q", "image_sizes": "i", "looks": "Q",
+    "image_ids": "i", "image_offsets": "q", "image_sizes": "i", "dhashes": "Q",
 }  # fmt: skip
 _OF_FILES = frozenset({"missing_image", "unreadable_file"})
 KEPT = -1
@@ -75,7 +75,7 @@ class PartIndex:
     """int32[images]: bytes."""
     digests: npt.NDArray[np.uint8]
     """uint8[images, 32]: SHA-256."""
-    looks: npt.NDArray[np.uint64]
+    dhashes: npt.NDArray[np.uint64]
     """uint64[images]: perceptual hash; 0 where it was not asked for."""
     num_scored: int
     """Samples with a score, of those that were read, kept or not."""
@@ -127,10 +127,10 @@ class PartWriter:
             self._examples.append(Example(len(self._columns["outcomes"]), skipped.reason, text))
         self._columns["outcomes"].append(reason)
 
-    def add_image(self, data: bytes, digest: bytes, looks: int) -> int:
+    def add_image(self, data: bytes, digest: bytes, image_hash: int) -> int:
         """Store an image; returns its number in the part."""
         number = len(self._columns["image_sizes"])
-        self._append(image_offsets=self._file.tell(), image_sizes=len(data), looks=looks)
+        self._append(image_offsets=self._file.tell(), image_sizes=len(data), dhashes=image_hash)
         self._digests += digest
         self._file.write(data)
         self._remembered[digest] = number

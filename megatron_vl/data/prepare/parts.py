@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_vl import __version__
 from megatron_vl.data.dataset.rows import join_tokens
-from megatron_vl.data.filters.duplicates import looks_of
+from megatron_vl.data.filters.duplicates import dhash
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.formats.shard import Shard, Skipped
 from megatron_vl.data.images.decode import check_image, decode_image
@@ -96,7 +96,7 @@ class _PartMaker:
         self._options = _tokenize_options(recipe)
         self._source = entry.source
         self._filter = SampleFilter(entry.filters)
-        self._needs_looks = entry.filters.needs_looks
+        self._needs_dhash = entry.filters.needs_looks
         self._writer = writer
 
     def add(self, item: Sample | Skipped) -> None:
@@ -126,14 +126,14 @@ class _PartMaker:
         try:
             image = self._source.settle(image)
             digest = hashlib.sha256(image.data).digest()
-            number, looks = self._writer.find_image(digest), 0
+            number, image_hash = self._writer.find_image(digest), 0
             if number is None:
-                decoded = decode_image(image.data) if self._needs_looks else None
+                decoded = decode_image(image.data) if self._needs_dhash else None
                 self._filter.check_image(check_image(image.data) if decoded is None else decoded.size)
-                looks = 0 if decoded is None else looks_of(decoded)
+                image_hash = 0 if decoded is None else dhash(decoded)
         except SkipSample as error:
             raise SkipSample(error.reason, f"image {image.key}: {error.detail}") from error
-        return number, (image.data, digest, looks)
+        return number, (image.data, digest, image_hash)
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vl.data.dataset.indexed import Stretch, write_index
+from megatron_vl.data.dataset.indexed import FileRange, write_index
 from megatron_vl.data.dataset.manifest import HASHES, FileEntry, Manifest, hash_lines, manifest_path, write_manifest
 from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_slices
 from megatron_vl.data.prepare.row_slices import IMAGES, TOKENS, SliceRecord, read_record, record_path, write_slice
@@ -96,14 +96,14 @@ def _remove(folder: Path, kept: Collection[Path]) -> None:
 
 def _finish_files(plan: RowPlan, names: Sequence[str], stem: Path) -> None:
     """Write the keys, one slice after the other, the indices and the hashes."""
-    stretches: dict[str, list[Stretch]] = {TOKENS: [], IMAGES: [], _KEYS: []}
+    ranges: dict[str, list[FileRange]] = {TOKENS: [], IMAGES: [], _KEYS: []}
     key_lengths = []
     with Path(f"{stem}{_KEYS}.bin").open("wb") as file:
         for name in names:
             record = _finished(stem, name)
-            stretches[TOKENS].append(record.tokens)
-            stretches[IMAGES].append(record.images)
-            stretches[_KEYS].append(Stretch(len(record.keys), hashlib.sha256(record.keys.data).hexdigest()))
+            ranges[TOKENS].append(record.tokens)
+            ranges[IMAGES].append(record.images)
+            ranges[_KEYS].append(FileRange(len(record.keys), hashlib.sha256(record.keys.data).hexdigest()))
             key_lengths.append(record.key_lengths)
             file.write(record.keys.data)
         sync(file)
@@ -114,7 +114,7 @@ def _finish_files(plan: RowPlan, names: Sequence[str], stem: Path) -> None:
     }
     with Path(f"{stem}{HASHES}").open("wb") as file:
         for suffix, index in indices.items():
-            for line in (*hash_lines(f"{suffix}.bin", stretches[suffix]), *hash_lines(f"{suffix}.idx", [index])):
+            for line in (*hash_lines(f"{suffix}.bin", ranges[suffix]), *hash_lines(f"{suffix}.idx", [index])):
                 file.write(line.encode())
         sync(file)
 

@@ -1,9 +1,9 @@
 """The unit of work of the merge: a slice of rows is written into files whose every byte has its place already.
 
-    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own stretch
-    rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its stretches, its keys
+    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own range
+    rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its ranges, its keys
 
-The record comes last, when the stretches are on the disk. A slice is named by the hash of all that it is made from and
+The record comes last, when the ranges are on the disk. A slice is named by the hash of all that it is made from and
 of where it goes, and a plan by its slices. So a slice that has its record need not be written again, a killed merge
 goes on where it was, and a straggler of another plan writes into files that nobody reads.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.dataset.columns import load_columns, store_columns
-from megatron_vl.data.dataset.indexed import Stretch
+from megatron_vl.data.dataset.indexed import FileRange
 from megatron_vl.data.dataset.rows import SegmentKey, encode_keys, encode_row
 from megatron_vl.data.prepare.part_reader import PartReader
 from megatron_vl.data.sample import TASKS
@@ -90,8 +90,8 @@ class RowSlice:
 class SliceRecord:
     """What is kept of a finished slice."""
 
-    tokens: Stretch
-    images: Stretch
+    tokens: FileRange
+    images: FileRange
     keys: npt.NDArray[np.uint8]
     """The stored keys of its rows, end to end."""
     key_lengths: npt.NDArray[np.int32]
@@ -118,9 +118,9 @@ def write_slice(work: RowSlice, stem: Path) -> int:
             keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
     finally:
         reader.close()
-    stretches = json.dumps([(writer.size, writer.sha256) for writer in (tokens, images)])
+    ranges = json.dumps([(writer.size, writer.sha256) for writer in (tokens, images)])
     columns: dict[str, npt.NDArray[Any]] = {
-        "stretches": np.frombuffer(stretches.encode(), np.uint8),
+        "ranges": np.frombuffer(ranges.encode(), np.uint8),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
         "key_lengths": np.array([len(key) for key in keys], dtype=np.int32),
     }
@@ -134,7 +134,7 @@ def read_record(stem: Path, name: str) -> SliceRecord | None:
     try:
         if stored is None:
             return None
-        tokens, images = (Stretch(*item) for item in json.loads(stored["stretches"].tobytes()))
+        tokens, images = (FileRange(*item) for item in json.loads(stored["ranges"].tobytes()))
         return SliceRecord(tokens, images, stored["keys"], stored["key_lengths"])
     except (ValueError, KeyError, TypeError):
         return None
@@ -145,7 +145,7 @@ def _stretch(path: Path, begin: int) -> Iterator[HashedWriter]:
     """A writer into a file from a byte on; what it wrote is on the disk afterwards.
 
     The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
-    send all of the page, with what a neighbor's stretch held there before.
+    send all of the page, with what a neighbor's range held there before.
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
         file.seek(begin)

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from megatron_vl.data.dataset.manifest import Manifest, read_manifest
 from megatron_vl.data.dataset.rows import RowStore
-from megatron_vl.data.filters.duplicates import like_any, like_pairs, looks_of, repeated
+from megatron_vl.data.filters.duplicates import dhash, mark_repeats, matches_any, near_duplicate_pairs
 from megatron_vl.data.filters.options import MOST_DISTANCE, FilterOptions, read_filters
 from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.filters.text import strip_html, strip_irregular
@@ -228,17 +228,17 @@ def distance(a: int, b: int) -> int:
 
 
 def test_looks_survive_scaling_and_compression_and_tell_images_apart() -> None:
-    looks = [looks_of(picture(seed)) for seed in range(40)]
+    looks = [dhash(picture(seed)) for seed in range(40)]
     for seed, mine in enumerate(looks):
         image = picture(seed)
         small = image.resize((60, 50), Image.Resampling.LANCZOS)
         lossy = Image.open(io.BytesIO(encoded(image, "JPEG", quality=40)))
         for other in (small, lossy, image.filter(ImageFilter.GaussianBlur(1))):
-            assert distance(mine, looks_of(other)) <= MOST_DISTANCE
+            assert distance(mine, dhash(other)) <= MOST_DISTANCE
     assert min(distance(a, b) for i, a in enumerate(looks) for b in looks[:i]) > 10
-    assert looks_of(Image.new("RGB", (50, 50), (9, 200, 30))) == 0
+    assert dhash(Image.new("RGB", (50, 50), (9, 200, 30))) == 0
     ramp = Image.fromarray(np.tile(np.arange(90, 0, -1, dtype=np.uint8), (8, 1)))
-    assert looks_of(ramp) == 2**64 - 1
+    assert dhash(ramp) == 2**64 - 1
 
 
 HASHES = st.lists(
@@ -254,7 +254,7 @@ HASHES = st.lists(
 def test_pairs_are_those_of_comparing_all(values: list[int], most: int) -> None:
     distinct = list(dict.fromkeys(values))
     expected = [(i, j) for j in range(len(distinct)) for i in range(j) if distance(distinct[i], distinct[j]) <= most]
-    firsts, seconds = like_pairs(np.array(distinct, dtype=np.uint64), most)
+    firsts, seconds = near_duplicate_pairs(np.array(distinct, dtype=np.uint64), most)
     assert list(zip(firsts.tolist(), seconds.tolist(), strict=True)) == expected
 
 
@@ -267,9 +267,9 @@ def test_the_first_of_similar_images_stays(values: list[int], others: list[int],
         expected.append(value != 0 and any(distance(value, earlier) <= most for earlier in kept))
         if value and not expected[-1]:
             kept.append(value)
-    assert repeated(np.array(values, dtype=np.uint64), most).tolist() == expected
+    assert mark_repeats(np.array(values, dtype=np.uint64), most).tolist() == expected
     like = [bool(v) and any(o and distance(v, o) <= most for o in others) for v in values]
-    assert like_any(np.array(values, dtype=np.uint64), np.array(others, dtype=np.uint64), most).tolist() == like
+    assert matches_any(np.array(values, dtype=np.uint64), np.array(others, dtype=np.uint64), most).tolist() == like
 
 
 def prepared(folder: Path, sources: dict[str, list[bytes]], *, entries: dict[str, Any], **filters: Any) -> Manifest:
@@ -334,7 +334,7 @@ def test_images_of_benchmarks_are_dropped(tmp_path: Path) -> None:
     entries = {"own": {"benchmark_images": None}}
     options = {"benchmark_images": "benchmark", "benchmark_distance": 4}
     assert left_out(prepared(tmp_path, sources, entries=entries, **options)) == dropped
-    hashes = [hashlib.sha256(exact).hexdigest(), f"{looks_of(scaled):016x}", ""]
+    hashes = [hashlib.sha256(exact).hexdigest(), f"{dhash(scaled):016x}", ""]
     (tmp_path / "hashes.txt").write_text("\n".join(hashes))
     options["benchmark_images"] = "hashes.txt"
     assert left_out(prepared(tmp_path, sources, entries=entries, **options)) == dropped

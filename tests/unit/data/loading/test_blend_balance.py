@@ -119,7 +119,7 @@ def test_every_row_is_dealt_once(shape: tuple[int, int, int], seed: int) -> None
         parts = split(costs, mine, num_micro_batches=micro)
         assert parts.shape == (micro, rows)
         assert sorted(parts.ravel()) == sorted(mine)
-        assert (np.diff(costs[parts].sum(axis=1)) <= 0).all(), "the dearest micro-batch comes first"
+        assert (np.diff(costs[parts].sum(axis=1)) <= 0).all(), "the most expensive micro-batch comes first"
         assert (np.diff(parts, axis=1) > 0).all(), "rows of a micro-batch keep the order of the batch"
 
 

@@ -156,5 +156,5 @@ def test_an_image_that_is_none_is_named_as_what_it_is(data: bytes, said: str) ->
 
 def test_a_folder_of_a_benchmark_may_hold_what_systems_leave(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.png": png(3, 40), ".DS_Store": b"\0", "Thumbs.db": b"\0"})
-    digests, looks = _benchmark_hashes(tmp_path)
-    assert len(digests) == len(looks) == 1
+    digests, dhashes = _benchmark_hashes(tmp_path)
+    assert len(digests) == len(dhashes) == 1
