@@ -32,14 +32,14 @@ from megatron_vl.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a run's weights come from, and what comes with them."""
+class VerifiedStart:
+    """What a run begins with, and the checkpoint that was found whole for it."""
 
+    start: Start
     checkpoint: Verified
-    comes_with: Start
 
 
-def find_source(config: RunConfig, topology: Topology) -> Source | None:
+def find_start(config: RunConfig, topology: Topology) -> VerifiedStart | None:
     """Find what to load, the same on all ranks, and verify it.
 
     Raises:
@@ -49,9 +49,9 @@ def find_source(config: RunConfig, topology: Topology) -> Source | None:
     if start is None:
         return None
     if not start.may_fall_back:
-        return Source(_named(start.path, topology), start)
+        return VerifiedStart(start, _named(start.path, topology))
     steps: list[int] = on_rank_0(lambda: store.steps_named(start.path))
-    return Source(_newest_whole(start.path, steps, topology), start)
+    return VerifiedStart(start, _newest_whole(start.path, steps, topology))
 
 
 @contextmanager
@@ -107,19 +107,19 @@ def _leave_mark(root: Path) -> str:
     return mark.name
 
 
-def load_source(source: Source, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:
-    """Load what a source says into the model and its optimizer; where the run stands then."""
-    trained = contents.Trained(model.chunks, model.optimizer if source.comes_with.optimizer else None)
-    load_rng = source.comes_with.rng
-    progress = contents.load(trained, source.checkpoint, config=config, topology=topology, load_rng=load_rng)
-    if not source.comes_with.optimizer:
+def load_start(found: VerifiedStart, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:
+    """Load what a run begins with into the model and its optimizer; return the progress from which it goes on."""
+    start, checkpoint = found.start, found.checkpoint
+    trained = contents.Trained(model.chunks, model.optimizer if start.optimizer else None)
+    progress = contents.load(trained, checkpoint, config=config, topology=topology, load_rng=start.rng)
+    if not start.optimizer:
         # The optimizer keeps fp32 copies of the weights, made when it was built.
         model.optimizer.reload_model_params()
     else:
-        _warn_of_dropped_moments(config, source.checkpoint.path)
-    not_finite.check_loaded(model, topology, source.checkpoint.path)
-    log_rank_0(f"loaded {source.checkpoint.path}" + ("" if source.comes_with.progress else " (weights only)"))
-    return as_state(progress, source.checkpoint.path) if source.comes_with.progress else TrainState()
+        _warn_of_dropped_moments(config, checkpoint.path)
+    not_finite.check_loaded(model, topology, checkpoint.path)
+    log_rank_0(f"loaded {checkpoint.path}" + ("" if start.progress else " (weights only)"))
+    return as_state(progress, checkpoint.path) if start.progress else TrainState()
 
 
 def _warn_of_dropped_moments(config: RunConfig, checkpoint: Path) -> None:

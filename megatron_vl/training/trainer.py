@@ -27,7 +27,7 @@ from megatron_vl.training import ending, not_finite
 from megatron_vl.training.feed import Feed, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
-from megatron_vl.training.resume import find_source, hold_save_directory, load_source
+from megatron_vl.training.resume import find_start, hold_save_directory, load_start
 from megatron_vl.training.start import check_nothing_later, check_same_rows
 from megatron_vl.training.state import TrainState
 from megatron_vl.training.step import evaluate, train_step
@@ -50,18 +50,18 @@ def _train(config: RunConfig, topology: Topology) -> ExitStatus:
     with hold_save_directory(config):
         ending.forget_last(config, topology)
         with ending.recording_errors(config, topology, step=lambda: None), ending_at_sigterm(config, topology):
-            run = Run.set_up(config, topology)
+            trainer = Trainer.set_up(config, topology)
         try:
-            with ending.recording_errors(config, topology, step=lambda: run.state.step):
-                end = run.loop()
+            with ending.recording_errors(config, topology, step=lambda: trainer.state.step):
+                end = trainer.loop()
         finally:
-            run.close()
-        ending.record(config, topology, end.status, step=run.state.step, reason=end.reason)
+            trainer.close()
+        ending.record(config, topology, end.status, step=trainer.state.step, reason=end.reason)
         return end.status
 
 
 @dataclass
-class Run:
+class Trainer:
     """Everything a run holds on this rank. ``state`` and ``saved_step`` are the only fields that change."""
 
     config: RunConfig
@@ -75,7 +75,7 @@ class Run:
     """Step of the last checkpoint that was written or loaded."""
 
     @classmethod
-    def set_up(cls, config: RunConfig, topology: Topology) -> Run:
+    def set_up(cls, config: RunConfig, topology: Topology) -> Trainer:
         """Build the model, load what the configuration names, and open the data."""
         seed_all(config.training.seed)
         torch.use_deterministic_algorithms(config.training.deterministic_mode)
@@ -83,11 +83,11 @@ class Run:
         validation = None
         if config.data.valid_data_path:
             validation = open_feed(config, topology, data_path=config.data.valid_data_path)
-        source = find_source(config, topology)
-        model = build_parallel_model(config, topology, fresh_weights=source is None)
+        start = find_start(config, topology)
+        model = build_parallel_model(config, topology, fresh_weights=start is None)
         state = TrainState()
-        if source:
-            state = load_source(source, model, config=config, topology=topology)
+        if start:
+            state = load_start(start, model, config=config, topology=topology)
         state = check_same_rows(state, DataPlan.read(config).fingerprint)
         together(lambda: check_nothing_later(state, config))
         layout = Layout(_describe(config, topology), topology.world_size)

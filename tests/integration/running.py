@@ -10,7 +10,7 @@ import torch
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.training.metrics import StepMetrics
-from megatron_vl.training.trainer import Run
+from megatron_vl.training.trainer import Trainer
 from tests.helpers.ranks import Start
 
 
@@ -45,35 +45,35 @@ class _Losses:
 def train_on_rank(start: Start, config: RunConfig) -> RunRecord:
     """Train as ``config`` says."""
     with start.topology(config.parallel) as topology:
-        run = Run.set_up(config, topology)
+        trainer = Trainer.set_up(config, topology)
         losses = _Losses()
-        run.reporter._sinks = [losses]
+        trainer.reporter._sinks = [losses]
         rows: list[list[int]] = []
-        if run.feed.loader is not None:
-            read = run.feed.loader.rows_of_step
-            first, size = run.state.consumed_rows, config.training.global_batch_size
-            count = config.training.train_iters - run.state.step
+        if trainer.feed.loader is not None:
+            read = trainer.feed.loader.rows_of_step
+            first, size = trainer.state.consumed_rows, config.training.global_batch_size
+            count = config.training.train_iters - trainer.state.step
             rows = [read(first + step * size).tolist() for step in range(count)]
-        before = {name: value.clone() for name, value in _parameters(run).items()}
-        run.loop()
-        run.close()
-        after = _parameters(run)
+        before = {name: value.clone() for name, value in _parameters(trainer).items()}
+        trainer.loop()
+        trainer.close()
+        after = _parameters(trainer)
         return RunRecord(
             losses=losses.values,
             rows=rows,
-            hashes=_hashes(run),
+            hashes=_hashes(trainer),
             names_trained=sorted(name for name, value in after.items() if value.requires_grad),
             changed=sorted(name for name, value in after.items() if not torch.equal(value, before[name])),
         )
 
 
-def _parameters(run: Run) -> dict[str, torch.Tensor]:
-    return {name: value for chunk in run.model.chunks for name, value in chunk.named_parameters()}
+def _parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value for chunk in trainer.model.chunks for name, value in chunk.named_parameters()}
 
 
-def _hashes(run: Run) -> dict[str, str]:
-    tensors = {name: value.detach() for name, value in _parameters(run).items()}
-    for number, optimizer in enumerate(run.model.optimizer.chained_optimizers):
+def _hashes(trainer: Trainer) -> dict[str, str]:
+    tensors = {name: value.detach() for name, value in _parameters(trainer).items()}
+    for number, optimizer in enumerate(trainer.model.optimizer.chained_optimizers):
         inner = optimizer.optimizer
         for group_number, group in enumerate(inner.param_groups):
             for position, parameter in enumerate(group["params"]):

@@ -16,7 +16,7 @@ from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import train_step
-from megatron_vl.training.trainer import Run
+from megatron_vl.training.trainer import Trainer
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import micro_batches, tiny_config
@@ -130,8 +130,8 @@ def _config(prefix: str, **sections: dict[str, Any]) -> RunConfig:
 
 def _deterministic(start: Start, config: RunConfig) -> bool:
     with start.topology(config.parallel) as topology:
-        run = Run.set_up(config, topology)
-        run.close()
+        trainer = Trainer.set_up(config, topology)
+        trainer.close()
         return torch.are_deterministic_algorithms_enabled()
 
 
@@ -144,14 +144,14 @@ def test_deterministic_mode_is_torch_s(ranks: RankPools, prefix: str) -> None:
 def _begun(start: Start, config: RunConfig, steps: int) -> tuple[float, int, int, int, bool]:
     """Set a run up and train some steps; a weight, the optimizer's step, the run's step and rows, streams loaded."""
     with start.topology(config.parallel) as topology, mock.patch.object(contents.rng, "load_state_dict") as streams:
-        run = Run.set_up(config, topology)
+        trainer = Trainer.set_up(config, topology)
         if steps:
-            run.loop()
-        run.close()
-        weight = run.model.chunks[0].language_model.output_layer.weight.double().sum().item()
-        groups = {group.get("step", 0) for group in run.model.optimizer.param_groups}
+            trainer.loop()
+        trainer.close()
+        weight = trainer.model.chunks[0].language_model.output_layer.weight.double().sum().item()
+        groups = {group.get("step", 0) for group in trainer.model.optimizer.param_groups}
         assert len(groups) == 1
-        return weight, groups.pop(), run.state.step, run.state.consumed_rows, streams.called
+        return weight, groups.pop(), trainer.state.step, trainer.state.consumed_rows, streams.called
 
 
 def test_what_a_run_starts_from(ranks: RankPools, prefix: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_vl.cli import inspect_data
 from megatron_vl.config.schema import CheckpointConfig, RunConfig
 from megatron_vl.errors import CheckpointError, ExitStatus, NotFiniteError
 from megatron_vl.training.not_finite import check_before_save
-from megatron_vl.training.trainer import Run
+from megatron_vl.training.trainer import Trainer
 from tests.helpers.listening import heard
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankPools, Start
@@ -58,32 +58,32 @@ class Outcome:
 def train_poisoned(start: Start, config: RunConfig, poison: Poison) -> Outcome:
     """Train with numbers that are not finite on one rank in some steps."""
     with start.topology(config.parallel) as topology, heard() as warnings:
-        run = Run.set_up(config, topology)
+        trainer = Trainer.set_up(config, topology)
         if topology.rank == poison.rank:
-            _poison(run, poison)
-        rows = tuple(_rows(run, config)) if run.feed.loader else ()
-        error, changed, advance = "", [], run.advance
+            _poison(trainer, poison)
+        rows = tuple(_rows(trainer, config)) if trainer.feed.loader else ()
+        error, changed, advance = "", [], trainer.advance
 
         def watched(batches: Any) -> None:
-            before = [parameter.detach().clone() for chunk in run.model.chunks for parameter in chunk.parameters()]
+            before = [parameter.detach().clone() for chunk in trainer.model.chunks for parameter in chunk.parameters()]
             try:
                 advance(batches)
             finally:
-                after = [parameter for chunk in run.model.chunks for parameter in chunk.parameters()]
+                after = [parameter for chunk in trainer.model.chunks for parameter in chunk.parameters()]
                 if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
-                    changed.append(run.state.step)
+                    changed.append(trainer.state.step)
 
-        run.advance = watched  # type: ignore[method-assign]
+        trainer.advance = watched  # type: ignore[method-assign]
         try:
-            run.loop()
+            trainer.loop()
         except NotFiniteError as found:
             error = str(found)
-        run.close()
-    return Outcome(error, run.state.step, run.state.skipped_steps, tuple(changed), rows, tuple(warnings))
+        trainer.close()
+    return Outcome(error, trainer.state.step, trainer.state.skipped_steps, tuple(changed), rows, tuple(warnings))
 
 
-def _poison(run: Run, poison: Poison) -> None:
-    chunk, calls = run.model.chunks[-1], iter(range(10**6))
+def _poison(trainer: Trainer, poison: Poison) -> None:
+    chunk, calls = trainer.model.chunks[-1], iter(range(10**6))
     parameter = next(parameter for parameter in chunk.parameters() if parameter.requires_grad)
 
     def spoil_loss(module: nn.Module, inputs: Any, losses: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _poison(run: Run, poison: Poison) -> None:
         return losses + float("nan") if bad else losses  # the gradient stays finite
 
     def spoil_gradient(gradient: Tensor) -> Tensor:
-        return gradient * float("inf") if run.state.step + 1 in poison.steps else gradient
+        return gradient * float("inf") if trainer.state.step + 1 in poison.steps else gradient
 
     if poison.loss:
         chunk.register_forward_hook(spoil_loss)
@@ -100,11 +100,11 @@ def _poison(run: Run, poison: Poison) -> None:
         parameter.register_hook(spoil_gradient)
 
 
-def _rows(run: Run, config: RunConfig) -> Iterator[list[int]]:
+def _rows(trainer: Trainer, config: RunConfig) -> Iterator[list[int]]:
     size = config.training.global_batch_size
     for step in range(config.training.train_iters):
-        assert run.feed.loader
-        yield run.feed.loader.rows_of_step(step * size).tolist()
+        assert trainer.feed.loader
+        yield trainer.feed.loader.rows_of_step(step * size).tolist()
 
 
 def _config(prefix: str, root: Path, *, steps: int, parallel: dict[str, Any], world_size: int) -> RunConfig:
@@ -176,24 +176,24 @@ def test_checkpoints_wait_for_a_good_step(ranks: RankPools, prefix: str, tmp_pat
 def save_and_load_nan(start: Start, config: RunConfig, bad: str) -> list[str]:
     """Put a NaN into a weight or a moment of rank 0; what a save says, and what a load of such a checkpoint says."""
     with start.topology(config.parallel) as topology:
-        run = Run.set_up(config, topology)
-        run.advance(next(run.feed.steps(0)))
-        optimizer = run.model.optimizer.chained_optimizers[0].optimizer
+        trainer = Trainer.set_up(config, topology)
+        trainer.advance(next(trainer.feed.steps(0)))
+        optimizer = trainer.model.optimizer.chained_optimizers[0].optimizer
         moments = [state["exp_avg"] for state in optimizer.state.values()]
-        values = moments if bad == "exp_avg" else list(run.model.chunks[0].parameters())
+        values = moments if bad == "exp_avg" else list(trainer.model.chunks[0].parameters())
         if topology.rank == 0:  # of a replica elsewhere, nothing is saved
             with torch.no_grad():
                 values[-1].view(-1)[-1] = float("nan")
         said = []
         try:
-            check_before_save(run.model, topology, run.state.step)
+            check_before_save(trainer.model, topology, trainer.state.step)
         except NotFiniteError as error:
             said.append(str(error))
-        trained = contents.Trained(run.model.chunks, run.model.optimizer)
+        trained = contents.Trained(trainer.model.chunks, trainer.model.optimizer)
         root = Path(str(config.checkpoint.save))
-        contents.save(trained, asdict(run.state), config=config, topology=topology, root=root)
+        contents.save(trained, asdict(trainer.state), config=config, topology=topology, root=root)
         try:
-            Run.set_up(config, topology)
+            Trainer.set_up(config, topology)
         except CheckpointError as error:
             said.append(str(error))
         return said

@@ -34,7 +34,7 @@ def wait(config, topology):
     print("setting up", flush=True)
     while True:
         ctypes.CDLL(None).sleep(1000)  # in a library: Python runs no handler there
-trainer.find_source = wait
+trainer.find_start = wait
 sys.exit(train.main())
 """
 SLOW_VALIDATION = """

@@ -107,7 +107,7 @@ def _end_of(start: Start, config: RunConfig, root: Path, place: str, rank: int) 
             contents.load(trained, verification.Verified(path), config=config, topology=topology)
 
         calls: dict[str, Any] = {
-            "start": lambda: resume.find_source(config, topology),
+            "start": lambda: resume.find_start(config, topology),
             "hold": hold,
             "verify": lambda: verification.verify_together(path, topology),
             "staging": save,
@@ -147,5 +147,5 @@ def test_a_refusal_of_rank_0_has_the_same_words_everywhere(ranks: RankPools, tmp
 
 def _refused(start: Start, config: RunConfig) -> str:
     with start.topology(config.parallel) as topology, pytest.raises(CheckpointError) as caught:
-        resume.find_source(config, topology)
+        resume.find_start(config, topology)
     return str(caught.value)

@@ -16,7 +16,7 @@ from megatron_vl.config.validate import validate
 from megatron_vl.data.dataset.manifest import read_manifest
 from megatron_vl.data.loading.blend import Blend
 from megatron_vl.data.loading.plan import DataPlan
-from megatron_vl.training.trainer import Run
+from megatron_vl.training.trainer import Trainer
 from tests.helpers.data.prepared import SEQ_LENGTH, make_data_set, run_config
 from tests.helpers.listening import heard
 from tests.helpers.ranks import RankPools, Start
@@ -133,9 +133,9 @@ def test_rows_of_a_step_are_rounded_to_what_the_ranks_divide(prefix: str, world_
 def log_of_run(start: Start, config: RunConfig) -> list[str]:
     """What a rank logs of the data in a run."""
     with start.topology(config.parallel) as topology, heard(logging.INFO) as lines:
-        run = Run.set_up(config, topology)
-        run.loop()
-        run.close()
+        trainer = Trainer.set_up(config, topology)
+        trainer.loop()
+        trainer.close()
     return [line for line in lines if line.startswith("data")]
 
 

@@ -18,7 +18,7 @@ from megatron_vl.config.validation_sets import validation_sets
 from megatron_vl.errors import ConfigError
 from megatron_vl.training import trainer
 from megatron_vl.training.metrics import Reporter
-from megatron_vl.training.trainer import Run
+from megatron_vl.training.trainer import Trainer
 from tests.helpers.data.prepared import SEQ_LENGTH, make_data_set
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
@@ -47,7 +47,7 @@ def test_validation_sets_without_a_name_of_their_own_are_refused(prefixes: tuple
 
 def train_on_rank(start: Start, config: RunConfig) -> None:
     with start.topology(config.parallel) as topology:
-        run = Run.set_up(config, topology)
+        run = Trainer.set_up(config, topology)
         run.loop()
         run.close()
 
