@@ -124,7 +124,7 @@ def _is_fp32(entry: ShardedBase) -> bool:
 
 def _key_of_master(name: str, stored: Collection[str]) -> str:
     """Under which key a checkpoint keeps the most exact values of a parameter."""
-    return next((key for key in (_MASTER + name, _SHARDED_MASTER + name) if key in stored), name)
+    return _MASTER + name if _MASTER + name in stored else name
 
 
 def _sharded_tensors(state: _Sharded) -> Iterator[tuple[Any, Any, Any]]:

@@ -20,7 +20,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from megatron_vl.checkpoint import contents, optimizer_state, store
+from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import OptimizerConfig, ParallelConfig, RunConfig
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training import parallel_model
@@ -217,16 +217,6 @@ def train_in_buckets_on_rank(start: Start, config: RunConfig, root: Path) -> Non
         train_steps(start, config, 2, root, None)
 
 
-def save_as_before_on_rank(start: Start, config: RunConfig, root: Path) -> None:
-    """Train two steps, and write the optimizer as Megatron-Core does, which is what older versions did."""
-
-    def plain(optimizer: Any, model: Any, *, step: int) -> Any:
-        return optimizer.sharded_state_dict(model, metadata=optimizer_state._FORMAT)
-
-    with mock.patch.object(optimizer_state, "describe", plain):
-        train_steps(start, config, 2, root, None)
-
-
 KINDS = {
     "dp2 sharded": (2, {"use_distributed_optimizer": True}),
     "dp2 unsharded": (2, {"use_distributed_optimizer": False}),
@@ -281,15 +271,6 @@ def test_a_checkpoint_is_the_same_in_however_many_buckets_gradients_are_reduced(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).norm() <= tolerance * value.norm(), name
-
-
-@pytest.mark.parametrize(("kind", "bf16"), [("dp2 sharded", True), ("dp2 sharded", False), ("tp2 unsharded", True)])
-def test_checkpoints_of_older_versions_are_read(ranks: RankPools, tmp_path: Path, kind: str, bf16: bool) -> None:
-    world_size, parallel = KINDS[kind]
-    config = tiny_config(parallel=parallel, training={"bf16": bf16}, optimizer=BEFORE)
-    ranks(world_size).run(save_as_before_on_rank, config, tmp_path)
-    straight = ranks(world_size).run(train_steps, config, 4, None, None)[0]
-    assert ranks(world_size).run(train_steps, config, 2, None, tmp_path)[0] == straight[2:]
 
 
 @pytest.mark.parametrize("sharded", [True, False])
