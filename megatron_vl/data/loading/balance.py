@@ -1,18 +1,18 @@
-"""Who computes which rows of a global batch: equal numbers of rows, nearly equal work.
+"""Distribution of the rows of a global batch over ranks: equal numbers of rows, nearly equal work.
 
-Rows differ in work: their lines are padded to one length, but the vision tower runs once per image, and the
-output layer once per label. Dealt as they come, 16 rows a rank, the most loaded of 64 ranks has 8 % more than the
-average, and all others wait for it. Here rows are dealt to ranks, and those of a rank to micro-batches, in the
-same two moves each time:
+Rows differ in work. All are padded to one length, but the vision tower runs once per image, and the output layer runs
+once per label. If rows are dealt in their order, 16 per rank, the most loaded of 64 ranks has 8 % more work than the
+average, and all other ranks wait for it. So rows are dealt to ranks, and the rows of a rank to micro-batches, in two
+phases:
 
-    deal     from the most expensive to the cheapest, one for each bin in a round; in a round, the most expensive goes
-             to the least loaded bin
-    swap     fullest and emptiest bin, second fullest and second emptiest, ... trade the pair of members that
-             leaves them most equal, until no trade helps
+    deal     Take the rows from the most to the least expensive, one for each bin in a round. In each round, the most
+             expensive row goes to the least loaded bin.
+    swap     Pair the fullest bin with the emptiest, the second fullest with the second emptiest, and so on. Each pair
+             trades the two members that make it most equal. Repeat until no trade helps.
 
-Each rank computes its most expensive micro-batch first, so that those of one number are alike everywhere. Each finds
-the deal by itself, so work is counted in whole numbers, whose sums are exact on any processor. Which
-rows are in the batch, and hence what is learned, does not depend on the deal.
+Each rank computes its most expensive micro-batch first, so that micro-batches of equal index have similar work on all
+ranks. Each rank computes the distribution by itself. So work is counted in integers, whose sums are exact on every
+processor. The distribution does not change which rows are in the batch, and hence does not change what is learned.
 """
 
 from __future__ import annotations
@@ -22,32 +22,42 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 _MAX_ROUNDS = 32
-"""Rounds of swaps; about 6 are needed for 16 rows a rank at any number of ranks."""
+"""Maximum rounds of swaps. About 6 are needed for 16 rows per rank at any number of ranks."""
 _TOLERANCE = 2048
-"""Bins that differ by less than this part of their work are equal enough."""
+"""Two bins are equal enough if their difference is less than the load of the fuller one divided by this."""
 
 
 def row_costs(lengths: npt.NDArray[np.integer], images: npt.NDArray[np.integer], *, image_cost: float) -> IntArray:
-    """Work by which rows differ, in labels: one for each token, and what an image adds to the labels in its place."""
+    """Return the work of each row, in units of one label, as int64[rows]; ``lengths`` and ``images`` are
+    integers[rows].
+
+    A row costs one label per token, and ``image_cost`` labels per image, rounded.
+    """
     return lengths.astype(np.int64) + np.rint(image_cost * images).astype(np.int64)
 
 
 def deal(costs: IntArray, *, num_ranks: int) -> IntArray:
-    """int64[ranks, rows]: positions in the batch that each data-parallel rank computes, most expensive first.
+    """Return the positions in the batch that each data-parallel rank computes, most expensive first, as int64[ranks,
+    rows].
 
-    ``len(costs)`` must be a multiple of the ranks. Deterministic.
+    ``costs`` is int64[batch]; its length must be a multiple of ``num_ranks``. The result is deterministic.
     """
     return _deal_evenly(costs, num_ranks)
 
 
 def split(costs: IntArray, positions: IntArray, *, num_micro_batches: int) -> IntArray:
-    """int64[micro-batches, rows]: the positions of one rank as micro-batches, most expensive first; deterministic."""
+    """Split the positions of one rank into micro-batches, most expensive first.
+
+    ``costs`` is int64[batch], ``positions`` int64[rows of the rank], the result int64[micro-batches, rows]. The result
+    is deterministic.
+    """
     parts = positions[_deal_evenly(costs[positions], num_micro_batches)]
     return np.sort(parts[np.argsort(-costs[parts].sum(axis=1), kind="stable")], axis=1)
 
 
 def _deal_evenly(costs: IntArray, num_bins: int) -> IntArray:
-    """int64[bins, size]: members of bins of equal size and nearly equal cost, the most expensive first in each bin."""
+    """Return bins of equal size and nearly equal cost as int64[bins, size], the most expensive member first in each
+    bin."""
     assert len(costs) and len(costs) % num_bins == 0, f"{len(costs)} rows cannot be dealt evenly to {num_bins}"
     turns = np.argsort(-costs, kind="stable").reshape(-1, num_bins)
     members = np.empty((num_bins, len(turns)), dtype=np.int64)
@@ -63,7 +73,10 @@ def _deal_evenly(costs: IntArray, num_bins: int) -> IntArray:
 
 
 def _swap(costs: IntArray, members: IntArray) -> bool:
-    """Let each pair of a full and an empty bin trade one member for one; returns whether any did."""
+    """Trade one member for another in each pair of a full and an empty bin, in place; return whether any pair did.
+
+    ``costs`` is int64[n], ``members`` int64[bins, size].
+    """
     num_bins, size = members.shape
     values = costs[members]
     loads = values.sum(axis=1)

@@ -1,16 +1,15 @@
-"""MicroBatch: what one forward pass reads, and how rows become one.
+"""MicroBatch, the input of one forward pass, and its construction from rows.
 
-The b rows of a micro-batch are laid end to end as one line of b*s tokens, and ``cu_seqlens`` says which
-stretches of it may look at each other (whole rows, or single segments). So attention has one form for every
-case, the packed one. Labels are shifted here and nowhere else: position i is supervised if token i + 1 is a
-target in the same span.
+The b rows of a micro-batch are concatenated into one sequence of b*s tokens. ``cu_seqlens`` gives the spans within
+which tokens attend to each other: whole rows or single segments. So attention always has the packed form. Labels are
+shifted here and nowhere else: position i is supervised if token i + 1 is a target in the same span.
 
     row                      |<img> slots </img> ... Answer: red eos|You are kind eos|pad pad|
     positions, whole row      0 1 2 ...                                                    ...
     positions, per segment    0 1 2 ...                              0   1   2    3    0   1
 
-With whole rows the first token of a segment is predicted from the segment before it, as in the original; per
-segment nothing predicts it.
+With whole rows, the first token of a segment is predicted from the segment before it, as in the original. With
+segments, nothing predicts it.
 """
 
 from __future__ import annotations
@@ -35,45 +34,45 @@ class MicroBatch:
     """Rows of one micro-batch of one data-parallel rank, as tensors (t = rows x seq_length)."""
 
     tokens: torch.Tensor
-    """int64[t]: ids, rows end to end, each padded with <|endoftext|>."""
+    """int64[t]: token ids. Rows are concatenated, and each is padded with <|endoftext|>."""
     positions: torch.Tensor
-    """int64[t]: index of the token within its attention span; the angle of its rotary embedding."""
+    """int64[t]: index of each token within its attention span, for the rotary embedding."""
     cu_seqlens: torch.Tensor
-    """int32[spans + 1]: borders of the attention spans, 0 first, t last. Padding ends its row's span (whole rows)
-    or is a span of its own (segments)."""
+    """int32[spans + 1]: borders of the attention spans, from 0 to t. Padding ends the span of its row (whole rows) or
+    is a span of its own (segments)."""
     span_lengths: tuple[int, ...]
-    """Lengths of the spans between these borders, where no device has to be asked for them."""
+    """Lengths of the spans between these borders, as Python integers, so that reading them needs no device
+    synchronization."""
     supervised: torch.Tensor
     """int64[m]: positions in [0, t) whose *next* token is a target."""
     targets: torch.Tensor
-    """int64[m]: those targets."""
+    """int64[m]: the ids of these targets."""
     slots: torch.Tensor
-    """int64[k * num_queries]: positions that image features fill, image by image; empty for text-only
-    batches."""
+    """int64[k * num_queries]: positions that image features fill, image by image. Empty for text-only batches."""
     pixels: torch.Tensor | None
-    """uint8[n, 3, H, W], n >= 1: the distinct images, or one blank image without slots when the batch is text
-    only. None on ranks that do not hold the patch embedding."""
+    """uint8[n, 3, H, W], n >= 1: the distinct images. A text-only batch has one blank image without slots. None on
+    ranks that do not hold the patch embedding."""
     span_images: torch.Tensor
-    """int64[k]: which of them fills each image span. An image that several questions share is seen once."""
+    """int64[k]: index into ``pixels`` for each image span. An image that several questions share is encoded once."""
     num_images: int
-    """n of ``pixels``, known on every rank."""
+    """The n of ``pixels``, known on every rank."""
     num_samples: int
-    """Samples that begin in these rows: a text document that lies in several pieces is one, as in the manifest."""
+    """Samples that begin in these rows. A text document in several segments counts once, as in the manifest."""
     num_tokens: int
     """Tokens that are not padding, for throughput."""
     squared_spans: int
-    """Sum of the squared lengths of the attention spans, padding left out of each, for throughput."""
+    """Sum of the squared lengths of the attention spans without padding, for throughput."""
 
     @property
     def work(self) -> Work:
-        """What training on it requires, for every figure of throughput; padding and the blank image require nothing."""
+        """Work of one training pass, for all throughput figures. Padding and the blank image count as no work."""
         images = self.num_images if self.slots.numel() else 0
         return Work(images, self.num_tokens, float(self.squared_spans), self.targets.numel())
 
 
 @dataclass(frozen=True)
 class CollateOptions:
-    """What collating needs to know of the model and the run."""
+    """Facts about the model and the run that collating needs."""
 
     special: SpecialTokens
     seq_length: int
@@ -83,11 +82,11 @@ class CollateOptions:
     with_pixels: bool = True
     """False on ranks that do not hold the patch embedding."""
     blank_images: bool = False
-    """Show gray instead of every image."""
+    """Show a gray image instead of every image."""
 
 
 def empty_row() -> PackedRow:
-    """A row of padding alone: fills the last batch of a finite pass, and changes no loss."""
+    """Return a row of padding only. It fills the last batch of a finite pass and changes no loss."""
     return PackedRow(
         tokens=np.zeros(0, dtype=np.int32),
         supervised=np.zeros(0, dtype=np.bool_),
@@ -104,12 +103,14 @@ def collate(
     names: Sequence[str],
     span_images: npt.NDArray[np.int64] | None = None,
 ) -> MicroBatch:
-    """Lay rows end to end.
+    """Concatenate rows into a micro-batch.
 
-    ``pixels``: uint8[n, 3, H, W], the images of all rows; None if none is needed (text-only rows, blank images,
-    or ranks without pixels). ``span_images``: int64[k], which image each span of the rows shows, by default each
-    the next one. ``names`` name the rows in messages. Raises DataError for a
-    row that is too long, holds an id outside the vocabulary, or whose image spans do not match its images.
+    ``pixels`` is uint8[n, 3, H, W], the images of all rows. It is None if no pixels are needed: text-only rows, blank
+    images, or a rank without the patch embedding. ``span_images`` is int64[k], the image that each span of the rows
+    shows; by default each span shows the next image. ``names`` are the names of the rows in messages.
+
+    Raises:
+        DataError: A row is too long, holds an id outside the vocabulary, or its image spans do not match its images.
     """
     seq_length, total = options.seq_length, len(rows) * options.seq_length
     for row, name in zip(rows, names, strict=True):
@@ -152,8 +153,11 @@ def collate(
 
 
 def _count_samples(row: PackedRow, special: SpecialTokens) -> int:
-    """Segments that begin a sample, which no stored number says: all but the continuations of text documents, the only
-    ones whose first token is neither learned nor a marker (``<img>``, ``<|im_start|>``)."""
+    """Count the segments that begin a sample.
+
+    This is not stored. A segment that continues a text document is recognized by its first token: that token is neither
+    supervised nor a marker (``<img>``, ``<|im_start|>``).
+    """
     begins = np.cumsum(row.segment_lengths) - row.segment_lengths
     first = row.tokens[begins]
     continued = ~row.supervised[begins] & (first != special.img_start) & (first != special.im_start)
@@ -161,13 +165,13 @@ def _count_samples(row: PackedRow, special: SpecialTokens) -> int:
 
 
 def _span_borders(rows: Sequence[PackedRow], options: CollateOptions) -> npt.NDArray[np.int64]:
-    """int64[spans + 1]: borders of the stretches that attend to themselves."""
+    """Return the borders of the attention spans as int64[spans + 1]."""
     ends: list[int] = [0]
     for index, row in enumerate(rows):
         begin, length = index * options.seq_length, len(row.tokens)
         if options.attention_span == "segment":
             ends += (begin + np.cumsum(row.segment_lengths, dtype=np.int64)).tolist()
-        # Attention is causal, so padding behind a row's tokens may share their span; rows of one length batch best.
+        # Attention is causal, so padding after the tokens of a row may share their span. Equal lengths batch best.
         if length < options.seq_length or options.attention_span == "row":
             ends.append(begin + options.seq_length)
     return np.array(ends, dtype=np.int64)
@@ -182,8 +186,13 @@ def _squared_spans(rows: Sequence[PackedRow], options: CollateOptions) -> int:
 def _find_slots(
     tokens: npt.NDArray[np.int64], rows: Sequence[PackedRow], options: CollateOptions, *, names: Sequence[str]
 ) -> npt.NDArray[np.int64]:
-    """int64[images * num_queries]: positions between <img> and </img>; DataError if spans and images
-    disagree."""
+    """Return the positions between <img> and </img> as int64[images * num_queries].
+
+    ``tokens`` is int64[rows * seq_length].
+
+    Raises:
+        DataError: The spans and the images of a row disagree.
+    """
     special, queries = options.special, options.num_queries
     starts = np.flatnonzero(tokens == special.img_start)
     slots = starts[:, None] + np.arange(1, queries + 1)

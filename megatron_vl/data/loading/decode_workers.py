@@ -1,19 +1,19 @@
-"""Encoded images -> pixels, in processes of their own.
+"""Processes that decode images into pixels.
 
-A decode worker is ``python -m megatron_vl.data.loading.decode_workers IMAGE_SIZE PREFIX...``, spoken to over its
-standard input and output. It is a fresh interpreter that imports numpy and Pillow only, so that it starts in a
-fraction of a second; forking a process that runs torch threads and process groups may hang, and
-multiprocessing's spawn would import the training script again. Requests name images by (data set, index); the
-worker reads them from disk itself, and answers with pixels. It ends when its input does, so it never outlives
-the trainer, and it ignores the signals that ask the trainer to save and stop, because the trainer still needs
-it then.
+A decode worker is ``python -m megatron_vl.data.loading.decode_workers IMAGE_SIZE PREFIX...``. The trainer talks to it
+over its standard input and output. It is a new interpreter that imports only numpy and Pillow, so it starts in a
+fraction of a second. A fork of a process that runs torch threads and process groups may hang, and the spawn method of
+multiprocessing would import the training script again. Requests name images by (data set, index). The worker reads the
+images from disk itself and answers with pixels. It ends when its input ends, so it never outlives the trainer. It
+ignores the signals that ask the trainer to save and stop, because the trainer still needs it then.
 
-A thread per worker drains its answers, so neither side can block the other. Images come one by one through a pipe
-that holds more than one of them: at the usual 64 kB the two sides wake each other ten times an image, which costs more
-than copying it. A worker that dies or does not answer in time is an error that says so.
+One thread per worker reads its answers, so neither side can block the other. Images are sent one by one through a pipe
+that holds more than one of them. With the usual 64 kB, the two sides would wake each other ten times per image, which
+costs more than the copy. A worker that dies or does not answer in time is reported as an error.
 
-After its first images a worker loads compiled code for the resize, which takes most of its time, and uses it once it is
-there (``resize.py``; pixels are the same). A short run would not win back the second that loading takes.
+After its first images, a worker loads compiled code for the resize, which takes most of its time. It uses this code as
+soon as it is loaded (``resize.py``; the pixels are the same). In a short run, the loading time of one second would not
+pay off.
 
     request   u64 ticket | u64 number of images | (u64 data set, u64 image) ...
     answer    u64 ticket | u64 number of images, and for each image, up to the first that cannot be read:
@@ -45,25 +45,25 @@ from megatron_vl.data.images.resize import Resize, compiled_resize, resize
 from megatron_vl.errors import DataError, SkipSample
 
 _HEADER = struct.Struct("<QQ")
-"""Of a request and of an answer."""
+"""Header of a request and of an answer: ticket, number of images."""
 _IMAGE = struct.Struct("<BQ")
 _OK, _FAILED = 0, 1
 _GRACE_SECONDS = 5.0
 _PIPE_BYTES = 1 << 20
 _COMPILE_AFTER = 100
-"""Images."""
+"""Number of images after which compiled code is loaded."""
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # The C library gives megabytes back to the system when they are freed; every image would then take a thousand page
-    # faults, which cost a quarter of its time. Other C libraries ignore these.
+    # By default, the C library returns megabytes to the system when they are freed. Every image would then cause a
+    # thousand page faults, a quarter of its decoding time. Other C libraries ignore these variables.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
 }
 
 
 class Decoder:
-    """Decodes in this process."""
+    """Decode images in this process."""
 
     def __init__(self, prefixes: Sequence[str], image_size: int) -> None:
         """Open the image files of the data sets. Raises DataError as ``IndexedFile`` does."""
@@ -71,15 +71,15 @@ class Decoder:
         self._files = [IndexedFile(f"{prefix}.images") for prefix in prefixes]
         self._image_size = image_size
         self.shape = (3, image_size, image_size)
-        """Of the pixels of an image."""
+        """Shape of the pixels of an image."""
         self._resize: Resize = resize
 
     def compile(self) -> None:
-        """Change to compiled code, if there is a compiler; takes seconds, in which another thread may decode."""
+        """Load compiled code if there is a compiler, and use it. Takes seconds; another thread may decode meanwhile."""
         self._resize = compiled_resize() or self._resize
 
     def decode(self, data_set: int, image: int) -> npt.NDArray[np.uint8]:
-        """uint8[3, H, W] of an image. Raises DataError naming it if it cannot be read."""
+        """Return an image as uint8[3, H, W]. Raises DataError with its name if it cannot be read."""
         try:
             return to_pixels(self._files[data_set].read_bytes(image), self._image_size, resize=self._resize)
         except (SkipSample, IndexError) as error:
@@ -102,7 +102,7 @@ class _Answer:
 
 
 class _Worker:
-    """One decode process and the thread that drains it."""
+    """A decode process and the thread that reads its answers."""
 
     def __init__(self, number: int, prefixes: Sequence[str], image_size: int) -> None:
         self.name = f"decode worker {number}"
@@ -114,10 +114,10 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-            start_new_session=True,  # a Ctrl-C on the terminal is for the trainer
+            start_new_session=True,  # only the trainer receives Ctrl-C of the terminal
         )
         assert self._process.stdout is not None
-        with contextlib.suppress(OSError):  # above this user's limit: it works as it is
+        with contextlib.suppress(OSError):  # above the limit of this user: the default size works too
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._answers: queue.Queue[_Answer] = queue.Queue()
         self._thread = threading.Thread(target=self._drain, name=self.name, daemon=True)
@@ -128,14 +128,14 @@ class _Worker:
         return self._process.pid
 
     def ask(self, ticket: int, images: npt.NDArray[np.int64]) -> None:
-        """Send a request; if the worker is gone, ``answer`` will say so."""
+        """Send a request for int64[n, 2] (data set, image). If the worker has died, ``answer`` reports it."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # the draining thread reports a broken pipe, with the exit status
+        with contextlib.suppress(OSError):  # the reading thread reports a broken pipe and exit status
             self._process.stdin.write(_HEADER.pack(ticket, len(images)) + images.astype("<u8").tobytes())
             self._process.stdin.flush()
 
     def answer(self, ticket: int, timeout: float) -> npt.NDArray[np.uint8]:
-        """Wait for the answer to a request; answers to earlier requests that nobody waits for are dropped."""
+        """Wait for the answer to a request and return uint8[n, 3, H, W]; drop answers to earlier requests."""
         while True:
             try:
                 answer = self._answers.get(timeout=timeout)
@@ -151,7 +151,7 @@ class _Worker:
                 return answer.pixels
 
     def close(self) -> None:
-        """End the process: politely, then not."""
+        """End the process: close its input first, and kill it if it does not end."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it is gone already
             self._process.stdin.close()
@@ -172,7 +172,7 @@ class _Worker:
         self._answers.put(_Answer(0, error=f"{self.name} (process {self.pid}) ended with status {status}"))
 
     def _read_answer(self, stream: IO[bytes]) -> _Answer:
-        """The answer to one request. Raises EOFError if the pipe ends before it does."""
+        """Read the answer to one request. Raises EOFError if the pipe ends too early."""
         ticket, count = _HEADER.unpack(_read(stream, _HEADER.size))
         pixels = np.empty((count, *self._shape), dtype=np.uint8)
         for image in pixels:
@@ -192,8 +192,8 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 
 
 class DecodePool:
-    """Decodes requests in ``num_workers`` processes (0: in this one, when the result is asked for), in
-    order."""
+    """Decode requests in order, in ``num_workers`` processes. With 0, decode in this process when the result is asked
+    for."""
 
     def __init__(self, prefixes: Sequence[str], image_size: int, *, num_workers: int, timeout: float = 300.0) -> None:
         self._timeout = timeout
@@ -208,7 +208,7 @@ class DecodePool:
         return [worker.pid for worker in self._workers]
 
     def submit(self, images: npt.NDArray[np.int64]) -> int:
-        """Ask for int64[n, 2] (data set, image); returns the ticket to collect them with."""
+        """Request the images int64[n, 2] (data set, image); return the ticket to collect them with."""
         ticket = self._next_ticket
         self._next_ticket += 1
         if self._workers and len(images):
@@ -218,9 +218,10 @@ class DecodePool:
         return ticket
 
     def result(self, ticket: int) -> npt.NDArray[np.uint8]:
-        """uint8[n, 3, H, W] of a request; tickets are collected in the order in which they were given.
+        """Return the images of a request as uint8[n, 3, H, W]. Tickets must be collected in the order of the requests.
 
-        Raises DataError if an image cannot be read, or a worker has died or does not answer in time.
+        Raises:
+            DataError: An image cannot be read, or a worker has died or does not answer in time.
         """
         if ticket in self._requests:
             images = self._requests.pop(ticket).tolist()
@@ -231,7 +232,7 @@ class DecodePool:
         return self._workers[ticket % len(self._workers)].answer(ticket, self._timeout)
 
     def forget(self) -> None:
-        """Drop what was asked for and not collected."""
+        """Drop all requests whose results were not collected."""
         self._requests.clear()
 
     def close(self) -> None:
@@ -243,7 +244,7 @@ class DecodePool:
 
 
 def serve(decoder: Decoder, requests: BinaryIO, answers: BinaryIO) -> None:
-    """The worker's loop: answer requests until there are no more."""
+    """Answer requests until there are no more: the main loop of a worker."""
     asked = 0
     while header := requests.read(_HEADER.size):
         _, count = _HEADER.unpack(header)
@@ -264,7 +265,7 @@ def serve(decoder: Decoder, requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point of a decode worker: image size, then prefixes."""
+    """Run a decode worker; the arguments are the image size and the prefixes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -1,12 +1,11 @@
 """The rows of one data-parallel rank, step by step, as micro-batches.
 
-    consumed rows ─blend─▶ rows of the global batch ─deal─▶ mine ─decode workers─▶ pixels ─collate─▶
-    MicroBatch
+    consumed rows ─blend─▶ rows of the global batch ─deal─▶ rows of the rank
+    rows of the rank ─decode workers─▶ pixels ─collate─▶ MicroBatch
 
-Which rows a step holds is a pure function of the seed and of how many rows were consumed before; so the
-loader has no state of its own, a run resumes from one integer, and every data-parallel size sees the same
-global batches. Rows are read here (they are small); images are decoded in worker processes, a step and a bit
-ahead.
+The rows of a step are a pure function of the seed and the number of rows consumed before. So the loader has no state of
+its own, a run resumes from one integer, and every data-parallel size sees the same global batches. Rows are small and
+are read here. Images are decoded in worker processes, a little more than one step ahead.
 """
 
 from __future__ import annotations
@@ -31,27 +30,27 @@ from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import ConfigError
 
 PADDING_ROW = -1
-"""In place of a row id: a row of padding that fills the last batch of a finite pass."""
+"""Row id of a row of padding, which fills the last batch of a finite pass."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one data-parallel rank computes in one step."""
+    """The micro-batches that one data-parallel rank computes in one step."""
 
     micro_batches: tuple[MicroBatch, ...]
     row_ids: npt.NDArray[np.int64]
-    """int64[global batch]: global rows of the whole global batch, the same on every rank; PADDING_ROW for
-    none."""
+    """int64[global batch]: global rows of the whole global batch, the same on every rank. PADDING_ROW stands for no
+    row."""
 
 
 @dataclass(frozen=True)
 class DataShare:
-    """Which part of every global batch this reader gets."""
+    """The share of every global batch that this reader gets."""
 
     rank: int
     """Data-parallel rank."""
     size: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,20 @@ class _Pending:
     rows: list[PackedRow]
     names: list[str]
     span_images: npt.NDArray[np.int64]
-    """Which of the distinct images each span shows."""
+    """int64[image spans]: index of the distinct image that each span shows."""
     ticket: int | None
 
 
 class DataSets:
-    """Prepared data sets, opened together and checked against the run; rows are numbered through over all of
-    them."""
+    """Prepared data sets, opened together and checked against the run. Rows are numbered consecutively across data
+    sets."""
 
     def __init__(self, config: RunConfig, data_path: Sequence[str]) -> None:
         """Open and check every data set of ``data_path`` (prefixes, or weight and prefix in turn).
 
-        Raises ConfigError if there is none or one was prepared for another model or row length, and DataError
-        if files are missing or damaged.
+        Raises:
+            ConfigError: There is no data set, or one was prepared for another model or row length.
+            DataError: Files are missing or damaged.
         """
         pairs = parse_data_path(data_path)
         if not pairs:
@@ -86,11 +86,11 @@ class DataSets:
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """One hash per data set; if they are unchanged, so is every row."""
+        """One hash per data set. If the hashes are unchanged, every row is unchanged."""
         return tuple(store.manifest.fingerprint for store in self.stores)
 
     def read(self, row_id: int) -> tuple[PackedRow, str, npt.NDArray[np.int64]]:
-        """A row, its name for messages, and its images as int64[n, 2] (data set, image)."""
+        """Return a row, its name for messages, and its images as int64[n, 2] (data set, image)."""
         if row_id == PADDING_ROW:
             return empty_row(), "padding", np.zeros((0, 2), dtype=np.int64)
         store_id, index = self._find(row_id)
@@ -100,12 +100,13 @@ class DataSets:
         return row, f"{store.prefix}, row {index}", images
 
     def keys(self, row_id: int) -> list[SegmentKey]:
-        """Which samples a row holds."""
+        """Return the samples that a row holds."""
         store_id, index = self._find(row_id)
         return self.stores[store_id].keys(index)
 
     def name_rows(self, row_ids: npt.NDArray[np.int64]) -> list[str]:
-        """One text for each data set that has some of these rows: its prefix and their numbers in it."""
+        """Return one text for each data set that has some of the rows int64[n]: its prefix and the row numbers in
+        it."""
         store_ids, indices = self.blend.locate(np.unique(row_ids))
         return [
             f"{self.stores[store_id].prefix} rows {', '.join(str(index) for index in indices[store_ids == store_id])}"
@@ -123,7 +124,7 @@ class DataSets:
 
 
 class RowLoader:
-    """Batches of one data-parallel rank; see the module."""
+    """Load the batches of one data-parallel rank; see the module docstring."""
 
     def __init__(
         self,
@@ -134,11 +135,14 @@ class RowLoader:
         data_path: Sequence[str] | None = None,
         image_cost: float = 0.0,
     ) -> None:
-        """Open the data sets of ``data_path`` (default: ``config.data.data_path``) and start the decode
-        workers.
+        """Open the data sets of ``data_path`` (default: ``config.data.data_path``) and start the decode workers.
 
-        ``with_pixels``: this rank holds the patch embedding. ``image_cost``: what an image adds to the work of a
-        row, in labels, by which rows are dealt over ranks and micro-batches. Raises as ``DataSets`` does.
+        ``with_pixels``: this rank holds the patch embedding. ``image_cost``: work that an image adds to a row, in
+        labels, for the distribution of rows over ranks and micro-batches.
+
+        Raises:
+            ConfigError: As for ``DataSets``.
+            DataError: As for ``DataSets``.
         """
         self.data_sets = DataSets(config, config.data.data_path if data_path is None else data_path)
         self._global_batch_size = config.training.global_batch_size
@@ -172,11 +176,11 @@ class RowLoader:
         return self._pool.worker_pids if self._pool else []
 
     def rows_of_step(self, consumed_rows: int) -> npt.NDArray[np.int64]:
-        """int64[global batch]: global rows of the step that begins after ``consumed_rows``."""
+        """Return the global rows of the step that begins after ``consumed_rows``, as int64[global batch]."""
         return self.data_sets.blend.step_rows(consumed_rows, self._global_batch_size)
 
     def steps(self, consumed_rows: int = 0) -> Iterator[StepBatch]:
-        """Training steps without end, from the number of rows consumed so far."""
+        """Yield training steps without end, starting after the given number of consumed rows."""
 
         def batches() -> Iterator[npt.NDArray[np.int64]]:
             first = consumed_rows
@@ -187,8 +191,10 @@ class RowLoader:
         return self._load(batches())
 
     def one_pass(self, data_set: int = 0, *, max_steps: int = 0) -> Iterator[StepBatch]:
-        """Every row of a data set once, in the stored order; the last batch is filled with padding rows. 0 steps: all
-        of them."""
+        """Yield every row of a data set once, in the stored order; padding rows fill the last batch.
+
+        ``max_steps``: stop after this number of steps; 0 for no limit.
+        """
         sizes = self.data_sets.blend.sizes
         first, count, size = sum(sizes[:data_set]), sizes[data_set], self._global_batch_size
         num_steps = -(-count // size)
@@ -199,9 +205,9 @@ class RowLoader:
         return self._load(iter(ids.reshape(num_steps, size)))
 
     def name_rows(self, consumed_rows: int, places: Sequence[tuple[int, int]] = ()) -> list[str]:
-        """The rows of the step that begins after ``consumed_rows``, one text for each data set that has some.
+        """Return one text for each data set that has rows of the step that begins after ``consumed_rows``.
 
-        ``places``: only the rows of these micro-batches, each (data-parallel rank, index).
+        ``places``: name only the rows of these micro-batches, each given as (data-parallel rank, index).
         """
         row_ids = self.rows_of_step(consumed_rows)
         chosen = [row_ids[self._positions(row_ids, rank)[index]] for rank, index in places] or [row_ids]
@@ -214,7 +220,8 @@ class RowLoader:
         self.data_sets.close()
 
     def _load(self, batches: Iterator[npt.NDArray[np.int64]]) -> Iterator[StepBatch]:
-        """Read and request micro-batches ahead, and hand out whole steps."""
+        """Read and request micro-batches ahead of their use, and yield whole steps; each item of ``batches`` is
+        int64[global batch]."""
         ahead = self._num_micro_batches + 2 * self._num_workers
         pending: deque[_Pending] = deque()
         steps: deque[npt.NDArray[np.int64]] = deque()
@@ -236,7 +243,7 @@ class RowLoader:
     def _requests(
         self, batches: Iterator[npt.NDArray[np.int64]], steps: deque[npt.NDArray[np.int64]]
     ) -> Iterator[_Pending]:
-        """The micro-batches of this rank in order, each with its images asked for; notes the step's rows in
+        """Yield the micro-batches of this rank in order and request their images; append the rows of each step to
         ``steps``."""
         for row_ids in batches:
             steps.append(row_ids)
@@ -249,7 +256,10 @@ class RowLoader:
                 yield _Pending(rows, names, shown.reshape(-1), ticket)
 
     def _positions(self, row_ids: npt.NDArray[np.int64], rank: int) -> npt.NDArray[np.int64]:
-        """int64[micro-batches, rows]: positions in the global batch that a data-parallel rank computes."""
+        """Return the positions in the global batch that a data-parallel rank computes, as int64[micro-batches, rows].
+
+        ``row_ids`` is int64[global batch].
+        """
         real = row_ids != PADDING_ROW
         lengths = np.where(real, self.data_sets.lengths[row_ids], 0)
         images = np.where(real, self.data_sets.images[row_ids], 0)

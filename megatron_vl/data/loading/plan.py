@@ -1,8 +1,9 @@
-"""What a run takes from its data sets, known from their manifests alone.
+"""Facts about the data sets of a run that follow from their manifests alone.
 
-The manifests say whether data sets fit the model, how many rows a step of so many samples has, and how often a run
-takes each row. So a launcher can refuse a run before it has started anything, and a dry run can say what the steps of
-a recipe, which are counted for the paper's mixtures, mean on a smaller one: many epochs, which no loss curve shows.
+The manifests show whether the data sets fit the model, how many rows a step with a given number of samples has, and how
+often a run takes each row. So a launcher can refuse a run before it starts any process. A dry run can also show what
+the number of steps in a recipe means for a small data set. Recipes count steps for the mixtures of the paper; on a
+small data set this means many epochs, which no loss curve shows.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from megatron_vl.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Data sets, which fit the run, and how they are mixed."""
+    """Data sets that fit the run, and how they are mixed."""
 
     data_sets: tuple[tuple[str, Manifest], ...]
-    """Prefix and manifest of each."""
+    """Prefix and manifest of each data set."""
     blend: Blend
     seq_length: int
-    """Tokens that the run pads every row to."""
+    """Length in tokens to which the run pads every row."""
 
     @classmethod
     def read(cls, config: RunConfig, *, key: str = "data_path") -> DataPlan:
-        """Read the manifests of ``data.data_path`` or another field, ``key``.
+        """Read the manifests of ``data.data_path``, or of another field that ``key`` names.
 
         Raises:
-            ConfigError: there is none, or one was prepared for another model or row length.
-            DataError: a manifest is missing or damaged, or a data set is empty.
+            ConfigError: There is no data set, or one was prepared for another model or row length.
+            DataError: A manifest is missing or damaged, or a data set is empty.
         """
         data_path = getattr(config.data, key)
         if not data_path:
@@ -48,7 +49,12 @@ class DataPlan:
     def of(
         cls, config: RunConfig, data_path: Sequence[str], data_sets: Sequence[tuple[str, Manifest]]
     ) -> DataPlan:
-        """Check data sets whose manifests have been read; raises as :meth:`read`."""
+        """Check data sets whose manifests have been read.
+
+        Raises:
+            ConfigError: As for :meth:`read`.
+            DataError: As for :meth:`read`.
+        """
         for prefix, manifest in data_sets:
             _check_fits(manifest, prefix, config)
         blend = Blend.of(data_path, [manifest.num_rows for _, manifest in data_sets], seed=config.training.seed)
@@ -56,14 +62,14 @@ class DataPlan:
 
     @property
     def samples_per_row(self) -> float:
-        """Mean samples in a row, over the blend: rows of a step = samples / this."""
+        """Mean samples per row over the blend. Rows of a step = samples / this."""
         return mean_over([manifest.samples_per_row for _, manifest in self.data_sets], self.blend)
 
     @property
     def fingerprint(self) -> str:
-        """Twelve digits that change with the prepared rows, their weights and the seed of their order.
+        """Twelve hexadecimal digits that depend on the prepared rows, their weights and the seed of their order.
 
-        They know the files' contents but not their place, so a data set may be moved.
+        They depend on the content of the files, not on their location, so a data set may be moved.
         """
         weights = self.blend.weights or (1.0,) * len(self.data_sets)
         parts = [f"{weight} {item.fingerprint}" for weight, (_, item) in zip(weights, self.data_sets, strict=True)]
@@ -72,10 +78,11 @@ class DataPlan:
         return hashlib.sha256("\n".join([str(self.blend.seed), *parts]).encode()).hexdigest()[:12]
 
     def count_rows(self, config: RunConfig, world_size: int) -> tuple[RunConfig, str | None]:
-        """Return ``config`` with a batch of samples turned into rows, and a sentence that says so.
+        """Return ``config`` with the batch size converted from samples to rows, and a sentence that reports the
+        conversion.
 
         Raises:
-            ConfigError: the parallel sizes do not fit ``world_size``.
+            ConfigError: The parallel sizes do not fit ``world_size``.
         """
         samples = config.training.global_batch_samples
         if samples is None:
@@ -93,9 +100,9 @@ class DataPlan:
         return counted, said
 
     def describe(self, num_rows: int) -> list[str]:
-        """Say what the data sets hold, and how often a run of ``num_rows`` rows takes each row.
+        """Report what the data sets hold, and how often a run of ``num_rows`` rows takes each row.
 
-        One line for the pool that data sets without weights are, or one for each data set of a weighted blend.
+        Return one line for all data sets without weights, or one line for each data set of a weighted blend.
         """
         passes = self.blend.passes(num_rows)
         if self.blend.weights is None:
@@ -114,7 +121,7 @@ class DataPlan:
 
 
 def _check_fits(manifest: Manifest, prefix: str, config: RunConfig) -> None:
-    """Refuse a data set that was prepared for another model or for other rows."""
+    """Raise ConfigError for a data set of another model or row length, DataError for a damaged or empty one."""
     for key, found, expected in (
         ("model.num_bpe_tokens", manifest.num_bpe_tokens, config.model.num_bpe_tokens),
         ("model.resampler.num_queries", manifest.num_queries, config.model.resampler.num_queries),
