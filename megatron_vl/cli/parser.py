@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_vl.config.fields import suggestion
+from megatron_vl.config.suggestions import suggestion
 from megatron_vl.errors import ExitStatus
 
 

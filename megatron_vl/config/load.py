@@ -20,18 +20,18 @@ import yaml
 from megatron_vl.config.fields import (
     FieldSpec,
     Value,
-    describe_value,
     from_text,
     from_yaml,
     iterate_fields,
     read_docs,
     section_paths,
     suggest_field,
-    suggestion,
 )
 from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.records import describe_value
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.strict_yaml import KeyPath, read_yaml
+from megatron_vl.config.suggestions import suggestion
 from megatron_vl.errors import ConfigError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -165,14 +165,14 @@ def _add_flag(group: Any, spec: FieldSpec, doc: str) -> None:
     # The default of the size fields is that of the 7B preset; a preset or recipe replaces it.
     text = f"{doc} (default: {_show(spec.default)})".replace("%", "%%")
     common: dict[str, Any] = {"dest": spec.dotted, "default": argparse.SUPPRESS, "help": text}
-    if spec.base is bool:
+    if spec.shape.base is bool:
         negative = spec.flag.startswith("--no-")
         group.add_argument(*names, **common, action="store_true" if negative else argparse.BooleanOptionalAction)
-    elif spec.base is tuple:
+    elif spec.shape.base is tuple:
         group.add_argument(*names, **common, nargs="+", metavar="X")
     else:
         kinds = {int: "N", float: "X", str: "TEXT"}
-        metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else kinds[spec.base]
+        metavar = "{" + ",".join(spec.shape.choices) + "}" if spec.shape.choices else kinds[spec.shape.base]
         group.add_argument(*names, **common, metavar=metavar)
 
 

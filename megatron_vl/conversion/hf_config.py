@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.records import Between, Builder, below
 from megatron_vl.config.schema import LanguageConfig, ModelConfig, ResamplerConfig, VisionConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.errors import ConversionError
@@ -238,24 +239,17 @@ def check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
         raise ConversionError(f"{source}: {'; '.join(found)}")
 
 
+def _value(section: Mapping[str, Any], key: str, source: str, default: float | None, kind: Any) -> Any:
+    return Builder(ConversionError).convert(section.get(key, default), kind, below(source, key))
+
+
 def _integer(section: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
-    value = section.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST_SIZE:
-        raise ConversionError(
-            f"{source}: {key} is {value!r}; expected a whole number from 1 to {_LARGEST_SIZE - 1}"
-        )
-    return value
+    return int(_value(section, key, source, default, Annotated[int, Between(1, _LARGEST_SIZE - 1)]))
 
 
 def _switch(section: Mapping[str, Any], key: str, source: str, default: bool) -> bool:
-    value = section.get(key, default)
-    if not isinstance(value, bool):
-        raise ConversionError(f"{source}: {key} is {value!r}; expected true or false")
-    return value
+    return bool(_value(section, key, source, default, bool))
 
 
 def _number(section: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
-    value = section.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise ConversionError(f"{source}: {key} is {value!r}; expected a positive number")
-    return float(value)
+    return float(_value(section, key, source, default, Annotated[float, Between(above=0, most=1e12)]))

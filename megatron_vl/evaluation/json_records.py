@@ -7,27 +7,18 @@ newer files stay readable.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from megatron_vl.config.records import Builder
 from megatron_vl.errors import DataError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 def make_record(kind: type[T], values: Any, path: Path, where: str) -> T:
     """Make a record of the values that it knows; a missing value is an error that says where."""
-    if not isinstance(values, dict):
-        raise DataError(f"{path}, {where}: found {type(values).__name__}, expected an object")
-    names = {field.name for field in fields(kind)}
-    try:
-        return kind(**{key: value for key, value in values.items() if key in names})
-    except TypeError as error:
-        raise DataError(f"{path}, {where}: {error}; found the keys {', '.join(sorted(values))}") from None
+    return Builder(DataError, ours=True).build(kind, values, f"{path}, {where}")
 
 
 def _read_text(path: Path, written_by: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vl.config.fields import nearest
+from megatron_vl.config.suggestions import suggestion
 from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.errors import ConfigError
 
@@ -63,6 +63,5 @@ def choose_rows(store: RowStore, choice: Choice) -> list[int]:
 def _check_name(kind: str, name: str | None, known: Collection[str], prefix: str) -> None:
     if name is None or name in known:
         return
-    near = nearest(name, known)
-    hint = f" Did you mean {near}?" if near else ""
-    raise ConfigError(f"--{kind} {name}: {prefix} has no such {kind}, but {', '.join(sorted(known))}.{hint}")
+    names = ", ".join(sorted(known))
+    raise ConfigError(f"--{kind} {name}: {prefix} has no such {kind}, but {names}{suggestion(name, known)}")

@@ -35,7 +35,8 @@ class TrainingRecord:
     iteration: int
     lm_loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
+    """None where it was not finite."""
     tokens_per_second: float
     images_per_second: float
     tflops_per_rank: float
@@ -109,9 +110,7 @@ def load_run_info(run_dir: Path) -> RunInfo:
     """Read ``run.json``."""
     path = run_dir / "run.json"
     data = read_json(path, written_by="the first step of the quickstart")
-    stages = data.get("stages", ())
-    stages = tuple(make_record(StageInfo, stage, path, f"stages[{i}]") for i, stage in enumerate(stages))
-    return make_record(RunInfo, {**data, "stages": stages}, path, "the run")
+    return make_record(RunInfo, data, path, "the run")
 
 
 def load_timings(run_dir: Path) -> tuple[StepTime, ...]:

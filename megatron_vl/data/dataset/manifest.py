@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_vl.config.records import Builder
 from megatron_vl.config.validate import unfinished_data_set
 from megatron_vl.data.dataset.indexed import FileRange
 from megatron_vl.errors import DataError
@@ -173,9 +172,9 @@ def read_manifest(prefix: str | Path) -> Manifest:
             f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again."
         )
     try:
-        manifest = _build(Manifest, values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a complete manifest ({error}); prepare the data again.") from error
+        manifest = Builder(DataError, ours=True).build(Manifest, values, str(path))
+    except DataError as error:
+        raise DataError(f"{error}. The manifest is damaged; prepare the data again.") from error
     _check_sizes(prefix, manifest)
     return manifest
 
@@ -231,20 +230,3 @@ def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:
                 f"{path} {state}, the manifest says {entry.size} bytes. Copy the data set anew or prepare "
                 "it again."
             )
-
-
-def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    """A record from JSON values, tuples of records included; unknown keys are derived figures."""
-    hints = typing.get_type_hints(kind)
-    fields = [item for item in dataclasses.fields(kind) if item.name in values or item.default is dataclasses.MISSING]
-    return kind(**{item.name: _convert(hints[item.name], values[item.name]) for item in fields})
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    if typing.get_origin(hint) is tuple:
-        element: type[Any] = typing.get_args(hint)[0]
-        nested = dataclasses.is_dataclass(element)
-        return tuple(_build(element, item) if nested else _convert(element, item) for item in value)
-    if not isinstance(value, hint):
-        raise TypeError(f"found {value!r:.40}, expected {hint.__name__}")
-    return value

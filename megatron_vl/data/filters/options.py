@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_vl.config.fields import nearest
-from megatron_vl.data.formats.values import as_number
+from megatron_vl.config.records import Between, Builder
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7
@@ -31,17 +27,17 @@ class FilterOptions:
     """Drop samples whose CLIP score, as the source's metadata says it, is below; thresholds differ by data set."""
     drop_unscored: bool = False
     """Where ``min_score`` is set: drop samples without a score, which pass otherwise."""
-    min_side: int | None = None
+    min_side: Annotated[int, Between(0)] | None = None
     """Drop samples with an image whose shorter side has fewer pixels."""
-    max_aspect_ratio: float | None = None
+    max_aspect_ratio: Annotated[float, Between(1)] | None = None
     """Drop samples with an image whose longer side is more than so many times the shorter one."""
-    min_characters: int | None = None
+    min_characters: Annotated[int, Between(0)] | None = None
     """Drop samples with a shorter text (caption, answer, document, all turns or lines together)."""
-    max_characters: int | None = None
+    max_characters: Annotated[int, Between(0)] | None = None
     """Drop samples with a longer text."""
     letters: Literal["any", "latin", "han", "latin_han"] = "any"
     """Drop samples with letters of other scripts; latin is ASCII and Latin-1, han the Chinese characters."""
-    max_foreign_letters: int = 0
+    max_foreign_letters: Annotated[int, Between(0)] = 0
     """Letters of other scripts that ``letters`` tolerates in a sample."""
     match_language: bool = False
     """Drop samples of language zh without a Chinese character, and of language en with one."""
@@ -61,11 +57,11 @@ class FilterOptions:
     """File with one image a line, by name, name without suffix, or number: samples with one of them are dropped."""
     benchmark_images: Path | None = None
     """Folder of images, or file of hashes (one a line, see docs/data.md): samples with one of them are dropped."""
-    benchmark_distance: int = 0
+    benchmark_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
     """Bits in which the perceptual hashes of an image and a benchmark's may differ."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
     """Drop a sample with one image if an earlier sample has the same file, or one with nearly equal looks."""
-    duplicate_distance: int = 0
+    duplicate_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
     """Bits in which the perceptual hashes of ``near`` duplicates may differ."""
 
     @property
@@ -86,69 +82,15 @@ def read_filters(values: Any, where: str, *, root: Path, base: FilterOptions | N
 
     Relative paths count from ``root``. Raises ConfigError naming the key.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
-    hints = typing.get_type_hints(FilterOptions)
-    changes = {}
-    for key, value in values.items():
-        if key not in hints:
-            near = nearest(str(key), hints)
-            raise ConfigError(f"{where}: unknown key {key!r}; " + (f"did you mean {near!r}?" if near else
-                              f"valid are {', '.join(hints)}"))  # fmt: skip
-        changes[key] = _convert(value, hints[key], f"{where}.{key}", root)
-    return dataclasses.replace(base or FilterOptions(), **changes)
-
-
-def _convert(value: Any, hint: Any, where: str, root: Path) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(typing.get_args(hint))}")
-        return value
-    if typing.get_origin(hint) is tuple:
-        return _patterns(value, where)
-    if hint is Path:
-        return _path(value, where, root)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ConfigError(f"{where}: found {value!r:.60}, expected true or false")
-        return value
-    return _number(value, hint, where)
-
-
-def _number(value: Any, kind: type[int] | type[float], where: str) -> int | float:
-    if kind is float and isinstance(value, str):  # YAML takes 1e-3 for a text
-        value = value if (number := as_number(value)) is None else number
-    accepted = int if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise ConfigError(f"{where}: found {value!r:.60}, expected {'an integer' if kind is int else 'a number'}")
-    if kind is int and value < 0:
-        raise ConfigError(f"{where}: found {value}, expected 0 or more")
-    if where.endswith("_distance") and value > MOST_DISTANCE:
-        raise ConfigError(f"{where}: found {value}, expected 0 to {MOST_DISTANCE} of the 64 bits")
-    if where.endswith("max_aspect_ratio") and not value >= 1:
-        raise ConfigError(f"{where}: found {value}, expected 1 (squares only) or more")
-    return value
-
-
-def _path(value: Any, where: str, root: Path) -> Path:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: found {value!r:.60}, expected a path")
-    path = root / value
-    if not path.exists():
-        raise ConfigError(f"{where}: {path}: no such file or folder")
-    return path
-
-
-def _patterns(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{where}: found {value!r:.60}, expected a list of regular expressions")
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error})") from error
-    return tuple(value)
+    options = Builder(root=root).build(FilterOptions, values, where, base=base or FilterOptions())
+    for name in ("exclude_images", "benchmark_images"):
+        path = getattr(options, name)
+        if name in values and path is not None and not path.exists():
+            raise ConfigError(f"{where}.{name}: {path}: no such file or folder")
+    for name in ("remove_patterns", "drop_patterns"):
+        for pattern in getattr(options, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{where}.{name}: {pattern!r} is not a regular expression ({error})") from error
+    return options

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_vl.config.fields import nearest
+from megatron_vl.config.records import Between, Builder
 from megatron_vl.config.strict_yaml import read_yaml
 from megatron_vl.data.dataset.rows import MAX_IMAGES_PER_ROW
 from megatron_vl.data.filters.options import FilterOptions, read_filters
@@ -35,6 +35,8 @@ from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.registry import build_source
 from megatron_vl.errors import ConfigError
 
+_Positive = Annotated[int, Between(1)]
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -42,11 +44,11 @@ class PackOptions:
 
     mode: Literal["mixed", "task", "none"] = "mixed"
     """``mixed``; ``task``: only samples of one task in a row (few-shot rows); ``none``: one sample a row."""
-    max_images: int = MAX_IMAGES_PER_ROW
+    max_images: Annotated[int, Between(1, MAX_IMAGES_PER_ROW)] = MAX_IMAGES_PER_ROW
     """Images in a row."""
-    min_piece: int = 16
+    min_piece: _Positive = 16
     """Gaps shorter than this are not filled with text."""
-    seed: int = 0
+    seed: Annotated[int, Between(0)] = 0
     """Seed of the shuffle before packing."""
 
 
@@ -80,10 +82,10 @@ class DataRecipe:
     """Everything that the prepared rows depend on."""
 
     sources: tuple[SourceEntry, ...]
-    num_queries: int
-    num_bpe_tokens: int
-    seq_length: int = 2048
-    max_sample_length: int | None = None
+    num_queries: _Positive
+    num_bpe_tokens: _Positive
+    seq_length: _Positive = 2048
+    max_sample_length: _Positive | None = None
     """Longest sample; by default the row (stage 1 of the paper: 512)."""
     chat_style: ChatStyle = "paper"
     exif_orientation: Literal["ignore", "apply"] = "ignore"
@@ -114,7 +116,6 @@ def load_recipe(
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
     values = {**(defaults or {}), **values}
-    _check_keys(values, DataRecipe, str(path))
     for key in ("sources", "num_queries", "num_bpe_tokens"):
         if key not in values:
             hint = "" if key == "sources" else " (or give --model-preset)"
@@ -122,16 +123,13 @@ def load_recipe(
     root = root or path.parent
     filters = read_filters(values.get("filters", {}), f"{path}: filters", root=root)
     sources, amounts = _sources(_with_defaults(values), path, root, filters)
-    recipe = DataRecipe(
-        **{
-            **values,
-            "sources": sources,
-            "vocab_file": _vocab_file(values.get("vocab_file"), f"{path}: vocab_file", root),
-            "pack": _pack_options(values.get("pack", {}), f"{path}: pack"),
-            "filters": filters,
-            "mixture": _mixture(values.get("mixture", {}), amounts, f"{path}: mixture"),
-        }
-    )
+    read = {
+        "sources": sources,
+        "vocab_file": _vocab_file(values.get("vocab_file"), f"{path}: vocab_file", root),
+        "filters": filters,
+        "mixture": _mixture(values.get("mixture", {}), amounts, f"{path}: mixture"),
+    }
+    recipe = Builder().build(DataRecipe, {**values, **read}, str(path))
     _check_values(recipe, str(path))
     _check_groups(recipe, str(path))
     return recipe
@@ -210,8 +208,7 @@ def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> Sourc
     limit, group = entry.get("limit"), entry.get("group")
     if "samples" in entry and group is not None:
         raise ConfigError(f"{where}: 'samples' and 'group' exclude each other; the group has an amount already")
-    if group is not None and not isinstance(group, str):
-        raise ConfigError(f"{where}.group: found {group!r:.60}, expected a name of mixture.groups")
+    group = Builder().convert(group, str | None, f"{where}.group")
     source = build_source({key: entry[key] for key in entry if key not in _ENTRY_KEYS}, where=where, root=root)
     cleaning = read_filters(entry.get("filters", {}), f"{where}.filters", root=root, base=filters)
     own = entry.get("filters", {})
@@ -233,7 +230,6 @@ def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> Sourc
 def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
-    _check_keys(values, MixtureOptions, where)
     groups, repeats = values.get("groups", {}), values.get("max_repeats", 1.0)
     if not isinstance(groups, dict):
         raise ConfigError(f"{where}.groups: found {groups!r:.60}, expected names and numbers of samples")
@@ -242,7 +238,7 @@ def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions
         if name in groups:
             raise ConfigError(f"{where}.groups: {name!r} is the name of a source that has its own 'samples'")
     named = {str(name): read_amount(value, f"{where}.groups.{name}") for name, value in groups.items()}
-    return MixtureOptions({**named, **amounts}, repeats)
+    return Builder().build(MixtureOptions, {**values, "groups": {**named, **amounts}, "max_repeats": repeats}, where)
 
 
 def _factor(value: Any, where: str, meaning: str) -> float:
@@ -272,19 +268,6 @@ def _check_groups(recipe: DataRecipe, where: str) -> None:
             raise ConfigError(f"{where}: mixture.groups.{name}: no source is in this group; remove it")
 
 
-def _pack_options(values: Any, where: str) -> PackOptions:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: found {values!r:.60}, expected a mapping")
-    _check_keys(values, PackOptions, where)
-    options = PackOptions(**values)
-    _check_choice(options.mode, ("mixed", "task", "none"), f"{where}.mode")
-    for key in ("max_images", "min_piece", "seed"):
-        _check_integer(getattr(options, key), f"{where}.{key}", least=0 if key == "seed" else 1)
-    if options.max_images > MAX_IMAGES_PER_ROW:
-        raise ConfigError(f"{where}.max_images: found {options.max_images}, the most is {MAX_IMAGES_PER_ROW}")
-    return options
-
-
 def _vocab_file(value: Any, where: str, root: Path) -> str | None:
     if value is None:
         return None
@@ -300,41 +283,14 @@ def _vocab_file(value: Any, where: str, root: Path) -> str | None:
 
 
 def _check_values(recipe: DataRecipe, where: str) -> None:
-    for key in ("num_queries", "num_bpe_tokens", "seq_length"):
-        _check_integer(getattr(recipe, key), f"{where}: {key}", least=1)
-    _check_choice(recipe.chat_style, ("paper", "released"), f"{where}: chat_style")
-    _check_choice(recipe.exif_orientation, ("ignore", "apply"), f"{where}: exif_orientation")
-    if type(recipe.allow_empty) is not bool:
-        raise ConfigError(f"{where}: allow_empty: found {recipe.allow_empty!r:.60}, expected true or false")
     if recipe.filters.min_score is not None and not any(entry.source.score_fields() for entry in recipe.sources):
         raise ConfigError(
             f"{where}: filters.min_score: no source has a score; name the field that holds it (score_field of "
             "img2dataset and pairs), or remove min_score"
         )
-    if recipe.max_sample_length is not None:
-        _check_integer(recipe.max_sample_length, f"{where}: max_sample_length", least=1)
     if recipe.longest_sample > recipe.seq_length:
         raise ConfigError(
             f"{where}: max_sample_length {recipe.longest_sample} exceeds seq_length {recipe.seq_length}; a "
             "sample must fit "
             "into a row"
         )
-
-
-def _check_keys(values: Mapping[str, Any], kind: type[Any], where: str) -> None:
-    valid = [item.name for item in dataclasses.fields(kind)]
-    for key in values:
-        if key not in valid:
-            near = nearest(str(key), valid)
-            hint = f"did you mean {near!r}?" if near else f"valid are {', '.join(valid)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _check_integer(value: Any, where: str, *, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{where}: found {value!r}, expected an integer of at least {least}")
-
-
-def _check_choice(value: Any, choices: Sequence[str], where: str) -> None:
-    if value not in choices:
-        raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(choices)}")

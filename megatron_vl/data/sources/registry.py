@@ -8,13 +8,12 @@ its reader with some fields filled in. Relative paths count from the folder of t
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.config.fields import nearest
+from megatron_vl.config.records import Builder
+from megatron_vl.config.suggestions import suggestion_or_list
 from megatron_vl.data.sources.ai2d import AI2D
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.caption_files import CaptionFiles
@@ -68,47 +67,12 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
     if kind is None:
         raise ConfigError(f"{where}: 'type' is missing; it names the reader, one of {', '.join(sorted(valid))}")
     if not isinstance(kind, str) or kind not in valid:
-        raise ConfigError(f"{where}: unknown source type {kind!r}{_nearest(str(kind), valid)}")
+        raise ConfigError(f"{where}: unknown source type {kind!r}{suggestion_or_list(kind, valid)}")
     base, preset = DATA_SETS.get(kind, (kind, {}))
     reader = SOURCES[base]
-    fields = {item.name: item for item in dataclasses.fields(reader)}
-    hints = typing.get_type_hints(reader)
-    values: dict[str, Any] = {}
-    for key, value in {**preset, **entry}.items():
-        if key == "type":
-            continue
-        if key not in fields:
-            raise ConfigError(f"{where}: source type {kind} has no option {key!r}{_nearest(str(key), fields)}")
-        values[key] = _convert(value, hints[key], f"{where}.{key}", root)
-    missing = [name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values]
-    if missing:
-        raise ConfigError(f"{where}: source type {kind} needs {', '.join(missing)}")
-    return reader(**values)
-
-
-def _convert(value: Any, hint: Any, where: str, root: Path | None) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            raise ConfigError(f"{where}: found {value!r}, expected one of {', '.join(map(repr, options))}")
-        return value
-    if typing.get_origin(hint) is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]", root) for i, item in enumerate(values))
-    if hint is Path and isinstance(value, (str, Path)) and str(value):
-        return (root / value) if root else Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path or type(value) is not hint:
-        raise ConfigError(f"{where}: found {value!r:.60}, expected {'a path' if hint is Path else hint.__name__}")
-    return value
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    names = sorted(valid)
-    near = nearest(word, names)
-    return f"; did you mean {near!r}?" if near else f"; valid are {', '.join(names)}"
+    lists = {item.name for item in dataclasses.fields(reader) if str(item.type).startswith("tuple")}
+    values = {key: value for key, value in {**preset, **entry}.items() if key != "type"}
+    for key in lists & values.keys():
+        if not isinstance(values[key], list | tuple):
+            values[key] = [values[key]]  # one name, where several may be
+    return Builder(root=root, purpose=f" for source type {kind}").build(reader, values, where)

@@ -137,7 +137,7 @@ def test_wrong_flags(argv: str, parts: list[str]) -> None:
         ("checkpoint: {save: 5}", ["5 (an integer)", "a string", "quotes"]),
         ("logging: {wandb_exp_name: on}", ["true (a boolean)", "a string", "quotes"]),
         ("data: {data_path: a}", ["'a' (a string)", "a list of strings", "[a]"]),
-        ("data: {data_path: [[a]]}", ["data.data_path", "a list of strings"]),
+        ("data: {data_path: [[a]]}", ["data.data_path[0]", "['a'] (a list)", "a string"]),
         ("data: {attention_span: rows}", ["'rows'", "row, segment", "Did you mean row?"]),
         ("model: {preset: 7b}", ["model.preset", "'7b'", "tiny, small, qwen_vl_7b"]),
         ("training: [", ["not valid YAML"]),
@@ -241,8 +241,8 @@ def values_of(spec: FieldSpec) -> st.SearchStrategy[object]:
         str: text.filter(lambda word: word.lower() != "none"),
         tuple: st.lists(text, max_size=4).map(tuple),
     }
-    values = st.sampled_from(spec.choices) if spec.choices else strategies[spec.base]
-    return st.none() | values if spec.optional else values
+    values = st.sampled_from(spec.shape.choices) if spec.shape.choices else strategies[spec.shape.base]
+    return st.none() | values if spec.shape.optional else values
 
 
 CHANGES = st.lists(st.sampled_from([spec for spec in FIELDS if spec.dotted != "model.preset"]), unique=True).flatmap(

@@ -126,10 +126,10 @@ def test_accepted(changes: dict[str, Any], world_size: int) -> None:
 
 
 def test_numbers_below_their_range() -> None:
-    numbers = [spec for spec in iterate_fields() if spec.base in (int, float)]
+    numbers = [spec for spec in iterate_fields() if spec.shape.base in (int, float)]
     assert {spec.dotted for spec in numbers} >= MAY_BE_ZERO
     for spec in numbers:
-        bad = spec.base(-1 if spec.dotted in MAY_BE_ZERO else 0)
+        bad = spec.shape.base(-1 if spec.dotted in MAY_BE_ZERO else 0)
         with pytest.raises(ConfigError, match=f"{spec.dotted} is {bad}; expected a number"):
             validate(tiny({spec.dotted: bad}), world_size=1, cuda=False)
 

@@ -213,7 +213,7 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
         ("{", "not JSON"),
         (json.dumps({**values, "format_version": 99}), "format_version is 99"),
         (json.dumps({key: value for key, value in values.items() if key != "num_rows"}), "num_rows"),
-        (json.dumps({**values, "num_rows": "3"}), "expected int"),
+        (json.dumps({**values, "num_rows": "3"}), "num_rows: found '3' .a string., expected an integer"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):
@@ -223,7 +223,7 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seq_lenght": 64}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
+        ({"seq_lenght": 64}, "unknown key 'seq_lenght'. Did you mean seq_length"),
         ({"sources": []}, "sources: expected a list"),
         ({"sources": [{"name": "a", "type": "text", "path": "t", "weight": 0}]}, r"sources\[0\].weight"),
         (
@@ -236,9 +236,9 @@ def test_a_broken_manifest_is_refused(tmp_path: Path) -> None:
         ({"sources": [{"name": "a", "type": "text", "path": "t", "limit": 0.5}]}, r"sources\[0\].limit"),
         ({"sources": [{"name": "a", "type": "text", "path": "t"}] * 2}, "'a' occurs twice"),
         ({"sources": [{"name": "a", "type": "txt", "path": "t"}]}, "unknown source type 'txt'"),
-        ({"pack": {"mode": "dense"}}, "pack.mode: found 'dense', expected one of mixed"),
-        ({"pack": {"max_images": 1000}}, "the most is 127"),
-        ({"seq_length": "64"}, "seq_length: found '64', expected an integer"),
+        ({"pack": {"mode": "dense"}}, "pack.mode: found 'dense' .a string., expected one of mixed"),
+        ({"pack": {"max_images": 1000}}, "expected an integer from 1 to 127"),
+        ({"seq_length": "64"}, "seq_length: found '64' .a string., expected an integer of at least 1"),
         ({"max_sample_length": 65}, "max_sample_length 65 exceeds seq_length 64"),
         ({"chat_style": "other"}, "chat_style: found 'other'"),
     ],

@@ -183,7 +183,7 @@ def test_amounts_in_a_data_set(tmp_path: Path) -> None:
         ({"group": "g"}, {}, "there is no such entry"),
         ({"samples": 10}, {}, r"sources\[1\] \(two\) has neither 'samples' nor 'group'"),
         ({}, {"groups": {"h": 1}}, "has neither"),
-        ({}, {"group": {}}, "unknown key 'group'; did you mean 'groups'"),
+        ({}, {"group": {}}, "unknown key 'group'. Did you mean groups"),
         ({}, {"max_repeats": 0}, "max_repeats: found 0"),
     ],
 )

@@ -226,22 +226,22 @@ def test_build_source_fills_the_reader(tmp_path: Path) -> None:
     [
         (
             {"name": "a", "type": "img2datset"},
-            "sources.0.: unknown source type 'img2datset'; did you mean 'img2dataset'",
+            "sources.0.: unknown source type 'img2datset'. Did you mean img2dataset",
         ),
         ({"name": "a"}, "sources.0.: 'type' is missing; it names the reader, one of .*img2dataset, .*refcoco"),
         ({"name": "a", "type": None}, "'type' is missing"),
         ({"name": "a", "type": 3}, "unknown source type 3; valid are"),
         (
             {"name": "a", "type": "text", "pth": "x"},
-            "source type text has no option 'pth'; did you mean 'path'",
+            "unknown key 'pth' for source type text. Did you mean path",
         ),
-        ({"name": "a", "type": "refexp", "path": "x"}, "source type refexp needs image_root"),
-        ({"name": "a", "type": "text", "path": 3}, r"path: found 3, expected a path"),
+        ({"name": "a", "type": "refexp", "path": "x"}, "image_root is missing for source type refexp"),
+        ({"name": "a", "type": "text", "path": 3}, r"path: found 3 .an integer., expected a path"),
         (
             {"name": "a", "type": "text", "path": "x", "language": "de"},
-            "language: found 'de', expected one of 'en', 'zh'",
+            "language: found 'de' .a string., expected one of en, zh",
         ),
-        ({"name": "a", "type": "text", "path": "x", "records_per_shard": "9"}, "found '9', expected int"),
+        ({"name": "a", "type": "text", "path": "x", "records_per_shard": "9"}, "found '9' .a string., expected an int"),
         ("text", "expected a mapping"),
     ],
 )
