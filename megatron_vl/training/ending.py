@@ -1,7 +1,8 @@
-"""How a run has ended, in a file beside its checkpoints.
+"""Record how a run has ended, in a file beside its checkpoints.
 
-torchrun ends with status 1 whatever its ranks ended with, so who starts it finds here whether the run is done, wants to
-go on, or never will. The file is not there while a run is at work, nor after one that was killed or failed by a bug.
+torchrun exits with status 1 whatever status its ranks exited with. So a script that starts torchrun reads in this file
+whether the run is done, wants to continue, or never will. The file does not exist while a run is active, nor after a
+run that was killed or that failed by a bug.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from megatron_vl.files import write_whole
 from megatron_vl.log import log_rank_0
 from megatron_vl.training.state import TrainState
 
-if TYPE_CHECKING:  # a refusal does without torch
+if TYPE_CHECKING:  # a refused run does not need torch
     from megatron_vl.parallel.topology import Topology
 
 NAME = "last_run.json"
 
 
 def warn_of_loss(config: RunConfig, state: TrainState) -> None:
-    """Say, in a way that is not missed, that what is trained is lost at the end; at the start and at the end."""
+    """Warn, at the start and at the end of a run, that it will lose what it trains."""
     if config.checkpoint.save is None:
         steps = config.training.train_iters - state.step
         what = f"THE {steps} STEPS OF THIS RUN WILL BE LOST" if steps > 0 else "WHAT THIS RUN HAS TRAINED IS LOST"
@@ -38,21 +39,26 @@ def warn_of_loss(config: RunConfig, state: TrainState) -> None:
 
 
 def forget_last(config: RunConfig, topology: Topology) -> None:
-    """Remove what the last run has left."""
+    """Remove the record of the last run."""
     if topology.rank == 0:
         _forget(config)
 
 
 def record(config: RunConfig, topology: Topology, status: ExitStatus, *, step: int | None, reason: str) -> None:
-    """Note the end of this run, at which step, None before the first; where that cannot be written, the exit status
-    has to do."""
+    """Record the end of this run.
+
+    If the file cannot be written, only the exit status tells how the run has ended.
+
+    Args:
+        step: the last step; None before the first.
+    """
     if topology.rank == 0:
         _write(config, status, step=step, reason=reason)
 
 
 @contextlib.contextmanager
 def recording_errors(config: RunConfig, topology: Topology, *, step: Callable[[], int | None]) -> Iterator[None]:
-    """Note the end of a run by an error that is no bug."""
+    """Record the end of a run by an error that is not a bug."""
     try:
         yield
     except BaseException as error:
@@ -63,9 +69,9 @@ def recording_errors(config: RunConfig, topology: Topology, *, step: Callable[[]
 
 @contextlib.contextmanager
 def recording_refusals(config: RunConfig, rank: int) -> Iterator[None]:
-    """Note that a run was refused before it has started ranks; not in a directory where another one is at work."""
+    """Record that a run was refused before it has started ranks. Do not write where another run is active."""
     if rank == 0:
-        _forget(config)  # while a run is at work there is none
+        _forget(config)  # an active run has no record
     try:
         yield
     except MegatronVLError as error:
@@ -77,7 +83,7 @@ def recording_refusals(config: RunConfig, rank: int) -> Iterator[None]:
 
 
 def _status_of(error: BaseException) -> ExitStatus | None:
-    """The exit status that a command gives to an error; None for a bug, here or on another rank."""
+    """Return the exit status of a command for an error, or None for a bug on this rank or another one."""
     if isinstance(error, MegatronVLError):
         return None if isinstance(error, PeerError) else error.exit_status
     if isinstance(error, KeyboardInterrupt):

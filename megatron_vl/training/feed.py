@@ -1,9 +1,9 @@
-"""Micro-batches for every rank, from the loaders of those that read.
+"""Give every rank its micro-batches, from the loaders of the ranks that read.
 
-The first rank of each tensor-parallel group reads the rows of its data-parallel rank and tells the group what they look
-like; their contents follow when a micro-batch's turn comes (``parallel/arrival.py``). Each pipeline stage reads for
-itself, and only stages with the patch embedding decode images. So no data travels between stages, and no field is
-missing on some ranks for any other reason than that nothing there would use it.
+The first rank of each tensor-parallel group reads the rows of its data-parallel rank. It sends the group the shapes and
+types of the tensors; the contents follow when a micro-batch is due (``parallel/arrival.py``). Each pipeline stage reads
+for itself, and only stages with the patch embedding decode images. So no data travels between stages. A field is
+missing on a rank only if nothing on that rank would use it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ class Feed:
     topology: Topology
 
     def steps(self, consumed_rows: int) -> Iterator[list[MicroBatch]]:
-        """Training steps without end."""
+        """Yield training steps without end."""
         return self._share(self.loader.steps(consumed_rows) if self.loader else None)
 
     def one_pass(self, data_set: int = 0, *, max_steps: int = 0) -> Iterator[list[MicroBatch]]:
-        """Every row of a data set once; ``max_steps`` 0 for all of them."""
+        """Yield every row of a data set once; ``max_steps`` 0 stands for no limit."""
         return self._share(self.loader.one_pass(data_set, max_steps=max_steps) if self.loader else None)
 
     def describe(self, num_rows: int) -> list[str]:
-        """What the data sets hold, and how often a run of so many rows takes theirs; nothing on ranks that receive."""
+        """Describe the data sets, and how often a run of ``num_rows`` rows reads each row; empty on ranks that receive.
+        """
         if self.loader is None:
             return []
         return self.loader.data_sets.plan.describe(num_rows)
 
     def name_rows(self, consumed_rows: int, places: Sequence[tuple[int, int]]) -> str:
-        """The rows of a step, or of some of its micro-batches, by data set; nothing on ranks that receive."""
+        """Name the rows of a step, or of some of its micro-batches, by data set. Empty on ranks that receive."""
         return "; ".join(self.loader.name_rows(consumed_rows, places)) if self.loader else ""
 
     def close(self) -> None:
-        """End the decode workers."""
+        """Stop the decode workers."""
         if self.loader is not None:
             self.loader.close()
 
@@ -61,10 +62,10 @@ class Feed:
 
 
 def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]) -> Feed:
-    """Open the data sets where this rank reads them; every rank calls it.
+    """Open the data sets on the ranks that read them; every rank calls it.
 
     Raises:
-        ConfigError, DataError: as ``RowLoader`` does, on all ranks.
+        ConfigError, DataError: on all ranks, under the conditions of ``RowLoader``.
     """
     return Feed(together(lambda: _open_loader(config, topology, data_path)), topology)
 

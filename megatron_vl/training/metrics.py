@@ -1,11 +1,11 @@
-"""What a run says of itself: Megatron's log line, JSON lines, TensorBoard, Weights & Biases, and a progress bar.
+"""Report a run: Megatron's log line, JSON lines, TensorBoard, Weights & Biases, and a progress bar.
 
 Throughput counts useful work: tokens that are not padding, images that fill slots, and the floating-point operations
-that the step requires given what is frozen (``planning/flops.py``; recomputation is not counted). Rank 0 reports; it
+that the step requires given what is frozen (``planning/flops.py``; recomputation is not counted). Rank 0 reports. It
 has every figure after the one reduction of the step.
 
-Every step is in one report: what is left of an interval when a run ends, for whatever reason, is reported then. As in
-Megatron-LM, the loss is that of the steps which changed the weights, and validating and saving take no training time.
+Every step is in exactly one report. When a run ends, for whatever reason, the rest of the interval is reported. As in
+Megatron-LM, the loss is the mean over the steps that changed the weights. Validating and saving take no training time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_vl.training.step import Counts, LossSum, StepResult
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is reported after a number of steps; rates are means over those steps."""
+    """The metrics of one report; rates are means over its steps."""
 
     iteration: int
     train_iters: int
@@ -42,11 +42,11 @@ class StepMetrics:
     consumed_samples: int
     consumed_tokens: int
     lm_loss: float
-    """Of a supervised token; skipped steps are left out, and it is not a number where there were no others."""
+    """Mean per supervised token, without skipped steps; NaN if all steps were skipped."""
     learning_rate: float
     """The largest of all parameter groups, at the last of these steps."""
     smallest_learning_rate: float
-    """Under layer-wise decay the first vision layers learn at it; else it is the largest one."""
+    """Under layer-wise decay the rate of the first vision layers; otherwise equal to ``learning_rate``."""
     grad_norm: float
     elapsed_ms_per_iteration: float
     global_batch_size: int
@@ -69,7 +69,7 @@ class Window:
     loss: LossSum = LossSum(0.0, 0)
     """Of the steps that changed the weights."""
     supervised: int = 0
-    """Tokens with a label in all steps."""
+    """Supervised tokens of all steps."""
     skipped: int = 0
     nan: int = 0
     counts: Counts = field(default_factory=Counts)
@@ -85,7 +85,7 @@ class Window:
         self.counts = self.counts + result.counts
 
     def summarize(self, state: TrainState, result: StepResult, *, config: RunConfig, layout: Layout) -> StepMetrics:
-        """The metrics of these steps; ``result`` is the last one's."""
+        """Return the metrics of these steps; ``result`` belongs to the last one."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         counts = self.counts
         work = Work(counts.images, counts.tokens, counts.squared_spans, self.supervised)
@@ -115,14 +115,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread, for reports."""
+    """The parallel layout of a run, for reports."""
 
     text: str
     world_size: int
 
 
 class Sink(Protocol):
-    """Somewhere that metrics go."""
+    """A destination of metrics."""
 
     def step(self, metrics: StepMetrics) -> None: ...
 
@@ -132,7 +132,7 @@ class Sink(Protocol):
 
 
 def log_line(metrics: StepMetrics) -> str:
-    """The metrics in the form of Megatron-LM's log, which scripts search for."""
+    """Format the metrics as Megatron-LM's log line, which scripts search for."""
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
     parts = [
         f" [{now}] iteration {metrics.iteration:8d}/{metrics.train_iters:8d}",
@@ -169,9 +169,9 @@ class LogLine:
 
 
 class JsonLines:
-    """One JSON object a line, appended, so that a resumed run goes on in the same file.
+    """One JSON object a line. Lines are appended, so a resumed run continues the same file.
 
-    JSON has no number that is not finite; in place of one stands null.
+    JSON cannot represent numbers that are not finite; they are written as null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -247,7 +247,7 @@ class WeightsAndBiases:
 
 
 class ProgressBar:
-    """A bar that moves with every report; silent where standard error is not a terminal."""
+    """A bar that moves with every report; silent if standard error is not a terminal."""
 
     def __init__(self, *, first: int, last: int) -> None:
         from tqdm import tqdm
@@ -266,13 +266,13 @@ class ProgressBar:
 
 
 class Reporter:
-    """Collects steps and hands their metrics to every sink, on rank 0."""
+    """Collect steps, and pass their metrics to every sink, on rank 0."""
 
     def __init__(self, config: RunConfig, *, layout: Layout, state: TrainState, active: bool) -> None:
         self._config, self._layout = config, layout
         self._window = Window()
         self._last: tuple[TrainState, StepResult] | None = None
-        """The last step that is in no report yet."""
+        """The last step that is not in a report yet."""
         self._sinks = _open_sinks(config, state) if active else []
 
     def step(self, state: TrainState, result: StepResult) -> None:
@@ -288,13 +288,13 @@ class Reporter:
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """Leave out of all rates the time that is spent inside."""
+        """Exclude the time spent inside this context from all rates."""
         started = time.perf_counter()
         yield
         self._window.started += time.perf_counter() - started
 
     def close(self) -> None:
-        """Report the steps that are left, and write out what is buffered."""
+        """Report the remaining steps, and flush the sinks."""
         self._report()
         self._tell(lambda sink: sink.close())
 
@@ -306,7 +306,7 @@ class Reporter:
         self._window, self._last = Window(), None
 
     def _tell(self, say: Callable[[Sink], None]) -> None:
-        """Tell every sink; one that cannot write any more is left, and training goes on."""
+        """Call ``say`` on every sink. Drop a sink that cannot write any more; training continues."""
         for sink in tuple(self._sinks):
             try:
                 say(sink)
@@ -323,7 +323,7 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _tag(kind: str, name: str, losses: Mapping[str, float]) -> str:
-    """Of a chart: with the name of the validation set where there are several."""
+    """Return the tag of a chart; it includes the name of the validation set if there are several."""
     return f"{kind}/{name}" if len(losses) > 1 else kind
 
 

@@ -1,12 +1,12 @@
-"""What a run does when numbers are not finite.
+"""Handle numbers that are not finite.
 
-A step whose loss or gradient is not finite changes no weight on any rank (``training/step.py``) and is named with its
-rows. While such steps follow each other a checkpoint that is due waits. One that is written then, because the run ends
-or is stopped, replaces none: the last one that is known to work stays. After ``training.max_skipped_steps`` of them in
-a row, or when the whole run has consisted of nothing else, the run ends with a status of its own. A checkpoint is
-neither written nor loaded when weights or moments in it are not finite.
+A step whose loss or gradient is not finite changes no weight on any rank (``training/step.py``). It is reported with
+its rows. A checkpoint that is due during a sequence of such steps waits. If the run ends or is stopped during the
+sequence, a checkpoint is written, but it replaces none: the last checkpoint that is known to work stays. The run ends
+with an exit status of its own after ``training.max_skipped_steps`` of such steps in a row, or when all of its steps
+were skipped. A checkpoint is neither written nor loaded if weights or moments in it are not finite.
 
-All ranks decide alike: progress is the same on every rank, and what single ranks find in their tensors is gathered.
+All ranks decide alike. Progress is the same on every rank, and the findings of single ranks are gathered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HINT = (
 
 
 def describe_skipped(result: StepResult, before: TrainState, feed: Feed) -> None:
-    """Say on rank 0 which step was skipped, why, and which rows it read; ``before`` is the state before it."""
+    """Report on rank 0 which step was skipped, why, and which rows it read; ``before`` is the state before it."""
     if result.culprits:
         what = f"loss of {len(result.culprits)} micro-batches not finite"
     else:
@@ -47,7 +47,7 @@ def describe_skipped(result: StepResult, before: TrainState, feed: Feed) -> None
 
 
 def describe_validation(losses: Mapping[str, float], state: TrainState) -> None:
-    """Warn on rank 0 of validation losses that are not finite; they change no weight, so the run goes on."""
+    """Warn on rank 0 of validation losses that are not finite. They change no weight, so the run continues."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             log_rank_0(
@@ -61,7 +61,7 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
     """End a run that only skips steps.
 
     Raises:
-        NotFiniteError: on all ranks, too many steps were skipped in a row, or every step to the last.
+        NotFiniteError: on all ranks, if too many steps in a row or all steps of the run were skipped.
     """
     limit, count = config.training.max_skipped_steps, state.skipped_in_a_row
     nothing_learned = state.step == config.training.train_iters == count
@@ -76,7 +76,8 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
 
 
 def find_not_finite(model: ParallelModel, topology: Topology) -> list[str]:
-    """Names of weights and of moments that hold values that are not finite on any rank; the same list on all ranks."""
+    """Return the names of weights and moments with values that are not finite on any rank; the same list on all ranks.
+    """
     named = list(_tensors(model))
     finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist() if named else []
     own = [name for (name, _), good in zip(named, finite, strict=True) if not good]
@@ -86,10 +87,10 @@ def find_not_finite(model: ParallelModel, topology: Topology) -> list[str]:
 
 
 def check_before_save(model: ParallelModel, topology: Topology, step: int) -> None:
-    """Refuse to save what is not finite.
+    """Refuse to save a model with values that are not finite.
 
     Raises:
-        NotFiniteError: on all ranks, names what is not.
+        NotFiniteError: on all ranks; names the tensors.
     """
     if names := find_not_finite(model, topology):
         raise NotFiniteError(
@@ -98,17 +99,17 @@ def check_before_save(model: ParallelModel, topology: Topology, step: int) -> No
 
 
 def check_loaded(model: ParallelModel, topology: Topology, path: Path) -> None:
-    """Refuse weights or moments that are not finite, wherever they come from.
+    """Refuse loaded weights or moments that are not finite, whatever their source.
 
     Raises:
-        CheckpointError: on all ranks, names what is not.
+        CheckpointError: on all ranks; names the tensors.
     """
     if names := find_not_finite(model, topology):
         raise CheckpointError(f"{path}: {describe(names)} not finite; start from another checkpoint")
 
 
 def describe(names: list[str]) -> str:
-    """The first few names, and how many there are."""
+    """Return the first few names and the total number."""
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"{', '.join(names[:_MAX_NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
 
@@ -122,7 +123,7 @@ def _tensors(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """State of the optimizer under the name of its kind; a shard has no parameter's name."""
+    """Yield the tensors of the optimizer's state, named by kind. A shard does not know the names of its parameters."""
     for state in optimizer.state.values():
         for kind, value in state.items():
             if isinstance(value, Tensor):

@@ -1,12 +1,12 @@
-"""AdamW through Megatron-Core's optimizers, the learning rate of a step, and who gets which multiple of it.
+"""AdamW through Megatron-Core's optimizers, the learning rate of a step, and each parameter's multiple of it.
 
-The schedule is a pure function of the step, so resuming it needs no state. Layer-wise decay follows BEiT: with D
-vision layers, layer i (from 0) learns at lr x decay^(D - i), the patch and position embeddings at lr x decay^(D + 1),
-everything behind the tower at lr. Vectors (norms, biases) have no weight decay; tables have, as in the released script,
-also the resampler's position table where it trains.
+The schedule is a pure function of the step, so resuming it needs no state. Layer-wise decay follows BEiT. With D vision
+layers, layer i (from 0) learns at lr x decay^(D - i). The patch and position embeddings learn at lr x decay^(D + 1),
+and everything after the vision tower at lr. Vectors (norms, biases) have no weight decay. Tables have it, as in the
+released script, and so has the resampler's position table where it trains.
 
-A parameter group is made once and knows its two multiples (``lr_mult``, ``wd_mult``). Everything else that an update
-depends on is set from the configuration before each one, so no value of an earlier run lives on in a group.
+A parameter group is made once and stores its two multiples (``lr_mult``, ``wd_mult``). Everything else that an update
+depends on is set from the configuration before each update, so a group keeps no value of an earlier run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LearningRates:
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, train_iters: int) -> float:
-    """The learning rate of the update that leads from ``step`` to ``step + 1``, without layer-wise decay.
+    """Return the learning rate of the update from ``step`` to ``step + 1``, without layer-wise decay.
 
-    Linear from 0 over ``lr_warmup_iters`` (the first update has lr / warm-up), then the decay to ``min_lr`` at
+    It is linear from 0 over ``lr_warmup_iters`` (the first update has lr / warm-up). Then it decays to ``min_lr`` at
     ``lr_decay_iters``.
     """
     if step < config.lr_warmup_iters:
@@ -52,7 +52,7 @@ def learning_rate(step: int, config: OptimizerConfig, *, train_iters: int) -> fl
 
 
 def layer_multiplier(name: str, *, num_layers: int, decay: float) -> float:
-    """The multiple of the learning rate of a parameter, by its global name."""
+    """Return the learning-rate multiple of a parameter, by its global name."""
     layer = re.match(r"vision\.layers\.(\d+)\.", name)
     if layer:
         return decay ** (num_layers - int(layer[1]))
@@ -60,7 +60,7 @@ def layer_multiplier(name: str, *, num_layers: int, decay: float) -> float:
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """Megatron-Core's optimizer over this rank's wrapped chunks."""
+    """Build Megatron-Core's optimizer over this rank's wrapped chunks."""
     settings, bf16 = config.optimizer, config.training.bf16
     core = CoreOptimizerConfig(
         optimizer="adam",
@@ -80,7 +80,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
 
 
 def set_groups(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> LearningRates:
-    """Set every parameter group to what the configuration says of the coming update."""
+    """Set every parameter group to the configured values of the coming update."""
     settings = config.optimizer
     rate = learning_rate(step, settings, train_iters=config.training.train_iters)
     for group in optimizer.param_groups:
@@ -93,7 +93,7 @@ def set_groups(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> Le
 
 
 def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
-    """Megatron-Core's overrides: which parameters leave the default learning rate or weight decay."""
+    """Return Megatron-Core's overrides: the parameters without the default learning rate or weight decay."""
     settings, depth = config.optimizer, config.model.vision.num_layers
 
     def is_vector(parameter: nn.Parameter, name: str) -> bool:

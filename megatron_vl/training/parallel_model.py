@@ -1,7 +1,7 @@
 """The model as it is trained: chunks wrapped for data parallelism, with the hooks that the schedules call.
 
-With ``overlap_param_gather`` a step leaves each rank the new weights of its own shard and the old ones elsewhere, until
-the next forward pass has gathered them, module by module. Whoever reads weights otherwise goes through
+With ``overlap_param_gather``, each rank has the new weights of its own shard after a step, and old weights elsewhere.
+The next forward pass gathers the rest, module by module. Code that reads weights outside a forward pass must use
 :attr:`ParallelModel.chunks` or ``QwenVL.sharded_state_dict``, which gather first.
 """
 
@@ -32,7 +32,7 @@ class ParallelModel:
 
     @property
     def chunks(self) -> list[QwenVL]:
-        """The network itself, its weights whole; all data-parallel ranks ask for it together."""
+        """The network itself, with all weights gathered; all data-parallel ranks must read this property together."""
         chunks: list[QwenVL] = [wrapped.module for wrapped in self.wrapped]
         for chunk in chunks:
             chunk.make_weights_whole()
@@ -40,7 +40,7 @@ class ParallelModel:
 
 
 def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> ParallelModel:
-    """Build, wrap, and give it an optimizer."""
+    """Build the model, wrap it, and build its optimizer."""
     chunks = build_model(config, topology, fresh_weights=fresh_weights)
     wrapped = wrap_chunks(chunks, config)
     return ParallelModel(wrapped, build_optimizer(config, wrapped))
@@ -49,7 +49,7 @@ def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights
 def wrap_chunks(chunks: Sequence[QwenVL], config: RunConfig) -> list[DistributedDataParallel]:
     """Wrap chunks for data parallelism, and connect them to Megatron-Core's schedules.
 
-    That is all that gradients need; after a backward pass they are in ``main_grad`` of each parameter.
+    Gradients need nothing more. After a backward pass they are in ``main_grad`` of each parameter.
     """
     wrapped = [
         DistributedDataParallel(
@@ -77,7 +77,7 @@ def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
 
 
 def _connect(schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataParallel]) -> None:
-    """Tell the schedules when to reduce gradients; fp32 and bf16 have no scale of the loss."""
+    """Tell the schedules when to reduce gradients. fp32 and bf16 have no loss scale."""
     schedule.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]

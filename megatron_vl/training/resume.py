@@ -1,9 +1,9 @@
-"""Which checkpoint a run goes on from, found and loaded by all ranks together.
+"""Find and load the checkpoint from which a run continues; all ranks do it together.
 
-``start.py`` says what the configuration asks for. ``--auto-resume`` goes on from the newest checkpoint of
-``checkpoint.save`` that is whole. Newer ones that are damaged are renamed, since a run that comes to their step again
-must be able to save it; nothing of them is removed. Rank 0 looks at directories for all ranks, so that those which see
-a shared disk at different moments decide alike.
+``start.py`` reads what the configuration asks for. ``--auto-resume`` continues from the newest undamaged checkpoint of
+``checkpoint.save``. Newer checkpoints that are damaged are renamed, since a run that reaches their step again must be
+able to save it; nothing of them is removed. Rank 0 reads directories for all ranks. Otherwise ranks that see the
+changes of a shared disk at different moments might decide differently.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from megatron_vl.training.state import TrainState
 
 @dataclass(frozen=True)
 class VerifiedStart:
-    """What a run begins with, and the checkpoint that was found whole for it."""
+    """The start of a run, and its checkpoint, which all ranks have verified."""
 
     start: Start
     checkpoint: Verified
 
 
 def find_start(config: RunConfig, topology: Topology) -> VerifiedStart | None:
-    """Find what to load, the same on all ranks, and verify it.
+    """Find the checkpoint to load, the same on all ranks, and verify it.
 
     Raises:
-        CheckpointError: as :func:`megatron_vl.training.start.choose_start`, or what is to be loaded is damaged.
+        CheckpointError: under the conditions of :func:`megatron_vl.training.start.choose_start`, or if the checkpoint
+            is damaged.
     """
     start: Start | None = on_rank_0(lambda: choose_start(config))
     if start is None:
@@ -56,11 +57,12 @@ def find_start(config: RunConfig, topology: Topology) -> VerifiedStart | None:
 
 @contextmanager
 def hold_save_directory(config: RunConfig) -> Iterator[None]:
-    """Make the save directory and hold it on rank 0, so that no second training writes to it meanwhile.
+    """Create the save directory and hold its lock on rank 0, so that no second training writes to it.
 
     Raises:
-        CheckpointError: on all ranks, another training holds it, it cannot be made or written to, or some ranks do not
-            see it.
+        CheckpointError: on all ranks, if another training holds the lock, the directory cannot be created or written
+            to,
+            or some ranks do not see it.
     """
     save = config.checkpoint.save
     with ExitStack() as held:
@@ -86,9 +88,9 @@ def _hold(root: Path, held: ExitStack) -> None:
 
 
 def _check_seen_by_all(root: Path) -> None:
-    """Refuse a directory that is another one on another machine: the first save would fail, after hours.
+    """Refuse a directory that is a different one on another machine: the first save would fail, after hours.
 
-    The file to look for has a name that no machine has looked for before and remembers as absent.
+    The test file has a new name, so no machine can have cached that it is absent.
     """
     mark: str = on_rank_0(lambda: _leave_mark(root))
     seen = by_all((root / mark).is_file)
@@ -108,7 +110,7 @@ def _leave_mark(root: Path) -> str:
 
 
 def load_start(found: VerifiedStart, model: ParallelModel, *, config: RunConfig, topology: Topology) -> TrainState:
-    """Load what a run begins with into the model and its optimizer; return the progress from which it goes on."""
+    """Load the checkpoint into the model and its optimizer. Return the progress from which the run continues."""
     start, checkpoint = found.start, found.checkpoint
     trained = contents.Trained(model.chunks, model.optimizer if start.optimizer else None)
     progress = contents.load(trained, checkpoint, config=config, topology=topology, load_rng=start.rng)
@@ -123,7 +125,7 @@ def load_start(found: VerifiedStart, model: ParallelModel, *, config: RunConfig,
 
 
 def _warn_of_dropped_moments(config: RunConfig, checkpoint: Path) -> None:
-    """Say so where parts trained before that are frozen now: a checkpoint has moments of what trains alone."""
+    """Warn if parts trained before that are frozen now: a checkpoint has moments only of what trains."""
     before, now = FrozenParts.of(store.read_config(checkpoint).training), FrozenParts.of(config.training)
     frozen = [spec for spec in model_tensors(config.model) if trains(spec.name, before) and not trains(spec.name, now)]
     if frozen:
@@ -137,10 +139,10 @@ def _warn_of_dropped_moments(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
-    """The newest checkpoint that is whole, after renaming the damaged ones that are newer.
+    """Return the newest undamaged checkpoint, after renaming newer damaged ones.
 
     Raises:
-        CheckpointError: none is whole, or one cannot be read, which is no reason to go back behind it.
+        CheckpointError: if all are damaged, or if one cannot be read. The latter is no reason to use an older one.
     """
     damaged: list[tuple[Path, str]] = []
     for step in reversed(steps):
@@ -162,7 +164,7 @@ def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
 
 
 def _set_aside(path: Path, reason: str, *, goes_on_from: int) -> None:
-    """Give a damaged checkpoint another name, and say so."""
+    """Rename a damaged checkpoint, and report it."""
     renamed = on_rank_0(lambda: store.set_aside(path))
     log_rank_0(
         f"DAMAGED CHECKPOINT {path}: {reason}. It is now {renamed}, for you to look at or remove; this run goes on "
@@ -172,10 +174,10 @@ def _set_aside(path: Path, reason: str, *, goes_on_from: int) -> None:
 
 
 def _named(path: Path, topology: Topology) -> Verified:
-    """The checkpoint that a path means, whole.
+    """Return the checkpoint at a path, verified.
 
     Raises:
-        CheckpointError: it is absent or damaged; the message names others that lie beside it.
+        CheckpointError: if it is absent or damaged; the message names others in the same directory.
     """
     try:
         return choose_together(path, topology)

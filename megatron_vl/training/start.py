@@ -1,8 +1,8 @@
-"""Where a run starts, as its configuration and the files say: what ``--check`` refuses without torch.
+"""Find where a run starts, from its configuration and small files: what ``--check`` refuses without torch.
 
-``--auto-resume`` goes on from a checkpoint of ``checkpoint.save``; a checkpoint that is named, with ``--load`` or
-``--pretrained-checkpoint``, is either that one or an error. What only the bytes of a checkpoint can tell is found when
-it is loaded (``resume.py``).
+``--auto-resume`` continues from a checkpoint of ``checkpoint.save``. A checkpoint named by ``--load`` or
+``--pretrained-checkpoint`` must be usable; otherwise it is an error. Faults that only the bytes of a checkpoint show
+are found when it is loaded (``resume.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_vl.training.state import TrainState
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with, if not with fresh weights."""
+    """The checkpoint that a run starts with, if it does not start with fresh weights."""
 
     path: Path
     """A checkpoint, or a directory of them."""
@@ -29,14 +29,14 @@ class Start:
     rng: bool
     progress: bool
     may_fall_back: bool = False
-    """The newest one that is whole will do; otherwise it is the one that was named, or none."""
+    """Whether the newest undamaged checkpoint may be used; otherwise only the named one."""
 
 
 def choose_start(config: RunConfig) -> Start | None:
-    """Return what the configuration asks to load, None for fresh weights.
+    """Return the checkpoint that the configuration asks to load, None for fresh weights.
 
     Raises:
-        CheckpointError: the save directory holds checkpoints that this run would not continue.
+        CheckpointError: if the save directory holds checkpoints that this run would not continue.
     """
     checkpoint = config.checkpoint
     root = Path(checkpoint.save) if checkpoint.save else None
@@ -63,9 +63,9 @@ def choose_start(config: RunConfig) -> Start | None:
 
 
 def _check_one_run(load: Path, root: Path | None, saved: list[int]) -> None:
-    """Refuse a save directory with checkpoints that the one to load does not lie among.
+    """Refuse a save directory with checkpoints if the one to load is not among them.
 
-    ``keep_last`` would remove them, and ``auto_resume`` fall back on them.
+    ``keep_last`` would remove them, and ``auto_resume`` might use them.
     """
     if root and saved and root.resolve() not in (load.resolve(), load.resolve().parent):
         raise CheckpointError(
@@ -76,13 +76,13 @@ def _check_one_run(load: Path, root: Path | None, saved: list[int]) -> None:
 
 
 def check_start(config: RunConfig, data: str) -> None:
-    """Refuse what a checkpoint's small files already tell: another model, other rows, later checkpoints.
+    """Refuse what a checkpoint's small files already show: another model, other rows, later checkpoints.
 
     Args:
         data: fingerprint of the rows of this run.
 
     Raises:
-        CheckpointError: as the run would, when it has started all ranks and built the model.
+        CheckpointError: as the run would, after it has started all ranks and built the model.
     """
     start = choose_start(config)
     if start is None:
@@ -98,7 +98,7 @@ def check_start(config: RunConfig, data: str) -> None:
 
 
 def _check_checkpoint(start: Start, config: RunConfig) -> TrainState:
-    """Refuse a checkpoint of another model; return the progress of the one that the run would load."""
+    """Refuse a checkpoint of another model. Return the progress of the checkpoint that the run would load."""
     checkpoint = store.resolve(start.path)
     check_same_model(config.model, store.read_config(checkpoint).model, checkpoint)
     try:
@@ -109,10 +109,10 @@ def _check_checkpoint(start: Start, config: RunConfig) -> TrainState:
 
 
 def as_state(progress: dict[str, Any], checkpoint: Path) -> TrainState:
-    """The progress that a checkpoint holds.
+    """Return the progress of a checkpoint as a ``TrainState``.
 
     Raises:
-        CheckpointError: it says what this version does not know.
+        CheckpointError: if it has a field that this version does not know.
     """
     try:
         return TrainState(**progress)
@@ -125,10 +125,10 @@ def as_state(progress: dict[str, Any], checkpoint: Path) -> TrainState:
 
 
 def check_nothing_later(state: TrainState, config: RunConfig) -> None:
-    """Refuse a save directory whose later checkpoints this run would come upon after hours of training.
+    """Refuse a save directory with later checkpoints, whose steps this run would reach after hours of training.
 
     Raises:
-        CheckpointError: there are such checkpoints.
+        CheckpointError: if there are such checkpoints.
     """
     save = config.checkpoint.save
     later = [step for step in store.steps_named(Path(save)) if step > state.step] if save else []
@@ -140,10 +140,10 @@ def check_nothing_later(state: TrainState, config: RunConfig) -> None:
 
 
 def check_same_rows(state: TrainState, data: str) -> TrainState:
-    """Refuse to go on with other rows, or in another order, than the position in the data was counted in.
+    """Refuse to continue if the rows or their order differ from those in which the data position was counted.
 
     Raises:
-        CheckpointError: the data sets, their weights or the seed have changed.
+        CheckpointError: if the data sets, their weights or the seed have changed.
     """
     if state.data and state.data != data:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Progress of a run: all that resuming needs beside weights and optimizer."""
+"""Progress of a run: all that resuming needs besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after ``step`` updates."""
+    """The state of a run after ``step`` updates."""
 
     step: int = 0
     consumed_rows: int = 0
-    """Rows of the training mix that have been read: the data position, at any data-parallel size."""
+    """Rows of the training mix that have been read. This is the data position, at any data-parallel size."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
     """Tokens that are not padding."""
     data: str = ""
-    """Fingerprint of the rows and of their order; a run does not go on with other ones."""
+    """Fingerprint of the rows and of their order. A run does not continue with another one."""
     skipped_steps: int = 0
     """Updates that were skipped on all ranks because loss or gradient was not finite."""
     skipped_in_a_row: int = 0
     """Of these, those since the last step that changed the weights."""
 
     def advanced(self, *, rows: int, samples: int, tokens: int, skipped: bool) -> TrainState:
-        """The state after one more step."""
+        """Return the state after one more step."""
         return replace(
             self,
             step=self.step + 1,

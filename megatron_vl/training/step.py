@@ -1,8 +1,8 @@
-"""One step: all micro-batches forward and backward, one division by the global token count, clip, update.
+"""One training step: forward and backward of all micro-batches, division by the global token count, clipping, update.
 
-The loss is summed over supervised tokens and divided once, by the number of them in the global batch over all ranks.
-So a token weighs the same whichever micro-batch, row or rank it is in, and the gradients of the vision tower are not
-diluted by rows without images.
+The loss is summed over supervised tokens and divided once, by their number in the global batch over all ranks. So a
+token has the same weight in any micro-batch, row or rank. Rows without images do not dilute the gradients of the vision
+tower.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LossSum:
 
     @property
     def mean(self) -> float:
-        """Loss of a supervised token; not a number where there was none."""
+        """Loss per supervised token; NaN if there was none."""
         return self.total / self.num_tokens if self.num_tokens else math.nan
 
 
@@ -54,7 +54,7 @@ class Counts:
     """What was read, over all data-parallel ranks."""
 
     images: int = 0
-    """Images that the vision tower saw for the slots; the blank one of a text-only micro-batch does not count."""
+    """Images that the vision tower encoded for slots. The blank image of a text-only micro-batch does not count."""
     samples: int = 0
     tokens: int = 0
     """Tokens that are not padding."""
@@ -71,7 +71,7 @@ class Counts:
 
 
 class MicroBatchPlace(NamedTuple):
-    """Which micro-batch of a step."""
+    """The position of a micro-batch in a step."""
 
     dp_rank: int
     micro_batch: int
@@ -79,16 +79,16 @@ class MicroBatchPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did."""
+    """The result of one update."""
 
     loss: LossSum
     counts: Counts
     learning_rates: LearningRates
     grad_norm: float
     skipped: bool
-    """Loss or gradient was not finite: no rank changed its weights."""
+    """Whether loss or gradient was not finite; then no rank changed its weights."""
     culprits: tuple[MicroBatchPlace, ...] = ()
-    """Of a skipped step: the micro-batches whose loss was not finite; none if only the gradient was not."""
+    """Of a skipped step, the micro-batches whose loss was not finite; empty if only the gradient was not finite."""
 
 
 def train_step(
@@ -116,9 +116,9 @@ def train_step(
 
 
 def _replicas_finite(optimizer: MegatronOptimizer) -> bool:
-    """Whether the gradients are finite that this rank holds as a copy of another tensor-parallel rank's.
+    """Check the gradients that this rank holds as replicas of another tensor-parallel rank's.
 
-    The norm counts a parameter once, so it does not see what goes wrong in a copy alone.
+    The norm counts each parameter once, so it does not show a fault in a replica alone.
     """
     replicas = [value for value in optimizer.get_parameters() if not param_is_not_tensor_parallel_duplicate(value)]
     gradients = [value.grad for value in replicas if value.grad is not None]
@@ -126,14 +126,14 @@ def _replicas_finite(optimizer: MegatronOptimizer) -> bool:
 
 
 def _gather_places(indices: tuple[int, ...], *, topology: Topology) -> tuple[MicroBatchPlace, ...]:
-    """The micro-batches that any rank names, in order."""
+    """Return the micro-batches that any rank names, in order."""
     gathered: list[list[MicroBatchPlace]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(gathered, [MicroBatchPlace(topology.dp_rank, index) for index in indices])
     return tuple(sorted({place for places in gathered for place in places}))
 
 
 def _update(optimizer: MegatronOptimizer, grad_norm: float, *, clip: float) -> None:
-    """One update. Megatron-Core's own step would not look at the norm: without a loss scale it takes every gradient."""
+    """Update once. Megatron-Core's own step does not check the norm: without a loss scale it accepts every gradient."""
     parameters = optimizer.get_parameters()
     if clip > 0.0 and parameters:
         clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
@@ -143,7 +143,7 @@ def _update(optimizer: MegatronOptimizer, grad_norm: float, *, clip: float) -> N
 def forward_backward(
     chunks: Sequence[nn.Module], batches: list[MicroBatch], *, topology: Topology, forward_only: bool
 ) -> tuple[LossSum, Counts]:
-    """Run the schedule over the micro-batches, and sum the loss and what was read over all ranks."""
+    """Run the schedule over the micro-batches. Sum the losses and counts over all ranks."""
     arrivals = Arrivals(batches, topology, takers=len(chunks))
     records = run_schedule(
         chunks, arrivals, forward_step=_forward_step, forward_only=forward_only, topology=topology
@@ -163,7 +163,7 @@ def forward_backward(
 
 @torch.no_grad()
 def evaluate(chunks: Sequence[nn.Module], steps: Iterable[list[MicroBatch]], *, topology: Topology) -> LossSum:
-    """The loss over all steps in evaluation mode, without changing anything."""
+    """Return the loss over all steps in evaluation mode, without changing anything."""
     total, tokens = 0.0, 0
     with evaluating(chunks):
         for batches in steps:
@@ -174,7 +174,7 @@ def evaluate(chunks: Sequence[nn.Module], steps: Iterable[list[MicroBatch]], *, 
 
 @contextmanager
 def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that each chunk was in."""
+    """Switch to evaluation mode; restore the mode of each chunk at the end."""
     modes = [chunk.training for chunk in chunks]
     try:
         for chunk in chunks:
@@ -197,7 +197,11 @@ def _forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tens
 
 
 def _sum_losses(losses: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What Megatron-Core's schedule expects on the last stage: the summed loss, its token count, and a record."""
+    """Return what Megatron-Core's schedule expects on the last stage: the summed loss, its token count, and a record.
+
+    Args:
+        losses: float32[m], one per supervised position.
+    """
     total = losses.sum()
     tokens = torch.full((), batch.targets.numel(), dtype=torch.int, device=losses.device)
     return total, tokens, {"loss": total.detach().clone(), "tokens": tokens}

@@ -1,6 +1,6 @@
-"""Why a run stops before its last step: a signal, a time limit, an interval. All ranks stop at the same step.
+"""Stop a run before its last step: a signal, a time limit, an interval. All ranks stop at the same step.
 
-Before the first step there is nothing to save, so SIGTERM ends a process where it stands.
+Before the first step there is nothing to save, so SIGTERM ends a process immediately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vl.parallel.topology import Topology
 from megatron_vl.training import ending
 
 _SAME_KEY_S = 3.0
-"""Signals of one Ctrl-C: the terminal's own, and the one that torchrun passes on."""
+"""Signals within this time belong to one Ctrl-C: the terminal's own, and the one that torchrun forwards."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Stop:
 
 
 class StopRequest:
-    """Listens for SIGTERM (Slurm's and Kubernetes' notice) and Ctrl-C while it is entered, and knows the limits."""
+    """Handle SIGTERM (Slurm's and Kubernetes' notice) and Ctrl-C inside this context, and check the limits."""
 
     def __init__(self, training: TrainingConfig, topology: Topology) -> None:
         self._training, self._topology = training, topology
         self._started = time.monotonic()
         self._terminated = False
         self._interrupted: float | None = None
-        """When Ctrl-C was pressed first."""
+        """Time of the first Ctrl-C."""
         self._previous: dict[signal.Signals, signal.Handlers | int | None] = {}
 
     def __enter__(self) -> StopRequest:
@@ -56,12 +56,12 @@ class StopRequest:
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
     def is_asked(self) -> bool:
-        """Whether a signal asks the run to stop. Every rank calls it and gets the same answer."""
+        """Return whether a signal asks the run to stop. Every rank calls it and gets the same answer."""
         own = self._terminated or self._interrupted is not None
         return max_over_world(float(own), device=self._topology.device) > 0
 
     def check(self, step: int) -> Stop | None:
-        """Why all ranks should stop after ``step``, or nothing. Every rank calls it and gets the same answer."""
+        """Return why all ranks should stop after ``step``, or None. Every rank calls it and gets the same answer."""
         interval, minutes = self._training.exit_interval, self._training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - self._started > 60.0 * minutes
         code = 3 if self._interrupted is not None else 2 if self._terminated else int(late)
@@ -84,7 +84,7 @@ class StopRequest:
         if first and self._topology.rank == 0:
             write_line("Ctrl-C: the run ends after this step and saves; press it again to end at once", error=True)
         if time.monotonic() - self._interrupted > _SAME_KEY_S:
-            # Not by an exception: on its way it would wait for the other ranks.
+            # Not by an exception: its handlers would wait for the other ranks.
             os._exit(ExitStatus.INTERRUPTED)
 
 
@@ -92,7 +92,8 @@ class StopRequest:
 def ending_at_sigterm(config: RunConfig, topology: Topology) -> Iterator[None]:
     """Let SIGTERM end this process at once, with the status and the record of a run that was stopped.
 
-    A thread does that: the main one may wait in a library for a rank that has ended already, and runs no handler then.
+    A thread does that. The main thread may wait in a library for a rank that has ended already, and runs no handler
+    then.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -111,7 +112,7 @@ def ending_at_sigterm(config: RunConfig, topology: Topology) -> Iterator[None]:
 
 
 def _end_at_sigterm(signals: int, config: RunConfig, topology: Topology) -> None:
-    """Read the numbers of signals, as Python writes them to a pipe, until its other end is closed."""
+    """Read the signal numbers that Python writes to a pipe, until the other end of the pipe is closed."""
     while number := os.read(signals, 1):
         if number[0] == signal.SIGTERM:
             reason = "SIGTERM before the first step"

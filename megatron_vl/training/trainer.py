@@ -1,6 +1,6 @@
-"""The story of a run: set up, loop, validate, save.
+"""Train: set up, loop, validate, save.
 
-Read :func:`train` first. One trainer serves all stages of Qwen-VL: what differs between them is in their recipes.
+Read :func:`train` first. One trainer serves all stages of Qwen-VL; their recipes contain what differs between them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from megatron_vl.training.stopping import Stop, StopRequest, ending_at_sigterm
 
 
 def train(config: RunConfig) -> ExitStatus:
-    """Train as the configuration says, on every rank; returns how the run has ended.
+    """Train by the configuration, on every rank. Return how the run has ended.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before the first step, wherever they can be found then.
+        ConfigError, DataError, CheckpointError: before the first step, for faults that can be found then.
     """
     with Topology(config.parallel) as topology:
         return _train(config, topology)
@@ -62,7 +62,7 @@ def _train(config: RunConfig, topology: Topology) -> ExitStatus:
 
 @dataclass
 class Trainer:
-    """Everything a run holds on this rank. ``state`` and ``saved_step`` are the only fields that change."""
+    """The objects of a run on this rank. Only the fields ``state`` and ``saved_step`` change."""
 
     config: RunConfig
     topology: Topology
@@ -76,7 +76,7 @@ class Trainer:
 
     @classmethod
     def set_up(cls, config: RunConfig, topology: Topology) -> Trainer:
-        """Build the model, load what the configuration names, and open the data."""
+        """Build the model, load the configured checkpoint, and open the data."""
         seed_all(config.training.seed)
         torch.use_deterministic_algorithms(config.training.deterministic_mode)
         feed = open_feed(config, topology, data_path=config.data.data_path)
@@ -98,7 +98,7 @@ class Trainer:
         return cls(config, topology, model, feed, validation, reporter, state, saved_step=state.step)
 
     def loop(self) -> Stop:
-        """Train to the last step, or until something asks to stop, and say which; a checkpoint is written at both."""
+        """Train to the last step, or until something asks to stop. Save in either case; return the reason."""
         first, last = self.state.step, self.config.training.train_iters
         if first >= last:
             log_rank_0(f"nothing left to do: step {first} is done, and --train-iters is {last}")
@@ -120,7 +120,7 @@ class Trainer:
         return early or Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
-        """One step."""
+        """Train one step."""
         before = self.state
         result = train_step(self.model, batches, config=self.config, topology=self.topology, step=before.step)
         self.state = self.state.advanced(
@@ -135,13 +135,13 @@ class Trainer:
             not_finite.check_progress(self.state, self.config)
 
     def validate_if_due(self, stop: StopRequest) -> None:
-        """The validation that is due after a step; left when a signal comes, since the save is still to come."""
+        """Run the validation that is due after a step. A signal interrupts it, since the save is still to come."""
         if self.validation and (self._due(self.config.training.eval_interval) or self._at_end()):
             with self.reporter.not_training():
                 self._validate(self.validation, stop)
 
     def _validate(self, feed: Feed, stop: StopRequest) -> None:
-        """The loss on each validation set."""
+        """Compute and report the loss on each validation set."""
         losses = {}
         for number, (name, _) in enumerate(validation_sets(self.config)):
             steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
@@ -154,7 +154,7 @@ class Trainer:
         not_finite.describe_validation(losses, self.state)
 
     def save(self) -> None:
-        """Write a checkpoint, if the configuration names a place for it."""
+        """Write a checkpoint, if the configuration names a directory for it."""
         if self.config.checkpoint.save is None:
             return
         not_finite.check_before_save(self.model, self.topology, self.state.step)
@@ -167,14 +167,14 @@ class Trainer:
             by_rank_0(lambda: store.retain(root, self.config.checkpoint.keep_last))
 
     def close(self) -> None:
-        """End workers and write out reports."""
+        """Stop the workers and flush the reports."""
         self.feed.close()
         if self.validation:
             self.validation.close()
         self.reporter.close()
 
     def _checkpoint_due(self) -> bool:
-        """Whether an interval has ended since the last checkpoint; after a skipped step it waits for a good one."""
+        """Return whether an interval has ended since the last checkpoint. After a skipped step, wait for a good one."""
         interval = self.config.checkpoint.save_interval
         if not interval or self.state.step // interval == self.saved_step // interval:
             return False
@@ -188,7 +188,7 @@ class Trainer:
 
 
 def _count_batch_in_rows(config: RunConfig, world_size: int) -> RunConfig:
-    """The paper counts samples in a batch; packed rows hold several, how many says the data set's manifest."""
+    """Convert a batch size in samples, the paper's unit, to rows; the manifest gives the mean samples per row."""
     counted, said = DataPlan.read(config).count_rows(config, world_size)
     if said:
         log_rank_0(said)
@@ -196,7 +196,7 @@ def _count_batch_in_rows(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def _rows_of_run(config: RunConfig, state: TrainState) -> int:
-    """Rows that the run will have taken at its last step, those before a resume included."""
+    """Return the number of rows that the run will have read at its last step, including those before a resume."""
     steps = max(config.training.train_iters - state.step, 0)
     return state.consumed_rows + steps * config.training.global_batch_size
 
