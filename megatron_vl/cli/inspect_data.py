@@ -74,12 +74,12 @@ def _print_summary(store: RowStore) -> None:
 
 
 def _write_page(store: RowStore, path: Path, options: argparse.Namespace) -> None:
-    from megatron_vl.inspector.choice import Choice
+    from megatron_vl.inspector.choice import RowChoice
     from megatron_vl.inspector.opening import open_vocabulary
     from megatron_vl.inspector.page import read_page, render_page
 
     vocabulary = open_vocabulary(options.prefix, store.manifest, options.vocab_file)
-    choice = Choice(options.rows, options.first, options.seed, options.source, options.task)
+    choice = RowChoice(options.rows, options.first, options.seed, options.source, options.task)
     page = read_page(store, vocabulary, choice, max_image_side=options.max_image_side)
     write_whole(path, render_page(page))
     size = f"{len(page.rows)} of {len(store):,} rows, {path.stat().st_size / 1e6:.1f} MB"

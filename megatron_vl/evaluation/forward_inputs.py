@@ -34,7 +34,7 @@ _FORMS = {
 class ForwardInputs:
     """A batch; see :func:`read_inputs`."""
 
-    source: str
+    file: str
     """Names the file in messages."""
     input_ids: Tensor
     """int64[b, s]."""
@@ -51,11 +51,11 @@ class ForwardInputs:
         spans = sum(len(starts) for starts in self.span_starts(model))
         images = 0 if self.pixels is None else len(self.pixels)
         if spans != images:
-            raise DataError(f"{self.source}: input_ids have {spans} image spans, but pixels have {images} images")
+            raise DataError(f"{self.file}: input_ids have {spans} image spans, but pixels have {images} images")
         size = (3, model.image_size, model.image_size)
         if self.pixels is not None and tuple(self.pixels.shape[1:]) != size:
             raise DataError(
-                f"{self.source}: pixels are {list(self.pixels.shape[1:])} each; the model's images are {list(size)}"
+                f"{self.file}: pixels are {list(self.pixels.shape[1:])} each; the model's images are {list(size)}"
             )
 
     def span_starts(self, model: ModelConfig) -> list[Tensor]:
@@ -66,7 +66,7 @@ class ForwardInputs:
             starts, ends = (torch.nonzero(ids == marker).flatten() for marker in (special.img_start, special.img_end))
             if not torch.equal(starts + queries + 1, ends) or (starts.diff() <= queries + 1).any():
                 raise DataError(
-                    f"{self.source}: row {number} of input_ids has <img> ({special.img_start}) at {starts.tolist()} "
+                    f"{self.file}: row {number} of input_ids has <img> ({special.img_start}) at {starts.tolist()} "
                     f"and </img> ({special.img_end}) at {ends.tolist()}; expected pairs with the model's {queries} "
                     "slots between them"
                 )
@@ -93,7 +93,7 @@ class ForwardInputs:
             row, position = wrong[0].tolist()
             also = "" if lowest == 0 else f", or {lowest}"
             raise DataError(
-                f"{self.source}: {key}[{row}, {position}] is {ids[row, position]}; the vocabulary has the ids "
+                f"{self.file}: {key}[{row}, {position}] is {ids[row, position]}; the vocabulary has the ids "
                 f"0 to {vocab_size - 1}{also} ({len(wrong)} such values)"
             )
 

@@ -13,7 +13,7 @@ from megatron_vl.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """What is asked for."""
 
     num_rows: int = 50
@@ -33,7 +33,7 @@ class Choice:
         return f"{how}{', with a sample of ' + ' and '.join(of) if of else ''}"
 
 
-def choose_rows(store: RowStore, choice: Choice) -> list[int]:
+def choose_rows(store: RowStore, choice: RowChoice) -> list[int]:
     """The rows to show, in the order of the data set; fewer than asked for if there are no more.
 
     Raises ConfigError for a source or task that the data set does not have, and for rows beyond its end.

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_vl.data.dataset.rows import RowStore
-from megatron_vl.inspector.choice import Choice, choose_rows
+from megatron_vl.inspector.choice import RowChoice, choose_rows
 from megatron_vl.inspector.opening import Vocabulary
 from megatron_vl.inspector.overview import Overview, read_overview
 from megatron_vl.inspector.row_view import RowReader, RowView
@@ -61,7 +61,7 @@ class DataPage:
         return [(row.index, problem) for row in self.rows for problem in row.problems]
 
 
-def read_page(store: RowStore, vocabulary: Vocabulary, choice: Choice, *, max_image_side: int = 384) -> DataPage:
+def read_page(store: RowStore, vocabulary: Vocabulary, choice: RowChoice, *, max_image_side: int = 384) -> DataPage:
     """Gather the figures of a data set and the rows that are chosen.
 
     Raises ConfigError for a choice that the data set does not allow, DataError for a damaged row.

@@ -43,7 +43,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSpan:
     """An image at its slots."""
 
     image_id: int | None
@@ -53,7 +53,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Neighboring tokens of one kind that are all supervised, or none of them."""
 
     kind: RunKind
@@ -65,7 +65,7 @@ class Run:
     """Of text and coordinates."""
     name: str = ""
     """Of a special or unknown token."""
-    picture: Picture | None = None
+    picture: ImageSpan | None = None
     shape: Shape | None = None
     """Of the tag that closes one."""
 
@@ -84,18 +84,18 @@ class SegmentView:
     stop: int
     """Tokens of the row."""
     num_supervised: int
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
 
     @property
     def length(self) -> int:
         return self.stop - self.start
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def pictures(self) -> tuple[ImageSpan, ...]:
         return tuple(run.picture for run in self.runs if run.picture is not None)
 
     @property
-    def parts(self) -> list[tuple[Run, ...]]:
+    def parts(self) -> list[tuple[TokenRun, ...]]:
         """All runs, cut before each picture if there are several: each then stands beside what follows it."""
         cuts = [position for position, run in enumerate(self.runs) if run.picture is not None]
         cuts = [0, *cuts, len(self.runs)] if len(cuts) > 1 else [0, len(self.runs)]
@@ -131,7 +131,7 @@ class RowView:
         return sum(segment.num_supervised for segment in self.segments)
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def pictures(self) -> tuple[ImageSpan, ...]:
         return tuple(picture for segment in self.segments for picture in segment.pictures)
 
 
@@ -166,7 +166,7 @@ class RowReader:
             )
         return RowView(index, tuple(segments), self.seq_length, tuple(self._problems(row, keys, segments)))
 
-    def _runs(self, row: PackedRow, start: int, stop: int, image_ids: Iterator[int]) -> Iterator[Run]:
+    def _runs(self, row: PackedRow, start: int, stop: int, image_ids: Iterator[int]) -> Iterator[TokenRun]:
         special = self.vocabulary.special
         tokens, supervised = row.tokens[:stop].tolist(), row.supervised[:stop].tolist()
         while start < stop:
@@ -175,14 +175,16 @@ class RowReader:
             if token < special.num_bpe_tokens:
                 while end < stop and tokens[end] < special.num_bpe_tokens and supervised[end] == learned:
                     end += 1
-                yield Run("text", start, end, learned, marks=make_marks(self.vocabulary.to_bytes(tokens[start:end])))
+                marks = make_marks(self.vocabulary.to_bytes(tokens[start:end]))
+                yield TokenRun("text", start, end, learned, marks=marks)
             elif token == special.img_start and (found := _picture_end(tokens, start, special)):
                 end = found
-                picture = Picture(next(image_ids, None), end - start - 2)
-                yield Run("picture", start, end, any(supervised[start:end]), picture=picture)
+                picture = ImageSpan(next(image_ids, None), end - start - 2)
+                yield TokenRun("picture", start, end, any(supervised[start:end]), picture=picture)
             else:
                 name = self.vocabulary.special_text.get(token)
-                yield Run("unknown" if name is None else "special", start, end, learned, name=name or f"id {token}")
+                kind: RunKind = "unknown" if name is None else "special"
+                yield TokenRun(kind, start, end, learned, name=name or f"id {token}")
             start = end
 
     def _problems(self, row: PackedRow, keys: Sequence[SegmentKey], segments: Sequence[SegmentView]) -> Iterator[str]:
@@ -203,7 +205,7 @@ class RowReader:
             yield "the keys are not those of these segments"
 
 
-def _band(run: Run) -> Band:
+def _band(run: TokenRun) -> Band:
     return "picture" if run.kind == "picture" else "learned" if run.supervised else "given"
 
 
@@ -215,7 +217,7 @@ def _picture_end(tokens: Sequence[int], start: int, special: SpecialTokens) -> i
     return end + 1 if end < len(tokens) and tokens[end] == special.img_end else None
 
 
-def _with_shapes(runs: list[Run]) -> tuple[Run, ...]:
+def _with_shapes(runs: list[TokenRun]) -> tuple[TokenRun, ...]:
     """Runs with each shape at the tag that closes it, and at the picture to which it belongs."""
     pictures = [position for position, run in enumerate(runs) if run.kind == "picture"]
     label, number = "", 0
@@ -237,7 +239,7 @@ def _with_shapes(runs: list[Run]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _between(runs: Sequence[Run], position: int) -> tuple[str, int | None]:
+def _between(runs: Sequence[TokenRun], position: int) -> tuple[str, int | None]:
     """The text between an opening tag and its closing one, and where that stands; None if it does not follow."""
     closing = runs[position].name.replace("<", "</", 1)
     stop = position + 1

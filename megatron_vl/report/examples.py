@@ -29,7 +29,7 @@ _MARKUP = re.compile(r"<img>.*?</img>|<[^>]*>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleCard:
     """One card of the report."""
 
     question: str
@@ -44,7 +44,7 @@ class Example:
 
 def make_examples(
     predictions: Sequence[Prediction], *, without_images: Mapping[str, Prediction], task: str, count: int
-) -> tuple[Example, ...]:
+) -> tuple[ExampleCard, ...]:
     """Make cards of the first ``count`` predictions of a task, in the order of the file: they are not chosen.
 
     ``without_images`` maps keys to the blind model's predictions. Raises DataError for an image that cannot be read.
@@ -53,9 +53,9 @@ def make_examples(
     return tuple(_make_example(prediction, without_images.get(prediction.key)) for prediction in chosen)
 
 
-def _make_example(prediction: Prediction, without_images: Prediction | None) -> Example:
+def _make_example(prediction: Prediction, without_images: Prediction | None) -> ExampleCard:
     verdict, good = _verdict(prediction)
-    return Example(
+    return ExampleCard(
         question=readable(prediction.prompt),
         truth=_answer(prediction.task, prediction.references[0]),
         said=_answer(prediction.task, prediction.prediction),

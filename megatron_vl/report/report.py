@@ -19,7 +19,7 @@ from urllib.parse import quote
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.predictions import Prediction, load_predictions
 from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
-from megatron_vl.report.examples import Example, make_examples
+from megatron_vl.report.examples import ExampleCard, make_examples
 from megatron_vl.report.figures import loss_figure
 from megatron_vl.report.html_pages import page_environment
 from megatron_vl.report.records import (
@@ -96,7 +96,7 @@ class Report:
     losses: tuple[LossRow, ...]
     curves: tuple[StageCurve, ...]
     layouts: tuple[LayoutRow, ...]
-    examples: Mapping[str, tuple[Example, ...]]
+    examples: Mapping[str, tuple[ExampleCard, ...]]
     data: tuple[DataRow, ...]
     times: tuple[TimeRow, ...]
     seconds: float
@@ -242,7 +242,7 @@ def _stage_layouts(run_dir: Path, stage: StageInfo) -> tuple[LayoutRow, ...]:
     return rows
 
 
-def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tuple[Example, ...]]:
+def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tuple[ExampleCard, ...]]:
     without_images = {prediction.key: prediction for prediction in predictions["blind"]}
     found = {
         task: make_examples(predictions["sighted"], without_images=without_images, task=task, count=EXAMPLES_PER_TASK)
@@ -251,7 +251,7 @@ def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tu
     return {task: cards for task, cards in found.items() if cards}
 
 
-def _replies(run_dir: Path) -> dict[str, tuple[Example, ...]]:
+def _replies(run_dir: Path) -> dict[str, tuple[ExampleCard, ...]]:
     """The dialogues of the model after stage 3; none in a run of a version that asked none."""
     path = run_dir / "eval" / "replies.jsonl"
     replies = load_predictions(path) if path.exists() else ()

@@ -22,7 +22,7 @@ from megatron_vl.cli.inspect_data import main
 from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.data.prompting.tokenizer import find_vocab_file
 from megatron_vl.errors import DataError
-from megatron_vl.inspector.choice import Choice, choose_rows
+from megatron_vl.inspector.choice import RowChoice, choose_rows
 from megatron_vl.inspector.overview import read_overview
 from megatron_vl.inspector.thumbnails import make_thumbnails
 from tests.test_architecture import imported_by
@@ -175,13 +175,13 @@ def test_rows_are_bounded_and_chosen(prefix: str, tmp_path: Path) -> None:
 def test_choices(prefix: str) -> None:
     store = RowStore(prefix)
     every = list(range(len(store)))
-    assert choose_rows(store, Choice(num_rows=1000)) == every
-    chosen = [choose_rows(store, Choice(num_rows=4, seed=seed)) for seed in (1, 1, 2)]
+    assert choose_rows(store, RowChoice(num_rows=1000)) == every
+    chosen = [choose_rows(store, RowChoice(num_rows=4, seed=seed)) for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] != chosen[2] and all(len(rows) == 4 and rows == sorted(rows) for rows in chosen)
     for seed in (None, 5):
-        found = choose_rows(store, Choice(source="chats", seed=seed))
+        found = choose_rows(store, RowChoice(source="chats", seed=seed))
         assert found == [index for index in every if any(key.source == "chats" for key in store.keys(index))]
-    assert choose_rows(store, Choice(source="chats", task="text")) == []
+    assert choose_rows(store, RowChoice(source="chats", task="text")) == []
 
 
 def test_figures_are_those_of_all_rows(prefix: str) -> None:

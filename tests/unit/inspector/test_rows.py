@@ -13,7 +13,7 @@ from megatron_vl.data.dataset.rows import RowStore, SegmentKey
 from megatron_vl.data.prompting.coordinates import from_cell
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.inspector.opening import Vocabulary, open_vocabulary
-from megatron_vl.inspector.row_view import RowReader, RowView, Run
+from megatron_vl.inspector.row_view import RowReader, RowView, TokenRun
 from megatron_vl.inspector.text import Mark, make_marks, printable
 from tests.helpers.tiny import MODEL
 from tests.unit.inspector.hostile_data import CAPTIONS, SEQ_LENGTH, SOURCE, make_hostile_data_set
@@ -39,7 +39,7 @@ def views(store: RowStore, vocabulary: Vocabulary) -> list[RowView]:
     return [reader.view(index, store.row(index), store.keys(index)) for index in range(len(store))]
 
 
-def runs_of(view: RowView) -> list[Run]:
+def runs_of(view: RowView) -> list[TokenRun]:
     return [run for segment in view.segments for run in segment.runs]
 
 
@@ -56,7 +56,7 @@ def bytes_of(marks: tuple[Mark, ...]) -> bytes:
     return b"".join(parts)
 
 
-def ids_of(run: Run, vocabulary: Vocabulary) -> list[int]:
+def ids_of(run: TokenRun, vocabulary: Vocabulary) -> list[int]:
     """The tokens of a run, worked out from what is shown of it (single bytes are the tiny vocabulary)."""
     special = vocabulary.special
     if run.kind in ("text", "coordinates"):
