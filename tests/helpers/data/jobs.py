@@ -13,7 +13,6 @@ from tests.helpers.data.prepared import recipe_values
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_TARS = 12
-NUM_SLICES = 7
 SMALL_SLICES = """
 import sys
 from megatron_vl.cli import prepare

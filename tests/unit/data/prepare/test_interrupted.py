@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,69 +20,81 @@ from megatron_vl.data.prepare.job import prepare
 from megatron_vl.data.prepare.recipe import load_recipe
 from megatron_vl.data.prepare.workers import open_pool
 from megatron_vl.errors import DataError
-from tests.helpers.data.jobs import NUM_SLICES, ROOT, RUN, SMALL_SLICES, command, hashes, recipe_file, run_tool
+from tests.helpers.data.jobs import ROOT, RUN, SMALL_SLICES, command, hashes, recipe_file, run_tool
 from tests.helpers.interruptible import interruptible_children
 
-DIES_AT_CALL = """
+DIES = """
 import os, signal
-calls, replace = 0, os.replace
-def counted(*names):
-    global calls
-    calls += 1
-    if calls == {call}:
+num_renames, replace = 0, os.replace
+def mortal(*names):
+    global num_renames
+    if num_renames == {survives}:
         os.kill(os.getpid(), signal.SIGKILL)
+    num_renames += 1
     replace(*names)
-os.replace = counted
-"""
-
-
-TELLS_OF_SLICES = """
-from megatron_vl.data.prepare import row_files
-write = row_files.write_slice
-def told(work, folder):
-    print(work.name, file=sys.stderr)
-    return write(work, folder)
-row_files.write_slice = told
+os.replace = mortal
 """
 
 
 SLOW = """
 import time
 from megatron_vl.data.prepare import job
-finish = job._Progress.finish
-def slowly(*arguments):
-    time.sleep(0.2)
-    finish(*arguments)
-job._Progress.finish = slowly
+hand_out = job.hand_out
+def slowly(pool, jobs, finish):
+    hand_out(pool, jobs, lambda *done: (time.sleep(0.2), finish(*done)))
+job.hand_out = slowly
 """
 
 
-# Twelve tars and four shards of text make 16 parts of two renames each; 7 slices of rows take a rename each. Committing
-# takes one for the manifest, seven for the files, and one more for the manifest.
-@pytest.mark.parametrize("call", [1, 2, 31, 33, 34, 39, 40, 41, 42, 48])
+KINDS = {"part": r"[0-9a-f]{32}\..*", "slice": r"rows-.*\.npz", "file": r"set\.(?!json$).*"}
+
+
+def where_to_die(renames: list[str]) -> list[int]:
+    """The first and the last rename of all, and of each kind of file among them."""
+    kinds = [next((kind for kind, form in KINDS.items() if re.fullmatch(form, name)), name) for name in renames]
+    turns = [place for place in range(1, len(kinds)) if kinds[place] != kinds[place - 1]]
+    return sorted({0, len(kinds) - 1, *turns, *(place - 1 for place in turns)})
+
+
 @pytest.mark.usefixtures("small_slices")
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(raw: Path, call: int) -> None:
-    recipe = recipe_file(raw)
-    prepare(load_recipe(recipe), raw / "undisturbed", progress=False)
-    prefix = raw / "disturbed"
-    killed = run_tool(*command(recipe, prefix), code=SMALL_SLICES + DIES_AT_CALL.format(call=call) + RUN)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not Path(f"{prefix}.json").exists()
-    folder = Path(f"{prefix}.parts")
-    done = {path: path.stat().st_mtime_ns for path in folder.glob("[0-9a-f]*.npz")}
-    assert len(done) == min((call - 1) // 2, 16)
-    rows = {path.name for path in folder.glob("rows-*.npz")}
-    assert len(rows) == min(max(call - 33, 0), NUM_SLICES)
-    again = run_tool(*command(recipe, prefix, "--keep-parts"), code=SMALL_SLICES + TELLS_OF_SLICES + RUN)
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in done} == done, "finished shards are not made again"
-    written = {f"rows-{name}.npz" for name in again.stderr.split()}
-    if call <= 34 + NUM_SLICES:  # later their file had become the data set's already
-        assert not written & rows, "finished rows are not written again"
-        written |= rows
-    assert len(written) == NUM_SLICES
-    verify_files(prefix)
-    assert hashes(prefix) == hashes(raw / "undisturbed")
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_bytes(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, replace = recipe_file(raw), os.replace
+    made: list[str] = []
+
+    def told(source: Path, target: Path) -> None:
+        made.append(Path(target).name)
+        replace(source, target)
+
+    def finish(prefix: Path) -> list[str]:
+        """Prepare to the end; the files that get their names, in this order."""
+        made.clear()
+        prepare(load_recipe(recipe), prefix, progress=False, keep_parts=True)
+        return made.copy()
+
+    monkeypatch.setattr(os, "replace", told)
+    (raw / "undisturbed").mkdir()
+    renames = finish(raw / "undisturbed" / "set")
+    places = where_to_die(renames)
+    assert 6 <= len(places) <= 12, renames
+    for survives in places:
+        prefix, folder = raw / str(survives) / "set", raw / str(survives) / "set.parts"
+        prefix.parent.mkdir()
+        killed = run_tool(*command(recipe, prefix), code=SMALL_SLICES + DIES.format(survives=survives) + RUN)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not Path(f"{prefix}.json").exists()
+        finished = {name for name in renames[:survives] if name.endswith(".npz")}
+        if any(name.startswith("set.") for name in renames[:survives]):  # the files of the rows have left the folder
+            finished = {name for name in finished if not name.startswith("rows-")}
+        before = {name: (folder / name).stat().st_mtime_ns for name in finished}
+        again = finish(prefix)
+        assert not finished & set(again), "what is finished is not made again"
+        assert set(renames[:survives]) | set(again) == set(renames)
+        kept = {name: time for name, time in before.items() if not name.startswith("rows-")}
+        assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+        verify_files(prefix)
+        assert hashes(prefix) == hashes(raw / "undisturbed" / "set"), f"killed before rename {survives}"
 
 
 def test_workers_end_with_a_killed_parent(raw: Path) -> None:
@@ -179,25 +192,33 @@ def test_an_interruption_is_one_line_and_work_goes_on(raw: Path, workers: int) -
 
 
 @pytest.mark.usefixtures("small_slices")
-@pytest.mark.parametrize("syncs", [0, 9, 32, 37, 47])
-def test_a_full_disk_is_named_and_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch, syncs: int) -> None:
-    """16 parts and 7 slices of rows come to the disk, and then the files."""
+def test_a_full_disk_is_named_and_does_no_harm(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first and the last time that bytes are to come to the disk, and at every fifth in between."""
     recipe = load_recipe(recipe_file(raw))
-    sync, room = os.fsync, [syncs]
+    sync, num_syncs = os.fsync, 0
 
     def fsync(descriptor: int) -> None:
-        room[0] -= 1
-        if room[0] < 0:
+        nonlocal num_syncs
+        if num_syncs == room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        num_syncs += 1
         sync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"set\.parts: No space left on device\. Mend"):
-        patch.setattr(os, "fsync", fsync)
-        prepare(recipe, raw / "set", progress=False)
-    assert not Path(raw / "set.json").exists() and not list((raw / "set.parts").glob("[0-9a-f]*.draft"))
-    prepare(recipe, raw / "set", progress=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    room = -1
     prepare(recipe, raw / "undisturbed", progress=False)
-    assert hashes(raw / "set") == hashes(raw / "undisturbed")
+    total = num_syncs
+    assert total > 20
+    for failing in sorted({*range(0, total, 5), total - 1}):
+        prefix, room, num_syncs = raw / f"full{failing}", failing, 0
+        with pytest.raises(DataError, match=rf"full{failing}\.parts: No space left on device\. Mend"):
+            prepare(recipe, prefix, progress=False)
+        assert not list(Path(f"{prefix}.parts").glob("[0-9a-f]*.draft"))
+        if Path(f"{prefix}.json").exists():  # the manifest comes last: with it, all is there
+            verify_files(prefix)
+        room = -1
+        prepare(recipe, prefix, progress=False)
+        assert hashes(prefix) == hashes(raw / "undisturbed")
 
 
 @pytest.mark.parametrize("name", ["file/set", "file"])
