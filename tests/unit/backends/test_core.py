@@ -16,6 +16,16 @@ from tests.unit.backends.patches import recorded
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.05}
 
 
+def _replaced(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What ``install`` would replace, by the name of its place; the readers of metadata have a test of their own."""
+    from megatron.core.tensor_parallel import layers
+
+    monkeypatch.setattr(core.safe_metadata, "install", lambda: None)
+    if not hasattr(layers, "fused_weight_gradient_mlp_cuda"):  # it comes with Apex alone
+        monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    return recorded(core, core.install)
+
+
 def _parameters() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in [(7, 5), (5,), (3, 2, 2)]]
@@ -78,11 +88,11 @@ def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> 
     gradients = [torch.randn(shape, generator=generator) for shape in [(40, 30), (7,), (2, 3, 4)]]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(clip_grads, "l2_norm_impl", clip_grads.local_multi_tensor_l2_norm)
-    replaced = recorded(core, core._replace_norms)
-    assert replaced == {
+    norms = {
         "megatron.core.optimizer.clip_grads.l2_norm_impl": core.l2_norm,
         "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl": core.scale,
     }
+    assert norms.items() <= _replaced(monkeypatch).items()
     none = torch.zeros(1, dtype=torch.int)
     norm, _ = clip_grads.multi_tensor_applier(core.l2_norm, none, [gradients], False)
     assert norm.shape == (1,)
@@ -91,7 +101,7 @@ def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> 
     clip_grads.multi_tensor_applier(core.scale, none, [gradients, gradients], 0.25)
     assert all(torch.equal(found, wanted) for found, wanted in zip(gradients, expected, strict=True))
     monkeypatch.setattr(clip_grads, "l2_norm_impl", object())
-    assert recorded(core, core._replace_norms) == {}, "a fused one stays"
+    assert not norms.keys() & _replaced(monkeypatch).keys(), "a fused one stays"
 
 
 @pytest.mark.parametrize(("cuda", "apex"), [(True, False), (True, True), (False, False)])
@@ -103,11 +113,13 @@ def test_linear_layers_add_their_gradients_by_our_kernel_where_apex_is_not(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
-    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
-    core._replace_weight_gradients()
-    assert layers._grad_accum_fusion_available is (cuda or apex)
-    ours = getattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None)
-    assert ours is (kernels.add_weight_gradient if cuda and not apex else None)
+    place = "megatron.core.tensor_parallel.layers"
+    found = {name: value for name, value in _replaced(monkeypatch).items() if name.startswith(place)}
+    if cuda and not apex:
+        assert found.pop(f"{place}._grad_accum_fusion_available") is True
+        ours = found.pop(f"{place}.fused_weight_gradient_mlp_cuda")
+        assert ours.wgrad_gemm_accum_fp32 is kernels.add_weight_gradient
+    assert found == {}
 
 
 def test_a_parameter_without_gradient_stays() -> None:
@@ -147,8 +159,8 @@ def test_state_goes_on_after_a_round_trip() -> None:
 
 @pytest.fixture(scope="module")
 def replaced() -> dict[str, Any]:
-    functions = (core._replace_optimizer, core._replace_writer, core._replace_gelu)
-    return {name: value for function in functions for name, value in recorded(core, function).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        return _replaced(patch)
 
 
 def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
@@ -201,7 +213,7 @@ def test_the_optimizer_takes_what_megatron_core_gives() -> None:
         GroupStepAdamW(**given, adam_w_mode=False)
 
 
-def test_the_writer_hands_on_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_writer_hands_on_a_failure(replaced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of one bucket is the result, so that the save ends with it; later buckets are not written."""
     import queue
 
@@ -214,8 +226,9 @@ def test_the_writer_hands_on_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         results.put((number, OSError("no space left") if bucket == "bad" else [bucket]))
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(fail))
+    write = replaced["FileSystemWriterAsync.write_preloaded_data_multiproc"].__func__
     results: queue.Queue[Any] = queue.Queue()
-    core._write_here([], False, 0, ["good", "bad", "never"], results)
+    write([], False, 0, ["good", "bad", "never"], results)
     assert isinstance(results.get(), OSError) and written == ["good", "bad"]
-    core._write_here([], False, 0, ["good", "fine"], results)
+    write([], False, 0, ["good", "fine"], results)
     assert results.get() == {0: ["good"], 1: ["fine"]}

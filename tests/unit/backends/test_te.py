@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,18 +19,20 @@ from megatron_vl.model import build
 from tests.helpers.tiny import tiny_config
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend, whatever is installed."""
-    monkeypatch.setattr(te, "_check_package", lambda: None)
-    return te.TransformerEngineBackend()
-
-
-def _installed(monkeypatch: pytest.MonkeyPatch, number: str, *, usable: bool = True) -> None:
-    """A package of that version which has nothing in it."""
+def _installed(
+    monkeypatch: pytest.MonkeyPatch, number: str = "2.9.0", *, usable: bool = True, flash_attn: str | None = None
+) -> None:
+    """Packages of these versions which have nothing in them."""
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setattr(te, "version", lambda _: number)
+    versions = {"transformer_engine": number, "flash_attn": flash_attn}
+
+    def version(name: str) -> str:
+        if (found := versions[name]) is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(te, "version", version)
     extension = SimpleNamespace(HAVE_TE=usable)
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", extension)
 
@@ -39,7 +40,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, number: str, *, usable: bool = T
 @pytest.mark.parametrize("number", ["2.9.0", "2.11.0+c188b53"])
 def test_tested_versions_are_taken(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
     _installed(monkeypatch, number)
-    te._check_package()
+    te.TransformerEngineBackend()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_tested_versions_are_taken(monkeypatch: pytest.MonkeyPatch, number: str)
 def test_others_are_refused(monkeypatch: pytest.MonkeyPatch, number: str, usable: bool, told: str) -> None:
     _installed(monkeypatch, number, usable=usable)
     with pytest.raises(ConfigError, match=rf"parallel.backend: transformer_engine {told}.*--backend local"):
-        te._check_package()
+        te.TransformerEngineBackend()
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, FileNotFoundError, AssertionError])
@@ -68,7 +69,7 @@ def test_whatever_a_broken_installation_raises_is_one_message(
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
     with pytest.raises(ConfigError, match=r"cannot be imported \(no binding\).*see Dockerfile.*--backend local"):
-        te._check_package()
+        te.TransformerEngineBackend()
 
 
 @pytest.mark.parametrize(
@@ -78,20 +79,16 @@ def test_whatever_a_broken_installation_raises_is_one_message(
 def test_gpus_before_hopper_need_flash_attn(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash_attn: str | None, taken: bool
 ) -> None:
-    def found(name: str) -> str:
-        if flash_attn is None:
-            raise PackageNotFoundError(name)
-        return flash_attn
-
-    monkeypatch.setattr(te, "version", found)
+    _installed(monkeypatch, flash_attn=flash_attn)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with contextlib.nullcontext() if taken else pytest.raises(ConfigError, match="flash-attn 2.1 or newer.*--backend"):
-        te._check_attention()
+        te.TransformerEngineBackend()
 
 
-def test_spans_above_the_native_length_are_refused(backend: Any) -> None:
-    line = PackedLine.of([7, 3000, 3])
+def test_spans_above_the_native_length_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _installed(monkeypatch)
+    backend, line = te.TransformerEngineBackend(), PackedLine.of([7, 3000, 3])
     with pytest.raises(ConfigError, match=r"a span of 3000 tokens .*native_seq_length.* --backend local"):
         backend.long_attention_inputs(line, torch.zeros(3010, 1, 1, 16), None, dtype=torch.float32)
 
@@ -100,14 +97,21 @@ def test_spans_above_the_native_length_are_refused(backend: Any) -> None:
     (4096, True, True, True), (4096, False, True, False), (2048, True, True, False), (4096, True, False, False),
 ])  # fmt: skip
 def test_a_run_that_would_be_refused_at_its_validation_does_not_start(
-    backend: Any, monkeypatch: pytest.MonkeyPatch, length: int, validates: bool, ntk: bool, refused: bool
+    monkeypatch: pytest.MonkeyPatch, length: int, validates: bool, ntk: bool, refused: bool
 ) -> None:
+    """A run that is not refused goes on to the ranks, of which there are none here."""
+    _installed(monkeypatch)
     sets = ("valid",) if validates else ()  # at the end of the run, whatever the interval
-    config = tiny_config(data={"seq_length": length, "valid_data_path": sets})
+    config = tiny_config(
+        data={"seq_length": length, "valid_data_path": sets}, parallel={"backend": "transformer_engine"}
+    )
     language = replace(config.model.language, use_dynamic_ntk=ntk, use_logn_attn=ntk)
     config = replace(config, model=replace(config.model, language=language))
-    monkeypatch.setattr(build, "select_backend", lambda _, **__: backend)
-    monkeypatch.setattr(build, "core_configs", mock.Mock(side_effect=LookupError("it was not refused")))
-    expected = r"data.seq_length 4096 .*native_seq_length 2048.*--backend local.*--native-seq-length 4096"
-    with pytest.raises(ConfigError if refused else LookupError, match=expected if refused else "not refused"):
-        build.build_model(config, mock.Mock())
+    no_ranks: Any = SimpleNamespace()
+    if refused:
+        expected = r"data.seq_length 4096 .*native_seq_length 2048.*--backend local.*--native-seq-length 4096"
+        with pytest.raises(ConfigError, match=expected):
+            build.build_model(config, no_ranks)
+    else:
+        with pytest.raises(AttributeError, match="SimpleNamespace.* has no attribute 'device'"):
+            build.build_model(config, no_ranks)
