@@ -1,7 +1,8 @@
-"""What a file is, whatever its name says: for messages that tell what was found, and what lies beside the data.
+"""Detection of the true kind of a file, for messages that report what was found, and of stray files among the data.
 
-People hand in what they have: pointers of Git LFS that a clone without it leaves, an error page under the name of an
-archive, text in UTF-16 from a Windows shell. None of them is guessed at; each is named with what to do.
+Users supply files that are not what their names say: Git LFS pointers from a clone without LFS, an error page under the
+name of an archive, UTF-16 text from a Windows shell. The code does not guess what was meant. It names the kind and says
+what to do.
 """
 
 from __future__ import annotations
@@ -37,28 +38,29 @@ _CLUTTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 
 
 def what_is(head: bytes) -> str:
-    """What the first bytes of a file show that it is, with what to do; empty where they show nothing foreign."""
+    """Name the kind of a file from its first bytes, with advice; return '' if they show nothing unexpected."""
     return next((said for pattern, said in _KINDS if re.match(pattern, head)), "")
 
 
 def foreign_form(path: Path, expected: str = "") -> str:
-    """``it is ...``, as ``what_is`` says of a file; empty where it says nothing, or what was expected."""
+    """Return ``it is ...`` with the result of ``what_is`` for a file; '' if that is empty or equals ``expected``."""
     with path.open("rb") as stream:
         said = what_is(stream.read(HEAD_BYTES))
     return f"it is {said}" if said not in ("", expected) else ""
 
 
 def holds(folder: Path) -> str:
-    """``; it holds a, b``, for messages about what is not there."""
+    """Return ``; it holds a, b`` for messages about missing files."""
     names = sorted(entry.name for entry in folder.iterdir() if not is_clutter(entry.name))
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"; it holds {', '.join(names[:5])}{more}" if names else "; it is empty"
 
 
 def plain_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a folder that end in one of ``suffixes``, sorted.
+    """Return the files of a folder whose names end in one of ``suffixes``, sorted.
 
-    Raises DataError for what would be passed over: such files in its folders, or compressed ones.
+    Raises:
+        DataError: Matching files would be ignored because they are in subfolders or are compressed.
     """
     refuse_compressed(folder, suffixes)
     for below in _folders(folder):
@@ -73,13 +75,14 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _ending_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    with os.scandir(folder) as entries:  # which may be those of a million images
+    with os.scandir(folder) as entries:  # there may be a million images
         named = [entry for entry in entries if entry.name.lower().endswith(suffixes)]
     return sorted(folder / entry.name for entry in named if entry.is_file() and not is_clutter(entry.name))
 
 
 def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise DataError for a compressed file beside those of a folder that are read, which would be passed over."""
+    """Raise DataError if the folder has a compressed file that would match ``suffixes``, because it would be
+    ignored."""
     for entry in sorted(folder.iterdir()):
         name = re.sub(r"\.t(gz|xz|bz2)$", r".tar.\1", entry.name.lower())
         stem, suffix = os.path.splitext(name)
@@ -88,7 +91,10 @@ def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file, by its name or path, is one that systems leave beside the data: hidden (``._x`` and
-    ``.DS_Store`` of macOS, ``.ipynb_checkpoints``), ``__MACOSX/``, ``Thumbs.db``."""
+    """Return whether a file, given by name or path, is one that an operating system leaves beside the data.
+
+    These are hidden files (``._x`` and ``.DS_Store`` of macOS, ``.ipynb_checkpoints``), ``__MACOSX/`` and
+    ``Thumbs.db``.
+    """
     parts = PurePosixPath(name).parts
     return any(part in _CLUTTER or (part.startswith(".") and part not in (".", "..")) for part in parts)

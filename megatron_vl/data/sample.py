@@ -1,7 +1,7 @@
-"""The records that flow through data preparation, in the order in which they appear.
+"""The records of data preparation, in the order in which they are made.
 
-``Sample`` (what a source found) -> ``TokenizedSample`` (ids and supervision) -> ``PackedRow`` (what is trained on).
-All are frozen: a stage returns new records and never edits the ones it was given.
+``Sample`` (read from a source) -> ``TokenizedSample`` (ids and supervision) -> ``PackedRow`` (input of training). All
+are frozen: a stage returns new records and never changes its input.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Task = Literal[
     "caption", "vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat", "interleaved"
 ]
 """The seven tasks of the paper (Table 3; ``region_caption`` is its grounded captioning of a region), chat, and
-documents of text and images in their order."""
+interleaved documents of text and images."""
 TASKS: tuple[str, ...] = get_args(Task)
-"""A stored task is an index into these."""
+"""Names of the tasks. A stored task is an index into this tuple."""
 
 IMAGE_MARK = "\ufffc"
-"""Stands in the text of an interleaved document for its next image (Unicode's object replacement character)."""
+"""Placeholder in the text of an interleaved document for its next image (Unicode's object replacement character)."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,26 @@ class ImageRef:
     key: str
     data: bytes
     declared: tuple[int, int] | None = None
-    """Width and height with which the record's coordinates were reckoned, where it says so."""
+    """Width and height to which the coordinates of the record refer, if the record gives them."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A phrase and where it is: boxes (x1, y1, x2, y2) or quads (x, y) x 4 clockwise from top-left, in [0,
-    1]."""
+    """A phrase and its location in the image, in [0, 1].
+
+    A box is (x1, y1, x2, y2). A quad is (x, y) x 4, clockwise from the top-left corner.
+    """
 
     text: str
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     quads: tuple[tuple[float, ...], ...] = ()
     span: tuple[int, int] | None = None
-    """Characters of the sample's caption that the phrase occupies (grounded captions only)."""
+    """Range of the phrase in characters of the sample's caption (grounded captions only)."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a chat; ``text`` may hold Qwen-VL's <img>, <ref> and <box> markup."""
+    """One turn of a chat. ``text`` may hold Qwen-VL's <img>, <ref> and <box> markup."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -56,10 +58,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a source found, independent of prompts and of the tokenizer."""
+    """A sample as read from a source, independent of prompts and of the tokenizer."""
 
     key: str
-    """Unique within its source; named in every message about the sample."""
+    """Key that is unique within the source. Every message about the sample names it."""
     source: str
     """Name of the source in the data recipe."""
     task: Task
@@ -68,15 +70,16 @@ class Sample:
     question: str = ""
     """VQA: the question. Referring: the expression. Otherwise empty."""
     text: str = ""
-    """Caption, answer, document: what is to be learned, as plain text. Interleaved: an IMAGE_MARK for each image."""
+    """Target as plain text: caption, answer or document. Interleaved: with an IMAGE_MARK for each image."""
     regions: tuple[Region, ...] = ()
     """Grounded caption, referring, region caption: phrases with boxes. OCR: lines with quads."""
     turns: tuple[Turn, ...] = ()
-    """Chat only."""
+    """Turns of the dialogue, for chat only."""
     annotators: tuple[str, ...] = ()
-    """VQA: the answer of each annotator, for the benchmark's accuracy; empty where a set has not asked several."""
+    """VQA: the answer of each annotator, for the accuracy of the benchmark. Empty if the set did not ask several
+    annotators."""
     score: float | None = None
-    """How well image and text agree, as the source's metadata says it (CLIP similarity), for the filters."""
+    """Agreement of image and text according to the source's metadata (CLIP similarity), for the filters."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,11 @@ class TokenizedSample:
     source: str
     task: Task
     tokens: npt.NDArray[np.int32]
-    """int32[length], image slots included (filled with the image pad id)."""
+    """int32[length]: token ids, including image slots (filled with the image pad id)."""
     supervised: npt.NDArray[np.bool_]
-    """bool[length]: this token is a target. Not shifted; the shift happens in ``batch.py`` and nowhere
-    else."""
+    """bool[length]: whether this token is a target. Labels are not shifted here; only ``batch.py`` shifts them."""
     images: tuple[ImageRef, ...] = ()
-    """In the order of their spans."""
+    """Images in the order of their spans."""
 
     @property
     def length(self) -> int:
@@ -101,13 +103,13 @@ class TokenizedSample:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One packed sequence: at most ``seq_length`` tokens, padded only when it is collated."""
+    """One packed sequence of at most ``seq_length`` tokens. It is padded only when it is collated."""
 
     tokens: npt.NDArray[np.int32]
-    """int32[length], length <= seq_length."""
+    """int32[length]: token ids; length <= seq_length."""
     supervised: npt.NDArray[np.bool_]
-    """bool[length]."""
+    """bool[length]: whether this token is a target."""
     segment_lengths: npt.NDArray[np.int32]
-    """int32[segments], sum = length."""
+    """int32[segments]: tokens in each segment; their sum is length."""
     image_ids: npt.NDArray[np.int64]
-    """int64[images]: indices into the data set's image store, in the order of their spans."""
+    """int64[images]: indices into the image store of the data set, in the order of the spans."""

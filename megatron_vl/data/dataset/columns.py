@@ -1,4 +1,4 @@
-"""Columns of numbers in a file, which is there in full or not at all."""
+"""Columns of numbers in a file, which is either complete or absent."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 
 def store_columns(path: Path, columns: Columns) -> None:
-    """Write an ``.npz`` to the disk in one step, whoever else does the same."""
+    """Write an ``.npz`` durably and atomically, even if another process writes the same file."""
     with whole_file(path, durable=True) as draft, draft.open("wb") as file:
         np.savez(file, allow_pickle=False, **columns)
 
 
 def load_columns(path: Path) -> Columns | None:
-    """The columns of an ``.npz``, or None if it is not there or damaged."""
+    """Return the columns of an ``.npz``, or None if the file is absent or damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)

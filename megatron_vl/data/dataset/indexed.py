@@ -1,15 +1,15 @@
-"""Megatron-Core's IndexedDataset format, ``<prefix>.bin`` and ``<prefix>.idx``, in numpy alone.
+"""Megatron-Core's IndexedDataset format, ``<prefix>.bin`` and ``<prefix>.idx``, with numpy only.
 
-``.bin`` holds sequences of one type end to end. ``.idx`` holds, little-endian: ``MMIDIDX\\0\\0``, version
-(u64, 1), type code (u8), number of sequences (u64), number of documents + 1 (u64), lengths (i32 each), byte
-offsets (i64 each), document borders (i64 each; here every sequence is a document) and optionally one mode
-byte per sequence, which the format leaves to its user.
+``.bin`` holds sequences of one type, one after the other. ``.idx`` holds, little-endian: ``MMIDIDX\\0\\0``, version
+(u64, 1), type code (u8), number of sequences (u64), number of documents + 1 (u64), lengths (i32 each), byte offsets
+(i64 each), document borders (i64 each; here every sequence is a document) and optionally one mode byte per sequence.
+The format leaves the meaning of the mode byte to its user.
 
-Why not Megatron-Core's own class: importing it costs eight seconds in every data tool and decode worker, and
-it finds a truncated file hours into a run (memory map) or never (without). Here the index is checked against
-itself and against the size of the data when it is opened, and every read is checked for its length. Reads are
-positioned (``pread``), so a reader is shared by threads and survives a fork. The files are Megatron-Core's to
-read; a test does so.
+There are two reasons not to use Megatron-Core's own class. Importing it takes eight seconds in every data tool and
+decode worker. And it detects a truncated file only hours into a run (memory map) or never (without). Here, opening a
+file checks that the index is consistent and matches the size of the data, and every read checks its length. Reads are
+positioned (``pread``), so threads can share a reader, and it survives a fork. Megatron-Core can read these files; a
+test checks this.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def write_index(
     dtype: npt.DTypeLike,
     modes: npt.NDArray[np.integer] | None = None,
 ) -> FileRange:
-    """Bring ``<prefix>.idx`` to the disk, the index of sequences of these ``lengths`` in items of ``dtype``.
+    """Write ``<prefix>.idx`` durably, the index of sequences of the given ``lengths`` (integers[sequences]) in items of
+    ``dtype``.
 
-    ``modes``: 0 to 127 for each sequence, if the file is to be opened with modes.
+    ``modes``: integers[sequences] from 0 to 127, if the file is to be opened with modes.
     """
     kind, count = np.dtype(dtype), len(lengths)
     pointers = np.zeros(count, dtype="<i8")
@@ -79,11 +80,10 @@ def write_index(
 
 
 class IndexedFile:
-    """Random access to the sequences of ``<prefix>.bin``; everything that an index can tell is checked at
-    once."""
+    """Random access to the sequences of ``<prefix>.bin``. Opening checks everything that the index can tell."""
 
     def __init__(self, prefix: str | Path, *, with_modes: bool = False) -> None:
-        """Open both files. Raises DataError naming the file if one is missing, truncated or inconsistent."""
+        """Open both files. Raises DataError with the name of the file if one is missing, truncated or inconsistent."""
         self._bin_path, self._idx_path = paths_of(prefix)
         content = _open_index(self._idx_path)
         self.dtype, count, documents = self._header(content)
@@ -111,13 +111,16 @@ class IndexedFile:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
-        """One sequence, as an array of its own. Raises DataError if the data ends before it."""
+        """Return one sequence as an array of its own, ``dtype``[length]. Raises DataError if the data ends too
+        early."""
         return np.frombuffer(self.read_bytes(index), dtype=self.dtype)
 
     def read_bytes(self, index: int, *, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes of items [start, stop) of one sequence, by default all.
+        """Return the bytes of items [start, stop) of one sequence, by default of all items.
 
-        Raises DataError if the data ends before them, IndexError beyond the last sequence.
+        Raises:
+            DataError: The data ends before these bytes.
+            IndexError: There is no such sequence.
         """
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"{self._bin_path}: sequence {index} of {len(self.lengths)}")
@@ -183,12 +186,16 @@ class IndexedFile:
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path]:
-    """The data and index file of a prefix."""
+    """Return the paths of the data file and the index file of a prefix."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def _open_index(path: Path) -> npt.NDArray[np.uint8]:
-    """Map the index, so that all processes of a machine share it; an empty file gives an empty array."""
+    """Map the index as uint8[bytes], so that all processes of a machine share it. An empty file gives an empty array.
+
+    Raises:
+        DataError: The file cannot be opened.
+    """
     try:
         if path.stat().st_size == 0:
             return np.zeros(0, dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""``<prefix>.json``: what a prepared data set is, how it was made, and what was left out.
+"""``<prefix>.json``: the description of a prepared data set, how it was made, and what was left out.
 
-The manifest is written last and read first: a prefix without one is not a data set. It pins everything that a
-run must agree with (tokenizer, slots per image, row length), the sizes and hashes of the files, and the
-figures that recipes compute with (samples per row). Nothing in it depends on the machine, the time or the
-number of workers, so that two preparations of the same recipe are equal byte by byte.
+The manifest is written last and read first. A prefix without a manifest is not a data set. The manifest fixes
+everything that a run must agree with (tokenizer, slots per image, row length), the sizes and hashes of the files, and
+the figures that recipes compute with (samples per row). Nothing in it depends on the machine, the time or the number of
+workers. So two preparations of the same recipe are equal byte by byte.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from megatron_vl.files import sha256_of_next, write_whole
 FORMAT_VERSION = 4
 HASHES = ".sha256"
 NUM_EXAMPLES = 5
-"""Keys of skipped samples that the manifest names for each source and reason."""
+"""Number of skipped samples whose keys the manifest lists for each source and reason."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file beside the manifest."""
+    """One file of the data set besides the manifest."""
 
     suffix: str
-    """What follows the prefix, for example ``.tokens.bin``."""
+    """Part of the name after the prefix, for example ``.tokens.bin``."""
     size: int
 
 
 @dataclass(frozen=True)
 class CountEntry:
-    """What one source gave for one task."""
+    """Numbers of samples, tokens and images from one source for one task."""
 
     source: str
     task: str
@@ -49,13 +49,13 @@ class CountEntry:
 
 @dataclass(frozen=True)
 class SourceTotals:
-    """What became of all records of one source."""
+    """Numbers of records of one source."""
 
     source: str
     read: int
-    """Records that were read; each was kept, or left out for a reason."""
+    """Records that were read. Each was kept, or was left out for a reason."""
     kept: int
-    """Different samples in the rows."""
+    """Distinct samples in the rows."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SkipEntry:
     reason: str
     count: int
     examples: tuple[str, ...]
-    """The first few, as 'key: detail'."""
+    """The first few samples, each as 'key: detail'."""
 
 
 @dataclass(frozen=True)
@@ -77,38 +77,38 @@ class Manifest:
     tokenizer_sha256: str
     num_bpe_tokens: int
     num_queries: int
-    """Slots of an image."""
+    """Slots per image."""
     seq_length: int
-    """Longest row in tokens."""
+    """Greatest length of a row in tokens."""
     max_sample_length: int
     packing: str
-    """``mixed``, ``task`` (rows of one task) or ``none`` (one sample a row)."""
+    """``mixed``, ``task`` (each row has samples of one task) or ``none`` (one sample per row)."""
     num_rows: int
     num_samples: int
-    """Samples in the rows; a text document that lies in several rows counts once."""
+    """Samples in the rows. A text document in several rows counts once."""
     num_segments: int
-    """Pieces in the rows."""
+    """Segments in the rows."""
     num_tokens: int
     num_images: int
-    """Images in the rows; each is stored once, however often it is used."""
+    """Images in the rows. Each is stored once, even if several samples use it."""
     num_stored_images: int
     images_per_row: tuple[int, ...]
-    """Histogram: rows with 0, 1, 2, ... images."""
+    """Histogram: numbers of rows with 0, 1, 2, ... images."""
     sources: tuple[SourceTotals, ...]
     counts: tuple[CountEntry, ...]
     skips: tuple[SkipEntry, ...]
     files: tuple[FileEntry, ...]
     amounts_factor: float
-    """What the mixture's amounts were multiplied by: 1, or less where there are too few samples."""
+    """Factor that scaled the amounts of the mixture: 1, or less if there are too few samples."""
     scarcest_group: str
-    """The group, or source, that has too few; empty if none has."""
+    """The group or source that has too few samples; empty if none has."""
     hashes_sha256: str
-    """SHA-256 of ``<prefix>.sha256``, which holds those of the other files: see ``hash_lines``."""
+    """SHA-256 of ``<prefix>.sha256``, which holds the hashes of the other files; see ``hash_lines``."""
     largest_token: int = -1
-    """Largest id of all samples; -1 where it is not known."""
+    """Largest id of all samples; -1 if it is unknown."""
 
     def __post_init__(self) -> None:
-        """Nothing is lost without a reason: kept + left out = read, for every source. Raises ValueError."""
+        """Check for every source that kept + left out = read. Raises ValueError if records are unaccounted for."""
         for totals in self.sources:
             left_out = sum(skip.count for skip in self.skips if skip.source == totals.source)
             if totals.kept + left_out != totals.read:
@@ -123,35 +123,36 @@ class Manifest:
 
     @property
     def samples_per_row(self) -> float:
-        """Mean number of samples in a row: global batch in rows = samples / this."""
+        """Mean number of samples per row. Global batch in rows = samples / this."""
         return self.num_samples / max(self.num_rows, 1)
 
     @property
     def fill(self) -> float:
-        """Share of the rows' tokens that is not padding."""
+        """Share of the rows' tokens that are not padding."""
         return self.num_tokens / max(self.num_rows * self.seq_length, 1)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the content; equal fingerprints mean equal rows."""
+        """SHA-256 of the content. Equal fingerprints mean equal rows."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The file's content; derived figures are written for readers and ignored when read back."""
+        """Return the content of the file. Derived figures are written for human readers and ignored when the file is
+        read."""
         derived = {"samples_per_row": round(self.samples_per_row, 6), "fill": round(self.fill, 6)}
         return json.dumps({**dataclasses.asdict(self), "derived": derived}, indent=2) + "\n"
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """``<prefix>.json``."""
+    """Return the path ``<prefix>.json``."""
     return Path(f"{prefix}.json")
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
     """Read and check ``<prefix>.json``.
 
-    Raises DataError if it is missing, not a manifest of this format version, or disagrees with the files
-    beside it.
+    Raises:
+        DataError: The file is missing, is not a manifest of this format version, or disagrees with the other files.
     """
     path = manifest_path(prefix)
     try:
@@ -180,14 +181,15 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
-    """Write ``<prefix>.json`` in one step: it is there in full or not at all."""
+    """Write ``<prefix>.json`` atomically: it is either complete or absent."""
     write_whole(manifest_path(prefix), manifest.to_json(), durable=True)
 
 
 def hash_lines(suffix: str, ranges: Iterable[FileRange]) -> Iterator[str]:
-    """A line for each range of a file: SHA-256, suffix, first byte, number of bytes.
+    """Yield a line for each range of a file: SHA-256, suffix, first byte, number of bytes.
 
-    Ranges, because a file is written by many; and not in the manifest, which everyone reads.
+    A file has several ranges because several workers write it. The lines are not in the manifest because every process
+    reads the manifest.
     """
     begin = 0
     for range in ranges:
@@ -198,7 +200,8 @@ def hash_lines(suffix: str, ranges: Iterable[FileRange]) -> Iterator[str]:
 def verify_files(prefix: str | Path) -> None:
     """Read every file of a data set and compare its hashes with the stored ones.
 
-    Raises DataError naming the first wrong bytes.
+    Raises:
+        DataError: A range of a file has another hash; the message names the first such range.
     """
     manifest = read_manifest(prefix)
     path = Path(f"{prefix}{HASHES}")

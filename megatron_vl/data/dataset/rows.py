@@ -1,14 +1,14 @@
-"""How a packed row is stored, and the reader of a whole prepared data set.
+"""The stored form of a packed row, and the reader of a whole prepared data set.
 
 A row is one int32 sequence of ``<prefix>.tokens``:
 
     number of segments | number of images | length of each segment | id of each image | tokens
 
-A token that is a target is stored as its bitwise complement (so: negative), which keeps ids and supervision
-together without a second file. The mode byte of the sequence holds the number of images, so that rows can be
-dealt evenly over ranks from the index alone. ``<prefix>.images`` holds each encoded image once, as bytes.
-``<prefix>.keys`` holds for each row a JSON list with one entry per segment, ``[source, task, key, start,
-stop]``: which tokens of which sample it is.
+A token that is a target is stored as its bitwise complement, which is negative. So ids and supervision are stored
+together, without a second file. The mode byte of the sequence holds the number of images, so that rows can be dealt
+evenly over ranks using only the index. ``<prefix>.images`` holds each encoded image once, as bytes. ``<prefix>.keys``
+holds a JSON list for each row, with one entry ``[source, task, key, start, stop]`` per segment: the sample of the
+segment, and the range of its tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ IntArray = npt.NDArray[np.int64]
 MAX_IMAGES_PER_ROW = 127
 _HEADER_LENGTH = 2
 _USUAL_HEAD = 64
-"""Entries read at once for the lengths of a row's segments; rows of more segments take a second read."""
+"""Entries in the first read for the segment lengths of a row. Rows with more segments need a second read."""
 
 
 @dataclass(frozen=True)
 class SegmentKey:
-    """Where a segment of a row comes from: tokens [start, stop) of a sample."""
+    """Origin of a segment of a row: tokens [start, stop) of a sample."""
 
     source: str
     task: str
@@ -46,23 +46,33 @@ class SegmentKey:
 
 
 def join_tokens(tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """int32[length]: ids, complemented where they are targets."""
+    """Return the token ids as int32[length], complemented where they are targets.
+
+    ``tokens`` is int32[length], ``supervised`` bool[length].
+    """
     return np.where(supervised, ~tokens, tokens)
 
 
 def encode_row(segments: Sequence[npt.NDArray[np.int32]], image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """The stored form of a row; ``segments`` are what ``join_tokens`` makes of each."""
+    """Return the stored form of a row as int32[items].
+
+    ``segments`` are int32[length] each, as returned by ``join_tokens``. ``image_ids`` is int64[images].
+    """
     header = [len(segments), len(image_ids), *map(len, segments)]
     return np.concatenate([np.array(header, dtype=np.int32), image_ids.astype(np.int32), *segments])
 
 
 def row_lengths(segments: IntArray, images: IntArray, tokens: IntArray) -> IntArray:
-    """int64[rows]: items of stored rows of so many segments, images and tokens."""
+    """Return the number of items in each stored row; arguments and result are int64[rows]."""
     return _HEADER_LENGTH + segments + images + tokens
 
 
 def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
-    """A row from its stored form; ``where`` names it in the DataError for one that contradicts itself."""
+    """Decode a row from its stored form int32[items].
+
+    Raises:
+        DataError: The entries contradict each other; ``where`` names the row in the message.
+    """
     if len(stored) < _HEADER_LENGTH:
         raise DataError(f"{where}: too short for a row; the data set is damaged. Prepare it again.")
     num_segments, num_images = int(stored[0]), int(stored[1])
@@ -85,7 +95,7 @@ def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
 
 
 def encode_keys(keys: Sequence[SegmentKey]) -> bytes:
-    """The stored form of a row's segment keys."""
+    """Return the stored form of the segment keys of a row."""
     entries = [[key.source, key.task, key.key, key.start, key.stop] for key in keys]
     return json.dumps(entries, separators=(",", ":")).encode("ascii")
 
@@ -93,8 +103,7 @@ def encode_keys(keys: Sequence[SegmentKey]) -> bytes:
 class RowStore:
     """A prepared data set, opened for reading: rows, images and keys by index.
 
-    Opening reads the manifest and the indices and raises DataError if anything is missing, truncated or
-    inconsistent.
+    Opening reads the manifest and the indices. It raises DataError if anything is missing, truncated or inconsistent.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -114,25 +123,26 @@ class RowStore:
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int32]:
-        """int32[rows]: length of each stored row (tokens and a few header entries): its cost, from the index
-        alone."""
+        """int32[rows]: length of each stored row (tokens and a few header entries). It serves as the cost, using only
+        the index."""
         return self._tokens.lengths
 
     @property
     def row_images(self) -> npt.NDArray[np.int8]:
-        """int8[rows]: images of each row."""
+        """int8[rows]: number of images in each row."""
         assert self._tokens.modes is not None
         return self._tokens.modes
 
     def row(self, index: int) -> PackedRow:
-        """One row. Raises DataError if its entries contradict each other."""
+        """Return one row. Raises DataError if its entries contradict each other."""
         stored = np.frombuffer(self._tokens.read_bytes(index), dtype=np.int32)
         return decode_row(stored, f"{self.prefix}, row {index}")
 
     def segment_lengths(self, index: int) -> npt.NDArray[np.int32]:
-        """int32[segments]: tokens in each segment of a row, without reading the tokens.
+        """Return the number of tokens in each segment of a row as int32[segments], without reading the tokens.
 
-        Raises DataError if they contradict the length of the row.
+        Raises:
+            DataError: The entries contradict the length of the row.
         """
         length, num_images = int(self._tokens.lengths[index]), int(self.row_images[index])
         head = np.frombuffer(self._tokens.read_bytes(index, stop=min(length, _USUAL_HEAD)), dtype=np.int32)
@@ -145,14 +155,14 @@ class RowStore:
         return lengths
 
     def keys(self, index: int) -> list[SegmentKey]:
-        """Where each segment of a row comes from. Raises DataError if the entries are damaged."""
+        """Return the origin of each segment of a row. Raises DataError if the entries are damaged."""
         try:
             return [SegmentKey(*entry) for entry in json.loads(self._keys.read_bytes(index))]
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.prefix}, row {index}: damaged keys ({error}); prepare the data again.") from error
 
     def image(self, index: int) -> bytes:
-        """One encoded image. Raises DataError if there is no such image."""
+        """Return one encoded image. Raises DataError if there is no such image."""
         if not 0 <= index < len(self._images):
             raise DataError(
                 f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data "

@@ -1,8 +1,8 @@
-"""Units of work, records that gave no sample, and what every reader asks of files and folders.
+"""Units of work, records without a sample, and checks of files and folders that every reader needs.
 
-A record that cannot be used is *data*, not an exception: a reader yields ``Skipped`` in its place, with the reason that
-groups it in the manifest. Exceptions are for what makes the whole source useless (a missing folder, a file of another
-format): ``DataError`` names the file, what was found and what was expected.
+A record that cannot be used is *data*, not an exception. The reader yields ``Skipped`` in its place, with the reason
+under which the manifest counts it. Exceptions are for faults that make the whole source useless, such as a missing
+folder or a file of another format. ``DataError`` names the file, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ class Shard:
     """A unit of work: a file, or some of its records."""
 
     name: str
-    """Unique within the source and stable over runs."""
+    """Name that is unique within the source and the same in every run."""
     path: Path
     first: int = 0
-    """Index of the first record (lines: number counted from 0)."""
+    """Index of the first record. For lines: the line number counted from 0."""
     count: int | None = None
-    """Number of records; none for all that follow."""
+    """Number of records. None: all remaining records."""
     offset: int = 0
-    """Byte at which the first record begins (lines and JSON documents)."""
+    """Byte offset of the first record (lines and JSON documents)."""
     contents: str = ""
-    """Where records are files below ``path``: a hash that changes with them, see ``hash_of_files``."""
+    """If records are files below ``path``: a hash that changes with them, see ``hash_of_files``."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that gave no sample."""
+    """A record without a sample."""
 
     key: str
     reason: str
-    """Short and stable: groups records in the manifest."""
+    """Short, fixed text by which the manifest groups records."""
     detail: str = ""
 
 
 def unreadable(what: str, error: Exception) -> SkipSample:
-    """The SkipSample for a file that cannot be read.
+    """Return the SkipSample for a file that cannot be read.
 
-    An error of the disk or the network is raised again: it says nothing of the file, and the sample would be lost for
-    good, since a finished shard is not read a second time.
+    Disk and network errors are raised again. Such an error says nothing about the file. Skipping would lose the sample
+    for good, because a finished shard is not read a second time.
     """
     if isinstance(error, OSError) and error.errno is not None and error.errno not in _FAULTS_OF_FILES:
         raise error
@@ -60,26 +60,26 @@ def unreadable(what: str, error: Exception) -> SkipSample:
 
 
 def skipped(key: str, error: SkipSample) -> Skipped:
-    """The record for a ``SkipSample`` that was raised while ``key`` was read."""
+    """Return the record for a ``SkipSample`` that was raised while ``key`` was read."""
     return Skipped(key, error.reason, error.detail)
 
 
 def require_file(path: Path, what: str) -> Path:
-    """``path``, or DataError if it is no regular file."""
+    """Return ``path``. Raises DataError if it is not a regular file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {what}")
     return path
 
 
 def require_folder(path: Path, what: str) -> Path:
-    """``path``, or DataError if it is no folder."""
+    """Return ``path``. Raises DataError if it is not a folder."""
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; expected {what}")
     return path
 
 
 def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[Shard]:
-    """Shards of consecutive records of one file."""
+    """Return shards of consecutive records of one file. Raises DataError if ``records_per_shard`` is below 1."""
     if records_per_shard < 1:
         raise DataError(f"records_per_shard is {records_per_shard}, expected at least 1")
     firsts = range(0, num_records, records_per_shard)
@@ -87,14 +87,14 @@ def range_shards(path: Path, num_records: int, records_per_shard: int) -> list[S
 
 
 def slice_of(records: list[Any], shard: Shard) -> Iterator[tuple[int, Any]]:
-    """The records of ``shard`` with their indices."""
+    """Yield the records of ``shard`` with their indices."""
     stop = len(records) if shard.count is None else shard.first + shard.count
     for index in range(shard.first, min(stop, len(records))):
         yield index, records[index]
 
 
 def hash_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """A hash of names, sizes and times of files; of one that is not there, of its name."""
+    """Return a hash of the names, sizes and times of files. An absent file contributes only its name."""
     digest = hashlib.sha256()
     for name, path in files:
         state = path.stat() if path.exists() else None

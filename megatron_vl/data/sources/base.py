@@ -1,4 +1,4 @@
-"""What a reader of a data set is."""
+"""The interface of the readers of data sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_vl.data.sample import ImageRef, Sample
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Options that every reader has, and what a reader does."""
+    """Options and methods of every reader."""
 
     name: str
     """Name of the source in the recipe; becomes ``Sample.source``."""
@@ -27,24 +27,25 @@ class Source(ABC):
 
     @abstractmethod
     def shards(self) -> list[Shard]:
-        """Units of work in a fixed order. Raises DataError if the source's files are missing."""
+        """Return the units of work in a fixed order. Raises DataError if files of the source are missing."""
 
     def files(self) -> list[Path]:
-        """Files beside the shards from which samples are made: finished work counts only as long as they are unchanged.
+        """Return the files besides the shards from which samples are made.
 
-        By default all options that are paths. Images that records name are not among them.
+        Finished work stays valid only while these files are unchanged. By default, these are all options that are
+        paths. Images that records name are not included.
         """
         values = [getattr(self, item.name) for item in dataclasses.fields(self)]
         return [value for value in values if isinstance(value, Path)]
 
     def score_fields(self) -> tuple[str, ...]:
-        """Fields of a record of which one may hold the score of the sample; none if the format has no scores."""
+        """Return the record fields that may hold the score of a sample; empty if the format has no scores."""
         return ()
 
     def settle(self, image: ImageRef) -> ImageRef:
-        """The image as it is stored, see ``settle_image``."""
+        """Return the image as it is stored; see ``settle_image``."""
         return settle_image(image, exif_orientation=self.exif_orientation, scaled_images=self.scaled_images)
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Sample | Skipped]:
-        """One item for each record of ``shard``, in the order of the file."""
+        """Yield one item for each record of ``shard``, in the order of the file."""
