@@ -1,8 +1,8 @@
-"""All parts as columns of numbers: what merging computes with.
+"""All parts as columns of numbers, the input of merging.
 
-Some forty bytes for a sample and fifty for a different image are all that is in memory, whatever the samples are; their
-tokens, keys and images stay in the parts and are read one by one. A sample keeps its number from here on: sources in
-the order of the recipe, shards in the order of the source, records in the order of the shard.
+Memory holds about forty bytes per sample and fifty per distinct image, whatever their size. Tokens, keys and images
+stay in the parts and are read one by one. From here on, each sample keeps its number. Numbers follow the sources in the
+order of the recipe, shards in the order of the source, and records in the order of the shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass
 class SourceCounts:
-    """What became of the records of one source; filled while preparation goes on."""
+    """Counts of the records of one source, updated during preparation."""
 
     read: int = 0
     skips: dict[str, int] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Samples:
     length: npt.NDArray[np.int32]
     key_size: npt.NDArray[np.int32]
     image_splits: IntArray
-    """int64[samples + 1]: sample s has images image_ids[image_splits[s] : image_splits[s + 1]]."""
+    """int64[samples + 1]: sample s has the images image_ids[image_splits[s] : image_splits[s + 1]]."""
     image_ids: npt.NDArray[np.int32]
-    """Numbers of different images, see Images."""
+    """int32[images of all samples]: numbers of distinct images, see Images."""
 
     def __len__(self) -> int:
         return len(self.part)
@@ -67,7 +67,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Images:
-    """The different images of all parts, in the order in which they first occur."""
+    """The distinct images of all parts, in the order of their first use."""
 
     part: npt.NDArray[np.int32]
     offset: IntArray
@@ -75,23 +75,24 @@ class Images:
     digest: npt.NDArray[np.uint8]
     """uint8[images, 32]: SHA-256."""
     dhashes: npt.NDArray[np.uint64]
-    """uint64[images]: perceptual hash, 0 where no filter needs it."""
+    """uint64[images]: perceptual hash; 0 if no filter needs it."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Everything that the parts hold, and what they left out."""
+    """The samples and images of all parts, and counts of what was left out."""
 
     samples: Samples
     images: Images
     all_counts: tuple[SourceCounts, ...]
-    """One for each source."""
+    """Counts of each source."""
     largest_token: int
     """Largest id of all samples; -1 if there is none."""
 
 
 def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
-    """The columns of all parts; ``indices`` gives the source of each part and its index, in the order of the units."""
+    """Gather the columns of all parts. ``indices`` gives the source and the index of each part, in the order of the
+    units."""
     all_counts = tuple(SourceCounts() for _ in range(num_sources))
     parts = []
     largest = -1
@@ -103,7 +104,7 @@ def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gather
 
 
 def cut(index: PartIndex, most: int) -> PartIndex:
-    """The part as if reading had stopped right behind its ``most``-th sample."""
+    """Return the part as if reading had stopped after ``most`` samples."""
     if index.num_samples < most:
         return index
     read = int(np.flatnonzero(index.outcomes == KEPT)[most - 1]) + 1 if most else 0
@@ -126,7 +127,7 @@ def _count(counts: SourceCounts, index: PartIndex) -> None:
 
 
 def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
-    """The columns of all parts, end to end; there is at least one part."""
+    """Concatenate the columns of all parts. There must be at least one part."""
 
     def join(column: Callable[[PartIndex], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         return np.concatenate([column(index) for _, index in parts])
@@ -160,9 +161,12 @@ def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
 
 
 def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
-    """Each image once, by its SHA-256, where it first occurs; and the number there of every image given."""
+    """Keep each image once, at its first use, and return int32[images given]: the new number of every given image.
+
+    Images are equal if their SHA-256 is equal.
+    """
     words = np.ascontiguousarray(images.digest).view(np.uint64).reshape(-1, 4)
-    order = np.lexsort(words.T)  # stable, so the first of equals comes first
+    order = np.lexsort(words.T)  # stable, so the first of equal images comes first
     fresh = np.ones(len(order), dtype=np.bool_)
     fresh[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
     firsts = order[fresh]
@@ -172,7 +176,7 @@ def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
     number[order] = rank[np.cumsum(fresh) - 1]
     kept = np.sort(firsts)
     columns = {item.name: getattr(images, item.name)[kept] for item in dataclasses.fields(Images)}
-    # The first of equals may come from a source whose filters need no hash.
+    # The first of equal images may come from a source whose filters need no hash.
     columns["dhashes"] = np.zeros(len(kept), dtype=np.uint64)
     np.maximum.at(columns["dhashes"], number, images.dhashes)
     return Images(**columns), number

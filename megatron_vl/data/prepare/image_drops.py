@@ -1,7 +1,7 @@
-"""Samples that are dropped for what other images there are: benchmarks' images, and images seen before.
+"""Samples that are dropped because of their images: images of benchmarks, and repeated images.
 
-Decided when the parts are merged, in the order of the samples, so that neither workers nor luck decide which of two
-equals stays. A sample with several images is never a duplicate.
+This is decided when the parts are merged, in the order of the samples. So neither workers nor timing decide which of
+two equal samples stays. A sample with several images is never a duplicate.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class Dropped:
 
     reason: str
     samples: Mask
-    """bool[samples]."""
+    """bool[samples]: whether each sample is dropped."""
 
 
 def image_drops(samples: Samples, images: Images, filters: Sequence[FilterOptions]) -> tuple[Dropped, ...]:
-    """What is dropped for which reason; ``filters`` are those of the sources.
+    """Return the dropped samples for each reason. ``filters`` are those of the sources, in order.
 
-    Raises DataError if a list of a benchmark's images cannot be read.
+    Raises:
+        DataError: A list of benchmark images cannot be read.
     """
     leaked = np.zeros(len(samples), dtype=np.bool_)
     for options in dict.fromkeys(filters):
@@ -65,7 +66,7 @@ def _duplicates(samples: Samples, images: Images, filters: Sequence[FilterOption
 
 
 def _any_image(samples: Samples, marked: Mask) -> Mask:
-    """Which samples have a marked image."""
+    """Return bool[samples]: whether each sample has a marked image. ``marked`` is bool[images]."""
     hits = np.concatenate([np.zeros(1, np.int64), np.cumsum(marked[samples.image_ids], dtype=np.int64)])
     return hits[samples.image_splits[1:]] > hits[samples.image_splits[:-1]]
 
@@ -78,7 +79,11 @@ def _in_benchmark(images: Images, path: Path, distance: int) -> Mask:
 
 
 def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
-    """SHA-256 and perceptual hashes of a benchmark's images: of a folder's files, or as a file lists them."""
+    """Return the SHA-256 and perceptual hashes of benchmark images, from a folder of images or a file of hashes.
+
+    Raises:
+        DataError: A file of the folder is not an image, or a line of the file is not a hash.
+    """
     digests: set[bytes] = set()
     dhashes: set[int] = set()
     if path.is_dir():
@@ -87,7 +92,7 @@ def _benchmark_hashes(path: Path) -> tuple[set[bytes], set[int]]:
                 continue
             data = file.read_bytes()
             try:
-                forms = {data, upright(data)}  # a source may store it turned
+                forms = {data, upright(data)}  # a source may store it rotated
                 dhashes |= {dhash(decode_image(form)) for form in forms}
             except SkipSample as error:
                 raise DataError(f"{file}: {error.reason} ({error.detail}); {path} is to hold images only") from error

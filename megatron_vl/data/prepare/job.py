@@ -1,12 +1,12 @@
-"""The offline job: a recipe -> a data set, over processes or MPI ranks.
+"""The offline job that makes a data set from a recipe, in several processes or MPI ranks.
 
-    plan_units      what there is to do, in a fixed order                       here, once
+    plan_units      list the work in a fixed order                              here, once
     write_part      read, clean, check and tokenize one unit                    in workers, in any order
-    merge_parts     number, drop, draw, pack: numbers alone                     here, once
-    write_slice     write some rows and their images where they belong          in workers, in any order
+    merge_parts     number, drop, draw and pack, with numbers only              here, once
+    write_slice     write some rows and their images at their positions         in workers, in any order
 
-The output depends on the recipe and the raw files only: any number of workers gives the same bytes. What is finished
-lies in ``<prefix>.parts`` until the data set is complete; what was killed goes on from there when it is started again.
+The output depends only on the recipe and the raw files. Any number of workers gives the same bytes. Finished work lies
+in ``<prefix>.parts`` until the data set is complete. A killed job resumes from there when it is started again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_vl.errors import DataError, FolderInUseError
 
 _LOCK = "lock"
 _OURS = re.compile(rf"{_LOCK}|rows-.*|[0-9a-f]{{32}}\..*")
-"""Names of our files among the parts; whatever else is there is somebody's."""
+"""Names of our files in the folder of parts. All other files belong to someone else."""
 
 
 def prepare(
@@ -43,9 +43,11 @@ def prepare(
 ) -> Manifest:
     """Prepare the data set of a recipe at ``prefix`` and return its manifest.
 
-    ``pool``: who works, by default this process. ``progress``: show rate and time left on standard error.
-    ``keep_parts``: leave the tokenized parts, so that the next run over the same files only draws, packs and writes.
-    Raises DataError if files are missing, nothing is left, or the same prefix is being prepared already.
+    ``pool``: the workers, by default this process. ``progress``: show rate and remaining time on standard error.
+    ``keep_parts``: keep the tokenized parts, so that the next run over the same files only draws, packs and writes.
+
+    Raises:
+        DataError: Files are missing, no samples remain, or another process is preparing the same prefix.
     """
     pool = pool or this_process()
     folder = prefix.with_name(prefix.name + ".parts")
@@ -68,7 +70,8 @@ def prepare(
 
 
 def _bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
-    """A bar on a terminal; in the log of a job a line each minute, from the second minute on."""
+    """Return a progress bar for a terminal. In the log of a job, it prints one line per minute, from the second minute
+    on."""
     wait_seconds = 0.0 if sys.stderr.isatty() else 60.0
     return tqdm(desc=what, unit=unit, disable=not show, delay=wait_seconds, mininterval=wait_seconds or 0.1)
 
@@ -82,7 +85,7 @@ def _shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
 
 
 class _Progress:
-    """How many samples the units have given, and which units are still wanted."""
+    """Number of samples that the units gave, and which units are still needed."""
 
     def __init__(self, recipe: DataRecipe, units: Sequence[Unit]) -> None:
         self.num_kept = 0
@@ -92,15 +95,15 @@ class _Progress:
             self._waiting[unit.source_index].append(unit)
         self._kept: dict[Unit, int] = {}
         self._given = [0] * len(recipe.sources)
-        """Of each source: samples of its units up to the first that is not finished."""
+        """For each source: samples of its units, up to the first unfinished unit."""
 
     def is_wanted(self, unit: Unit) -> bool:
-        """False once the units before it have given all samples that its source may give."""
+        """Return False if the earlier units have already given all samples that the source may give."""
         limit = self._limits[unit.source_index]
         return limit is None or self._given[unit.source_index] < limit
 
     def finish(self, unit: Unit, kept: int) -> None:
-        """Note what a unit has given."""
+        """Record the number of samples that a unit gave."""
         self.num_kept += kept
         self._kept[unit] = kept
         waiting = self._waiting[unit.source_index]
@@ -109,7 +112,7 @@ class _Progress:
 
 
 def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool: Pool, bar: tqdm[Any]) -> None:
-    """Make all parts that are wanted and not there."""
+    """Make all parts that are needed and absent."""
     progress = _Progress(recipe, units)
 
     def finish(unit: Unit, kept: int) -> None:
@@ -117,7 +120,7 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
         bar.update()
         bar.set_postfix(samples=progress.num_kept, refresh=False)
 
-    # A part that another machine is to make must not be looked for before: NFS would remember that it is not there.
+    # Do not check for a part that another machine will make: NFS would cache that it is absent.
     present = set(folder.iterdir())
 
     def jobs() -> Iterator[tuple[Unit, Callable[..., int], tuple[Any, ...]]]:
@@ -126,7 +129,7 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
             index = read_index(place) if index_path(place) in present and progress.is_wanted(unit) else None
             if index is not None and not index.lacks_files:
                 if not bar.disable:
-                    bar.initial += 1  # no work of this run, which the rate is about
+                    bar.initial += 1  # not work of this run, so not part of the rate
                 finish(unit, index.num_samples)
             elif progress.is_wanted(unit):
                 yield unit, write_part, (recipe, unit, folder)
@@ -137,7 +140,7 @@ def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool
 
 
 def _finished_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path) -> Iterator[FinishedPart]:
-    """The parts in the order of the units; of a source with a limit, up to its last sample."""
+    """Yield the parts in the order of the units. If a source has a limit, stop at its last sample."""
     left = [entry.limit for entry in recipe.sources]
     for unit in units:
         most = left[unit.source_index]
@@ -153,7 +156,7 @@ def _finished_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path) -> 
 
 
 def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
-    """Remove what no unit asks for: parts of other recipes or older files, and what was not finished."""
+    """Remove files that no unit needs: parts of other recipes or older files, and unfinished files."""
     prefixes = [part_prefix(folder, unit) for unit in units]
     wanted = {_LOCK, *(path(prefix).name for prefix in prefixes for path in (data_path, index_path))}
     for path in folder.iterdir():
@@ -162,7 +165,7 @@ def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
 
 
 def _remove_finished(folder: Path) -> None:
-    """Remove the parts, and the folder if nothing else is in it."""
+    """Remove the parts, and also the folder if nothing else is in it."""
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -172,7 +175,7 @@ def _remove_finished(folder: Path) -> None:
 
 @contextmanager
 def _disk_errors_named(folder: Path) -> Iterator[None]:
-    """Say of an error of the file system, here or in a worker, where it came up and what to do."""
+    """Add the location and a remedy to errors of the file system, here or in a worker. Raises DataError for them."""
     try:
         yield
     except OSError as error:
@@ -184,7 +187,7 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it against a second preparation."""
+    """Make the folder and lock it against a second preparation."""
     try:
         with folder_lock.hold(folder, _LOCK):
             yield

@@ -1,9 +1,9 @@
-"""The second half of preparation: parts -> packed rows -> one data set.
+"""The second half of preparation: from parts to packed rows and one data set.
 
-The samples are numbered in the order of the parts (gather.py), some are dropped for their images (image_drops.py), the
-rest are used as often as the mixture says (mixture.py) and packed: numbers only, in one process. Then every row has its
-place (row_plan.py), and workers write slices of rows in any order (row_slices.py) into files that become the data set
-when all is done (row_files.py).
+The samples are numbered in the order of the parts (gather.py), and some are dropped because of their images
+(image_drops.py). The others are used as often as the mixture says (mixture.py), and are packed. These steps use numbers
+only and run in one process. Then the position of every row is known (row_plan.py). Workers write slices of rows in any
+order (row_slices.py). The files become the data set when all slices are written (row_files.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FinishedPart:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What goes into rows."""
+    """The samples that go into rows."""
 
     samples: IntArray
     """int64[n]: numbers of samples in order, each as often as it is used."""
@@ -68,9 +68,11 @@ def merge_parts(
 ) -> tuple[Path, Manifest]:
     """Pack the samples of all parts and write the rows into ``folder``.
 
-    Returns the path that their files begin with, and the manifest of the data set to be.
+    Return the path prefix of the written files, and the manifest of the new data set. ``parts`` are in the order of the
+    units.
 
-    ``parts`` are in the order of the units. Raises DataError as ``check_outcome`` does.
+    Raises:
+        DataError: As for ``check_outcome``.
     """
     paths: list[Path] = []
 
@@ -89,7 +91,7 @@ def merge_parts(
 
 
 def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _Chosen:
-    """What goes into rows; what is left out is tallied."""
+    """Choose the samples that go into rows, and count those that are left out."""
     samples = gathered.samples
     left = np.ones(len(samples), dtype=np.bool_)
 
@@ -116,7 +118,7 @@ def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _C
 
 
 def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str]:
-    """The keys of some samples."""
+    """Read the keys of the samples ``chosen``, int64[n]."""
     reader = PartReader(paths)
     begins = samples.offset[chosen] + 4 * samples.length[chosen].astype(np.int64)
     columns = (samples.part[chosen], begins, samples.key_size[chosen])
@@ -181,7 +183,8 @@ def _manifest(
 
 
 def _kept(samples: Samples, chosen: IntArray, num_sources: int) -> IntArray:
-    """int64[sources]: different samples in the rows, counted from the rows and not from what was left out."""
+    """Return int64[sources]: distinct samples in the rows. They are counted from the rows, independently of the skip
+    counts."""
     return np.bincount(samples.source[np.unique(chosen)], minlength=num_sources)
 
 

@@ -1,12 +1,12 @@
-"""How often the samples of each source are used.
+"""Number of uses of the samples of each source.
 
-By ``weight`` alone: 2 takes every sample twice, 0.5 every other one.
+With ``weight`` alone, 2 takes every sample twice, and 0.5 takes every other sample.
 
-By amounts, as papers' tables give them: a source has ``samples: 280M``, or is in a ``group`` whose amount stands in
-``mixture.groups``. The proportions of the amounts then hold exactly, and the total is as large as the data permit:
-all amounts are scaled by one factor, at most 1, so that no group gives more than ``max_repeats`` times what it has.
-Whoever has all the data of a table gets its numbers; whoever has a part gets its proportions. Within a group sources
-share by the number of their samples times their ``weight``.
+With amounts, as in the tables of papers, a source has ``samples: 280M``, or is in a ``group`` whose amount is in
+``mixture.groups``. The proportions of the amounts then hold exactly, and the total is as large as the data permit. All
+amounts are scaled by one factor, at most 1, so that no group gives more than ``max_repeats`` times its samples. With
+all the data you get the paper's counts. With part of the data you get the same proportions. Within a group, the share
+of a source is the number of its samples times its ``weight``.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Supply:
-    """What one source has, and what is asked of it."""
+    """The samples that one source has, and the amount it serves."""
 
     available: int
-    """Samples that are fit for use."""
+    """Samples that passed all filters."""
     weight: float = 1.0
     group: str | None = None
-    """Name of the group whose amount it serves; None where weights alone decide."""
+    """Name of the group whose amount the source serves. None: only weights count."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How much is used."""
+    """Amounts that are used."""
 
     counts: tuple[int, ...]
-    """How many samples each source gives, repetitions counted."""
+    """Samples from each source, including repetitions."""
     factor: Fraction
-    """What all amounts were multiplied by, at most 1."""
+    """Factor that scaled all amounts, at most 1."""
     scarcest: str
     """The group that has too few samples for its amount; empty if none has."""
 
 
 def draw_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repeats: float = 1.0) -> Draw:
-    """How much each source gives.
+    """Compute the number of samples from each source.
 
-    ``amounts``: of each group, in samples. Groups without any sample give none and do not hold the others back.
+    ``amounts``: samples of each group. A group without any sample gives none and does not reduce the others.
     """
     have = {group: sum(supply.available for supply in supplies if supply.group == group) for group in amounts}
     repeats = Fraction(str(max_repeats))
@@ -67,13 +67,13 @@ def draw_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repeat
 
 
 def copies_of(available: int, drawn: int) -> IntArray:
-    """int64[available]: how often each of a source's samples is used, spread evenly over them."""
+    """Return int64[available]: uses of each sample of a source, spread evenly over the samples."""
     often, rest = divmod(drawn, max(available, 1))
-    return often + np.diff(np.arange(available + 1) * rest // max(available, 1))  # not * drawn: beyond 64 bits
+    return often + np.diff(np.arange(available + 1) * rest // max(available, 1))  # * drawn would exceed 64 bits
 
 
 def _apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """Whole numbers in proportion to ``shares`` that add up to ``total``: the largest remainders round up."""
+    """Return integers in proportion to ``shares`` with the sum ``total``; the largest remainders are rounded up."""
     if not shares:
         return []
     exact = [total * share / sum(shares) for share in shares]

@@ -1,8 +1,8 @@
-"""What reading has given, judged before anything is written: a source that gave nothing was hardly meant.
+"""Checks of the outcome of reading, before anything is written. A source without samples is probably a mistake.
 
-A wrong name of a field, a folder of the wrong form, a filter that nothing passes: each leaves a source without samples,
-and a model that never sees them is not told apart from one that does. So it is an error, unless the recipe, or
-``--allow-empty``, says that it may be. The finished parts stay, so that only what is mended is read again.
+A wrong field name, a folder of the wrong layout or a filter that rejects everything leaves a source without samples.
+The trained model does not show this. So it is an error, unless the recipe or ``--allow-empty`` permits it. The finished
+parts are kept, so the next run reads again only what was corrected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_vl.errors import DataError
 
 
 def check_outcome(recipe: DataRecipe, all_counts: Sequence[SourceCounts]) -> None:
-    """Raise DataError if nothing is left of a source, or none of its samples has the score that was asked for."""
+    """Raise DataError if a source has no samples left, or none of its samples has the requested score."""
     named = [(entry.source.name, counts) for entry, counts in zip(recipe.sources, all_counts, strict=True)]
     empty = [(name, counts) for name, counts in named if not counts.kept]
     if len(empty) == len(named) or (empty and not recipe.allow_empty):
@@ -34,7 +34,7 @@ def check_outcome(recipe: DataRecipe, all_counts: Sequence[SourceCounts]) -> Non
 
 
 def check_drawn(all_counts: Sequence[SourceCounts], drawn: int) -> None:
-    """Raise DataError if weights and amounts leave nothing to write of the samples that are kept."""
+    """Raise DataError if samples are kept, but weights and amounts select none of them."""
     if not drawn:
         kept = sum(counts.kept for counts in all_counts)
         raise DataError(
@@ -44,7 +44,7 @@ def check_drawn(all_counts: Sequence[SourceCounts], drawn: int) -> None:
 
 
 def _losses(name: str, counts: SourceCounts) -> list[str]:
-    """A line for each reason for which a source lost what it had, with its first example."""
+    """Return a line for each reason for which a source lost samples, with the first example."""
     lines = [
         f"source {name!r}: {count:,} of {counts.read:,} left out for {reason}, first {counts.examples[reason][0]}"
         for reason, count in counts.skips.items()

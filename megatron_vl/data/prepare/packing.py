@@ -1,19 +1,18 @@
-"""Which samples share a row: first-fit decreasing over two limits, with text documents as filler.
+"""Assignment of samples to rows: first-fit decreasing with two limits, and text documents as filler.
 
     limits: 16 tokens, 2 images            a..e samples, T a text document, . padding
     whole samples, first fit decreasing    |a a a a a a a a a b b b b b . .|  |c c c c c c c d d d e e e . . .|
-    filler: T is cut over what is left     |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
+    filler: T is split over the gaps       |a a a a a a a a a b b b b b T T|  |c c c c c c c d d d e e e T T T|
 
-An image sample takes at least its slots (258 tokens of 2,048), so about 5 % of every row stay empty, whatever
-the algorithm. Text has no such grain: laid end to end it is a stream that may be cut anywhere, and it fills
-the gaps; what is left of it makes rows of its own. Every other sample lies whole in exactly one row.
+An image sample takes at least its slots (258 tokens of 2,048), so about 5 % of every row stay empty with any algorithm.
+Text documents can be split at any token, so they fill the gaps. The remaining text makes rows of its own. Every other
+sample is in exactly one row, unsplit.
 
-First fit runs on classes, not on samples: samples of equal (length, images) are interchangeable, and rows
-that were filled alike are neighbors. So one operation places a whole class over runs of rows, and the outcome
-has exactly the rows of first-fit decreasing one by one. The number of operations depends on the number of
-classes (thousands, in rows of 2,048 tokens); all else is sorting and arithmetic on arrays. Equal
-samples are shuffled by a seeded generator of fixed definition, which also keeps neighbors of the source
-apart. The result is a pure function of its arguments.
+First fit runs on classes instead of samples. Samples of equal (length, images) are interchangeable, and rows with equal
+contents are neighbors. So one operation places a whole class over runs of rows. The result has exactly the rows of
+first-fit decreasing with single samples. The number of operations depends on the number of classes (thousands, for rows
+of 2,048 tokens). All other work is sorting and array arithmetic. Equal samples are shuffled by a seeded generator of
+fixed definition, which also separates neighbors of the source. The result is a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 _RANDOM_BITS = 16
-"""Of chance at least, to shuffle by."""
+"""Minimum number of random bits in a shuffle key."""
 
 
 @dataclass(frozen=True)
 class PackLimits:
-    """What a row holds at most."""
+    """Upper limits of a row."""
 
     tokens: int
     images: int
     min_piece: int = 16
-    """Gaps shorter than this stay padding: a document is not cut for a few tokens."""
+    """Shorter gaps stay padding, so that a document is not split for a few tokens."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as lists of pieces; a piece is tokens [start, stop) of a sample (all of it, unless it is a text
-    document)."""
+    """Rows as lists of pieces. A piece is tokens [start, stop) of a sample: a whole sample, or a range of a text
+    document."""
 
     samples: IntArray
     """int64[pieces]: index of the sample."""
     starts: IntArray
-    """int64[pieces]."""
+    """int64[pieces]: first token of the piece in the sample."""
     stops: IntArray
-    """int64[pieces]."""
+    """int64[pieces]: end of the piece in the sample, exclusive."""
     row_splits: IntArray
-    """int64[rows + 1]: row r owns pieces row_splits[r] to row_splits[r + 1]."""
+    """int64[rows + 1]: row r has the pieces row_splits[r] to row_splits[r + 1]."""
 
     @property
     def num_rows(self) -> int:
@@ -64,20 +63,20 @@ class Items:
     lengths: IntArray
     """int64[n]: tokens, at least one."""
     images: IntArray
-    """int64[n]."""
+    """int64[n]: images."""
     is_text: npt.NDArray[np.bool_]
-    """bool[n]: a text document, which may be cut."""
+    """bool[n]: whether the sample is a text document, which may be split."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def select(self, members: IntArray) -> Items:
-        """Some of the samples, in the order given."""
+        """Return some of the samples, in the order of ``members``, int64[m]."""
         return Items(self.lengths[members], self.images[members], self.is_text[members])
 
 
 def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
-    """Pack samples into rows; every sample that is not text must fit into a row by itself."""
+    """Pack samples into rows. Every sample that is not text must fit into a row by itself."""
     bits = np.random.PCG64(seed)
     whole, documents = np.flatnonzero(~items.is_text), np.flatnonzero(items.is_text)
     order, rows = _first_fit_decreasing(items.select(whole), limits, bits)
@@ -90,7 +89,7 @@ def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
 
 
 def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: int) -> Packing:
-    """Rows whose samples all belong to one group (few-shot rows of one task); the groups follow one another."""
+    """Pack each group into rows of its own (few-shot rows of one task), group after group; ``groups`` is int64[n]."""
     parts = []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
@@ -100,7 +99,7 @@ def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: i
 
 
 def one_per_row(items: Items, *, limits: PackLimits) -> Packing:
-    """One sample a row, in the order given; a text document takes as many rows as it needs."""
+    """Put one sample into each row, in the given order. A text document takes as many rows as it needs."""
     num_pieces = np.maximum(-(-items.lengths // limits.tokens), 1)
     samples = np.repeat(np.arange(len(items)), num_pieces)
     first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
@@ -110,7 +109,7 @@ def one_per_row(items: Items, *, limits: PackLimits) -> Packing:
 
 
 def _first_fit_decreasing(items: Items, limits: PackLimits, bits: np.random.PCG64) -> tuple[IntArray, IntArray]:
-    """The samples, longest first and equal ones shuffled, and the row of each."""
+    """Return the samples, longest first with equal ones shuffled, and the row of each; int64[n] both."""
     base = int(items.images.max(initial=0)) + 1
     sizes = items.lengths * base + items.images
     order = _shuffled_order(int(sizes.max(initial=0)) - sizes, bits)
@@ -126,9 +125,9 @@ _FIRST, _SIZE, _TOKENS, _IMAGES = range(4)
 
 
 class _Rows:
-    """All rows, in runs of neighbors that have equal room.
+    """All rows, as runs of neighbors that have equal room.
 
-    The rows that are still empty are a run like the others, so a new row is opened by filling into it.
+    The rows that are still empty are such a run too. Filling that run opens new rows.
     """
 
     def __init__(self, num_rows: int, limits: PackLimits) -> None:
@@ -138,7 +137,7 @@ class _Rows:
         """int64[4, capacity]: first row, number of rows, tokens left and images left in each of them."""
 
     def place(self, tokens: int, images: int, count: int) -> IntArray:
-        """int64[count]: the rows of so many equal samples, each the first row that has room."""
+        """Place ``count`` equal samples, each in the first row that has room; return these rows as int64[count]."""
         _, _, tokens_left, images_left = self._runs[:, : self._num_runs]
         runs = np.flatnonzero((tokens_left >= tokens) & (images_left >= images))
         assert len(runs), f"a sample of {tokens} tokens and {images} images exceeds {self._limits}"
@@ -160,7 +159,7 @@ class _Rows:
         return _repeat_rows(self._runs[_FIRST, runs], self._runs[_SIZE, runs], times)
 
     def _cut(self, run: int, size: int) -> int:
-        """Leave the first ``size`` rows in a run; returns the new run of the others."""
+        """Split a run after its first ``size`` rows; return the new run of the others."""
         new = self._num_runs
         if new == self._runs.shape[1]:
             self._runs = np.concatenate([self._runs, np.zeros_like(self._runs)], axis=1)
@@ -173,7 +172,10 @@ class _Rows:
 
 
 def _repeat_rows(first: IntArray, sizes: IntArray, times: IntArray) -> IntArray:
-    """The rows of each run one after the other, each row as often as ``times`` says for its run."""
+    """Return the rows of each run, run after run, each row as often as ``times`` says for its run.
+
+    All arguments are int64[runs], the result is int64[sum of sizes * times].
+    """
     rows = np.repeat(first - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
     return np.repeat(rows, np.repeat(times, sizes))
 
@@ -181,7 +183,8 @@ def _repeat_rows(first: IntArray, sizes: IntArray, times: IntArray) -> IntArray:
 def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits: PackLimits) -> tuple[IntArray, ...]:
     """Lay the documents as one stream over the gaps (largest first), then over new rows.
 
-    Returns row, document, start and stop of every piece.
+    ``documents`` and ``lengths`` are int64[documents], ``gaps`` int64[rows]. Return row, document, start and stop of
+    every piece, int64[pieces] each.
     """
     total = int(lengths.sum())
     slots = np.flatnonzero(gaps >= limits.min_piece)
@@ -200,18 +203,21 @@ def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits:
 
 
 def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, bits: np.random.PCG64) -> Packing:
-    """Sort pieces by row, and shuffle them within the row, so that the longest sample does not always come first."""
+    """Sort pieces by row, and shuffle them within the row, so that the longest sample is not always first.
+
+    All arrays are int64[pieces].
+    """
     order = _shuffled_order(rows, bits)
     splits = np.concatenate([[0], np.cumsum(np.bincount(rows))])
     return Packing(samples[order], starts[order], stops[order], splits)
 
 
 def _shuffled_order(keys: IntArray, bits: np.random.PCG64) -> IntArray:
-    """Indices that sort ``keys`` (not negative), equal ones in random order.
+    """Return the indices int64[n] that sort ``keys`` int64[n] (not negative), with equal keys in random order.
 
-    Key, random bits and index are put into one number, and the numbers are sorted. They are distinct, so the result
-    does not depend on how; and a sort of numbers is several times as fast as one of indices. Where too few bits are
-    left for chance, from some hundred million keys on, indices are sorted after all.
+    Each number to sort combines a key, random bits and an index. The numbers are distinct, so the result does not
+    depend on the sorting algorithm. Sorting numbers is several times as fast as sorting indices. With more than some
+    hundred million keys, too few bits remain for randomness, so indices are sorted instead.
     """
     index_bits = len(keys).bit_length()
     random_bits = 63 - index_bits - int(keys.max(initial=0)).bit_length()

@@ -1,12 +1,12 @@
-"""The files of one part: what a unit of work leaves for the merge.
+"""The files of one part: the output of a unit of work, and the input of the merge.
 
     <part>.bin    sample after sample: its new images, its tokens (targets complemented, see rows.py), its key
-    <part>.npz    columns that say what is where, what became of every record, and the size of the .bin. Comes last.
+    <part>.npz    columns: positions in the .bin, the outcome of every record, the size of the .bin. Written last.
 
-Both are written under temporary names of the writing process and renamed, so a part is there in full or not at all,
-also when a killed run's last writer is still at work while the next run does the same part again. While a part is
-written, some 75 bytes a sample with an image are kept in memory; a bounded memory of images recognizes the same file
-again (what it has forgotten is stored twice here, and once in the data set).
+The writing process writes both under temporary names and then renames them, so a part is complete or absent. This holds
+even if the last writer of a killed run is still working while the next run makes the same part again. Writing a part
+takes some 75 bytes of memory per sample with an image. A bounded memory of images recognizes repeated files. An image
+that it has forgotten is stored twice in the part, but once in the data set.
 """
 
 from __future__ import annotations
@@ -44,41 +44,42 @@ class Example:
     """One of the first samples that were left out for a reason."""
 
     position: int
-    """Which record of the unit it was."""
+    """Index of the record in the unit."""
     reason: str
     text: str
 
 
 @dataclass(frozen=True)
 class PartIndex:
-    """What a finished part holds. All arrays but ``outcomes`` have one entry for each kept sample or stored image."""
+    """The contents of a finished part. All arrays but ``outcomes`` have one entry per kept sample or stored image."""
 
     reasons: tuple[str, ...]
     examples: tuple[Example, ...]
     outcomes: npt.NDArray[np.int16]
-    """int16[records]: KEPT, or the index of the reason for which a record was left out."""
+    """int16[records]: KEPT, or the index of the reason for which the record was left out."""
     tasks: npt.NDArray[np.int8]
     """int8[samples]: index into TASKS."""
     offsets: IntArray
-    """int64[samples]: byte at which the tokens begin; the key follows them."""
+    """int64[samples]: first byte of the tokens. The key follows the tokens."""
     lengths: npt.NDArray[np.int32]
     """int32[samples]: tokens."""
     key_sizes: npt.NDArray[np.int32]
     """int32[samples]: bytes of the key."""
     image_counts: npt.NDArray[np.int16]
-    """int16[samples]."""
+    """int16[samples]: number of images."""
     image_ids: npt.NDArray[np.int32]
-    """int32[sum of image_counts]: which of the part's images each sample has, one sample after the other."""
+    """int32[sum of image_counts]: images of the samples, sample after sample, as indices into the images of the
+    part."""
     image_offsets: IntArray
-    """int64[images]."""
+    """int64[images]: first byte."""
     image_sizes: npt.NDArray[np.int32]
     """int32[images]: bytes."""
     digests: npt.NDArray[np.uint8]
     """uint8[images, 32]: SHA-256."""
     dhashes: npt.NDArray[np.uint64]
-    """uint64[images]: perceptual hash; 0 where it was not asked for."""
+    """uint64[images]: perceptual hash; 0 if it was not requested."""
     num_scored: int
-    """Samples with a score, of those that were read, kept or not."""
+    """Records with a score, kept or not."""
     largest_token: int
     """Largest id of all samples; -1 if there is none."""
 
@@ -88,12 +89,12 @@ class PartIndex:
 
     @property
     def lacks_files(self) -> bool:
-        """Whether images that records name were not there or could not be read, which may have changed since."""
+        """Whether images of records were missing or unreadable. This may have changed since."""
         return not _OF_FILES.isdisjoint(self.reasons)
 
 
 class PartWriter:
-    """Writes one part; see :func:`write_part_files`."""
+    """Writer of one part; see :func:`write_part_files`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -115,11 +116,11 @@ class PartWriter:
         self._num_scored += 1
 
     def find_image(self, digest: bytes) -> int | None:
-        """Number of this very file, if it was stored a while ago."""
+        """Return the number of the stored image with this SHA-256, if it was stored recently; else None."""
         return self._remembered.get(digest)
 
     def skip(self, skipped: Skipped) -> None:
-        """Count a record that was left out, and name it if it is among the first of its reason."""
+        """Count a record that was left out, and list it if it is among the first of its reason."""
         reason = self._reasons.setdefault(skipped.reason, len(self._reasons))
         if self._examples_of[skipped.reason] < NUM_EXAMPLES:
             self._examples_of[skipped.reason] += 1
@@ -128,7 +129,7 @@ class PartWriter:
         self._columns["outcomes"].append(reason)
 
     def add_image(self, data: bytes, digest: bytes, image_hash: int) -> int:
-        """Store an image; returns its number in the part."""
+        """Store an image; return its number in the part."""
         number = len(self._columns["image_sizes"])
         self._append(image_offsets=self._file.tell(), image_sizes=len(data), dhashes=image_hash)
         self._digests += digest
@@ -139,7 +140,7 @@ class PartWriter:
         return number
 
     def add_sample(self, joined: npt.NDArray[np.int32], key: str, *, task: int, images: list[int]) -> None:
-        """Store a sample whose images are stored."""
+        """Store a sample whose images are stored. ``joined`` is int32[length] from ``join_tokens``."""
         stored_key = key.encode("utf-8", "surrogatepass")
         self._append(
             outcomes=KEPT, tasks=task, offsets=self._file.tell(), lengths=len(joined), key_sizes=len(stored_key),
@@ -169,7 +170,7 @@ class PartWriter:
 
 @contextmanager
 def write_part_files(prefix: Path) -> Iterator[PartWriter]:
-    """Yield a writer; what it was given is on the disk at the end, and not there after an error."""
+    """Yield a writer. After the block, its data is on the disk; after an error, no file remains."""
     with whole_file(data_path(prefix), durable=True) as draft, draft.open("wb") as file:
         writer = PartWriter(file)
         yield writer
@@ -178,17 +179,17 @@ def write_part_files(prefix: Path) -> Iterator[PartWriter]:
 
 
 def data_path(prefix: Path) -> Path:
-    """``<part>.bin``."""
+    """Return the path ``<part>.bin``."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def index_path(prefix: Path) -> Path:
-    """``<part>.npz``."""
+    """Return the path ``<part>.npz``."""
     return prefix.with_name(prefix.name + ".npz")
 
 
 def read_index(prefix: Path) -> PartIndex | None:
-    """What a part holds, or None if it is not there in full."""
+    """Return the contents of a part, or None if it is absent or incomplete."""
     stored = load_columns(index_path(prefix))
     try:
         if stored is None:

@@ -1,6 +1,6 @@
-"""Bytes of parts, read where a column says that they are.
+"""Reading of bytes from parts, at positions that the columns give.
 
-There may be more parts than a process may open files, so the ones used last stay open and the others are opened again.
+There may be more parts than a process may open files. So recently used files stay open, and others are reopened.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 from megatron_vl.errors import DataError
 
 _SPARE_FILES = 64
-"""Descriptors that are left for everything else."""
+"""File descriptors that are left for other uses."""
 
 
 class PartReader:
     """Random access to the files of parts."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """``paths`` are the parts' data files, which are named by number."""
+        """Take the data files of the parts; a part is given by its index in ``paths``."""
         self._paths = paths
         self._open: dict[int, int] = {}
         self._most_open = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES, 1)
 
     def read(self, part: int, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` on. Raises DataError if they are not there."""
+        """Return ``size`` bytes from ``offset`` on. Raises DataError if the file ends too early or cannot be opened."""
         data = os.pread(self._descriptor(part), size, offset)
         if len(data) != size:
             raise DataError(f"{self._paths[part]}: ends early; remove it and prepare the data again.")

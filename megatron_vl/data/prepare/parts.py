@@ -1,11 +1,12 @@
-"""The first half of preparation: one unit of work (a shard of a source) -> one part (its tokenized samples, on disk).
+"""The first half of preparation: from a unit of work (a shard of a source) to a part (its tokenized samples, on disk).
 
-A part depends on nothing but what its name, the unit's fingerprint, is the hash of: the options of the source and its
-filters, what tokenizing needs to know, and the shard with size and time of its files. So parts may be made in any
-order, by any number of processes on any machine; a part that is there is finished and need not be made again; and one
-of another recipe or of other files has another name.
+The name of a part is the fingerprint of its unit: the hash of everything that the part depends on. This is the options
+of the source and its filters, the tokenizing options, and the shard with the size and time of its files. So parts can
+be made in any order, by any number of processes on any machine. An existing part is finished and is not made again. A
+part of another recipe or of other files has another name.
 
-Every image is decoded here once, so that training meets no unreadable one; what fails is skipped under its reason.
+Every image is decoded here once, so that training meets no unreadable image. An image that fails is skipped and counted
+under its reason.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ class Unit:
     source_index: int
     shard: Shard
     name: str
-    """Fingerprint of all that its part depends on."""
+    """Fingerprint of everything that the part depends on."""
 
     def __str__(self) -> str:
         return f"{self.shard.path}, shard {self.shard.name}"
 
 
 def plan_units(recipe: DataRecipe) -> list[Unit]:
-    """The work of a recipe in its fixed order.
+    """Return the work of a recipe in its fixed order.
 
-    Raises DataError if the files of a source are missing.
+    Raises:
+        DataError: Files of a source are missing.
     """
     units = []
     for source_index, entry in enumerate(recipe.sources):
@@ -66,10 +68,12 @@ def plan_units(recipe: DataRecipe) -> list[Unit]:
 
 
 def write_part(recipe: DataRecipe, unit: Unit, folder: Path) -> int:
-    """Read, check and tokenize the samples of a unit into its part; returns the number kept.
+    """Read, check and tokenize the samples of a unit into its part; return the number of kept samples.
 
-    At most as many samples are kept as the source may give in all. Raises DataError if a file of the source turns out
-    to be useless.
+    A unit keeps at most as many samples as the limit of the whole source.
+
+    Raises:
+        DataError: A file of the source is unusable.
     """
     entry = recipe.sources[unit.source_index]
     with write_part_files(part_prefix(folder, unit)) as writer:
@@ -83,12 +87,12 @@ def write_part(recipe: DataRecipe, unit: Unit, folder: Path) -> int:
 
 
 def part_prefix(folder: Path, unit: Unit) -> Path:
-    """Where the part of a unit lies."""
+    """Return the path prefix of the part of a unit."""
     return folder / unit.name
 
 
 class _PartMaker:
-    """Turns what a reader yields into the samples of one part."""
+    """Convert the items of a reader into the samples of one part."""
 
     def __init__(self, recipe: DataRecipe, entry: SourceEntry, writer: PartWriter) -> None:
         self._recipe = recipe
@@ -100,7 +104,7 @@ class _PartMaker:
         self._writer = writer
 
     def add(self, item: Sample | Skipped) -> None:
-        """Keep a sample, or count why not."""
+        """Keep a sample, or count the reason why it is skipped."""
         if isinstance(item, Skipped):
             self._writer.skip(item)
             return
@@ -116,13 +120,19 @@ class _PartMaker:
         if len(sample.images) > most:
             raise SkipSample("too_many_images", f"{len(sample.images)}, a row takes {most}")
         tokenized = tokenize_sample(self._filter.apply(sample), self._tokenizer, self._options)
-        checked = [self._check(image) for image in sample.images]  # all of them, before any is stored
+        checked = [self._check(image) for image in sample.images]  # check all images before storing any
         images = [self._writer.add_image(*fresh) if number is None else number for number, fresh in checked]
         joined = join_tokens(tokenized.tokens, tokenized.supervised)
         self._writer.add_sample(joined, sample.key, task=TASKS.index(sample.task), images=images)
 
     def _check(self, image: ImageRef) -> tuple[int | None, tuple[bytes, bytes, int]]:
-        """The image's number, if it is stored; its bytes and hashes, after decoding it if it is not."""
+        """Return the number of the image if it is stored (else None), and its bytes, SHA-256 and perceptual hash.
+
+        An image that is not stored is decoded first.
+
+        Raises:
+            SkipSample: The image cannot be used.
+        """
         try:
             image = self._source.settle(image)
             digest = hashlib.sha256(image.data).digest()
@@ -138,7 +148,7 @@ class _PartMaker:
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(num_bpe_tokens: int, vocab_file: str | None) -> QwenTokenizer:
-    """A worker makes many parts and reads the vocabulary once."""
+    """Load the tokenizer once per worker, because a worker makes many parts."""
     return QwenTokenizer(num_bpe_tokens, vocab_file)
 
 
@@ -148,7 +158,7 @@ def _tokenize_options(recipe: DataRecipe) -> TokenizeOptions:
 
 @contextlib.contextmanager
 def _named(entry: SourceEntry) -> Iterator[None]:
-    """Say of which source it is that a file is useless."""
+    """Add the name of the source to a DataError about its files."""
     try:
         yield
     except DataError as error:
@@ -156,7 +166,7 @@ def _named(entry: SourceEntry) -> Iterator[None]:
 
 
 def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
-    """What all parts of a source depend on."""
+    """Return everything that all parts of a source depend on."""
     files = [*entry.source.files(), *filter(None, [entry.filters.exclude_images])]
     return [
         __version__, _FORMAT, type(entry.source).__name__, dataclasses.asdict(entry.source),
@@ -167,8 +177,10 @@ def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file, or of the archive that a path leads into: what tells that it was changed. Of a folder,
-    which is a shard, the time at which a file in it came or went."""
+    """Return size and time of a file, or of the archive that a path leads into, to detect changes.
+
+    For a folder that is a shard, the time changes when a file is added or removed.
+    """
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
             found = place.stat()

@@ -1,4 +1,4 @@
-"""The recipe of a data set: which sources, how they are tokenized, how they are packed.
+"""The recipe of a data set: its sources, and how they are tokenized and packed.
 
     sources:
       - {name: scenes, type: img2dataset, path: raw/scenes}
@@ -10,9 +10,9 @@
     filters: {min_side: 64, drop_emoji: true}
     mixture: {groups: {captioning: 19.7M}, max_repeats: 2}
 
-``weight`` repeats a source (2: every sample twice; 0.5: every other sample), ``limit`` keeps its first
-samples, ``samples`` or ``group`` give it an amount (mixture.py), ``filters`` its own thresholds; all other keys of a
-source are options of its reader. Unknown keys are errors that name their nearest neighbor.
+``weight`` repeats a source (2: every sample twice; 0.5: every other sample). ``limit`` keeps its first samples.
+``samples`` or ``group`` give it an amount (mixture.py). ``filters`` set its own thresholds. All other keys of a source
+are options of its reader. An unknown key is an error that suggests the nearest valid key.
 """
 
 from __future__ import annotations
@@ -40,41 +40,41 @@ _Positive = Annotated[int, Between(1)]
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How samples share rows."""
+    """Rules for samples that share rows."""
 
     mode: Literal["mixed", "task", "none"] = "mixed"
-    """``mixed``; ``task``: only samples of one task in a row (few-shot rows); ``none``: one sample a row."""
+    """``mixed``; ``task``: each row has samples of one task (few-shot rows); ``none``: one sample per row."""
     max_images: Annotated[int, Between(1, MAX_IMAGES_PER_ROW)] = MAX_IMAGES_PER_ROW
-    """Images in a row."""
+    """Greatest number of images in a row."""
     min_piece: _Positive = 16
-    """Gaps shorter than this are not filled with text."""
+    """Shorter gaps are not filled with text."""
     seed: Annotated[int, Between(0)] = 0
     """Seed of the shuffle before packing."""
 
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source, how it is cleaned, and how much of it is used."""
+    """One source, its filters, and the amount that is used."""
 
     source: Source
     weight: float = 1.0
     limit: int | None = None
-    """Samples to read at most: the first that pass the filters of single samples."""
+    """Greatest number of samples to read: the first ones that pass the filters of single samples."""
     group: str | None = None
-    """Group of the mixture, where amounts are given; a source with ``samples`` is a group of its own."""
+    """Group of the mixture, if amounts are given. A source with ``samples`` is a group of its own."""
     filters: FilterOptions = field(default_factory=FilterOptions)
     needs_scores: bool = False
-    """Whether a score is asked for, by ``score_field`` or by a filter, so that it is an error if no record has one."""
+    """Whether ``score_field`` or a filter requires a score. Then it is an error if no record has one."""
 
 
 @dataclass(frozen=True)
 class MixtureOptions:
-    """Amounts that the groups of sources are to have, see mixture.py."""
+    """Amounts of the groups of sources, see mixture.py."""
 
     groups: dict[str, int] = field(default_factory=dict)
-    """Samples of each group; only their proportions matter where there is less."""
+    """Samples of each group. If there are fewer samples, only the proportions of the amounts hold."""
     max_repeats: float = 1.0
-    """How often the samples of a group may be used."""
+    """Greatest number of uses of the samples of a group."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class DataRecipe:
     num_bpe_tokens: _Positive
     seq_length: _Positive = 2048
     max_sample_length: _Positive | None = None
-    """Longest sample; by default the row (stage 1 of the paper: 512)."""
+    """Greatest length of a sample, by default that of a row (stage 1 of the paper: 512)."""
     chat_style: ChatStyle = "paper"
     exif_orientation: Literal["ignore", "apply"] = "ignore"
-    """Take images as they are stored, or turned as EXIF says; a source's own entry replaces this."""
+    """Take images as they are stored, or apply their EXIF orientation. A source's own value overrides this."""
     vocab_file: str | None = None
     pack: PackOptions = field(default_factory=PackOptions)
     filters: FilterOptions = field(default_factory=FilterOptions)
-    """For all sources; a source's own entries replace these."""
+    """Filters of all sources. A source's own entries override these."""
     mixture: MixtureOptions = field(default_factory=MixtureOptions)
     allow_empty: bool = False
-    """Go on if nothing of a source passes; by default that is an error."""
+    """Continue if no sample of a source passes. By default this is an error."""
 
     @property
     def longest_sample(self) -> int:
@@ -106,11 +106,13 @@ class DataRecipe:
 def load_recipe(
     path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
 ) -> DataRecipe:
-    """Read a recipe; ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset where the recipe
-    does not.
+    """Read a recipe. ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset if the recipe lacks
+    them.
 
-    Relative paths count from ``root``, by default the recipe's folder. Raises ConfigError naming file and
-    key.
+    Relative paths are relative to ``root``, by default the recipe's folder.
+
+    Raises:
+        ConfigError: The recipe is not valid; the message names file and key.
     """
     values, _ = read_yaml(path)
     if not isinstance(values, dict):
@@ -136,9 +138,10 @@ def load_recipe(
 
 
 def without_missing(recipe: DataRecipe) -> tuple[DataRecipe, list[str]]:
-    """The recipe without sources whose files are not there, and a line about each of those.
+    """Return the recipe without sources whose files are missing, and a line about each of those sources.
 
-    Raises ConfigError if no source is left.
+    Raises:
+        ConfigError: No source is left.
     """
     missing = {entry.source.name: _absent(entry.source) for entry in recipe.sources}
     sources = tuple(entry for entry in recipe.sources if not missing[entry.source.name])
@@ -152,14 +155,14 @@ def without_missing(recipe: DataRecipe) -> tuple[DataRecipe, list[str]]:
 
 
 def _absent(source: Source) -> list[Path]:
-    """Paths of a source that neither exist nor lead into a file (a zip)."""
+    """Return paths of a source that neither exist nor lead into a file (a zip)."""
     values = [getattr(source, item.name) for item in dataclasses.fields(source)]
     paths = [value for value in values if isinstance(value, Path)]
     return [path for path in paths if not path.exists() and not any(parent.is_file() for parent in path.parents)]
 
 
 def read_amount(value: Any, where: str) -> int:
-    """A number of samples: an integer, or a number with K, M or B behind it; raises ConfigError."""
+    """Return a number of samples, given as an integer or as a number followed by K, M or B. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value)) if type(value) in (int, str) else None
     amount = Decimal(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else Decimal(0)
     if amount < 1 or amount != int(amount):
@@ -168,7 +171,7 @@ def read_amount(value: Any, where: str) -> int:
 
 
 def _with_defaults(values: Mapping[str, Any]) -> Any:
-    """The entries of the sources with what the recipe says for all of them."""
+    """Return the source entries, with the values that the recipe sets for all of them added."""
     entries = values["sources"]
     if "exif_orientation" not in values or not isinstance(entries, list):
         return entries
@@ -179,7 +182,7 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
 def _sources(
     entries: Any, path: Path, root: Path, filters: FilterOptions
 ) -> tuple[tuple[SourceEntry, ...], dict[str, int]]:
-    """The sources, and the amounts of those that have one of their own."""
+    """Return the sources, and the amounts of those that have one of their own. Raises ConfigError."""
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: sources: expected a list of mappings with 'name' and 'type'")
     built = tuple(_source(entry, f"{path}: sources[{i}]", root, filters) for i, entry in enumerate(entries))
@@ -198,7 +201,7 @@ def _sources(
 
 
 _ENTRY_KEYS = ("weight", "limit", "samples", "group", "filters")
-"""Keys of a source that its reader does not see."""
+"""Keys of a source entry that are not options of its reader."""
 
 
 def _source(entry: Any, where: str, root: Path, filters: FilterOptions) -> SourceEntry:
@@ -242,15 +245,15 @@ def _mixture(values: Any, amounts: dict[str, int], where: str) -> MixtureOptions
 
 
 def _factor(value: Any, where: str, meaning: str) -> float:
-    """How often samples are used; raises ConfigError."""
-    number = as_number(value)  # YAML takes 1e-3 for a text
+    """Return the factor by which samples are used. Raises ConfigError."""
+    number = as_number(value)  # YAML parses 1e-3 as a string
     if number is None or not 0 < number <= 1000:
         raise ConfigError(f"{where}: found {value!r:.60}, expected a number above 0 and at most 1000 ({meaning})")
     return number
 
 
 def _check_groups(recipe: DataRecipe, where: str) -> None:
-    """Amounts for all sources or for none, and no amount for nothing."""
+    """Raise ConfigError unless all sources or none have amounts, and every amount has a source."""
     amounts = recipe.mixture.groups
     for index, entry in enumerate(recipe.sources):
         if entry.group is not None and entry.group not in amounts:

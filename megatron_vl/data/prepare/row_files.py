@@ -1,8 +1,9 @@
-"""The files of a data set in the making: room for all of it, rows by workers, indices, and the step to a data set.
+"""The files of an unfinished data set: allocation, rows from workers, indices, and the rename to the final data set.
 
-Until then they lie among the parts, under names that begin with ``rows-`` and the hash of their plan, so that what is
-unfinished is in one folder, and files of that name and size are those of this very plan. An old manifest goes before
-the files are renamed, the new one comes last: whatever happens, there is a whole data set under the prefix, or none.
+Until then, the files lie in the folder of parts. Their names begin with ``rows-`` and the hash of their plan. So all
+unfinished files are in one folder, and files of a given name and size belong to exactly this plan. An old manifest is
+removed before the files are renamed, and the new manifest is renamed last. So after a crash at any point, the prefix
+has either a complete data set or none.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from megatron_vl.errors import DataError
 from megatron_vl.files import move, sha256_of_file, sync
 
 Progress = Callable[[int, int], None]
-"""Called with the number of rows done and the number of all rows."""
+"""Callback with the number of finished rows and the number of all rows."""
 _KEYS = ".keys"
 
 
 def write_rows(plan: RowPlan, origins: Origins, folder: Path, *, pool: Pool, report: Progress) -> Path:
-    """Have all slices written that are not, and finish the files; returns the path that they all begin with."""
+    """Write all missing slices and finish the files; return the path prefix of the files."""
     names = [work.name for work in plan_slices(plan, origins)]
     stem = folder / f"rows-{hashlib.sha256(' '.join(names).encode()).hexdigest()[:16]}"
     present = _make_room(plan, names, stem)
@@ -52,20 +53,20 @@ def write_rows(plan: RowPlan, origins: Origins, folder: Path, *, pool: Pool, rep
 
 
 def is_of_rows(path: Path) -> bool:
-    """Whether a file among the parts is one of these."""
+    """Return whether a file among the parts is a file of rows."""
     return path.name.startswith("rows-")
 
 
 def file_entries(stem: Path) -> tuple[tuple[FileEntry, ...], str]:
-    """What the manifest says of the finished files: their sizes, and the hash of their hashes."""
+    """Return the manifest's facts about the finished files: their sizes, and the hash of their hashes."""
     kinds = [f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx")]
     entries = tuple(FileEntry(kind, Path(f"{stem}{kind}").stat().st_size) for kind in (*kinds, HASHES))
     return entries, sha256_of_file(Path(f"{stem}{HASHES}"))
 
 
 def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
-    """Make the finished files the data set at ``prefix``."""
-    write_manifest(stem, manifest)  # here first: a full disk is met before anything is moved
+    """Rename the finished files so that they become the data set at ``prefix``."""
+    write_manifest(stem, manifest)  # here first, so that a full disk is detected before anything is renamed
     manifest_path(prefix).unlink(missing_ok=True)
     suffixes = [entry.suffix for entry in manifest.files]
     files = [(Path(f"{stem}{suffix}"), Path(f"{prefix}{suffix}")) for suffix in suffixes]
@@ -74,12 +75,13 @@ def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
 
 
 def _make_room(plan: RowPlan, names: Sequence[str], stem: Path) -> set[Path]:
-    """Make the files as long as they will be, and remove those of other plans; returns the records that count."""
+    """Set the files to their final size, and remove those of other plans; return the records of slices that are
+    valid."""
     sizes = {TOKENS: 4 * int(plan.lengths.sum()), IMAGES: int(plan.stored_sizes.sum(dtype=np.int64))}
     files = {Path(f"{stem}{suffix}.bin"): size for suffix, size in sizes.items()}
     as_left = all(path.is_file() and path.stat().st_size == size for path, size in files.items())
     wanted = {record_path(stem, name) for name in names if as_left}
-    # A file that another machine is to make must not be looked for before: NFS would remember that it is not there.
+    # Do not check for a file that another machine will make: NFS would cache that it is absent.
     present = wanted & set(stem.parent.iterdir())
     _remove(stem.parent, kept=present | files.keys())
     for path, size in files.items():
@@ -95,7 +97,7 @@ def _remove(folder: Path, kept: Collection[Path]) -> None:
 
 
 def _finish_files(plan: RowPlan, names: Sequence[str], stem: Path) -> None:
-    """Write the keys, one slice after the other, the indices and the hashes."""
+    """Write the keys, slice after slice, the indices and the hashes."""
     ranges: dict[str, list[FileRange]] = {TOKENS: [], IMAGES: [], _KEYS: []}
     key_lengths = []
     with Path(f"{stem}{_KEYS}.bin").open("wb") as file:

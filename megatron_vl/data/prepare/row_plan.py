@@ -1,11 +1,11 @@
-"""Where every row and every image of a data set will lie, in numbers alone.
+"""Positions of every row and every image in the files of a data set, computed from numbers alone.
 
-Once samples are packed, the length of every row and of every image is known, and so is its place in the files. So the
-rows can be written in any order, by anybody: they are cut into slices of some size, each a unit of work (row_slices.py)
-that knows all it needs. Where the slices are cut depends on the rows only, never on who writes them.
+Packing fixes the length of every row and every image, and hence their positions in the files. So any worker can write
+the rows, in any order. They are divided into slices of a certain size. Each slice is a unit of work (row_slices.py)
+that holds all it needs. The borders of the slices depend only on the rows, never on the workers.
 
-An image is stored where a row first uses it, so the images of neighboring rows lie together, and once, whoever else
-uses it.
+An image is stored at its first use by a row, so the images of neighboring rows are close together. Each image is stored
+once, even if other rows use it too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_vl.data.prepare.row_slices import RowSlice
 
 IntArray = npt.NDArray[np.int64]
 SLICE_BYTES = 256 * 2**20
-"""A slice ends behind so many bytes of rows and images: enough to be worth handing out, little to do again."""
+"""Size in bytes of rows and images at which a slice ends: large enough to hand out, small enough to repeat."""
 SLICE_PIECES = 200_000
-"""Or behind so many pieces, of which each takes some 45 bytes to hand out."""
+"""Number of pieces at which a slice ends. Handing out one piece takes some 45 bytes."""
 
 
 @dataclass(frozen=True)
 class Origins:
-    """What the numbers of parts and sources stand for."""
+    """File paths and names that the numbers of parts and sources stand for."""
 
     paths: tuple[Path, ...]
     """Data files of the parts."""
@@ -51,13 +51,13 @@ class RowPlan:
     lengths: IntArray
     """int64[rows]: items of each stored row."""
     image_splits: IntArray
-    """int64[rows + 1]: row r has images image_numbers[image_splits[r] : image_splits[r + 1]]."""
+    """int64[rows + 1]: row r has the images image_numbers[image_splits[r] : image_splits[r + 1]]."""
     image_numbers: IntArray
-    """int64[sum of the rows' images]: which of the stored images."""
+    """int64[images of all rows]: index into the stored images."""
     stored: IntArray
-    """int64[stored images]: its index in ``images``."""
+    """int64[stored images]: index into ``images``."""
     first_stored: IntArray
-    """int64[rows + 1]: row r is the first to use images first_stored[r] to first_stored[r + 1]."""
+    """int64[rows + 1]: row r is the first to use the stored images first_stored[r] to first_stored[r + 1]."""
 
     @property
     def stored_sizes(self) -> npt.NDArray[np.int32]:
@@ -66,12 +66,12 @@ class RowPlan:
 
     @property
     def images_per_row(self) -> IntArray:
-        """int64[rows]."""
+        """int64[rows]: number of images."""
         return np.diff(self.image_splits)
 
 
 def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Images) -> RowPlan:
-    """The plan of a packing, whose samples are positions in ``chosen``."""
+    """Return the plan of a packing whose samples are positions in ``chosen``, int64[n]."""
     pieces = chosen[packing.samples]
     counts = samples.image_splits[pieces + 1] - samples.image_splits[pieces]
     piece_splits = _splits(counts)
@@ -97,7 +97,7 @@ def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Imag
 
 
 def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
-    """The slices of a plan, in order."""
+    """Yield the slices of a plan, in order."""
     token_begins = 4 * _splits(plan.lengths)
     image_begins = _splits(plan.stored_sizes)[plan.first_stored]
     numbers = (token_begins + image_begins)[:-1] // SLICE_BYTES + plan.packing.row_splits[:-1] // SLICE_PIECES
@@ -107,7 +107,7 @@ def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
 
 
 def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple[int, int]) -> RowSlice:
-    """Rows [first, last) with all that is needed of samples, images and parts."""
+    """Return rows [first, last) with the necessary facts about samples, images and parts."""
     samples, images, splits = plan.samples, plan.images, plan.packing.row_splits
     piece_range = slice(int(splits[first]), int(splits[last]))
     use_range = slice(int(plan.image_splits[first]), int(plan.image_splits[last]))
@@ -137,5 +137,5 @@ def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple
 
 
 def _splits(counts: npt.NDArray[np.integer]) -> IntArray:
-    """int64[n + 1]: where each of n runs of these lengths begins, and where the last ends."""
+    """Return int64[n + 1]: the start of each of n runs with lengths ``counts``, and the end of the last run."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -1,11 +1,11 @@
-"""The unit of work of the merge: a slice of rows is written into files whose every byte has its place already.
+"""The unit of work of the merge: writing a slice of rows to fixed positions in files.
 
     rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own range
     rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its ranges, its keys
 
-The record comes last, when the ranges are on the disk. A slice is named by the hash of all that it is made from and
-of where it goes, and a plan by its slices. So a slice that has its record need not be written again, a killed merge
-goes on where it was, and a straggler of another plan writes into files that nobody reads.
+The record is written last, when the ranges are on the disk. The name of a slice is the hash of its inputs and its
+positions. The name of a plan is the hash of its slices. So a slice with a record is not written again, and a killed
+merge resumes where it stopped. A leftover worker of another plan writes to files that nobody reads.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _BUFFER_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Some rows, one after the other, and where everything about them is."""
+    """Consecutive rows, and the positions of everything they need."""
 
     token_begin: int
-    """Byte of the file of tokens at which its rows begin."""
+    """First byte of its rows in the file of tokens."""
     image_begin: int
-    """Byte of the file of images at which those begin that its rows are the first to use."""
+    """First byte, in the file of images, of the images that its rows are the first to use."""
     paths: tuple[Path, ...]
     """Files of the parts that it reads."""
     names: tuple[str, ...]
-    """Of the sources."""
+    """Names of the sources."""
     row_splits: IntArray
-    """int64[rows + 1]: row r has pieces row_splits[r] to row_splits[r + 1]."""
+    """int64[rows + 1]: row r has the pieces row_splits[r] to row_splits[r + 1]."""
     part: IntArray
     """int64[pieces]: index into ``paths``."""
     offset: IntArray
-    """int64[pieces]: byte at which the sample's tokens begin."""
+    """int64[pieces]: first byte of the sample's tokens."""
     length: npt.NDArray[np.int32]
-    """int32[pieces]: tokens of the sample; its key follows them."""
+    """int32[pieces]: tokens of the sample. Its key follows them."""
     key_size: npt.NDArray[np.int32]
     source: npt.NDArray[np.int16]
     task: npt.NDArray[np.int8]
@@ -63,7 +63,7 @@ class RowSlice:
     """int64[pieces]: the piece is tokens [start, stop) of the sample."""
     stop: IntArray
     image_splits: IntArray
-    """int64[rows + 1]: row r has images image_numbers[image_splits[r] : image_splits[r + 1]]."""
+    """int64[rows + 1]: row r has the images image_numbers[image_splits[r] : image_splits[r + 1]]."""
     image_numbers: IntArray
     image_part: IntArray
     """int64[images that it stores]: index into ``paths``."""
@@ -76,7 +76,7 @@ class RowSlice:
 
     @cached_property
     def name(self) -> str:
-        """Fingerprint of all of it; of the parts their names say everything, wherever they lie."""
+        """Fingerprint of all fields. Parts are represented by their names, independently of their folder."""
         digest = hashlib.sha256()
         facts = dataclasses.replace(self, paths=tuple(Path(path.name) for path in self.paths))
         for item in dataclasses.fields(facts):
@@ -88,25 +88,28 @@ class RowSlice:
 
 @dataclass(frozen=True)
 class SliceRecord:
-    """What is kept of a finished slice."""
+    """The stored facts about a finished slice."""
 
     tokens: FileRange
     images: FileRange
     keys: npt.NDArray[np.uint8]
-    """The stored keys of its rows, end to end."""
+    """uint8[bytes]: the stored keys of its rows, one after the other."""
     key_lengths: npt.NDArray[np.int32]
-    """int32[rows]."""
+    """int32[rows]: bytes of the keys of each row."""
 
 
 def record_path(stem: Path, name: str) -> Path:
-    """The record of a slice; ``stem`` is the path that all files of a plan begin with."""
+    """Return the path of the record of a slice; ``stem`` is the path prefix of all files of a plan."""
     return stem.with_name(f"{stem.name}-{name}.npz")
 
 
 def write_slice(work: RowSlice, stem: Path) -> int:
-    """Write the rows of a slice and the images that they are the first to use; returns the number of rows.
+    """Write the rows of a slice and the images that they are the first to use; return the number of rows.
 
-    Both files are there already, as long as they will be. Raises DataError if a part is damaged.
+    Both files must already have their final size.
+
+    Raises:
+        DataError: A part is damaged.
     """
     reader = PartReader(work.paths)
     try:
@@ -129,7 +132,7 @@ def write_slice(work: RowSlice, stem: Path) -> int:
 
 
 def read_record(stem: Path, name: str) -> SliceRecord | None:
-    """The record of a slice, or None if it is not there or damaged."""
+    """Return the record of a slice, or None if it is absent or damaged."""
     stored = load_columns(record_path(stem, name))
     try:
         if stored is None:
@@ -142,10 +145,10 @@ def read_record(stem: Path, name: str) -> SliceRecord | None:
 
 @contextlib.contextmanager
 def _stretch(path: Path, begin: int) -> Iterator[HashedWriter]:
-    """A writer into a file from a byte on; what it wrote is on the disk afterwards.
+    """Yield a writer into a file from a byte on. After the block, its data is on the disk.
 
-    The file is opened for writing alone. A client of NFS would else read a page before it writes a part of it, and then
-    send all of the page, with what a neighbor's range held there before.
+    The file is opened in write-only mode. Otherwise an NFS client would read a page before writing part of it, and then
+    send the whole page, including outdated bytes of the neighboring range.
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb", _BUFFER_BYTES) as file:
         file.seek(begin)
@@ -154,7 +157,7 @@ def _stretch(path: Path, begin: int) -> Iterator[HashedWriter]:
 
 
 def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: HashedWriter) -> bytes:
-    """Write one row; returns its keys in their stored form."""
+    """Write one row; return its keys in their stored form."""
     pieces = [_read_piece(work, piece, reader) for piece in range(work.row_splits[row], work.row_splits[row + 1])]
     images = work.image_numbers[work.image_splits[row] : work.image_splits[row + 1]]
     tokens.write(encode_row([piece for piece, _ in pieces], images).astype("<i4").tobytes())
@@ -162,8 +165,11 @@ def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: HashedWrite
 
 
 def _read_piece(work: RowSlice, piece: int, reader: PartReader) -> tuple[npt.NDArray[np.int32], SegmentKey]:
-    """Stored tokens of a piece, and which of which sample they are. A text document's continuation does not predict its
-    own first token, since what stands before it in the row is another segment."""
+    """Return the stored tokens of a piece, int32[tokens], and its origin.
+
+    If the piece continues a text document, its first token is not a target, because another segment precedes it in the
+    row.
+    """
     part, offset = int(work.part[piece]), int(work.offset[piece])
     start, stop = int(work.start[piece]), int(work.stop[piece])
     length, key_size = int(work.length[piece]), int(work.key_size[piece])

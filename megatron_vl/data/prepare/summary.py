@@ -1,16 +1,16 @@
-"""What a preparation kept and left out, as the lines of a table."""
+"""Table of what a preparation kept and left out."""
 
 from __future__ import annotations
 
 from megatron_vl.data.dataset.manifest import Manifest
 
 _LONGEST = 300
-"""Characters of an example: its path should be whole."""
+"""Greatest number of characters of an example. Its path should be complete."""
 _HEAD = ("source", "task / left out for", "records", "in rows", "tokens", "images")
 
 
 def summary_lines(manifest: Manifest) -> list[str]:
-    """A block for each source (what was read, kept and put into rows, what was left out and why), then the rows."""
+    """Return a block for each source (read, kept, in rows, left out with reasons), then the figures of the rows."""
     lines = [_line(*_HEAD)]
     for totals in manifest.sources:
         lines.append(_line(totals.source, "read", totals.read))
@@ -34,7 +34,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
 
 
 def warning_lines(manifest: Manifest) -> list[str]:
-    """A line for each source of which nothing is in the rows, which is hardly meant."""
+    """Return a warning for each source that contributed no samples; this is probably a mistake."""
     lines = []
     for totals in manifest.sources:
         if not totals.kept:

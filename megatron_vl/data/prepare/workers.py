@@ -1,8 +1,8 @@
-"""Who does the units of work: this process, processes of this machine, or the ranks of an MPI job.
+"""Workers for the units of work: this process, processes of this machine, or the ranks of an MPI job.
 
-All three are executors of ``concurrent.futures``, so there is one way to hand out work and to hear of an error. Under
-MPI rank 0 hands out and reckons, the other ranks work; an error on any rank reaches rank 0, which says it and ends the
-job on all ranks at once. Workers of this machine end with the process that started them, however that ends.
+All three are executors of ``concurrent.futures``, so handing out work and reporting errors are the same for all. Under
+MPI, rank 0 hands out work and merges, and the other ranks work. An error on any rank reaches rank 0, which reports it
+and ends the job on all ranks. Local workers end with the process that started them, even if it is killed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Result = TypeVar("Result")
 
 
 class Submits(Protocol):
-    """The one thing that is asked of an executor; those of mpi4py are no subclasses of ``Executor``."""
+    """The only method that is needed of an executor. The executors of mpi4py are not subclasses of ``Executor``."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]: ...
 
 
 @dataclass(frozen=True)
 class Pool:
-    """An executor and how many units it works on at a time."""
+    """An executor, and the number of units that it works on at a time."""
 
     executor: Submits
     size: int
 
 
 class _InThisProcess:
-    """Does the work when it is handed in."""
+    """Executor that does the work when it is submitted."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -56,16 +56,19 @@ class _InThisProcess:
 
 
 def this_process() -> Pool:
-    """No other process."""
+    """Return a pool without other processes."""
     return Pool(_InThisProcess(), 1)
 
 
 @contextmanager
 def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
-    """The workers of this job: MPI ranks if there are several, else ``workers`` processes (default: one per core).
+    """Yield the workers of this job: MPI ranks if there are several, else ``workers`` processes (default: one per
+    core).
 
-    Yields None on ranks that have done their work when all of it was done. Raises ConfigError if a launcher has started
-    several processes that MPI does not know.
+    On MPI ranks other than 0, yield None after all work is done.
+
+    Raises:
+        ConfigError: A launcher started several processes that MPI does not know.
     """
     ranks = read_launch().world_size
     if ranks > 1:
@@ -83,17 +86,17 @@ def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
         count, mp_context=context, initializer=_begin_worker, initargs=(all_asked_for,)
     ) as executor:
         try:
-            # The executor starts a worker when it finds none idle. If it did so later, while it ends because another
-            # was killed, it would wait for the new one for ever (CPython 3.11). So all start now, and none is idle
-            # before all are asked for.
+            # The executor starts a worker when none is idle. If it started one while shutting down after another was
+            # killed, it would wait for the new one forever (CPython 3.11). So all start now, and none becomes idle
+            # before all are requested.
             for _ in range(count):
                 executor.submit(os.getpid)
             all_asked_for.set()
             yield Pool(executor, count)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
-            # Else one that is still starting finds this process's semaphores gone, and says so in a traceback of its
-            # own; and one that is at work keeps the message waiting.
+            # Otherwise a worker that is still starting finds the semaphores of this process removed and prints a
+            # traceback, and a working one delays the error message.
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
@@ -133,10 +136,13 @@ def hand_out(
     jobs: Iterable[tuple[Job, Callable[..., Result], tuple[Any, ...]]],
     finish: Callable[[Job, Result], None],
 ) -> None:
-    """Have all jobs done: each has a name, a function and its arguments. ``finish`` hears of each, in any order.
+    """Run all jobs. A job has a name, a function and its arguments. ``finish`` is called for each job, in any order.
 
-    A job is asked for when it can soon be worked on, so there may be any number. Raises DataError if a worker was
-    killed, and what a job raises.
+    A job is taken from ``jobs`` only when it can soon run, so there may be any number of jobs. Exceptions of jobs are
+    raised again.
+
+    Raises:
+        DataError: A worker was killed.
     """
     most = 2 * pool.size if pool.size > 1 else 1
     pending: dict[Future[Result], Job] = {}
@@ -169,8 +175,10 @@ def hand_out(
 
 
 def _begin_worker(all_asked_for: Event) -> None:
-    """Let this worker end at once on Ctrl-C, which its parent answers, and when its parent is gone, even if killed; and
-    be idle only when all workers are asked for."""
+    """Set up a worker so that it ends with its parent, even if that is killed, and on Ctrl-C, which the parent reports.
+
+    The worker becomes idle only after all workers have been requested.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers"
