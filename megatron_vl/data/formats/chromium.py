@@ -1,10 +1,9 @@
 """A headless Chromium that lays out pages from bytes: no network, no scripts, one page at a time.
 
-It is driven over its debugging pipe (file descriptors 3 and 4, messages of JSON ended by a zero byte), which
-needs no port and no library. Nothing reaches a network: every request is intercepted, and all but the page
-itself are aborted; should one slip past, there is no name that resolves and no proxy that answers. Scripts of
-the page do not run. A page that does not finish in time costs the browser, which is started again for the
-next one.
+It is controlled over its debugging pipe (file descriptors 3 and 4, JSON messages ended by a zero byte), which needs no
+port and no library. No request reaches a network: every request is intercepted, and all but the page itself are
+aborted. As a second barrier, no host name resolves and no proxy answers. Scripts of the page do not run. If a page does
+not finish in time, the browser is ended, and a new one is started for the next page.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from megatron_vl.errors import DataError, SkipSample
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ADDRESS = "https://page.invalid/"
-"""Under which the page is served to the browser; the domain .invalid exists nowhere."""
+"""Address under which the page is served to the browser. The domain .invalid never exists."""
 START_SECONDS = 60.0
 FLAGS = (
     "--headless=new",
@@ -51,7 +50,8 @@ FLAGS = (
 
 
 def find_browser(given: str = "") -> str:
-    """The program to run: ``given``, or the first of the usual names; raises DataError."""
+    """Return the program to run: ``given``, or the first of the usual names that is found. Raises DataError if there is
+    none."""
     for name in (given,) if given else NAMES:
         if found := shutil.which(name):
             return found
@@ -67,19 +67,19 @@ class BrowserGone(Exception):
 
 
 class Browser:
-    """A running Chromium; a context manager that ends it."""
+    """A running Chromium, as a context manager that ends it."""
 
     def __init__(self, program: str) -> None:
         self._profile = tempfile.mkdtemp(prefix="megatron_vl_chromium_")
         self._number = 0
         self._rest = b""
         self._served: dict[str, tuple[bytes, str]] = {}
-        """By session the page that it may load, until it has."""
+        """For each session, the page that it may load, until it has loaded it."""
         incoming, to_browser = _pipe()
         from_browser, outgoing = _pipe()
         arguments = [program, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
         if os.geteuid() == 0:
-            arguments.insert(1, "--no-sandbox")  # Chromium's sandbox refuses to be set up by root
+            arguments.insert(1, "--no-sandbox")  # root cannot set up Chromium's sandbox
         null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
         pipes = [(os.POSIX_SPAWN_DUP2, incoming, 3), (os.POSIX_SPAWN_DUP2, outgoing, 4)]
         environment = {"HOME": self._profile, "PATH": os.defpath, "LANG": "C.UTF-8"}
@@ -107,7 +107,12 @@ class Browser:
 
     @contextmanager
     def page(self, data: bytes, content_type: str, size: tuple[int, int], seconds: float) -> Iterator[Page]:
-        """A page that was loaded in a view of ``size`` pixels; raises BrowserGone, SkipSample('unrendered_page')."""
+        """Yield a page that was loaded in a view of ``size`` (width, height) in pixels.
+
+        Raises:
+            BrowserGone: The browser ended or did not answer.
+            SkipSample: ``unrendered_page``.
+        """
         deadline = time.monotonic() + seconds
         target = self.call("Target.createTarget", {"url": "about:blank"}, deadline=deadline)["targetId"]
         attached = self.call("Target.attachToTarget", {"targetId": target, "flatten": True}, deadline=deadline)
@@ -128,7 +133,12 @@ class Browser:
     def call(
         self, method: str, parameters: Mapping[str, Any] | None = None, *, session: str = "", deadline: float = 0.0
     ) -> dict[str, Any]:
-        """The result of a command; raises BrowserGone, or SkipSample if the browser refuses."""
+        """Return the result of a command.
+
+        Raises:
+            BrowserGone: The browser ended or did not answer.
+            SkipSample: The browser refused the command.
+        """
         number = self._send(method, parameters or {}, session)
         while True:
             message = self.receive(deadline or time.monotonic() + START_SECONDS)
@@ -138,7 +148,7 @@ class Browser:
                 return dict(message["result"])
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message; requests of the page are answered on the way."""
+        """Return the next message, and answer requests of the page that come before it. Raises BrowserGone."""
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
             data = os.read(self._read, 2**16) if ready else b""
@@ -183,34 +193,35 @@ class Page:
         self._browser, self._session, self._deadline = browser, session, deadline
 
     def call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The result of a command."""
+        """Return the result of a command."""
         return self._browser.call(method, parameters, session=self._session, deadline=self._deadline)
 
     def wait(self, event: str) -> None:
-        """Return when the event has come."""
+        """Wait until the event has occurred."""
         message: dict[str, Any] = {}
         while (message.get("method"), message.get("sessionId")) != (event, self._session):
             message = self._browser.receive(self._deadline)
 
     def resize(self, width: int, height: int) -> None:
-        """Lay the page out in a view of this size."""
+        """Lay out the page in a view of this size in pixels."""
         view = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", view)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression of ours."""
+        """Return the value of a JavaScript expression, which must be from this package."""
         found = self.call("Runtime.evaluate", {"expression": expression, "returnByValue": True})
         if "exceptionDetails" in found:
             raise SkipSample("unrendered_page", str(found["exceptionDetails"].get("text")))
         return found["result"].get("value")
 
     def screenshot(self) -> bytes:
-        """The view as PNG."""
+        """Return the view as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png"})["data"])
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are out of the way of the numbers that the browser wants, and closed in other programs."""
+    """Return the ends of a pipe. Their numbers do not clash with those of the browser, and other programs do not
+    inherit them."""
     ends = os.pipe()
     moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

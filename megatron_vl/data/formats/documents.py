@@ -1,7 +1,7 @@
-"""Many small documents: in folders, or in the zip archives in which crawls are published; a few to a unit of work.
+"""Many small documents in folders, or in the zip archives of published crawls; a few documents per unit of work.
 
-Archives are read in place. Documents are not trusted: of a folder only regular files that lie in it are read,
-and of a large file nothing.
+Archives are read in place. Documents are not trusted. In a folder, only regular files are read, never links. Files
+above a size limit are not read at all.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Document:
-    """A document's bytes and the name under which it was found."""
+    """The bytes of a document and the name under which it was found."""
 
     key: str
     data: bytes
     content_type: str = "text/html"
-    """As the server said it (pages of a crawl)."""
+    """Content type as reported by the server (pages of a crawl)."""
 
 
 def document_shards(
     path: Path, suffixes: tuple[str, ...], documents_per_shard: int, whole: tuple[str, ...] = ()
 ) -> list[Shard]:
-    """Shards of the documents of a folder and all below it, of the zips in there, or of one zip or document.
+    """Return shards of the documents of a folder and its subfolders, of the zips in it, or of one zip or document.
 
-    A file that ends in one of ``whole`` holds many documents and is a shard of its own. Raises DataError if
-    there is nothing.
+    A file that ends in one of ``whole`` holds many documents and is a shard of its own.
+
+    Raises:
+        DataError: There is no document.
     """
     if documents_per_shard < 1:
         raise DataError(f"records_per_shard is {documents_per_shard}, expected at least 1")
@@ -59,7 +61,7 @@ def document_shards(
 
 
 def read_documents(shard: Shard, suffixes: tuple[str, ...]) -> Iterator[Document | Skipped]:
-    """The documents of a shard, with ``Skipped`` for those that cannot be read."""
+    """Yield the documents of a shard, with ``Skipped`` for those that cannot be read."""
     last = None if shard.count is None else shard.first + shard.count
     for name in _names(shard.path, suffixes)[shard.first : last]:
         key = name if shard.path.suffix != ".zip" else f"{shard.path.name}/{name}"
@@ -73,7 +75,7 @@ def read_documents(shard: Shard, suffixes: tuple[str, ...]) -> Iterator[Document
 
 
 def _names(place: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Names of the documents of a folder, an archive or a single file, sorted."""
+    """Return the names of the documents of a folder, an archive or a single file, sorted."""
     if place.suffix == ".zip":
         return list_members(place, suffixes)
     if place.is_file():
@@ -82,7 +84,8 @@ def _names(place: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The regular files (no links) with one of ``suffixes``: ``path`` itself, or all below it, sorted."""
+    """Return regular files (no links) with one of ``suffixes``, sorted: ``path`` itself, or all in it and its
+    subfolders."""
     files = [path] if path.is_file() else path.rglob("*")
     wanted = (file for file in files if file.name.lower().endswith(suffixes))
     plain = (file for file in wanted if file.is_file() and not file.is_symlink())

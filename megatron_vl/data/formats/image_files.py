@@ -1,9 +1,8 @@
 """Images that a record names by path. Paths come from data files and are not trusted.
 
-Only regular files whose real path lies under ``image_root`` are opened: no other absolute paths, no ``..`` and no
-links that lead out, no devices or pipes, nothing above a size cap, and never an address on the network. The
-root, or a part of a name, may be a zip archive (:mod:`megatron_vl.data.formats.zips`), which is read in
-place under the same rules.
+Only regular files whose real path lies under ``image_root`` are opened. Other absolute paths, ``..``, links out of the
+root, devices, pipes, files above a size limit and network addresses are refused. The root, or a part of a name, may be
+a zip archive (:mod:`megatron_vl.data.formats.zips`). It is read in place under the same rules.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 
 
 def require_images(root: Path) -> Path:
-    """``root``, or DataError if it is neither a folder nor leads into a zip archive."""
+    """Return ``root``. Raises DataError if it is neither a folder nor leads into a zip archive."""
     inside = split_zip(root)
     if inside is not None:
         check_zip(inside[0])
@@ -38,7 +37,7 @@ def require_images(root: Path) -> Path:
 
 
 def _unpacked_instead(root: Path) -> str:
-    """A hint for a zip that is not there, where what ``root`` names in it is: unpacked into a folder, or beside it."""
+    """Return a hint for a missing zip whose contents are unpacked, in a folder of its name or beside it."""
     for archive in (root, *root.parents):
         if archive.suffix.lower() == ".zip":
             inside = root.relative_to(archive)
@@ -49,7 +48,7 @@ def _unpacked_instead(root: Path) -> str:
 
 
 def check_patterns(patterns: Sequence[str], where: str) -> None:
-    """Raise DataError, beginning with ``where``, unless every pattern names fields as 'images/{id:012d}.jpg' does."""
+    """Raise DataError, beginning with ``where``, unless every pattern names fields like 'images/{id:012d}.jpg'."""
     for pattern in patterns:
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
@@ -63,8 +62,11 @@ def check_patterns(patterns: Sequence[str], where: str) -> None:
 
 
 def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]:
-    """The names that the patterns make of a record's fields; raises SkipSample if a field is missing or of
-    another type."""
+    """Return the names that the patterns produce from the fields of a record.
+
+    Raises:
+        SkipSample: A field is missing or has another type.
+    """
     plain = {name: _plain(value) for name, value in record.items()}
     values = {name: value for name, value in plain.items() if type(value) in (int, str)}
     try:
@@ -81,7 +83,7 @@ def image_names(patterns: Sequence[str], record: Mapping[str, Any]) -> list[str]
 
 
 class _Names(string.Formatter):
-    """Takes a number for ``{id:012d}`` as text too."""
+    """Formatter that accepts a number given as text for ``{id:012d}``."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         is_digits = isinstance(value, str) and format_spec.endswith("d") and value.isascii() and value.isdigit()
@@ -89,14 +91,14 @@ class _Names(string.Formatter):
 
 
 def _plain(value: Any) -> Any:
-    """The integer that a float is, as tables of numbers with gaps store it (42.0)."""
+    """Return an integral float as an integer; tables of integers with gaps store 42 as 42.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_image(root: Path, name: str, declared: tuple[int, int] | None = None) -> ImageRef:
-    """The encoded bytes of ``root / name``; the key is ``name``. Raises SkipSample with the reason.
+    """Return the encoded bytes of ``root / name`` under the key ``name``. Raises SkipSample with the reason.
 
-    ``declared``: width and height as the record says them.
+    ``declared``: width and height according to the record.
     """
     data = read_bytes(root, name)
     if not data:
@@ -105,7 +107,8 @@ def read_image(root: Path, name: str, declared: tuple[int, int] | None = None) -
 
 
 def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int] | None = None) -> ImageRef:
-    """The first of ``names`` that exists, as ``read_image`` reads it; 'missing_image' if none does."""
+    """Return the first of ``names`` that exists, as ``read_image`` does. Raises SkipSample('missing_image') if none
+    exists."""
     for name in names:
         try:
             return read_image(root, name, declared)
@@ -116,7 +119,7 @@ def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int]
 
 
 def read_bytes(root: Path, name: str) -> bytes:
-    """The bytes of ``root / name`` under the rules above. Raises SkipSample with the reason."""
+    """Return the bytes of ``root / name`` under the rules above. Raises SkipSample with the reason."""
     if "://" in name or name.startswith("data:"):
         raise SkipSample("image_is_url", f"{name[:80]}: images are read from {root} only, download them first")
     path = _resolve(root, name)
@@ -138,7 +141,8 @@ def read_bytes(root: Path, name: str) -> bytes:
 
 
 def _other_spelling(root: Path, name: str) -> str:
-    """The same name with its accents as characters of their own, or not, if a file has it; macOS stores names so."""
+    """Return the name in the other Unicode form (composed or decomposed accents) if a file has it; macOS decomposes
+    names."""
     for form in () if name.isascii() else ("NFC", "NFD"):
         other = unicodedata.normalize(form, name)
         if other != name and os.path.exists(os.path.join(root, other)):
@@ -156,7 +160,8 @@ def _read_file(path: Path) -> bytes:
 
 
 def _resolve(root: Path, name: str) -> Path:
-    """The real path of ``root / name``, from ``os.path``: every image comes here, and ``Path`` takes twice the time."""
+    """Return the real path of ``root / name``, using ``os.path``: ``Path`` takes twice the time, and every image passes
+    here."""
     try:
         base = os.path.realpath(root)
         path = os.path.realpath(os.path.join(base, name))

@@ -1,13 +1,13 @@
-"""Containers of img2dataset's output -> image-text pairs: tars, folders and parquet, one record at a time.
+"""Image-text pairs from the containers that img2dataset writes: tars, folders and parquet, one record at a time.
 
     NAME/00000.tar        KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=webdataset
     NAME/00000/           KEY.jpg KEY.txt KEY.json, KEY.jpg ...    output_format=files
     NAME/00000.parquet    a column of images, txt, and the json's columns        parquet; or Hugging Face's images
 
-In all three a pair is the encoded image and the fields of its metadata, the ``txt`` among them; keys have
-gaps and no order, and ``txt`` or ``json`` may be missing. In a folder the key is the name without its suffix, in a tar
-what is before the first dot. Beside tars and folders lie parquet files as well,
-which list all addresses and hold no images: where there are tars or folders, parquet is not read.
+In all three, a pair is the encoded image and the fields of its metadata, including the ``txt``. Keys have gaps and no
+order, and ``txt`` or ``json`` may be missing. In a folder, the key is the file name without its suffix. In a tar, the
+key is the text before the first dot. Tars and folders also have parquet files beside them, which list all addresses and
+hold no images. So parquet is not read if there are tars or folders.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Pair:
     """An encoded image (not empty) and its metadata."""
 
     key: str
-    """The shard's name and its own key, since bare keys repeat between data sets."""
+    """The name of the shard and the key in it, because bare keys repeat between shards of different data sets."""
     image: bytes
     fields: Mapping[str, Any]
-    """The json's fields, and the caption file under ``txt``."""
+    """The fields of the json, and the caption file under ``txt``."""
 
 
 def pair_shards(path: Path) -> list[Shard]:
-    """A shard for each tar, folder or parquet file of a folder, or for the file itself; raises DataError."""
+    """Return a shard for each tar, folder or parquet file of a folder, or for the file itself. Raises DataError."""
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{path}: no such file or folder; expected img2dataset's output or one of its shards")
     found = _shards_in(path) if path.is_dir() else [path]
@@ -82,7 +82,7 @@ def _shards_in(path: Path) -> list[Path]:
 
 
 def read_pairs(shard: Shard) -> Iterator[Pair | Skipped]:
-    """The pairs of a shard, with ``Skipped`` for records that are none."""
+    """Yield the pairs of a shard, with ``Skipped`` for records that are not pairs."""
     if shard.path.suffix == ".parquet":
         yield from (_pair_of_row(shard, row) for row in read_rows(shard.path, IMAGE_SUFFIXES))
         return
@@ -95,7 +95,7 @@ def read_pairs(shard: Shard) -> Iterator[Pair | Skipped]:
 
 
 def record_image(record: TarRecord) -> bytes:
-    """The record's image; SkipSample if the record has a problem, or no image, or an empty one."""
+    """Return the image of a record. Raises SkipSample if the record has a problem, no image, or an empty image."""
     if record.problem:
         raise SkipSample(record.problem, record.detail)
     if record.image is None:
@@ -107,7 +107,7 @@ def record_image(record: TarRecord) -> bytes:
 
 
 def record_fields(record: TarRecord) -> dict[str, Any]:
-    """The object in the record's .json, and its .txt; raises SkipSample."""
+    """Return the object in the record's .json, with its .txt added. Raises SkipSample."""
     fields: dict[str, Any] = {}
     if "json" in record.members:
         try:
@@ -126,20 +126,20 @@ def _has_image(folder: Path) -> bool:
 
 
 def _first_shard_below(folder: Path) -> Path | None:
-    """An image or a shard somewhere below a folder without images."""
+    """Return an image or a shard somewhere below a folder without images."""
     suffixes = {"tar", "parquet", *IMAGE_SUFFIXES}
     files = (file for file in sorted(folder.rglob("*")) if _split(file.name)[1] in suffixes)
     return next((file for file in files if not is_clutter(file.relative_to(folder).as_posix())), None)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and suffix of a file of a folder."""
+    """Return the key and the suffix of a file in a folder."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix.removeprefix(".").lower()
 
 
 def _read_folder(folder: Path) -> Iterator[TarRecord]:
-    """Records of a folder by key; the names of its files are held in memory."""
+    """Yield the records of a folder by key. The names of all its files are held in memory."""
     names = (entry.name for entry in folder.iterdir() if not is_clutter(entry.name))
     members = sorted((*_split(name), name) for name in names)
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
@@ -157,7 +157,7 @@ def _read_folder(folder: Path) -> Iterator[TarRecord]:
 
 
 def _is_image_struct(value: Any) -> bool:
-    """Whether it is an image as Hugging Face's datasets stores it."""
+    """Return whether a value is an image as Hugging Face's datasets stores it."""
     return isinstance(value, Mapping) and value.keys() == IMAGE_STRUCT
 
 

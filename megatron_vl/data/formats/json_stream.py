@@ -1,13 +1,13 @@
-"""The elements of a large JSON document, one at a time and from anywhere.
+"""The elements of a large JSON document, one at a time, starting at any element.
 
-Question files reach gigabytes (GQA), and a document that is parsed whole takes several times its size. So
-text is read in pieces, the standard library's decoder takes one element at a time out of the window, and what
-lies beside the elements is passed over in the same way. ``array_shards`` goes through the document once and
-notes at which byte each shard begins; a file that is cut or broken anywhere is refused there, with the place,
-before any element is used. ``read_array`` then begins at a shard's first byte.
+Question files have several gigabytes (GQA), and a document that is parsed as a whole takes several times its size in
+memory. So the text is read in blocks. The decoder of the standard library decodes one element at a time from the window
+of text. Everything beside the elements is skipped in the same way. ``array_shards`` reads the document once and records
+the byte at which each shard begins. It raises an error, with the position, for a file that is truncated or invalid
+anywhere, before any element is used. ``read_array`` then starts at the first byte of a shard.
 
-Memory is bounded by the longest element. Bytes that are no UTF-8 become lone surrogates, and so the fault of
-their record alone (``clean_text``).
+Memory is bounded by the longest element. Bytes that are not UTF-8 become lone surrogates, so they affect only their own
+record (``clean_text``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_vl.errors import DataError
 CHUNK_BYTES = 2**18
 MAX_ELEMENT_CHARACTERS = 64 * 2**20
 _BLANKS = re.compile("[ \\t\\n\\r\ufeff]*")
-"""With the byte-order mark that some editors put at the beginning."""
+"""White space, and the byte-order mark that some editors write at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,19 @@ class Element:
     """One element of a list, or one entry of a dictionary."""
 
     index: int
-    """Counted from 0."""
+    """Index, counted from 0."""
     value: Any
     key: str = ""
-    """Its key in a dictionary; empty in a list."""
+    """Key in a dictionary; empty in a list."""
 
 
 def array_shards(path: Path, elements_per_shard: int, key: str | None = None) -> list[Shard]:
-    """Shards of the list or dictionary at the top of a document, or under ``key`` of the object at the top.
+    """Return shards of the list or dictionary at the top of a document, or under ``key`` of the object at the top.
 
-    ``path`` may lead into a zip. Raises DataError if the file is missing, broken or of another shape.
+    ``path`` may lead into a zip.
+
+    Raises:
+        DataError: The file is missing, invalid or has another structure.
     """
     if elements_per_shard < 1:
         raise DataError(f"records_per_shard is {elements_per_shard}, expected at least 1")
@@ -68,7 +71,7 @@ def array_shards(path: Path, elements_per_shard: int, key: str | None = None) ->
 
 
 def read_array(shard: Shard) -> Iterator[Element]:
-    """The elements of a shard; raises DataError if the file is not what it was when the shards were made."""
+    """Yield the elements of a shard. Raises DataError if the file has changed since the shards were made."""
     with open_file(shard.path) as stream:
         stream.seek(shard.offset)
         document = _Document(shard.path, stream, shard.offset)
@@ -80,9 +83,10 @@ def read_array(shard: Shard) -> Iterator[Element]:
 
 
 def iter_array(path: Path, key: str | None = None) -> Iterator[Element]:
-    """All elements of the list or dictionary at the top, or under ``key`` of the object at the top.
+    """Yield all elements of the list or dictionary at the top, or under ``key`` of the object at the top.
 
-    Raises DataError at an error in the document.
+    Raises:
+        DataError: The document has an error.
     """
     with open_file(path) as stream:
         document = _Document(path, stream)
@@ -104,20 +108,20 @@ class _Document:
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._position = 0
-        self._start = offset  # the byte at which the window begins
+        self._start = offset  # first byte of the window
         self._head = b""
         self._ended = False
-        self._brackets = "]}"  # what may close the list or dictionary at the position
-        self._first = True  # no element of it was read yet
+        self._brackets = "]}"  # brackets that may close the current list or dictionary
+        self._first = True  # no element was read yet
 
     @property
     def offset(self) -> int:
-        """The byte at which the next value begins."""
+        """Byte at which the next value begins."""
         self._peek()
         return self._start + _num_bytes(self._text[: self._position])
 
     def enter(self, wanted: str | None) -> None:
-        """Go to the first element of the list or dictionary at the top, or under the key ``wanted``."""
+        """Move to the first element of the list or dictionary at the top, or under the key ``wanted``."""
         if wanted is None:
             self._open("[{", "a list or an object at the top")
             return
@@ -132,7 +136,7 @@ class _Document:
         raise DataError(f"{self._path}: expected a list under {wanted!r}; found the keys {found[:8]}")
 
     def leave(self, wanted: str | None) -> None:
-        """Check what is left of the document after the list that was entered with the same argument."""
+        """Check the rest of the document after the list that was entered with the same argument."""
         if wanted is not None:
             self._brackets = "}"
             while self.more():
@@ -143,7 +147,7 @@ class _Document:
             raise self._error(f"expected the end of the file, found another value{hint}", self._position)
 
     def more(self) -> bool:
-        """Whether another element follows; goes past the comma before it, or past the bracket that closes."""
+        """Return whether another element follows; consume the comma before it or the closing bracket."""
         closed = self._take(self._brackets, needed=False)
         if not closed and not self._first:
             self._take(",")
@@ -151,11 +155,11 @@ class _Document:
         return not closed
 
     def element(self) -> tuple[str, Any]:
-        """The next element, with its key in a dictionary."""
+        """Return the next element, with its key in a dictionary."""
         if self._brackets == "}":
             return self._key(), self._value()
         value = self._value()
-        if self._brackets == "]}" and self._take(":", needed=False):  # the first of a shard tells what it is one of
+        if self._brackets == "]}" and self._take(":", needed=False):  # the first element shows the kind of container
             self._brackets = "}"
             return str(value), self._value()
         self._brackets = "]"
@@ -169,7 +173,7 @@ class _Document:
         return key
 
     def _pass_over(self) -> None:
-        """Go past a value, element by element if it is a list or dictionary."""
+        """Skip a value, element by element if it is a list or dictionary."""
         outside = self._brackets
         if self._peek() not in ("[", "{"):
             self._value()
@@ -188,7 +192,7 @@ class _Document:
         self._first = True
 
     def _take(self, characters: str, *, needed: bool = True) -> bool:
-        """Go past one of ``characters`` if it is next."""
+        """Consume one of ``characters`` if it is next; return whether it was."""
         following = self._peek()
         if following and following in characters:
             self._position += 1
@@ -198,17 +202,17 @@ class _Document:
         return False
 
     def _value(self) -> Any:
-        """The value at the position."""
+        """Return the value at the position."""
         self._peek()
         while True:
             try:
                 value, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
                 message, position = error.msg, error.pos
-            except (ValueError, RecursionError) as error:  # a number with thousands of digits; deep nesting
+            except (ValueError, RecursionError) as error:  # thousands of digits in a number, or deep nesting
                 raise self._error(str(error), self._position) from error
             else:
-                if end + 2 < len(self._text) or self._ended:  # a number may go on in the next piece: 1 of 1e-5
+                if end + 2 < len(self._text) or self._ended:  # a number may continue in the next block: 1 of 1e-5
                     self._position = end
                     return value
                 message, position = "no end", end
@@ -217,7 +221,7 @@ class _Document:
             self._read_on()
 
     def _peek(self) -> str:
-        """The next character that is not blank; empty at the end of the file."""
+        """Return the next character that is not white space; empty at the end of the file."""
         while True:
             self._position = _BLANKS.match(self._text, self._position).end()  # type: ignore[union-attr]  # it may be ""
             if self._position < len(self._text):
@@ -227,7 +231,7 @@ class _Document:
             self._read_on()
 
     def _read_on(self) -> None:
-        """Drop what was used and add as much as is left, so that a long element is tried few times."""
+        """Drop the used text and double the rest by reading on, so that a long element needs few attempts."""
         self._start += _num_bytes(self._text[: self._position])
         rest = self._text[self._position :]
         try:

@@ -1,9 +1,9 @@
-"""JSON Lines and other records a line, cut into shards by line numbers and byte offsets so that a shard is
-found without reading the file.
+"""JSON Lines and other formats with one record per line. Shards are given by line numbers and byte offsets, so a shard
+is found without reading the file.
 
-Blank lines are no records. A byte-order mark at the beginning of a line is passed over, also where files were laid end
-to end. A line that is no record of its kind, or longer than the cap, is a skipped record whose key is the file and the
-line number (counted from 1, as editors do).
+Blank lines are not records. A byte-order mark at the beginning of a line is ignored, also in the middle of concatenated
+files. A line that is not a valid record, or is longer than the limit, is a skipped record. Its key is the file and the
+line number (counted from 1, as in editors).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_vl.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 BLANK = b" \t\r\n\xef\xbb\xbf"
-"""What a line without a record consists of, if of anything."""
+"""The only bytes that may occur in a line without a record."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Line:
     """One line that holds a record."""
 
     number: int
-    """Counted from 1."""
+    """Line number, counted from 1."""
     record: dict[str, Any]
 
 
 Parse = Callable[[str], dict[str, Any]]
-"""Text of a line -> record; raises ValueError if it holds none."""
+"""Parser from the text of a line to a record. Raises ValueError if the line holds none."""
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The JSON object in a line; raises ValueError."""
+    """Return the JSON object in a line. Raises ValueError if it holds none."""
     try:
         record = json.loads(text)
     except RecursionError as error:
@@ -49,7 +49,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
-    """Shards of ``lines_per_shard`` lines each (blank ones included in the count); raises DataError."""
+    """Return shards of ``lines_per_shard`` lines each, including blank lines. Raises DataError."""
     if lines_per_shard < 1:
         raise DataError(f"records_per_shard is {lines_per_shard}, expected at least 1")
     shards = []
@@ -68,7 +68,7 @@ def line_shards(path: Path, lines_per_shard: int) -> list[Shard]:
 
 
 def _line_ends(stream: IO[bytes]) -> Iterator[int]:
-    """The byte behind each line, whatever its length."""
+    """Yield the offset of the byte after each line, for lines of any length."""
     position, ended = 0, True
     while piece := stream.readline(MAX_LINE_BYTES):
         position += len(piece)
@@ -80,7 +80,7 @@ def _line_ends(stream: IO[bytes]) -> Iterator[int]:
 
 
 def read_lines(shard: Shard, parse: Parse = parse_object) -> Iterator[Line | Skipped]:
-    """The records of a shard's lines, with ``Skipped`` for lines that hold none."""
+    """Yield the records of a shard's lines, with ``Skipped`` for lines without a record."""
     with open_file(shard.path) as stream:
         stream.seek(shard.offset)
         number = shard.first

@@ -1,9 +1,9 @@
-"""Rows of a parquet file that holds encoded images, a few at a time.
+"""Rows of a parquet file that holds encoded images, a few rows at a time.
 
-Columns are decoded page by page (no buffer over a whole row group), so that memory does not grow with the
-size of a file or of its row groups. A file that is no parquet is one skipped record, as a tar that is none;
-of a damaged row group every row is one. A file without a column of images is a list of addresses: an error if
-the first file of a folder is one, a skipped record later on.
+Columns are decoded page by page, without a buffer for a whole row group. So memory does not grow with the size of a
+file or of its row groups. A file that is not parquet is one skipped record, like a file that is not a tar. In a damaged
+row group, every row is a skipped record. A file without a column of images is a list of addresses. This is an error for
+the first file of a folder, and a skipped record for later files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGE_STRUCT = frozenset({"bytes", "path"})
 
 
 def require_images_in(path: Path, columns: Sequence[str]) -> None:
-    """Raise DataError if pyarrow is missing, or a readable file has no column of images, named as one of
+    """Raise DataError if pyarrow is missing, or if a readable file has no image column with one of the names
     ``columns``."""
     file = _open(require_file(path, "a parquet file"))
     if isinstance(file, Skipped):
@@ -38,9 +38,10 @@ def require_images_in(path: Path, columns: Sequence[str]) -> None:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any] | Skipped]:
-    """The rows as dictionaries, each with a ``key`` (its number where the file has none).
+    """Yield the rows as dictionaries, each with a ``key`` (the row number if the file has none).
 
-    Raises DataError if pyarrow or the file is missing.
+    Raises:
+        DataError: pyarrow or the file is missing.
     """
     file = _open(require_file(path, "a parquet file"))
     if isinstance(file, Skipped):
@@ -55,7 +56,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any] | S
 
 
 def _open(path: Path) -> Any:
-    """pyarrow's ParquetFile, or ``Skipped`` if it is none."""
+    """Return pyarrow's ParquetFile, or ``Skipped`` if the file is not parquet."""
     arrow, parquet = _load_pyarrow()
     try:
         return parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
@@ -93,7 +94,7 @@ def _rows_of_file(file: Any, path: Path) -> Iterator[dict[str, Any] | Skipped]:
 
 
 def _rows_of(batch: Any, path: Path, first: int) -> Iterator[dict[str, Any] | Skipped]:
-    """The rows of a batch; text that is no UTF-8 comes out only here, and is the fault of its row."""
+    """Yield the rows of a batch. Text that is not UTF-8 is detected only here, and affects only its row."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
-"""Pickles that hold plain data, read without being able to run anything.
+"""Reader of pickles that hold plain data. It cannot run any code.
 
-A pickle is a program for a small machine; what makes it dangerous is that it may call any function that it
-names. This reader knows no names: a pickle that asks for one is refused, and what is left is lists, tuples,
-dictionaries, strings and numbers, which is all that the published files are made of. They were written by
-Python 2, whose strings are bytes: they are taken as UTF-8, one that is not as Latin-1.
+A pickle is a program for a small virtual machine. It is dangerous because it may call any function that it names. This
+reader supports no names and refuses a pickle that uses one. What remains are lists, tuples, dictionaries, strings and
+numbers. The published files contain nothing else. They were written by Python 2, whose strings are bytes. A string is
+decoded as UTF-8, or as Latin-1 if it is not UTF-8.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_vl.data.formats.zips import open_file
 from megatron_vl.errors import DataError
 
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
-"""What damaged pickles raise beside UnpicklingError."""
+"""Exceptions that damaged pickles raise besides UnpicklingError."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every name."""
+    """Unpickler that refuses every name."""
 
     def find_class(self, module: str, name: str, /) -> NoReturn:
         raise _NameRefused(f"{module}.{name}")
@@ -30,11 +30,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _NameRefused(Exception):
-    """The pickle asks for a function or a class."""
+    """The pickle requests a function or a class."""
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """What the pickle holds, if that is plain data; raises DataError otherwise, before anything is called."""
+    """Return the content of a pickle of plain data. Raises DataError for any other pickle, before anything is
+    called."""
     with open_file(path) as stream:
         try:
             value = _PlainUnpickler(stream, encoding="utf-8", errors="surrogateescape").load()
@@ -51,7 +52,7 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def plain_text(text: str) -> str:
-    """A string of such a pickle, with bytes that are no UTF-8 taken as Latin-1."""
+    """Return a string of such a pickle; bytes that are not UTF-8 are decoded as Latin-1."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Files of JSON records in the two forms in which people keep them: a list (or a dictionary), and an object a line.
+"""Files of JSON records in their two usual forms: a list (or a dictionary), and one object per line.
 
-Which one it is is seen from the content, since names mislead: ``data.json`` is often JSON Lines, and ``data.jsonl``
-a list. A file whose first character is ``[`` is a list; one whose first line is a whole object, with another behind it,
-is JSON Lines, and so is any other file of that name.
+The content decides which form it is, because names mislead: ``data.json`` is often JSON Lines, and ``data.jsonl`` a
+list. A file whose first character is ``[`` is a list. A file whose first line is a whole object, followed by another
+line, is JSON Lines. Any other file with the suffix of JSON Lines is JSON Lines too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ class Record:
     """One record of a file."""
 
     key: str
-    """File and number, or line, or key in a dictionary: for messages."""
+    """File with index, line number, or dictionary key, for messages."""
     index: int
-    """Counted from 0; of lines the number of the line."""
+    """Index, counted from 0. For lines: the line number."""
     value: Any
     name: str = ""
-    """Its key in a dictionary."""
+    """Key in a dictionary."""
 
 
 def record_shards(path: Path, records_per_shard: int, key: str | None = None) -> list[Shard]:
-    """Shards of the records of a file, which may lie in a zip; with ``key``, of the list under it.
+    """Return shards of the records of a file, which may lie in a zip; with ``key``, of the list under this key.
 
-    Raises DataError if the file is missing, broken or of another form.
+    Raises:
+        DataError: The file is missing, invalid or of another form.
     """
     if is_lines(path):
         if key is not None:
@@ -51,7 +52,7 @@ def record_shards(path: Path, records_per_shard: int, key: str | None = None) ->
 
 
 def folder_shards(path: Path, records_per_shard: int) -> list[Shard]:
-    """The shards of a file, or of all .jsonl files in a folder; raises DataError."""
+    """Return the shards of a file, or of all .jsonl files in a folder. Raises DataError."""
     files = [path]
     if path.is_dir():
         files = plain_files(path, LINES_SUFFIXES)
@@ -61,7 +62,7 @@ def folder_shards(path: Path, records_per_shard: int) -> list[Shard]:
 
 
 def read_records(shard: Shard, key: str | None = None) -> Iterator[Record | Skipped]:
-    """The records of a shard, with ``Skipped`` for lines that hold none; ``key`` as for the shards."""
+    """Yield the records of a shard, with ``Skipped`` for lines without a record; ``key`` as for the shards."""
     name = shard.path.name
     if key is None and is_lines(shard.path):
         for line in read_lines(shard):
@@ -75,7 +76,7 @@ def read_records(shard: Shard, key: str | None = None) -> Iterator[Record | Skip
 
 
 def read_samples(shard: Shard, sample_of: Callable[[Any, str], Sample]) -> Iterator[Sample | Skipped]:
-    """The sample that ``sample_of`` makes of each record and its key; what raises SkipSample is skipped."""
+    """Yield the sample that ``sample_of`` makes of each record and its key; skip records that raise SkipSample."""
     for record in read_records(shard):
         if isinstance(record, Skipped):
             yield record
@@ -87,7 +88,8 @@ def read_samples(shard: Shard, sample_of: Callable[[Any, str], Sample]) -> Itera
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file is JSON Lines; raises DataError if there is none, or for an object over several lines."""
+    """Return whether a file is JSON Lines. Raises DataError if it is missing, or holds one object over several
+    lines."""
     with open_file(path) as stream:
         first = _next_line(stream)
         if path.suffix.lower() in LINES_SUFFIXES:
@@ -101,13 +103,13 @@ def is_lines(path: Path) -> bool:
 
 
 def require_lines(path: Path) -> None:
-    """Raise DataError if the file is a list of JSON."""
+    """Raise DataError if the file is a JSON list."""
     if not is_lines(path):
         raise DataError(f"{path}: is a JSON document; expected an object a line: jq -c '.[]' OLD > NEW")
 
 
 def _next_line(stream: IO[bytes]) -> bytes:
-    """The next line that is not blank, without blanks at its ends and at most as long as a line may be."""
+    """Return the next line that is not blank, without surrounding white space and up to the length limit of a line."""
     while line := stream.readline(MAX_LINE_BYTES):
         if stripped := line.strip(BLANK):
             return stripped

@@ -1,22 +1,22 @@
-"""WebDataset tars: members that share a key become one record; nothing is ever unpacked to disk.
+"""WebDataset tars: members with the same key form one record. Nothing is unpacked to disk.
 
-The headers of a tar are read first and its members then, where they are, so that the members of a record need not be
-neighbors (``tar cf x.tar *.jpg *.txt`` has none that are). What is in memory is one record, and some 800 bytes for
-each record of the tar. As WebDataset has it, the key is what is before the first dot of a member's base name, and a
-member whose name begins with a dot (``._x`` of macOS) is none.
+All headers of a tar are read first. Then the members are read at their positions, so the members of a record need not
+be neighbors (in ``tar cf x.tar *.jpg *.txt`` none are). Memory holds one record, and some 800 bytes per record of the
+tar. As in WebDataset, the key is the part of a member's base name before the first dot. A member whose name begins with
+a dot (``._x`` of macOS) is ignored.
 
-Archives are not trusted. Only regular files with a plain relative name are looked at; of those, only the
-suffixes on the allow-list are read, and no more bytes than the cap. Everything else about a record (a link, a
-path with ``..``, a name that is no UTF-8, an oversized member, two members for one suffix) makes the record unusable
-and is said in ``TarRecord.problem``. Members with other suffixes are never opened.
+Archives are not trusted. Only regular files with a plain relative name are considered. Of those, only suffixes on the
+allow-list are read, up to a size limit. Any other fault makes the record unusable and is reported in
+``TarRecord.problem``: a link, a path with ``..``, a name that is not UTF-8, an oversized member, two members with one
+suffix. Members with other suffixes are never opened.
 
-A name with a second dot belongs to the key before the first one: ``photo.v1.jpg`` and ``photo.v2.jpg`` are both of
-``photo``, and neither is its image. Where such a group holds what makes a record (an image and a text; or an image of
-a key that has no other), it is a record of its own with the problem ``dotted_name``.
+A name with a second dot belongs to the key before the first dot. So ``photo.v1.jpg`` and ``photo.v2.jpg`` both belong
+to ``photo``, and neither is its image. Such a group may hold what makes a record: an image and a text, or an image of a
+key without another image. Then it is a record of its own with the problem ``dotted_name``.
 
-A tar that ends before its end-of-archive marker was cut off: the records before the cut are good, and the cut
-itself is one more record with the problem ``truncated_tar``. So is a file that is no tar at all: one bad
-shard among thousands must not end the preparation, but it must be counted and named.
+A tar without an end-of-archive marker was truncated. The records before the end are used, and the truncation is one
+more record with the problem ``truncated_tar``. The same holds for a file that is not a tar. One bad shard among
+thousands must not end the preparation, but it must be counted and named.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class TarRecord:
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     problem: str = ""
-    """Reason why the record cannot be used, empty if it can."""
+    """Reason why the record cannot be used; empty if it can."""
     detail: str = ""
     others: str = ""
     """Suffixes of members that were not read, for messages."""
 
     @property
     def image(self) -> bytes | None:
-        """The encoded image, whatever its suffix claims to be."""
+        """The encoded image, whatever its suffix is."""
         for suffix in IMAGE_SUFFIXES:
             if suffix in self.members:
                 return self.members[suffix]
@@ -58,7 +58,7 @@ class TarRecord:
 
 
 class _Member(NamedTuple):
-    """Where a member is; with a problem it is not read."""
+    """Position of a member. A member with a problem is not read."""
 
     suffix: str
     offset: int
@@ -68,7 +68,7 @@ class _Member(NamedTuple):
 
 
 def read_tar(path: Path) -> Iterator[TarRecord]:
-    """Records of a tar in the order in which they begin; raises DataError if there is no such file."""
+    """Yield the records of a tar in the order of their first members. Raises DataError if the file is missing."""
     try:
         stream = path.open("rb")
     except FileNotFoundError as error:
@@ -84,14 +84,14 @@ def read_tar(path: Path) -> Iterator[TarRecord]:
 
 
 class _Archive:
-    """Where the members of a tar are, or of several that were written one behind the other (``cat a.tar b.tar``)."""
+    """Positions of the members of a tar, or of several concatenated tars (``cat a.tar b.tar``)."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.groups: dict[str, list[_Member]] = {}
         """The members of each key, in the order of the headers."""
         self.last_key = ""
         self.cut = ""
-        """How the archive was cut off; empty if it was not."""
+        """How the archive was truncated; empty if it was not."""
         self._stream = stream
         self._size = stream.seek(0, 2)
         begin: int | None = 0
@@ -100,18 +100,18 @@ class _Archive:
             begin = self._index()
 
     def read(self, member: _Member) -> bytes | None:
-        """The contents of a member; none if the archive ends before it does."""
+        """Return the contents of a member, or None if the archive ends too early."""
         if member.offset + member.size > self._size:
             return None
         self._stream.seek(member.offset)
         return self._stream.read(member.size)
 
     def _index(self) -> int | None:
-        """Note the members of the tar that begins here, and return where the next one begins, if there is one."""
+        """Record the members of the tar that begins here; return where the next tar begins, if there is one."""
         try:
             with tarfile.open(fileobj=self._stream, mode="r:") as archive:
                 while (info := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header in memory
                     if not info.isdir() and not is_clutter(info.name):
                         self.last_key, suffix = split_name(info.name)
                         self.groups.setdefault(self.last_key, []).append(_member(info, suffix))
@@ -121,7 +121,7 @@ class _Archive:
             return None
 
     def _behind(self, offset: int) -> int | None:
-        """The first block behind the end-of-archive marker, which is at ``offset``, that is not empty."""
+        """Return the first non-empty block after the end-of-archive marker, which is at ``offset``."""
         self._stream.seek(offset)
         block = self._stream.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE or any(block):
@@ -145,7 +145,7 @@ def _member(info: tarfile.TarInfo, suffix: str) -> _Member:
 
 
 def _records(key: str, members: list[_Member], archive: _Archive) -> Iterator[TarRecord]:
-    """The record of a key, and those that are lost to a dot in their names."""
+    """Yield the record of a key, and the records that are unusable because of a dot in their names."""
     plain = [member for member in members if "." not in member.suffix]
     dotted: dict[str, list[str]] = {}
     for member in members:
@@ -172,7 +172,7 @@ def _about_dot(key: str, stem: str, suffixes: list[str]) -> str:
 
 
 def _record(key: str, members: list[_Member], archive: _Archive) -> TarRecord:
-    """The record of a key from its members."""
+    """Return the record of a key from its members."""
     for member in members:
         if member.problem:
             return TarRecord(key, problem=member.problem, detail=member.detail)
@@ -185,14 +185,14 @@ def _record(key: str, members: list[_Member], archive: _Archive) -> TarRecord:
 
 
 def _judged(record: TarRecord, *, cut: bool) -> TarRecord:
-    """The record; the one at which the archive ends is incomplete unless it has its image and a text."""
+    """Return the record. The last record of a truncated archive is incomplete unless it has its image and a text."""
     if not cut or record.problem or (record.image is not None and len(record.members) > 1):
         return record
     return TarRecord(record.key, problem="incomplete_record", detail="the archive ends within this record")
 
 
 def repeated_member(suffixes: list[str]) -> str:
-    """What is wrong with a record of members with these suffixes: two images, or one suffix twice; else empty."""
+    """Return the fault of a record with these suffixes, two images or one suffix twice; empty if there is none."""
     images = [suffix for suffix in suffixes if suffix in IMAGE_SUFFIXES]
     if len(images) > 1:
         return f"{len(images)} images ({', '.join(images)}) under one key"
@@ -201,8 +201,7 @@ def repeated_member(suffixes: list[str]) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: what is before and behind the first dot of the last component, as WebDataset
-    has it."""
+    """Return key and suffix of a member: the text before and after the first dot of the base name, as in WebDataset."""
     folder, slash, base = _printable(name).removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()

@@ -1,4 +1,4 @@
-"""Strict access to the values of a record: each function returns what it promises or raises ``SkipSample``."""
+"""Strict access to the values of a record. Each function returns a valid value or raises ``SkipSample``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Json = Mapping[str, Any]
 
 _LARGEST = 1e300
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-"""Pattern of a number as a text has it."""
+"""Pattern of a number in text."""
 NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values of a field that say nothing; a number 0 says something."""
+"""Values of a field that are treated as absent. The number 0 is a value."""
 
 
 def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
-    """``record[name]``, checked to be a ``kind``; otherwise SkipSample('missing_field' or 'wrong_field')."""
+    """Return ``record[name]``, checked to be a ``kind``. Raises SkipSample('missing_field' or 'wrong_field')."""
     if not isinstance(record, Mapping):
         raise SkipSample("wrong_field", f"expected an object, found {type(record).__name__}")
     if name not in record:
@@ -32,20 +32,22 @@ def field(record: Json, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def language_of(record: Json, default: Literal["en", "zh"]) -> Literal["en", "zh"]:
-    """The language that a record names under ``lang`` (``zh``, ``zh-CN``, ``en_US``); ``default`` if it is neither."""
+    """Return the language under ``lang`` (``zh``, ``zh-CN``, ``en_US``), or ``default`` if it is neither."""
     named = record.get("lang")
     start = re.split("[-_]", named.strip().lower())[0] if isinstance(named, str) else ""
     return "zh" if start == "zh" else "en" if start == "en" else default
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value of a record is a number with which to reckon: no bool, no NaN, not beyond what a float can be (an
-    integer of JSON can)."""
+    """Return whether a value is a finite number: not a bool, not NaN, and not an integer beyond the range of a float.
+
+    JSON permits such integers.
+    """
     return type(value) in (float, int) and -_LARGEST < value < _LARGEST
 
 
 def size_of(width: Any, height: Any, what: str) -> tuple[int, int]:
-    """Width and height in pixels that a record declares, ``640.0`` among them; raises SkipSample('bad_size')."""
+    """Return the declared width and height in pixels; ``640.0`` is accepted. Raises SkipSample('bad_size')."""
     sides = [int(side) for side in (width, height) if is_finite(side) and side > 0 and side == int(side)]
     if len(sides) != 2:
         raise SkipSample("bad_size", f"{what} are {width!r:.40} and {height!r:.40}, expected pixels")
@@ -53,9 +55,9 @@ def size_of(width: Any, height: Any, what: str) -> tuple[int, int]:
 
 
 def words_of(value: Any, what: str) -> str:
-    """What is to be learned of a value: a text, or a finite number as decimals; SkipSample('wrong_field') otherwise.
+    """Return the text to learn from a value: a text, or a finite number in decimals. Raises SkipSample('wrong_field').
 
-    Whether ``true`` is to be learned as "true" or as "yes" is not for us to say.
+    A ``true`` is refused, because it is unknown whether it should be learned as "true" or as "yes".
     """
     if isinstance(value, str):
         return value
@@ -65,12 +67,12 @@ def words_of(value: Any, what: str) -> str:
 
 
 def words_in(record: Json, name: str) -> str:
-    """``record[name]`` as ``words_of`` gives it; raises SkipSample as ``field`` does."""
+    """Return the text to learn from ``record[name]``. Raises SkipSample as ``field`` and ``words_of`` do."""
     return words_of(field(record, name, object), repr(name))
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number in whatever form a record has it: also as text (``"0.31"``), and as parquet's decimal."""
+    """Return a finite number in any form, also as text (``"0.31"``) or as a parquet decimal; None if it is not one."""
     if isinstance(value, (str, Decimal)):
         text = str(value).strip()
         value = float(text) if re.fullmatch(NUMBER, text) else None
@@ -78,7 +80,8 @@ def as_number(value: Any) -> float | None:
 
 
 def decode_text(data: bytes, what: str) -> str:
-    """The text in some bytes, without the byte-order mark; SkipSample('bad_unicode') if it is no UTF-8."""
+    """Return the text in some bytes, without the byte-order mark. Raises SkipSample('bad_unicode') if it is not
+    UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,7 +90,11 @@ def decode_text(data: bytes, what: str) -> str:
 
 
 def clean_text(text: str, what: str) -> str:
-    """``text`` without surrounding blanks and byte-order marks; SkipSample if it is empty or has lone surrogates."""
+    """Return ``text`` without surrounding white space and byte-order marks.
+
+    Raises:
+        SkipSample: The text is empty or has lone surrogates.
+    """
     text = text.replace(BYTE_ORDER_MARK, "").strip()
     if not text:
         raise SkipSample("empty_text", f"{what} is empty")

@@ -1,8 +1,8 @@
-"""Responses of a web crawl in WARC files, as Common Crawl publishes them (.warc.gz: one gzip member a record).
+"""Responses of a web crawl in WARC files as published by Common Crawl (.warc.gz, one gzip member per record).
 
-Of a file's records only responses of HTML are pages; requests, metadata and crawl information are none. A
-response of another status or type is a skipped record. A file that is cut off or damaged gives the pages
-before the damage and one more skipped record that says so.
+Only HTML responses are pages. Requests, metadata and crawl information are ignored. A response of another status or
+type is a skipped record. A truncated or damaged file gives the pages before the damage, and one more skipped record
+that reports it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLANK_LINES = (b"\r\n", b"\n")
 
 
 def read_warc(path: Path) -> Iterator[Document | Skipped]:
-    """The HTML pages of a WARC file by their address, with ``Skipped`` for other responses; raises DataError."""
+    """Yield the HTML pages of a WARC file by address, with ``Skipped`` for other responses. Raises DataError."""
     number = 0
     with require_file(path, "a WARC file").open("rb") as file:
         stream = cast(IO[bytes], gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
@@ -40,7 +40,7 @@ def read_warc(path: Path) -> Iterator[Document | Skipped]:
 
 
 def _headers(stream: IO[bytes]) -> dict[str, str] | None:
-    """The header of the next record, or none at the end of the file; raises ValueError."""
+    """Return the header of the next record, or None at the end of the file. Raises ValueError."""
     line = stream.readline(MAX_HEADER_BYTES)
     while line in BLANK_LINES:
         line = stream.readline(MAX_HEADER_BYTES)
@@ -52,7 +52,7 @@ def _headers(stream: IO[bytes]) -> dict[str, str] | None:
 
 
 def _fields(stream: IO[bytes]) -> dict[str, str]:
-    """Header fields up to the blank line, names in lower case."""
+    """Return the header fields up to the blank line, with names in lower case."""
     fields: dict[str, str] = {}
     total = 0
     while (line := stream.readline(MAX_HEADER_BYTES)) not in BLANK_LINES:
@@ -78,7 +78,7 @@ def _response(key: str, stream: IO[bytes], size: int) -> Document | Skipped:
     if status.split()[1:2] != ["200"] or "html" not in content_type.lower():
         return Skipped(key, "no_html", f"{status[:40]}, {content_type[:40] or 'no type'}")
     _, semicolon, options = content_type.partition(";")
-    return Document(key, body, f"text/html{semicolon}{options}")  # XHTML too: few pages are well-formed
+    return Document(key, body, f"text/html{semicolon}{options}")  # also for XHTML, because few pages are well-formed
 
 
 def _pass_over(stream: IO[bytes], size: int) -> None:

@@ -1,10 +1,10 @@
 """Paths that lead into a zip archive: ``coco/train2014.zip/train2014/COCO_train2014_000000000009.jpg``.
 
-Data sets of hundreds of thousands of small files are published as zips, which can be read in place: the
-directory of an archive is read once (some 700 bytes a member), then each member on its own. Nothing is
-unpacked. A member is found by its exact name, so a name with ``..`` in the archive can only be asked for, and
-that is refused; links, encrypted members and members above a size cap are refused too, and sizes are not
-believed but counted. A file whose name ends in ``.zip`` and is none, or is cut off, is a DataError.
+Data sets with hundreds of thousands of small files are published as zips, which can be read in place. The directory of
+an archive is read once (some 700 bytes per member), then each member on its own. Nothing is unpacked. Members are found
+by their exact name. So a name with ``..`` in the archive is used only if it is requested, and such requests are
+refused. Links, encrypted members and members above a size limit are refused too. Declared sizes are not trusted: the
+bytes are counted. A file whose name ends in ``.zip`` but is not a zip, or is truncated, is a DataError.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from megatron_vl.data.formats.shard import unreadable
 from megatron_vl.errors import DataError, SkipSample
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
-"""What reading a damaged member raises."""
+"""Exceptions that reading a damaged member raises."""
 
 
 def split_zip(path: Path) -> tuple[Path, str] | None:
-    """The archive and the name of the member ("" for the archive itself), or none if ``path`` leads into no
-    zip."""
+    """Return the archive and the member name ("" for the archive itself), or None if ``path`` leads into no zip."""
     for parent in (path, *path.parents):
         if parent.suffix.lower() == ".zip" and parent.is_file():
             inside = path.relative_to(parent).as_posix()
@@ -36,9 +35,11 @@ def split_zip(path: Path) -> tuple[Path, str] | None:
 
 
 def read_member(archive: Path, name: str, max_bytes: int) -> bytes:
-    """The contents of a member.
+    """Return the contents of a member.
 
-    Raises FileNotFoundError if there is none of this name, SkipSample if it is unsafe, too large or damaged.
+    Raises:
+        FileNotFoundError: There is no member of this name.
+        SkipSample: The member is unsafe, too large or damaged.
     """
     try:
         with _open_member(archive, name) as stream:
@@ -53,7 +54,7 @@ def read_member(archive: Path, name: str, max_bytes: int) -> bytes:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a file, or a member of a zip, for reading; the stream can seek. Raises DataError."""
+    """Open a file, or a member of a zip, as a seekable stream for reading. Raises DataError."""
     inside = split_zip(path)
     try:
         return path.open("rb") if inside is None else _open_member(*inside)
@@ -68,8 +69,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def list_folder(path: Path, suffix: str) -> list[str]:
-    """Sorted names of the files of a folder (not below it) that end in ``suffix``; the folder may lie in a
-    zip."""
+    """Return the sorted names of a folder's files that end in ``suffix``, without subfolders; it may lie in a zip."""
     inside = split_zip(path)
     if inside is None:
         names_here = (entry.name for entry in os.scandir(path))
@@ -81,19 +81,19 @@ def list_folder(path: Path, suffix: str) -> list[str]:
 
 
 def list_members(archive: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted names of all members, in whatever folder, that end in one of ``suffixes``."""
+    """Return the sorted names of all members that end in one of ``suffixes``, in any folder."""
     names = _open_zip(archive, os.getpid()).namelist()
     return sorted(name for name in names if name.lower().endswith(suffixes) and not is_clutter(name))
 
 
 def check_zip(archive: Path) -> None:
-    """Raise DataError if the file is no zip archive."""
+    """Raise DataError if the file is not a zip archive."""
     _open_zip(archive, os.getpid())
 
 
 @lru_cache(maxsize=4)
 def _open_zip(archive: Path, process: int) -> zipfile.ZipFile:
-    """Opened once in a process: a forked one must not share the position in the file."""
+    """Open an archive once per process, because forked processes must not share the file position."""
     try:
         return zipfile.ZipFile(archive)
     except (OSError, zipfile.BadZipFile, ValueError) as error:
@@ -116,5 +116,5 @@ def _open_member(archive: Path, name: str) -> IO[bytes]:
     try:
         return opened.open(member)
     except (RuntimeError, zipfile.BadZipFile, OSError) as error:
-        # Encrypted, compressed in a way that this Python does not know, or with a damaged header.
+        # Encrypted, compressed by a method that this Python lacks, or with a damaged header.
         raise unreadable(f"{archive}: {name[:80]!r}", error) from error

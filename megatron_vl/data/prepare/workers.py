@@ -50,7 +50,7 @@ class _InThisProcess:
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args))
-        except Exception as error:  # noqa: BLE001  whoever asks for the result gets it
+        except Exception as error:  # noqa: BLE001  raised when the result is requested
             future.set_exception(error)
         return future
 
@@ -125,7 +125,7 @@ def _mpi_pool(ranks: int) -> Iterator[Pool | None]:
             return
         try:
             yield Pool(executor, ranks - 1)
-        except BaseException as error:  # noqa: BLE001  ends all ranks, with what is known
+        except BaseException as error:  # noqa: BLE001  ends all ranks and reports the error
             is_users = isinstance(error, MegatronVLError)
             write_line(f"error: {error}" if is_users else traceback.format_exc(), error=True)
             world.Abort(2 if is_users else 1)
