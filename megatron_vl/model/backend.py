@@ -1,4 +1,4 @@
-"""Which backend builds the layers of a run."""
+"""Select the backend that builds the layers of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_vl.log import log_rank_0
 
 
 def select_backend(name: Literal["auto", "local", "transformer_engine"], *, bf16: bool = False) -> Backend:
-    """The backend of that name; ``auto`` is Transformer Engine for bf16 on CUDA, where it can be used.
+    """Return the backend of that name. ``auto`` is Transformer Engine for bf16 on CUDA if it can be used.
 
     Raises:
-        ConfigError: Transformer Engine was named and cannot be used.
+        ConfigError: if Transformer Engine was named and cannot be used.
     """
     if name == "transformer_engine":
         return TransformerEngineBackend()

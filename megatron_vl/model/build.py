@@ -1,4 +1,4 @@
-"""The network of a run: this rank's chunks, initialized and frozen as the configuration says."""
+"""Build the network of a run: this rank's chunks, initialized and frozen as configured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
     """Build this rank's model chunks, one for each virtual stage.
 
     Args:
-        fresh_weights: fill them (the same weights for every layout); otherwise their contents are undefined until a
+        fresh_weights: initialize the weights (the same for every layout); otherwise they are undefined until a
             checkpoint is loaded.
     """
     layout = resolve_layout(config)
@@ -49,7 +49,7 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
 
 
 def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
-    """The whole network in one chunk without memory for its weights: names, shapes and counts only."""
+    """Build the whole network in one chunk on the meta device: names, shapes and counts, without memory for weights."""
     layout = PipelineLayout.whole(config.model)
     with torch.device("meta"):
         return QwenVL(_context(config, topology, select_backend("local"), device="meta"), layout.stages[0])

@@ -1,8 +1,8 @@
-"""From our configuration to Megatron-Core's: one ``TransformerConfig`` for each tower, and one for the schedule.
+"""Convert our configuration to Megatron-Core's: one ``TransformerConfig`` for each tower, and one for the schedule.
 
-The layers of a tower are built from a configuration with a pipeline of one: they are numbered here, globally, and
-Megatron-Core would otherwise add the offsets of a uniform cut. Everything about the pipeline is in the schedule's
-configuration alone, which is what the wrapped model carries as ``.config``.
+The layers of a tower are built from a configuration with a pipeline of one stage. We number layers globally ourselves;
+with more stages Megatron-Core would add the offsets of a uniform split. Only the schedule's configuration describes the
+pipeline; the wrapped model carries that one as ``.config``.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class CoreConfigs:
     vision: TransformerConfig
     language: TransformerConfig
     head: TransformerConfig
-    """The language model's without sequence parallelism: the head reads selected positions of the gathered line."""
+    """The language model's, without sequence parallelism: the head reads positions of the gathered sequence."""
     schedule: TransformerConfig
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the layers are built from, and for."""
+    """The device and the implementation for which the layers are built."""
 
     device: str
-    """``cuda``, ``cpu``, or ``meta`` where nothing shall have memory."""
+    """``cuda``, ``cpu``, or ``meta`` if tensors shall use no memory."""
     transformer_engine: bool
 
 
 def core_configs(config: RunConfig, target: Target) -> CoreConfigs:
-    """Megatron-Core's configurations of a run."""
+    """Return Megatron-Core's configurations of a run."""
     language = _language(config, target)
     return CoreConfigs(
         vision=TransformerConfig(**_vision(config, target)),
@@ -57,7 +57,7 @@ def _common(config: RunConfig, target: Target) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel and tensor_parallel > 1,
         "bf16": training.bf16,
         "params_dtype": torch.bfloat16 if training.bf16 else torch.float32,
-        # Otherwise Megatron-Core and Transformer Engine name the CUDA device, whatever torch's own default is.
+        # Otherwise Megatron-Core and Transformer Engine use the CUDA device, whatever torch's default is.
         "use_cpu_initialization": target.device != "cuda",
         "perform_initialization": False,  # model/initialize.py does it, the same for every layout
         "attention_dropout": 0.0,
@@ -82,7 +82,7 @@ def _vision(config: RunConfig, target: Target) -> dict[str, Any]:
         "normalization": "LayerNorm",
         "layernorm_epsilon": vision.layernorm_epsilon,
         "activation_func": F.gelu,
-        "bias_activation_fusion": True,  # as backends/core.py has it: exact
+        "bias_activation_fusion": True,  # exact, see backends/core.py
         "add_bias_linear": True,
         "add_qkv_bias": True,
     }
@@ -110,16 +110,16 @@ def _pipeline(config: RunConfig) -> dict[str, Any]:
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     interleaved = virtual is not None and virtual > 1
     return {
-        # Megatron-Core checks that layers divide by stages; the layout, not this number, places them.
+        # Megatron-Core checks that stages divide layers; the layout, not this number, places them.
         "num_layers": stages * (virtual or 1),
         "pipeline_model_parallel_size": stages,
         "virtual_pipeline_model_parallel_size": virtual if interleaved else None,
         "pipeline_dtype": torch.bfloat16 if config.training.bf16 else torch.float32,
         "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # asked for by variable lengths, although nothing here is an expert
+        "moe_token_dispatcher_type": "alltoall",  # required by variable lengths, although there are no experts
         "deallocate_pipeline_outputs": True,
-        # With two stages previous and next are the same peer, and batched messages of the interleaved schedule
-        # would be matched in the wrong order.
+        # With two stages, previous and next are the same peer, and batched messages of the interleaved schedule would
+        # be matched in the wrong order.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "batch_p2p_sync": False,

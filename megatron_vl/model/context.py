@@ -1,4 +1,4 @@
-"""What the parts of the network are given when they are built; none of them looks ranks up."""
+"""The arguments from which the parts of the network are built. No part reads ranks from global state."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class BuildContext:
     backend: Backend
     groups: ProcessGroupCollection
     recompute_layers: bool
-    """Recompute whole layers in the backward pass."""
+    """Whether to recompute whole layers in the backward pass."""
     trains_position_table: bool
-    """The resampler's ``pos_embed`` is a parameter."""
+    """Whether the resampler's ``pos_embed`` is a parameter."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -41,7 +41,7 @@ class BuildContext:
 def build_layers(
     context: BuildContext, spec: ModuleSpec, *, config: TransformerConfig, numbers: range
 ) -> nn.ModuleDict:
-    """Transformer layers under their global number, which is also their name in checkpoints."""
+    """Build transformer layers. Their keys are their global numbers, which are also their names in checkpoints."""
     return nn.ModuleDict(
         {
             str(number): build_module(spec, config=config, layer_number=number + 1, pg_collection=context.groups)
@@ -53,7 +53,7 @@ def build_layers(
 def run_layers(
     layers: nn.ModuleDict, hidden: Tensor, *, inputs: AttentionInputs, recompute: bool, inference: object = None
 ) -> Tensor:
-    """Run layers in order.
+    """Run layers in order, and return the hidden states in the shape of ``hidden``.
 
     Args:
         hidden: [s, b, h], or [s / tp, b, h] under sequence parallelism.

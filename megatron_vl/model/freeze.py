@@ -1,4 +1,4 @@
-"""What trains, as ``planning/parameters.py`` says by name, and what lies frozen before each stage."""
+"""Freeze parameters by name, by the rule of ``planning/parameters.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vl.planning.parameters import trains
 
 
 def freeze(chunks: Sequence[QwenVL], training: TrainingConfig, *, layout: PipelineLayout, pp_rank: int) -> None:
-    """Set ``requires_grad`` of every parameter, and tell each stage what lies frozen before it."""
+    """Set ``requires_grad`` of every parameter. Tell each stage whether the parts before it are frozen."""
     frozen = FrozenParts.of(training)
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():

@@ -1,4 +1,4 @@
-"""Image features into the slots of the embedded line."""
+"""Insert image features into the slots of the embedded token sequence."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from megatron_vl.errors import DataError
 
 
 def fuse(embedded: Tensor, features: Tensor, *, slots: Tensor, span_images: Tensor) -> Tensor:
-    """Overwrite the embeddings at the slots by image features.
+    """Overwrite the embeddings at the slots with image features; return [t, h].
 
-    A batch without slots still has one blank image, whose features enter as zero times their sum: so every rank runs
-    the same collectives and every weight gets a gradient, and nothing changes in either.
+    A batch without slots still has one blank image. Its features enter as zero times their sum. So every rank runs the
+    same collectives and every weight gets a gradient, while outputs and gradients stay unchanged.
 
     Args:
-        embedded: [t, h], the word embeddings of the packed line.
+        embedded: [t, h], the word embeddings of the packed sequence.
         features: [queries, n, h], the features of n images.
         slots: int64[k * queries], positions to fill, span by span; or empty.
         span_images: int64[k], the image of each span.
 
     Raises:
-        DataError: the slots are not as many as the features of the spans.
+        DataError: if the number of slots differs from the number of features of the spans.
     """
     if slots.numel() == 0:
         return embedded + 0.0 * features.sum().to(embedded.dtype)

@@ -1,10 +1,10 @@
-"""Fresh weights, the same for every layout.
+"""Initialize fresh weights, the same for every layout.
 
-Each parameter is drawn as a whole from a generator seeded by (seed, its global name), and each rank keeps its slice.
-So one process and any tensor x pipeline layout start from the same model, which the tests of ``tests/parallel`` and a
-user who compares two layouts both rely on.
+Each whole parameter is drawn from a generator seeded by (seed, its global name), and each rank keeps its slice. So one
+process and any tensor x pipeline layout start from the same model. The tests of ``tests/parallel`` and users who
+compare two layouts rely on that.
 
-Who gets which distribution (``visual.py`` and ``modeling_qwen.py`` of the published model; s = init_method_std):
+Distributions (``visual.py`` and ``modeling_qwen.py`` of the published model; s = init_method_std):
 
     norms                                   1, biases 0
     word embedding, output layer            N(0, s), rows that pad the vocabulary 0
@@ -34,7 +34,7 @@ from megatron_vl.planning.parameters import POSITION_TABLE
 
 
 def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: ProcessGroupCollection) -> None:
-    """Fill the parameters of one chunk in place."""
+    """Initialize the parameters of one chunk in place."""
     rank, size = groups.tp.rank(), groups.tp.size()
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
@@ -43,9 +43,9 @@ def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: Proce
 
 
 def mark_tensor_parallel(chunk: nn.Module) -> None:
-    """Mark the sharded weights of Megatron-Core's linear layers, as their own initialization would have done.
+    """Mark the sharded weights of Megatron-Core's linear layers, as their own initialization would do.
 
-    Without the marks the gradient norm counts one rank's shard for the whole.
+    Without the marks the gradient norm would count only one rank's shard.
     """
     dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in chunk.modules():
@@ -78,9 +78,9 @@ def _slice(name: str, whole: Tensor, parameter: Tensor, *, rank: int, size: int)
 
 
 def draw(name: str, shape: Sequence[int], *, model: ModelConfig, seed: int) -> Tensor:
-    """Fresh contents of a whole parameter, float32: a function of the seed and its global name."""
+    """Draw a whole parameter as float32, a function of the seed and the parameter's global name."""
     shape = list(shape)
-    # The generator looks at the lower 32 bits of its seed only, so both have to be in these.
+    # The generator reads only the lower 32 bits of its seed, so both must be in them.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{name}".encode()))
     if name == POSITION_TABLE:
         return sincos_positions(round(shape[0] ** 0.5), shape[1])

@@ -1,12 +1,12 @@
 """The language model: the Qwen-7B body (``modeling_qwen.py``).
 
-* RMSNorm before attention and MLP, biases on q, k and v only, SwiGLU with the gate first, RoPE over all dimensions of
-  a head in the half-split form, an output layer that is not tied to the embedding.
+* RMSNorm before attention and MLP. Biases on q, k and v only. SwiGLU with the gate first. RoPE over all dimensions of a
+  head in the half-split form. The output layer is not tied to the embedding.
 * Rotary angles are computed in fp32 from each token's index within its attention span. In evaluation, spans above the
-  native length get other angles and scaled queries (``model/rotary.py``); in training nothing does.
-* The head runs on supervised positions only. That is exact, since no other position enters the loss, and image slots
-  are most of a row.
-* Rows of the vocabulary that only pad it to the tensor-parallel size never win: their logits are minus infinity.
+  native length get other angles and scaled queries (``model/rotary.py``). Training never changes them.
+* The head runs on supervised positions only. That is exact, since no other position enters the loss. It saves work,
+  since most of a row are image slots.
+* Logits of rows that only pad the vocabulary to the tensor-parallel size are minus infinity.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LanguageModel(ShardedModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As of any sharded module; rows that pad the vocabulary differ between tensor-parallel sizes, and may."""
+        """Return the sharded tensors. Vocabulary padding may differ between tensor-parallel sizes."""
         result = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         head = result.get(f"{prefix}output_layer.weight")
         if head is not None:
@@ -73,22 +73,22 @@ class LanguageModel(ShardedModule):
         return result
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64[t] -> [t, h]."""
+        """Embed tokens: int64[t] -> [t, h]."""
         embedded: Tensor = self.embedding["word_embeddings"](tokens)
         return embedded
 
     def scatter(self, line: Tensor) -> Tensor:
-        """[t, h] -> [t (/ tp under sequence parallelism), 1, h]."""
+        """Scatter the packed sequence: [t, h] -> [t, 1, h], or [t / tp, 1, h] under sequence parallelism."""
         line = line.unsqueeze(1)
         if self.sequence_parallel:
             line = tensor_parallel.scatter_to_sequence_parallel_region(line)
         return line
 
     def attention_inputs(self, line: PackedLine) -> AttentionInputs:
-        """Masks and angles of a packed line, for all layers of a forward pass.
+        """Return masks and angles of a packed sequence, for all layers of a forward pass.
 
         Raises:
-            ConfigError: in evaluation, a span is longer than the backend can compute as the published model does.
+            ConfigError: in evaluation, if a span is longer than the backend can compute as the published model does.
         """
         device = line.positions.device
         if not self.training and self.long_context.needed(line.longest):
@@ -98,19 +98,19 @@ class LanguageModel(ShardedModule):
         return self.backend.attention_inputs(line, self.angles(line.longest, device), dtype=self.dtype)
 
     def angles(self, length: int, device: torch.device, *, read: int | None = None) -> Tensor:
-        """Rotary angles of the first ``length`` positions; in evaluation, ``read`` tokens are read at once."""
+        """Return float32[length, 1, 1, d], the rotary angles; in evaluation, ``read`` tokens are read at once."""
         base = self.rotary_base if read is None else self.long_context.rotary_base(read)
         return rotary_angles(length, head_dim=self.head_dim, base=base, device=device)
 
     def forward(self, hidden: Tensor, inputs: AttentionInputs, inference: object = None) -> Tensor:
-        """[s (/ tp), b, h] -> the same, through this stage's layers."""
+        """Run this stage's layers: [s, b, h] -> [s, b, h], with s / tp for s under sequence parallelism."""
         return run_layers(self.layers, hidden, inputs=inputs, recompute=self.recompute, inference=inference)
 
     def logits(self, hidden: Tensor, *, positions: Tensor) -> Tensor:
-        """Logits at chosen positions of the line.
+        """Return logits at chosen positions of the packed sequence.
 
         Args:
-            hidden: [t (/ tp), 1, h], output of the last layer.
+            hidden: [t, 1, h] ([t / tp, 1, h] under sequence parallelism), output of the last layer.
             positions: int64[m].
 
         Returns:
@@ -127,10 +127,15 @@ class LanguageModel(ShardedModule):
         return logits
 
     def token_losses(self, hidden: Tensor, *, positions: Tensor, targets: Tensor) -> Tensor:
-        """float32[m]: cross-entropy of each target at its position.
+        """Return float32[m]: the cross-entropy of each target at its position.
 
-        The head runs on one position where there is no target, and its loss is left out: not every kernel takes zero
-        rows. The gradients are zeros either way.
+        Without targets the head runs on one position, and its loss is dropped, since not every kernel accepts zero
+        rows. The gradients are zero either way.
+
+        Args:
+            hidden: [t, 1, h] ([t / tp, 1, h] under sequence parallelism), output of the last layer.
+            positions: int64[m].
+            targets: int64[m].
         """
         count = len(positions)
         if count == 0:
@@ -142,5 +147,5 @@ class LanguageModel(ShardedModule):
 
 
 def _not_initialized(weight: Tensor) -> Tensor:
-    """Megatron-Core wants an initializer; model/initialize.py fills all weights afterwards."""
+    """Serve as the initializer that Megatron-Core requires; model/initialize.py initializes all weights afterwards."""
     return weight

@@ -1,12 +1,12 @@
-"""Qwen-VL: one stage of the line ``[patch embedding, V .. V, R] [word embedding + fusion, L .. L, norm, head]``.
+"""Qwen-VL: one stage of the pipeline ``[patch embedding, V .. V, R] [word embedding + fusion, L .. L, norm, head]``.
 
-A chunk holds the consecutive units that its :class:`StageLayout` names and nothing else. What it hands to the next
-stage is always three-dimensional, so that Megatron-Core's schedules can send it: patches [p, n, w], features
-[q, n, h], or the line [t, 1, h].
+A chunk holds the consecutive units that its :class:`StageLayout` names and nothing else. Its output is always
+three-dimensional, so that Megatron-Core's schedules can send it: patches [p, n, w], features [q, n, h], or the packed
+sequence [t, 1, h].
 
-Frozen units at the start of the line (stage 3 freezes the vision tower) run without a graph. A stage behind them owes
-its predecessor no gradient, but the schedule sends one all the same; it is preset to a single zero, so the input's
-memory is free at once and the message is a few bytes.
+Frozen units at the start of the pipeline (stage 3 freezes the vision tower) run without an autograd graph. A stage
+after them owes its predecessor no gradient, but the schedule always sends one. It is set in advance to a single zero,
+so the memory of the input is free at once and the message has a few bytes.
 """
 
 from __future__ import annotations
@@ -48,21 +48,31 @@ class QwenVL(MegatronModule):
         has_language = stage.word_embedding or stage.language_layers or stage.head
         self.language_model = LanguageModel(context, stage) if has_language else None
         self.frozen_before = False
-        """Nothing before this stage trains, so its input needs no gradient."""
+        """Whether nothing before this stage trains, so its input needs no gradient."""
         self.frozen_vision = False
-        """The vision tower, and all before it, is frozen."""
+        """Whether the vision tower, and all before it, is frozen."""
         self.frozen_resampler = False
-        """The resampler, and all before it, is frozen."""
+        """Whether the resampler, and all before it, is frozen."""
         self.make_weights_whole: Callable[[], None] = lambda: None
-        """For whoever reads weights outside a forward pass; all data-parallel ranks call it together."""
+        """Gathers the weights before they are read outside a forward pass; all data-parallel ranks call it together."""
         self._received: Tensor | None = None
 
     def set_input_tensor(self, received: list[Tensor | None] | Tensor | None) -> None:
-        """Called by the schedule with what the previous stage sent; None on the first stage."""
+        """Take what the previous stage sent, None on the first stage. The schedule calls this."""
         self._received = received[0] if isinstance(received, list) else received
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Run this stage.
+        """Run this stage on a micro-batch. A stage does only those of the following steps whose units it holds.
+
+        1. Take the input that the previous stage sent.
+        2. Encode the images in the vision tower: [n, 3, H, W] -> [patches, n, w].
+        3. Compress the patches in the resampler: [patches, n, w] -> [queries, n, h].
+        4. Embed the tokens, and write the image features into their slots: int64[t] -> [t, 1, h].
+        5. Run the language layers on the packed sequence [t, 1, h].
+        6. Compute the head and the loss on the supervised positions: [t, 1, h] -> float32[m].
+        7. Free the input if no gradient returns through it.
+
+        Under sequence parallelism a rank holds t / tp and patches / tp.
 
         Returns:
             On the last stage float32[m], the loss of each supervised position; elsewhere the input of the next stage.
@@ -75,7 +85,7 @@ class QwenVL(MegatronModule):
         return hidden if self.stage.head else _ready_to_send(hidden)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Image features of a chunk that holds the whole vision side: [n, 3, H, W] -> [queries, n, h]."""
+        """Return image features of a chunk that holds the whole vision part: [n, 3, H, W] -> [queries, n, h]."""
         assert self.vision is not None and self.resampler is not None
         features: Tensor = self.resampler(self.vision(pixels))
         return features
@@ -101,7 +111,7 @@ class QwenVL(MegatronModule):
         return hidden
 
     def _take_input(self) -> tuple[Tensor | None, Any]:
-        """The received tensor, and what to do with it once it has been used."""
+        """Return the received tensor, and a function that frees its memory; call it after the last use."""
         received = self._received
         if received is None or not (self.frozen_before and received.requires_grad and torch.is_grad_enabled()):
             return received, lambda: None
@@ -115,7 +125,7 @@ class QwenVL(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Every tensor of this stage under its global name, which no layout changes."""
+        """Return every tensor of this stage under its global name, which no layout changes."""
         self.make_weights_whole()
         result: dict[str, Any] = {}
         for name, part in self.named_children():
@@ -128,6 +138,6 @@ def _graph_unless(frozen: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def _ready_to_send(hidden: Tensor) -> Tensor:
-    """The schedule frees a sent tensor's memory, which a view would not allow."""
+    """Return a contiguous tensor that is not a view. The schedule frees a sent tensor's memory, which views prevent."""
     output: Tensor = make_viewless_tensor(hidden.contiguous(), requires_grad=hidden.requires_grad, keep_graph=True)
     return output

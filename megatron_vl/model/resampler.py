@@ -1,11 +1,11 @@
 """The position-aware adapter: one cross-attention from learned queries to the patches (``visual.py``, Resampler).
 
-* Sin-cos positions are added to queries and keys, never to values; so keys and values are projected from different
-  inputs, and Megatron-Core's cross-attention, which has one input for both, does not serve.
+* Sin-cos positions are added to queries and keys, never to values. So keys and values are projected from different
+  inputs. Megatron-Core's cross-attention has one input for both and cannot be used.
 * The position table is stored in the checkpoint and interpolated (not recomputed) to the patch grid. Its first half
-  encodes the column, its second half the row. It is a buffer, and a parameter of the same name where it trains: under
-  ``training.legacy_finetune_freezing``.
-* No residual, no MLP; ``ln_post`` and ``proj`` come after it and are part of what the paper calls the adapter.
+  encodes the column, its second half the row. It is a buffer. Under ``training.legacy_finetune_freezing`` it trains and
+  is a parameter of the same name.
+* There is no residual and no MLP. ``ln_post`` and ``proj`` follow it; the paper counts them as part of the adapter.
 * It is replicated over tensor-parallel ranks: 0.9 % of the model's weights and 3 % of the vision tower's work.
 """
 
@@ -22,7 +22,7 @@ from megatron_vl.model.vision import interpolate_positions
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
-    """The 2-D sin-cos table.
+    """Return the 2-D sin-cos table.
 
     Returns:
         float32[side**2, width]: for the cell in row y and column x, row-major, [sin(x w), cos(x w), sin(y w), cos(y w)]
@@ -47,7 +47,16 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, dtype=dtype)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query: [q, h], the same for every image; key, value: [patches, n, h]; returns [q, n, h]."""
+        """Attend from the queries to the patches of each image.
+
+        Args:
+            query: [q, h], the same for every image.
+            key: [patches, n, h].
+            value: [patches, n, h].
+
+        Returns:
+            [q, n, h].
+        """
         number = key.shape[1]
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
@@ -56,13 +65,13 @@ class CrossAttention(nn.Module):
         return self.out_proj(context.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(self, line: Tensor) -> Tensor:
-        """[s, n, h] -> [n, heads, s, d]."""
+        """Split heads: [s, n, h] -> [n, heads, s, d]."""
         length, number, _ = line.shape
         return line.view(length, number, self.num_heads, -1).permute(1, 2, 0, 3)
 
 
 class Resampler(ShardedModule):
-    """Patches of an image to the features that fill its slots."""
+    """Reduce the patches of an image to the features that fill its slots."""
 
     pos_embed: Tensor
 
@@ -87,9 +96,9 @@ class Resampler(ShardedModule):
         self.proj = nn.Parameter(torch.empty(width, width, dtype=dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[patches (/ tp under sequence parallelism), n, vision width] -> [queries, n, h], on every rank."""
+        """Reduce [patches, n, vision width] (patches / tp under sequence parallelism) to [queries, n, h]."""
         if self.sequence_parallel:
-            # What follows is the same on every tensor-parallel rank, so is the gradient that comes back.
+            # All that follows is the same on every tensor-parallel rank, and so is the gradient that returns.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         keys = self.ln_kv(self.kv_proj(hidden))
         positions = interpolate_positions(self.pos_embed, grid=self.grid).unsqueeze(1)

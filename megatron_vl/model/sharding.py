@@ -1,8 +1,8 @@
 """Modules that name their tensors for distributed checkpoints.
 
-Layers are kept in ``ModuleDict``s under their global number, which Megatron-Core's default recursion does not look
-into: their tensor-parallel shards would be saved as if they were replicas. :class:`ShardedModule` walks the tree
-itself: Megatron-Core's modules describe themselves, everything else is replicated over tensor-parallel ranks.
+Layers are kept in ``ModuleDict``s under their global number. Megatron-Core's default recursion does not enter these: it
+would save their tensor-parallel shards as if they were replicas. :class:`ShardedModule` walks the module tree itself.
+Megatron-Core's modules describe themselves; everything else is replicated over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ShardedModule(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Every parameter and persistent buffer as a ShardedTensor, under its global name."""
+        """Return every parameter and persistent buffer as a ShardedTensor, under its global name."""
         return _sharded(self, prefix, groups=self.groups, metadata=metadata)
 
 

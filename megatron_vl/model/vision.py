@@ -1,13 +1,13 @@
 """The vision tower: OpenCLIP's ViT-bigG as Qwen-VL changed it (``visual.py`` of the published model).
 
-* No class token: the position table has a row for each cell of a 16 x 16 grid and nothing else.
+* There is no class token: the position table has a row for each cell of a 16 x 16 grid and nothing else.
 * The table is interpolated (bicubic, no antialiasing, in fp32) to the grid of the image on every forward pass, in
   training too, so gradients reach all its rows. Interpolation is linear, so it is a product with a fixed matrix along
-  each axis: torch's own has no deterministic backward pass on GPUs.
-* ``ln_pre`` comes before the blocks; there is no norm behind them (``ln_post`` follows the resampler).
-* q, k and v are interleaved by head, which is also Megatron-Core's layout; GELU is exact; LayerNorm's epsilon is 1e-6.
-* A parameter is read in the forward pass of the module that owns it and nowhere else: where parameters are gathered
-  while the pass runs, the call of a module is what waits for those of its own.
+  each axis. torch's own interpolation has no deterministic backward pass on GPUs.
+* ``ln_pre`` comes before the blocks. No norm follows them (``ln_post`` follows the resampler).
+* q, k and v are interleaved by head, which is also Megatron-Core's layout. GELU is exact. LayerNorm's epsilon is 1e-6.
+* A parameter is read only in the forward pass of the module that owns it. Where parameters are gathered during the
+  pass, the call of a module waits for the module's own parameters only.
 * Images are normalized here, on the device: they travel as uint8.
 """
 
@@ -47,7 +47,7 @@ def interpolate_positions(table: Tensor, *, grid: int) -> Tensor:
 
 @functools.cache
 def _bicubic(source: int, grid: int, device: torch.device) -> Tensor:
-    """float32[grid, source]: what each cell of a line takes from each cell of a line of another length."""
+    """Return float32[grid, source]: the weight of each source cell in each target cell, along one axis."""
     lines = torch.eye(source, dtype=torch.float64)[:, None, None, :]
     resized = F.interpolate(lines, size=(1, grid), mode="bicubic", align_corners=False)
     return resized.view(source, grid).T.to(device, torch.float32)
@@ -62,7 +62,7 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, 3, patch_size, patch_size, dtype=dtype))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: float[n, 3, H, W]; returns [patches, n, h], patches in row-major order."""
+        """Embed patches: float[n, 3, H, W] -> [patches, n, h], patches in row-major order."""
         number, channels, height, width = pixels.shape
         side = self.patch_size
         patches = pixels.view(number, channels, height // side, side, width // side, side)
@@ -92,11 +92,11 @@ class VisionTower(ShardedModule):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Through this stage's part of the tower.
+        """Run this stage's part of the tower; return [patches, n, h] (patches / tp under sequence parallelism).
 
         Args:
             images: pixels, uint8 or normalized float [n, 3, H, W], where the stage has the patch embedding; elsewhere
-                patches [patches (/ tp under sequence parallelism), n, h], of which it also returns such.
+                patches [patches, n, h] (patches / tp under sequence parallelism).
         """
         hidden = self._embed(images) if self.has_patch_embed else images
         return run_layers(self.layers, hidden, inputs=AttentionInputs(), recompute=self.recompute)

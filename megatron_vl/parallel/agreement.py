@@ -1,8 +1,9 @@
-"""Work that talks to no other rank, after which all ranks know whether any has failed.
+"""Run work that communicates with no other rank, and let all ranks know whether any rank has failed.
 
-A rank that left alone would keep its peers in their next collective until the time-out, where no launcher ends them.
-So an error of one rank, whatever it is, ends all of them at once: the rank that has it raises it, its peers raise what
-they are told of it. Interrupts are not shared: a terminal sends them to every rank, so the peers may have left already.
+If one rank left alone, its peers would wait in their next collective until the time-out, where no launcher ends them.
+So an error of one rank, whatever it is, ends all ranks at once. The failing rank raises its own error, and its peers
+raise what they are told of it. Interrupts are not shared: a terminal sends them to every rank, so the peers may have
+left already.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _Told = tuple[type[MegatronVLError], str]
 
 
 def together(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; what it gives on this one.
+    """Run ``action`` on every rank, and return its result on this rank.
 
     Raises:
         Exception: that of this rank, if it has one.
-        MegatronVLError: another rank has failed: its own kind of error with its rank, if it is one for a user;
-            :class:`PeerError` for a bug, of which that rank shows the traceback.
+        MegatronVLError: if another rank has failed. It has the type of that rank's error and names the rank if the
+            error is one for a user. For a bug it is :class:`PeerError`, and the failing rank shows the traceback.
     """
     failure: Exception | None = None
     try:
@@ -42,7 +43,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def by_all(action: Callable[[], T]) -> list[T]:
-    """Run ``action`` on every rank; the results in the order of ranks. Raises as :func:`together` does."""
+    """Run ``action`` on every rank, and return the results in the order of ranks. Raises as :func:`together` does."""
     own = together(action)
     gathered = [own] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
@@ -50,13 +51,13 @@ def by_all(action: Callable[[], T]) -> list[T]:
 
 
 def by_rank_0(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0; its result, on every rank. Raises as :func:`together` does."""
+    """Run ``action`` on rank 0, and return its result on every rank. Raises as :func:`together` does."""
     value: T = by_all(lambda: action() if dist.get_rank() == 0 else None)[0]  # type: ignore[assignment]
     return value
 
 
 def _tell(error: Exception) -> _Told:
-    """What the peers of this rank raise."""
+    """Return the error that the peers of this rank raise."""
     rank = dist.get_rank()
     if isinstance(error, MegatronVLError):
         return type(error), f"rank {rank}: {error}"

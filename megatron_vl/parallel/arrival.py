@@ -1,12 +1,12 @@
-"""Micro-batches on their way to the device: each comes when its turn does, and the next is copied ahead.
+"""Move micro-batches to the device: each one when it is due, while the next is copied ahead.
 
-The first rank of a tensor-parallel group has read a step and holds it on the CPU; the others know what it looks like
-(``share_outlines``). When a micro-batch's turn comes, its tensors travel as one buffer of bytes: from pinned memory to
-the reader's device, on a stream of its own while the micro-batch before is computed, and in one broadcast to the group.
-So a device holds the pixels of two micro-batches and not those of a whole step, and no rank of the group gets anything
-but device tensors, which is all that NCCL can send.
+The first rank of a tensor-parallel group has read a step and holds it on the CPU. The other ranks know its shapes and
+types (``share_outlines``). When a micro-batch is due, its tensors travel as one buffer of bytes. The reader copies it
+from pinned memory to its device, on a separate stream while the previous micro-batch is computed. Then one broadcast
+sends it to the group. So a device holds the pixels of two micro-batches and not those of a whole step. The group only
+exchanges device tensors, which is all that NCCL can send.
 
-The ranks of a group run one schedule, so all ask for the same micro-batch at the same place among their collectives.
+The ranks of a group run one schedule, so all request the same micro-batch at the same place among their collectives.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron_vl.parallel.collectives import tensors_of, with_tensors
 from megatron_vl.parallel.topology import Topology
 
 _ALIGNMENT = 256
-"""Bytes that each tensor's place in a buffer is a multiple of, as torch's own allocator has it."""
+"""Each tensor's offset in a buffer is a multiple of so many bytes, as in torch's own allocator."""
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tensors of a micro-batch lie in its buffer; the same on every rank, since the outline is."""
+    """The offsets of the tensors of a micro-batch in its buffer; the same on every rank, as is the outline."""
 
     begins: dict[str, int]
     size: int
@@ -44,7 +44,7 @@ class _Places:
         return cls(begins, end)
 
     def views(self, buffer: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        """The tensors of ``batch`` in a buffer, by their names."""
+        """Return the tensors of ``batch`` as views of a buffer uint8[bytes], by name."""
         return {
             name: buffer[begin : begin + outline.nbytes].view(outline.dtype).view(outline.shape)
             for (name, outline), begin in zip(tensors_of(batch).items(), self.begins.values(), strict=True)
@@ -52,7 +52,7 @@ class _Places:
 
 
 def pack(batch: MicroBatch, *, pinned: bool) -> Tensor:
-    """uint8[bytes]: all tensors of a micro-batch on the CPU."""
+    """Return uint8[bytes]: all tensors of a micro-batch on the CPU."""
     places = _Places.of(batch)
     buffer = torch.empty(places.size, dtype=torch.uint8, pin_memory=pinned)
     for name, view in places.views(buffer, batch).items():
@@ -61,28 +61,28 @@ def pack(batch: MicroBatch, *, pinned: bool) -> Tensor:
 
 
 def unpack(buffer: Tensor, outline: MicroBatch) -> MicroBatch:
-    """The micro-batch whose tensors are the parts of a buffer that :func:`pack` has filled; views, not copies."""
+    """Return the micro-batch whose tensors are views of a buffer uint8[bytes] that :func:`pack` has filled."""
     return with_tensors(outline, _Places.of(outline).views(buffer, outline))
 
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies to a device; one, since each stream keeps memory of its own."""
+    """Return the stream for copies to a device. There is only one, since each stream keeps memory of its own."""
     return torch.cuda.Stream(device)
 
 
 @dataclass
 class Arrivals:
-    """The micro-batches of a step, on this rank's device when they are taken.
+    """The micro-batches of a step, moved to this rank's device when they are taken.
 
-    Every chunk of the rank goes through them once; a micro-batch is given up when the last chunk has it.
+    Every chunk of the rank iterates over them once. A micro-batch is dropped when the last chunk has taken it.
     """
 
     batches: Sequence[MicroBatch]
-    """As the reader has them, or their outlines."""
+    """The micro-batches on the reader, their outlines on other ranks."""
     topology: Topology
     takers: int = 1
-    """Chunks of this rank."""
+    """Number of chunks of this rank."""
     _here: dict[int, MicroBatch] = field(default_factory=dict, init=False)
     _taken: dict[int, int] = field(default_factory=dict, init=False)
     _ahead: dict[int, Tensor] = field(default_factory=dict, init=False)
@@ -115,7 +115,7 @@ class Arrivals:
         return unpack(buffer, batch)
 
     def _start(self, number: int) -> Tensor:
-        """The buffer of a micro-batch: on the reader being filled, on other ranks empty."""
+        """Return the buffer of a micro-batch: being filled on the reader, empty on other ranks."""
         batch, device = self.batches[number], self.topology.device
         if self.topology.tp_rank != 0:
             return torch.empty(_Places.of(batch).size, dtype=torch.uint8, device=device)
@@ -126,7 +126,7 @@ class Arrivals:
             return packed.to(device, non_blocking=True)
 
     def _await(self, buffer: Tensor) -> None:
-        """Let what is computed from now on see the buffer filled, and its memory not be reused before that is done."""
+        """Let later computation wait for the buffer, and keep its memory from reuse until that computation ends."""
         if self.topology.device.type != "cpu" and self.topology.tp_rank == 0:
             torch.cuda.current_stream().wait_stream(_copies(self.topology.device))
             buffer.record_stream(torch.cuda.current_stream())

@@ -18,8 +18,8 @@ Key = TypeVar("Key", bound=Hashable)
 def share_outlines(batches: Sequence[MicroBatch] | None, *, topology: Topology) -> list[MicroBatch] | None:
     """Tell the ranks of each tensor-parallel group what its first rank has read for a step.
 
-    The other ranks get the same micro-batches with tensors that have a shape and a type but no contents; those come
-    when a micro-batch's turn does (``parallel/arrival.py``).
+    The other ranks get the same micro-batches with tensors that have a shape and a type but no contents. The contents
+    follow when a micro-batch is due (``parallel/arrival.py``).
 
     Args:
         batches: the micro-batches of one step, or None at the end of the data; ignored on the other ranks.
@@ -38,13 +38,13 @@ def _outline(batch: MicroBatch) -> MicroBatch:
 
 
 def tensors_of(batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """The fields of a micro-batch that are tensors, in their order."""
+    """Return the fields of a micro-batch that are tensors, in order."""
     values = {item.name: getattr(batch, item.name) for item in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def with_tensors(batch: MicroBatch, tensors: dict[str, torch.Tensor]) -> MicroBatch:
-    """The batch with other tensors under the same names."""
+    """Return the batch with other tensors under the same names."""
     replaced: dict[str, Any] = dict(tensors)
     return replace(batch, **replaced)
 
@@ -64,7 +64,7 @@ def sum_over_data_parallel(values: torch.Tensor, *, topology: Topology) -> torch
 
 
 def max_over_world(value: float, *, device: torch.device) -> float:
-    """The largest value of any rank."""
+    """Return the largest value of any rank."""
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
@@ -88,10 +88,10 @@ def receive(stage: int, *, dtype: torch.dtype, topology: Topology) -> torch.Tens
 
 
 def to_rank_0(pieces: Mapping[Key, torch.Tensor], *, topology: Topology) -> Iterator[tuple[Key, torch.Tensor]]:
-    """Bring tensors on the CPU from whichever rank holds them to rank 0, one at a time.
+    """Bring tensors on the CPU from the ranks that hold them to rank 0, one at a time.
 
-    What several ranks hold under one key is taken from the lowest of them. Every rank has to exhaust the iterator; it
-    yields on rank 0 only.
+    If several ranks hold a key, the lowest rank sends it. Every rank must exhaust the iterator. It yields on rank 0
+    only.
     """
     held: list[dict[Key, torch.Tensor]] = [{} for _ in range(topology.world_size)]
     dist.all_gather_object(held, {key: piece.to("meta") for key, piece in pieces.items()})

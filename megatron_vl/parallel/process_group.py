@@ -1,13 +1,13 @@
-"""Where the ranks of a run meet.
+"""Start the process group: where the ranks of a run meet.
 
-A world of one meets nobody: its store is in its own memory. A port would be one more thing to be in use; and torchrun
-tells its ranks, by ``TORCHELASTIC_USE_AGENT_STORE``, that torchrun itself serves the store, so that torch would join an
-address of our choice as a client, where nobody listens.
+A world of one rank has its store in its own memory. A port might be in use. Besides, torchrun tells its ranks by
+``TORCHELASTIC_USE_AGENT_STORE`` that torchrun itself serves the store. torch would then connect as a client to an
+address of our choice, where nobody listens.
 
-That store outlives the ranks: when torchrun starts them again (``--max-restarts``), what the dead ranks have left is
-still in it, and a rank that is early takes a dead rank's address for that of its successor (torch 2.13; gloo fails to
-connect, NCCL waits). The number of the restart does not help, for each agent of torchrun counts its own. So the ranks
-first agree on a name for this start, and use the part of the store below that name only.
+The store of torchrun outlives the ranks. When torchrun starts them again (``--max-restarts``), the entries of the dead
+ranks are still in it. A rank that starts early then takes a dead rank's address for that of its successor (torch 2.13;
+gloo fails to connect, NCCL waits). The number of the restart does not help, for each agent of torchrun counts its own.
+So the ranks first agree on a name for this start, and use only the part of the store under that name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start_process_group(backend: str, launch: Launch, *, init_method: str | None
         init_method: where the ranks meet, if not where their launcher says.
 
     Raises:
-        ConfigError: there is no place to meet, or it is taken, or ranks do not come within ``timeout``.
+        ConfigError: if there is no place to meet, it is taken, or ranks do not come within ``timeout``.
     """
     if init_method is None:
         launch.check_meeting_place()
@@ -62,13 +62,14 @@ def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def agree_on_start(store: dist.Store, launch: Launch, timeout: timedelta) -> str:
-    """Return a name that all ranks of this start, and none of an earlier start, have.
+    """Return a name that all ranks of this start have, and no rank of an earlier start.
 
-    A rank says hello under its number with a word of its own, and waits for the answer to that word. Rank 0 answers
-    each word that it finds, a dead rank's as well, which nobody reads, until all ranks have confirmed its name.
+    Each other rank writes a random word under its number, and waits for the answer to that word. Rank 0 answers each
+    word that it finds, until all ranks have confirmed its name. It also answers the words of dead ranks, which nobody
+    reads.
 
     Raises:
-        DistStoreError: not all ranks have come within ``timeout``.
+        DistStoreError: if not all ranks have come within ``timeout``.
     """
     own = uuid4().hex
     if launch.rank > 0:

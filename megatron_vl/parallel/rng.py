@@ -1,8 +1,8 @@
 """Random streams of a rank.
 
-Qwen-VL has no dropout, and the order of data is a pure function of the step, so nothing in a run draws numbers after
-the weights were made. The streams are seeded, saved and restored all the same: recomputation forks them, and a future
-layer with dropout must resume exactly.
+Qwen-VL has no dropout, and the order of data is a pure function of the step. So nothing in a run draws random numbers
+after the weights were initialized. The streams are seeded, saved and restored all the same. Recomputation forks them,
+and a future layer with dropout must resume exactly.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def seed_all(seed: int) -> None:
 
 
 def seed_layers(seed: int) -> None:
-    """Seed Megatron-Core's tensor-parallel streams alone.
+    """Seed only Megatron-Core's tensor-parallel streams.
 
-    A layer of Transformer Engine forks them when it is built, whoever fills its weights, so they have to be there.
+    A layer of Transformer Engine forks them when it is built, even if its weights are initialized elsewhere. So they
+    must exist.
     """
     core_random.model_parallel_cuda_manual_seed(seed)
 
 
 def state_dict() -> dict[str, Any]:
-    """The state of this rank's streams, as tensors and plain values."""
+    """Return the state of this rank's streams, as tensors and plain values."""
     return {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),

@@ -1,12 +1,12 @@
-"""A thin call to Megatron-Core's schedules: plain, 1F1B, or interleaved, over stages cut anywhere.
+"""A thin call to Megatron-Core's schedules: plain, 1F1B, or interleaved, over stages that are split anywhere.
 
-Boundary tensors of the vision tower, the resampler and the language model have different shapes, so shapes travel with
+Boundary tensors of the vision tower, the resampler and the language model have different shapes. So shapes travel with
 the tensors (``variable_seq_lengths`` in ``model/configs.py``), and the sizes that the schedules ask for are not used.
 
-A schedule frees the memory of an output once it has been sent (``deallocate_pipeline_outputs``): it gives the tensor
-another storage. The interleaved schedule does so while the asynchronous send may still read, because it waits for a
-send one step later, and must: the peer receives only after it has sent something itself. :class:`P2P` sends an alias,
-which keeps the storage until the request is done with.
+A schedule frees the memory of an output after sending it (``deallocate_pipeline_outputs``): it gives the tensor another
+storage. The interleaved schedule does so while the asynchronous send may still read. It waits for a send one step
+later, and must: the peer receives only after it has sent something itself. :class:`P2P` sends an alias, which keeps the
+storage until the request is finished.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ LossRecord = dict[str, torch.Tensor]
 
 
 class P2P(P2PCommunicator):
-    """Messages between stages, each of which holds what it sends.
+    """Messages between stages; each one keeps the storage of what it sends.
 
-    A request of torch holds the tensor that it was given, gloo's until it is dropped, NCCL's until the stream of the
-    schedule waits for it. What it holds is a tensor, though, not that tensor's storage of the moment.
+    A request of torch holds the tensor that it was given: gloo's until the request is dropped, NCCL's until the stream
+    of the schedule waits for it. However, it holds the tensor object, not the storage that the tensor had at that
+    moment.
     """
 
     def _communicate(
         self, *, tensor_send_next: torch.Tensor | None, tensor_send_prev: torch.Tensor | None, **rest: Any
     ) -> Any:
-        """Every message of every schedule passes here."""
+        """Send aliases. Every message of every schedule passes through this method."""
         return super()._communicate(
             tensor_send_next=None if tensor_send_next is None else tensor_send_next.detach(),
             tensor_send_prev=None if tensor_send_prev is None else tensor_send_prev.detach(),
@@ -52,15 +53,15 @@ def run_schedule(
     forward_only: bool,
     topology: Topology,
 ) -> list[LossRecord]:
-    """Forward (and backward) of all micro-batches of a step.
+    """Run forward (and backward) of all micro-batches of a step.
 
     Args:
         chunks: this rank's model chunks, in order of their virtual stage.
-        arrivals: the micro-batches of this data-parallel rank; each chunk goes through them once.
+        arrivals: the micro-batches of this data-parallel rank; each chunk iterates over them once.
         forward_step: ``(iterator, chunk) -> (output, loss function)``.
 
     Returns:
-        What the loss function recorded for each micro-batch; empty on ranks without the head.
+        The records of the loss function, one for each micro-batch; empty on ranks without the head.
     """
     iterators = [iter(arrivals) for _ in chunks]
     single = len(chunks) == 1

@@ -1,8 +1,8 @@
-"""Where things run: start-up of the process group, and the only door to Megatron-Core's ``parallel_state``.
+"""Ranks, devices and process groups. Only this module uses Megatron-Core's ``parallel_state``.
 
-A :class:`Topology` is a context manager. It starts ``torch.distributed`` from whatever launched the process (torchrun,
-Slurm, MPI, or nothing at all: a world of one), builds Megatron-Core's groups, and takes both down at the end. Model
-and trainer receive the groups from it; nobody else asks who or where it is.
+A :class:`Topology` is a context manager. It starts ``torch.distributed`` from the variables of the launcher (torchrun,
+Slurm, MPI, or none: a world of one). It builds Megatron-Core's groups, and destroys both at the end. Model and trainer
+receive the groups from it; no other code asks for its rank.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_vl.parallel.process_group import start_process_group
 
 @dataclass
 class Topology:
-    """Ranks laid out as tensor x pipeline x data.
+    """Ranks in the order tensor x data x pipeline.
 
     Tensor-parallel ranks are neighbors, then come data-parallel ranks, then pipeline stages (Megatron-Core's default
-    order), so that the chattiest groups stay within a node.
+    order). So groups that communicate most stay on one node.
     """
 
     config: ParallelConfig
@@ -45,7 +45,7 @@ class Topology:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
-            create_gloo_process_groups=True,  # over which a save gathers the optimizer in host memory
+            create_gloo_process_groups=True,  # a save gathers the optimizer over them in host memory
         )
         return self
 
@@ -54,7 +54,7 @@ class Topology:
     ) -> None:
         parallel_state.destroy_model_parallel()
         if self._started:
-            gc.collect()  # what is left of a model may still hold groups
+            gc.collect()  # remains of a model may still hold groups
             dist.destroy_process_group()
 
     def _start_process_group(self) -> None:
@@ -71,7 +71,7 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device on which this rank computes."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     @property
@@ -105,7 +105,7 @@ class Topology:
 
     @property
     def vp_size(self) -> int:
-        """Model chunks on this rank."""
+        """Number of model chunks on this rank."""
         return self.config.virtual_pipeline_model_parallel_size or 1
 
     @property
