@@ -1,12 +1,12 @@
-"""Images that look alike, by a 64-bit perceptual hash.
+"""Images that look similar, found by a 64-bit perceptual hash.
 
-The hash (dHash) says for 8 x 8 places of the image whether it gets darker to the right; it survives scaling and
-recompression, and changes with crops and flips. An image without any such step (a plain color) has hash 0, which
-says nothing, so 0 is never like anything.
+For 8 x 8 positions of the image, the hash (dHash) records whether the image gets darker to the right. It survives
+scaling and recompression, and changes with crops and flips. An image without any such step (a plain color) has hash 0,
+which says nothing. So 0 is never similar to anything.
 
-Pairs within a distance of d bits agree wholly in at least one of d + 1 bands of bits; so only images that share a
-band are compared. The bands are interleaved, because neighboring bits depend on each other (a white border makes
-whole rows zero).
+Two hashes within a distance of d bits are equal in at least one of d + 1 bands of bits. So only images that share a
+band are compared. The bands are interleaved, because neighboring bits depend on each other: a white border makes whole
+rows zero.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 def dhash(image: Image.Image) -> int:
-    """The perceptual hash of an image."""
+    """Return the perceptual hash of an image, as an unsigned 64-bit integer."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(small[:, :-1] > small[:, 1:]).tobytes(), "big")
 
 
 def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
-    """Pairs of different hashes within a distance in bits, as indices (i, j) with i < j, in order of j.
+    """Return pairs of different hashes within a distance in bits, as indices i < j, in order of j; int64[pairs] each.
 
-    ``hashes`` are distinct.
+    ``hashes`` is uint64[n], without repetitions.
     """
     firsts, seconds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for band in range(distance + 1):
@@ -49,7 +49,8 @@ def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntAr
 
 
 def mark_repeats(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
-    """Which of the images, in their order, are near duplicates of an earlier one that is kept."""
+    """Return bool[n]: whether each image is a near duplicate of an earlier, kept one. ``hashes`` is uint64[n], in
+    order."""
     dropped = np.zeros(len(hashes), dtype=np.bool_)
     nonzero = np.flatnonzero(hashes)
     values, first, inverse = np.unique(hashes[nonzero], return_index=True, return_inverse=True)
@@ -65,7 +66,7 @@ def mark_repeats(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
 
 
 def matches_any(hashes: Hashes, others: Hashes, distance: int) -> npt.NDArray[np.bool_]:
-    """Which of the hashes are within a distance of one of ``others``."""
+    """Return bool[n]: whether each of ``hashes``, uint64[n], is within a distance of one of ``others``, uint64[m]."""
     others = np.unique(others[others != 0])
     found = np.isin(hashes, others)
     fresh, inverse = np.unique(np.where(found, 0, hashes), return_inverse=True)

@@ -1,7 +1,7 @@
 """The thresholds of cleaning, for all sources of a recipe (``filters:`` at the top) or for one (``filters:`` in it).
 
-The paper names its rules and no threshold, so every rule is off unless a recipe asks for it; an entry of a source
-replaces that of the top. Unknown keys and impossible values are errors that name the key.
+The paper names its rules but no thresholds, so every rule is off unless a recipe turns it on. An entry of a source
+overrides the entry at the top. Unknown keys and impossible values are errors that name the key.
 """
 
 from __future__ import annotations
@@ -16,53 +16,55 @@ from megatron_vl.config.records import Between, Builder
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7
-"""Of two 64-bit perceptual hashes: more bits than this say nothing."""
+"""Greatest useful distance of two 64-bit perceptual hashes. A larger distance says nothing."""
 
 
 @dataclass(frozen=True)
 class FilterOptions:
-    """What is dropped, and what is cleaned. ``None`` and the defaults switch a rule off."""
+    """Rules that drop or clean samples. ``None`` and the defaults turn a rule off."""
 
     min_score: float | None = None
-    """Drop samples whose CLIP score, as the source's metadata says it, is below; thresholds differ by data set."""
+    """Drop samples whose CLIP score in the source's metadata is lower. Thresholds differ by data set."""
     drop_unscored: bool = False
-    """Where ``min_score`` is set: drop samples without a score, which pass otherwise."""
+    """With ``min_score``: drop samples without a score, which are kept otherwise."""
     min_side: Annotated[int, Between(0)] | None = None
     """Drop samples with an image whose shorter side has fewer pixels."""
     max_aspect_ratio: Annotated[float, Between(1)] | None = None
-    """Drop samples with an image whose longer side is more than so many times the shorter one."""
+    """Drop samples with an image whose longer side is more than this many times the shorter side."""
     min_characters: Annotated[int, Between(0)] | None = None
     """Drop samples with a shorter text (caption, answer, document, all turns or lines together)."""
     max_characters: Annotated[int, Between(0)] | None = None
     """Drop samples with a longer text."""
     letters: Literal["any", "latin", "han", "latin_han"] = "any"
-    """Drop samples with letters of other scripts; latin is ASCII and Latin-1, han the Chinese characters."""
+    """Drop samples with letters of other scripts. ``latin`` is ASCII and Latin-1, ``han`` the Chinese characters."""
     max_foreign_letters: Annotated[int, Between(0)] = 0
-    """Letters of other scripts that ``letters`` tolerates in a sample."""
+    """Number of letters of other scripts that ``letters`` tolerates in a sample."""
     match_language: bool = False
     """Drop samples of language zh without a Chinese character, and of language en with one."""
     drop_emoji: bool = False
     """Drop samples with an emoji."""
     drop_special_tags: bool = False
-    """Drop samples with tags such as <PERSON>, [UNK], <|im_start|> or <img> (not chats, whose markup has meaning)."""
+    """Drop samples with tags such as <PERSON>, [UNK], <|im_start|> or <img> (except chats, where markup has a
+    meaning)."""
     strip_html: bool = False
     """Remove HTML tags and comments from the text, and resolve entities."""
     strip_irregular: bool = False
-    """Remove addresses, control and invisible characters, and runs of one mark or of blanks from the text."""
+    """Remove URLs, control and invisible characters from the text, and shorten runs of one mark or of white space."""
     remove_patterns: tuple[str, ...] = ()
-    """Regular expressions; what they match is removed from the text."""
+    """Regular expressions whose matches are removed from the text."""
     drop_patterns: tuple[str, ...] = ()
-    """Regular expressions; a sample whose cleaned text matches one is dropped."""
+    """Regular expressions. A sample whose cleaned text matches one is dropped."""
     exclude_images: Path | None = None
-    """File with one image a line, by name, name without suffix, or number: samples with one of them are dropped."""
+    """File with one image per line, by name, name without suffix, or number. Samples with one of them are dropped."""
     benchmark_images: Path | None = None
-    """Folder of images, or file of hashes (one a line, see docs/data.md): samples with one of them are dropped."""
+    """Folder of images, or file of hashes (one per line, see docs/data.md). Samples with one of them are dropped."""
     benchmark_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
-    """Bits in which the perceptual hashes of an image and a benchmark's may differ."""
+    """Greatest distance in bits between the perceptual hashes of an image and of a benchmark image."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """Drop a sample with one image if an earlier sample has the same file, or one with nearly equal looks."""
+    """Drop a sample with one image if an earlier sample has the same file (``exact``) or a nearly equal image
+    (``near``)."""
     duplicate_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
-    """Bits in which the perceptual hashes of ``near`` duplicates may differ."""
+    """Greatest distance in bits between the perceptual hashes of ``near`` duplicates."""
 
     @property
     def needs_looks(self) -> bool:
@@ -71,16 +73,19 @@ class FilterOptions:
 
     @property
     def of_samples(self) -> FilterOptions:
-        """These options without what compares images with one another."""
+        """These options without those that compare images with each other."""
         return dataclasses.replace(
             self, benchmark_images=None, benchmark_distance=0, duplicates="keep", duplicate_distance=0
         )
 
 
 def read_filters(values: Any, where: str, *, root: Path, base: FilterOptions | None = None) -> FilterOptions:
-    """The options of a recipe's ``filters`` mapping over those of ``base``.
+    """Return the options of a recipe's ``filters`` mapping, with defaults from ``base``.
 
-    Relative paths count from ``root``. Raises ConfigError naming the key.
+    Relative paths are relative to ``root``.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names the key.
     """
     options = Builder(root=root).build(FilterOptions, values, where, base=base or FilterOptions())
     for name in ("exclude_images", "benchmark_images"):

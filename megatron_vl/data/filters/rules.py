@@ -1,11 +1,11 @@
-"""What the filters of a source do to one sample, which depends on nothing but the sample.
+"""The filters of a source, applied to one sample. The result depends only on the sample.
 
-A rule looks at the sample and returns what is wrong with it, or nothing; the first that finds something drops the
-sample under its reason. Cheap rules come first, then cleaning, then the rules about what cleaning has left. The rules
-about images run where images are decoded anyway.
+A rule checks the sample and returns what is wrong with it, or nothing. The first rule that finds something drops the
+sample under its reason. Cheap rules come first, then cleaning, then the rules about the cleaned text. The rules about
+images run where images are decoded anyway.
 
-The places of a grounded caption's phrases are counted in characters, so such a text is never changed: where cleaning
-would, the sample is dropped. The lines of a page are what its picture shows, so they are never changed either.
+The phrases of a grounded caption are located by character positions, so its text is never changed. If cleaning would
+change it, the sample is dropped. The lines of a page are shown in its picture, so they are never changed either.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from megatron_vl.errors import DataError, SkipSample
 
 @dataclass(frozen=True)
 class Rule:
-    """For what a sample is dropped."""
+    """A rule and the reason under which it drops samples."""
 
     reason: str
     check: Callable[[Sample], str | None]
-    """What is wrong with a sample, or nothing."""
+    """Function that returns what is wrong with a sample, or None."""
 
 
 class SampleFilter:
@@ -48,14 +48,14 @@ class SampleFilter:
         self._last = _last_rules(options)
 
     def apply(self, sample: Sample) -> Sample:
-        """The sample with its text cleaned; raises SkipSample with the reason for which it is dropped."""
+        """Return the sample with its text cleaned. Raises SkipSample with the reason if it is dropped."""
         _judge(sample, self._first)
         sample = self._clean(sample)
         _judge(sample, self._last)
         return sample
 
     def check_image(self, size: tuple[int, int]) -> None:
-        """Raises SkipSample: ``small_image`` or ``aspect_ratio``, by width and height in pixels."""
+        """Check width and height in pixels. Raises SkipSample: ``small_image`` or ``aspect_ratio``."""
         short, long = sorted(size)
         if self._options.min_side is not None and short < self._options.min_side:
             raise SkipSample("small_image", f"{size[0]} x {size[1]}, at least {self._options.min_side} are asked for")
@@ -65,7 +65,7 @@ class SampleFilter:
     def _clean(self, sample: Sample) -> Sample:
         if not self._cleaners or not sample.text or sample.task == "ocr":
             return sample
-        # To a pattern the mark of an image would be part of an address, of a comment, or one of a run of marks.
+        # A pattern could match the mark of an image as part of a URL, of a comment, or of a run of marks.
         stretches = sample.text.split(IMAGE_MARK) if sample.task == "interleaved" else [sample.text]
         text = IMAGE_MARK.join(map(self._clean_text, stretches))
         if text == sample.text.strip():
@@ -141,7 +141,7 @@ def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
 
 
 def all_text(sample: Sample) -> str:
-    """Everything that the sample says, line by line."""
+    """Return all text of the sample, line by line."""
     parts = [sample.question, sample.text, *(turn.text for turn in sample.turns)]
     if not sample.text:
         parts += [region.text for region in sample.regions]
@@ -149,7 +149,7 @@ def all_text(sample: Sample) -> str:
 
 
 def learned_text(sample: Sample) -> str:
-    """What the limits of length are about: caption, answer or document, or all turns or lines."""
+    """Return the text that the length limits apply to: caption, answer or document, or all turns or lines."""
     lines = [turn.text for turn in sample.turns] or [line.text for line in sample.regions]
     return sample.text.replace(IMAGE_MARK, "") or "\n".join(lines)
 
@@ -189,7 +189,7 @@ def _excluded(sample: Sample, names: frozenset[str]) -> str | None:
 
 @lru_cache(maxsize=4)
 def _read_names(path: Path) -> frozenset[str]:
-    """The names in a file, one a line; numbers without leading zeros."""
+    """Return the names in a file with one per line; numbers lose leading zeros."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Characters, tags and irregular patterns of texts from the web."""
+"""Characters, tags and irregular patterns in texts from the web."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOREIGN = {
 }
 _CHINESE = re.compile(f"[{_HAN}]")
 
-# Characters that Unicode shows as emoji by themselves (Emoji_Presentation); other symbols where U+FE0F asks for it.
+# Characters that are emoji by default (Emoji_Presentation), and other symbols if U+FE0F follows.
 _EMOJI = re.compile(
     "[\u231a\u231b\u23e9-\u23ec\u23f0\u23f3\u25fd\u25fe\u2614\u2615\u2648-\u2653\u267f\u2693\u26a1\u26aa\u26ab\u26bd"
     "\u26be\u26c4\u26c5\u26ce\u26d4\u26ea\u26f2\u26f3\u26f5\u26fa\u26fd\u2705\u270a\u270b\u2728\u274c\u274e\u2753-\u2755"
@@ -40,35 +40,37 @@ _BLANKS = re.compile(r"[^\S\n]+")
 
 
 def foreign_letters(text: str, letters: str) -> int:
-    """How many letters of the text are of other scripts than ``letters`` ("latin", "han", "latin_han") names."""
+    """Return the number of letters in scripts other than ``letters`` names ("latin", "han", "latin_han")."""
     return sum(character.isalpha() for character in _FOREIGN[letters].findall(text))
 
 
 def has_chinese(text: str) -> bool:
-    """Whether there is a Chinese character."""
+    """Return whether there is a Chinese character."""
     return _CHINESE.search(text) is not None
 
 
 def first_emoji(text: str) -> str | None:
-    """The first emoji, or the mark that makes one of the character before it."""
+    """Return the first emoji, or the selector that turns the character before it into one; None if there is none."""
     found = _EMOJI.search(text)
     return found[0] if found else None
 
 
 def first_special_tag(text: str) -> str | None:
-    """The first tag that stands for something that the text does not say, or that means something to a model."""
+    """Return the first tag that replaces omitted text, or that has a meaning for a model; None if there is none."""
     found = _SPECIAL_TAG.search(text)
     return found[0] if found else None
 
 
 def strip_html(text: str) -> str:
-    """The text without tags, comments, scripts and styles, entities resolved (twice: ``&amp;lt;`` is common)."""
+    """Return the text without tags, comments, scripts and styles; resolve entities twice, since ``&amp;lt;`` is
+    common."""
     for _ in range(2):
         text = html.unescape(_HTML_TAG.sub(" ", _HTML_BLOCK.sub(" ", text)))
     return _BLANKS.sub(" ", text).strip()
 
 
 def strip_irregular(text: str) -> str:
-    """The text without addresses, control and invisible characters; runs of a mark and of blanks become one."""
+    """Return the text without URLs, control and invisible characters; reduce runs of a mark or of white space to
+    one."""
     text = _INVISIBLE.sub("", _ADDRESS.sub(" ", text))
     return _BLANKS.sub(" ", _REPEATED_MARK.sub(r"\1", text)).strip()

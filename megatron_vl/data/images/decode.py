@@ -1,14 +1,13 @@
-"""Encoded image -> checked pixels, exactly as the original does it.
+"""Decoding of an image into checked pixels, exactly as the original does it.
 
-The original opens the file with Pillow, converts to RGB (``rgb.py``), squashes to a square by Pillow's (antialiased)
-bicubic filter whatever the aspect ratio (``resize.py``), and normalizes with CLIP's constants (``pixels.py``). EXIF
-orientation is not looked at, here or wherever else an image is decoded (``stored.py``). Pixels stay uint8 until
-they are on the device of the model.
+The original opens the file with Pillow and converts it to RGB (``rgb.py``). It resizes the image to a square with
+Pillow's antialiased bicubic filter, whatever the aspect ratio is (``resize.py``), and normalizes with CLIP's constants
+(``pixels.py``). EXIF orientation is ignored wherever an image is decoded (``stored.py``). Pixels stay uint8 until they
+are on the device of the model.
 
-Images come from anywhere, so they are checked before anything is decoded: allow-listed formats only, a limit
-on bytes, on pixels (a 10-kB PNG can decode to gigabytes) and on the aspect ratio. A truncated file is
-refused, never filled up. This module imports no torch, so that decode workers start in a fraction of a
-second.
+Images are not trusted, so they are checked before they are decoded. Only allow-listed formats are accepted, and bytes,
+pixels (a 10-kB PNG can decode to gigabytes) and the aspect ratio are limited. A truncated file is refused, never
+padded. This module does not import torch, so that decode workers start in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from megatron_vl.errors import SkipSample
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be."""
+    """Limits of an image."""
 
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
     max_bytes: int = 50_000_000
@@ -45,18 +44,21 @@ DEFAULT_LIMITS = ImageLimits()
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode an image to RGB.
 
-    Raises SkipSample: ``image_too_large`` (bytes, pixels or aspect ratio), ``unreadable_image``, or what
-    ``to_rgb`` raises.
+    Raises:
+        SkipSample: ``image_too_large`` (bytes, pixels or aspect ratio), ``unreadable_image``, or as for ``to_rgb``.
     """
     with open_image(data, limits) as image:
         return to_rgb(image)
 
 
 def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Width and height of an image that ``decode_image`` decodes; raises what it raises.
+    """Return width and height of an image if ``decode_image`` can decode it.
 
-    Of a JPEG all coefficients are read, for that is where damage shows, but only every eighth pixel of a row and a
-    column is computed, which takes 40 % less time. What is refused so, the whole decoding decides.
+    All coefficients of a JPEG are read, because damage shows there. But only every eighth pixel of a row and a column
+    is computed, which takes 40 % less time. If this fails, the image is decoded in full to decide.
+
+    Raises:
+        SkipSample: As for ``decode_image``.
     """
     try:
         with open_image(data, limits) as image:
@@ -70,18 +72,18 @@ def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int,
 
 @contextlib.contextmanager
 def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Iterator[Image.Image]:
-    """The image before it is decoded; what goes wrong with it until it is left becomes SkipSample."""
+    """Yield the image before it is decoded; convert errors within the block to SkipSample."""
     if len(data) > limits.max_bytes:
         raise SkipSample("image_too_large", f"{len(data)} bytes, the limit is {limits.max_bytes}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit is stricter, and damaged EXIF is no damage
+            warnings.simplefilter("ignore")  # our own limit is stricter, and damaged EXIF does not matter
             with Image.open(io.BytesIO(data), formats=limits.formats) as image:
                 _check_size(image.size, limits)
                 yield image
     except Image.DecompressionBombError as error:
         raise SkipSample("image_too_large", str(error)) from error
-    except UnidentifiedImageError as error:  # its own text names an address in memory, which is never the same
+    except UnidentifiedImageError as error:  # its own text has a memory address, which always differs
         found = what_is(data[:HEAD_BYTES])
         raise SkipSample("unreadable_image", found or f"none of {', '.join(limits.formats)}") from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
@@ -102,15 +104,18 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 def to_pixels(
     data: bytes, image_size: int, limits: ImageLimits = DEFAULT_LIMITS, *, resize: Resize = resize
 ) -> npt.NDArray[np.uint8]:
-    """uint8[3, image_size, image_size] of an encoded image, squashed to the square.
+    """Decode an image and resize it to a square; return uint8[3, image_size, image_size].
 
-    ``resize``: any that gives the same pixels. Raises SkipSample as ``decode_image`` does.
+    ``resize``: any function that gives the same pixels.
+
+    Raises:
+        SkipSample: As for ``decode_image``.
     """
     return resize(decode_image(data, limits), image_size)
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes without chroma subsampling, which would smear small colored things."""
+    """Return JPEG bytes without chroma subsampling, which would blur small colored objects."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

@@ -1,15 +1,16 @@
-"""Pillow's bicubic filter to a square; and the same in compiled code, equal bit by bit, in less than half the time.
+"""Pillow's bicubic resize to a square, and a compiled version with bit-identical results in less than half the time.
 
-The image is resized along x, rounded to bytes, then resized along y. That is what Pillow did when the original was
-trained; from version 13 on it begins with y where an image is tall, which gives other pixels. So the two passes are
-asked for one by one.
+The image is resized along x, rounded to bytes, then resized along y. Pillow did this when the original was trained.
+From version 13 on, Pillow begins with y if an image is tall, which gives different pixels. So the two passes are
+requested separately.
 
-Either way an output line is a sum of neighboring input lines, each times a weight in fixed point of 22 bits. Pillow
-adds pixel by pixel, three bytes at a time; ``sum_lines`` adds whole lines, which a compiler turns into vector
-instructions. For the pass along x the image is transposed first, which costs less than it saves.
+In both passes, an output line is a sum of neighboring input lines, each multiplied by a fixed-point weight of 22 bits.
+Pillow adds pixel by pixel, three bytes at a time. ``sum_lines`` adds whole lines, which a compiler turns into vector
+instructions. For the pass along x the image is transposed first, which costs less time than it saves.
 
-The compiler is numba, which takes a second to load and, once on each machine, three to compile. So decode workers turn
-to it after a while (``decode_workers.py``), nothing else loads it, and where it does not load, Pillow goes on.
+The compiler is numba. It takes a second to load and, once on each machine, three seconds to compile. So decode workers
+load it after a number of images (``decode_workers.py``), and nothing else loads it. If it cannot be loaded, Pillow is
+used.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from PIL import Image
 
 Bytes = npt.NDArray[np.uint8]
 Resize = Callable[[Image.Image, int], Bytes]
-"""uint8[3, size, size] of an RGB image, squashed to the square."""
+"""Function from an RGB image to uint8[3, size, size], resized to the square."""
 
 _BITS = 22
 
 
 def resize(image: Image.Image, size: int) -> Bytes:
-    """uint8[3, size, size] of an RGB image, squashed to the square, by Pillow."""
+    """Resize an RGB image to a square with Pillow; return uint8[3, size, size]."""
     narrow = image.resize((size, image.height), Image.Resampling.BICUBIC)
     squashed = narrow.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
 
 
 def resize_by_lines(image: Image.Image, size: int, *, add: Callable[[Bytes, int], Bytes]) -> Bytes:
-    """The same by two passes of ``add``: ``sum_lines``, compiled or not."""
+    """Resize as ``resize`` does, by two passes of ``add``: ``sum_lines``, compiled or not; return uint8[3, size,
+    size]."""
     columns = np.asarray(image.transpose(Image.Transpose.TRANSPOSE))
     width, height, _ = columns.shape
     narrow = add(columns.reshape(width, height * 3), size)
@@ -45,9 +47,10 @@ def resize_by_lines(image: Image.Image, size: int, *, add: Callable[[Bytes, int]
 
 
 def sum_lines(lines: Bytes, size: int) -> Bytes:
-    """uint8[size, length] of uint8[n, length]: every line of the result is a bicubic mean of lines around its place.
+    """Resize uint8[n, length] to uint8[size, length]: each output line is the bicubic mean of the input lines around
+    it.
 
-    Weights and sums are Pillow's, operation by operation. This very text is what gets compiled.
+    Weights and sums equal Pillow's, operation by operation. This source is also what numba compiles.
     """
     count, length = lines.shape
     result = np.empty((size, length), dtype=np.uint8)
@@ -83,9 +86,9 @@ def sum_lines(lines: Bytes, size: int) -> Bytes:
 
 
 def compiled_resize() -> Resize | None:
-    """``resize`` in compiled code; takes seconds.
+    """Return ``resize`` in compiled code; takes seconds.
 
-    None where numba does not load (it refuses a NumPy newer than itself) or can keep no compiled code.
+    Return None if numba cannot be loaded (it refuses a newer NumPy than it knows) or cannot store compiled code.
     """
     try:
         import numba

@@ -1,8 +1,9 @@
-"""Any mode that Pillow decodes to -> RGB: the picture that people see, or SkipSample where the file does not say it.
+"""Conversion of any Pillow mode to RGB, as people see the picture; SkipSample if the file does not define this.
 
-Pillow's own ``convert`` drops transparency, which turns black writing on nothing into black on black, and clips grays
-of more than 8 bits to white. Here what is transparent lies on white paper, as browsers and img2dataset have it, and of
-deep grays the upper 8 bits count. The file says the range of such grays only where it is that of its integers.
+Pillow's own ``convert`` drops transparency, so black writing on a transparent ground becomes black on black. It also
+clips grays of more than 8 bits to white. Here, transparent images are put on a white ground, as in browsers and
+img2dataset. Of grays with more than 8 bits, the upper 8 bits are used. The range of such grays is known only if it
+equals the range of their integers.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from megatron_vl.errors import SkipSample
 
 _OPAQUE = 255
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
-"""Tags of TIFF."""
+"""TIFF tags."""
 _UNUSED_BITS = 4
-"""Grays that leave more of the upper bits unused are of another range than that of their integers."""
+"""If grays leave more of the upper bits unused, their range is not the range of their integers."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, decoded; itself if it is RGB.
+    """Decode an image and return it in RGB; an RGB image is returned itself.
 
-    Raises SkipSample: ``unknown_range`` of grays, or ``invisible_image``.
+    Raises:
+        SkipSample: ``unknown_range`` of grays, or ``invisible_image``.
     """
     if image.mode[0] in "IF":
         return _gray(image)
     image.load()
     if image.has_transparency_data:
         return _on_white(image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -43,7 +45,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _gray(image: Image.Image) -> Image.Image:
-    """Integers of 16 bits, or of 12 in TIFF. (Pillow scales PGM to 16 bits.)"""
+    """Convert grays of 16-bit integers, or of 12-bit integers in TIFF. (Pillow scales PGM to 16 bits.)"""
     if not image.mode.startswith("I;16") and image.format != "PPM":
         raise SkipSample("unknown_range", f"grays of 32 bits (mode {image.mode}): which is black, which is white?")
     tags = getattr(image, "tag_v2", {})

@@ -1,9 +1,9 @@
-"""An image as preparation stores it: turned as EXIF says, if that is asked for, and of the size its record declares.
+"""Preparation of an image for storage: EXIF orientation is applied if requested, and the declared size is checked.
 
-Nothing that decodes looks at EXIF orientation: the original does not, and boxes of the published sets refer to the
-pixels as stored. Tools of annotation mostly do. Where it is to be applied, the image is stored anew, turned and
-without EXIF, so that training, the inspector and generation see the same without knowing. (TIFF's orientation is no
-EXIF, but part of the format: Pillow applies it.)
+No decoder here applies EXIF orientation. The original does not, and boxes of the published sets refer to the pixels as
+stored. Most annotation tools do apply it. If the orientation is to be applied, the image is stored again, rotated and
+without EXIF. So training, the inspector and generation see the same pixels without special handling. (The orientation
+of TIFF is not EXIF but part of the format: Pillow applies it.)
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What brings an image of an orientation upright; other values say nothing."""
+"""Transposition that brings an image of each orientation upright. Other values have no meaning."""
 _JPEG_QUALITY = 95
 
 
 def settle_image(image: ImageRef, *, exif_orientation: Literal["ignore", "apply"], scaled_images: bool) -> ImageRef:
-    """The image as the options of its source (see ``Source``) want it stored.
+    """Return the image as the options of its source (see ``Source``) require it.
 
-    Raises SkipSample: ``size_mismatch`` if the record declares another size, or what decoding raises.
+    Raises:
+        SkipSample: ``size_mismatch`` if the record declares another size, or as for decoding.
     """
     if exif_orientation == "apply":
         image = replace(image, data=upright(image.data))
@@ -43,7 +44,7 @@ def settle_image(image: ImageRef, *, exif_orientation: Literal["ignore", "apply"
 
 
 def upright(data: bytes) -> bytes:
-    """The same image with its orientation applied: encoded anew if there is one. Raises SkipSample."""
+    """Return the image with its orientation applied, encoded again if it has one. Raises SkipSample."""
     with open_image(data) as image:
         found = _orientation(image)
         if found == 1:
@@ -58,10 +59,10 @@ def upright(data: bytes) -> bytes:
 
 
 def _orientation(image: Image.Image) -> int:
-    """2 to 8, or 1 where there is none to apply."""
+    """Return the orientation 2 to 8, or 1 if there is none to apply."""
     try:
         found = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION)
-    except (struct.error, ValueError, SyntaxError, LookupError, TypeError):  # damaged EXIF of an image that is whole
+    except (struct.error, ValueError, SyntaxError, LookupError, TypeError):  # damaged EXIF of an intact image
         return 1
     return found if found in _TURNS else 1
 
@@ -79,5 +80,5 @@ def _compare(data: bytes, declared: tuple[int, int], *, scaled: bool) -> None:
 
 
 def _alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether the proportions are equal, but for the rounding of sides."""
+    """Return whether the proportions are equal up to rounding of the sides."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= sum(other)

@@ -1,14 +1,14 @@
-"""ChatML: what the model reads in a dialogue, and which part of it is to be learned.
+"""ChatML: the text of a dialogue, and which part of it is supervised.
 
-Each turn is ``<|im_start|>ROLE \\n TEXT <|im_end|> \\n``. Two ways of supervising it are in use, and both are here:
+Each turn is ``<|im_start|>ROLE \\n TEXT <|im_end|> \\n``. There are two ways of supervision:
 
-- ``paper`` (Appendix B.2): of the assistant's turns the answer, ``<|im_start|>`` and ``<|im_end|>``;
+- ``paper`` (Appendix B.2): the answers of the assistant's turns, and their ``<|im_start|>`` and ``<|im_end|>``;
   nothing of the other turns;
-- ``released``: the published fine-tuning script, which learns ``<|im_start|>``, ``<|im_end|>`` and the line end after
-  it of every turn, the user's and the system's too, besides the answers.
+- ``released``: the published fine-tuning script. It supervises the answers, and ``<|im_start|>``, ``<|im_end|>`` and
+  the line end after it in every turn, including the user's and the system's.
 
-Roles, the user's and the system's words, and image slots are never supervised. What a turn's text may hold is said in
-``markup.py``: ChatML markers are not among it, so nobody can end a turn by typing. An answer cannot hold an image.
+Roles, the words of user and system, and image slots are never supervised. Text from data cannot contain ChatML markers
+(see ``markup.py``), so a user cannot end a turn. An answer cannot hold an image.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 def render_chat(sample: Sample, style: ChatStyle = "paper") -> tuple[Piece, ...]:
-    """All turns of a dialogue, behind a system turn.
+    """Render all turns of a dialogue, after a system turn.
 
-    Raises SkipSample: ``no_answer`` without an assistant turn after a user turn, ``image_mismatch`` if the
-    user's turns do not name as many images as the sample has.
+    Raises:
+        SkipSample: ``no_answer`` if no assistant turn follows a user turn, ``image_mismatch`` if the user's turns do
+            not name as many images as the sample has.
     """
     turns = complete_turns(sample.turns)
     if not any(turn.role == "assistant" and turn.text for turn in turns):
@@ -42,25 +43,27 @@ def render_chat(sample: Sample, style: ChatStyle = "paper") -> tuple[Piece, ...]
 
 
 def complete_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns as the released script takes them: a system turn first, if there is none the default one, and without
-    a first turn that is not the user's."""
+    """Return the turns as the released script uses them.
+
+    A system turn comes first, by default the script's own. A first turn that is not the user's is removed.
+    """
     system = [turn for turn in turns if turn.role == "system"][:1] or [Turn("system", DEFAULT_SYSTEM)]
     spoken = [turn for turn in turns if turn.role != "system"]
     return system + (spoken[1:] if spoken and spoken[0].role != "user" else spoken)
 
 
 def render_turns(turns: Sequence[Turn], style: ChatStyle = "paper") -> tuple[Piece, ...]:
-    """These turns as they are."""
+    """Render these turns without changes."""
     return tuple(piece for turn in turns for piece in _turn(turn, style))
 
 
 def open_turn(role: str = "assistant", *, learned: bool = False) -> tuple[Piece, ...]:
-    """The beginning of a turn: what the model goes on from, if it is the assistant's."""
+    """Return the beginning of a turn. The assistant's is the end of a prompt for generation."""
     return Piece("special", "<|im_start|>", supervised=learned), Piece("text", role), Piece("text", "\n")
 
 
 def write_prompt(turns: Sequence[Turn]) -> str:
-    """The text of these turns and of the beginning of the assistant's, for people to read."""
+    """Return the text of these turns and of the beginning of the assistant's turn, for display."""
     return "".join(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
 
 

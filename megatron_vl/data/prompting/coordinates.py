@@ -1,9 +1,8 @@
 """Boxes and quadrilaterals as the text that Qwen-VL reads and writes: integers in [0, 1000) along each axis.
 
-One rule and its inverse, used by prompts, generation and drawing alike. A coordinate x in [0, 1] falls into
-cell ``floor(1000 x)`` (1.0 into the last); a cell stands for its center. So text -> coordinates -> text is
-exact, and coordinates -> text -> coordinates errs by at most half a cell. The original's rounding was never
-published.
+Prompts, generation and drawing use one rule and its inverse. A coordinate x in [0, 1] belongs to cell ``floor(1000 x)``
+(1.0 to the last cell). A cell represents its center. So text -> coordinates -> text is exact, and coordinates -> text
+-> coordinates has an error of at most half a cell. The rounding rule of the original was never published.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ _POINTS_PATTERN = re.compile(rf"\s*{_POINT}(?:\s*,\s*{_POINT})*\s*")
 
 
 def to_cell(value: float) -> int:
-    """Cell in [0, 1000) of a coordinate in [0, 1]; values outside are clipped to the image.
+    """Return the cell in [0, 1000) of a coordinate in [0, 1]. Values outside are clipped to the image.
 
-    Raises ValueError if the coordinate is not a finite number.
+    Raises:
+        ValueError: The coordinate is not a finite number.
     """
     if 0.0 <= value < 1.0:
         return int(value * GRID)
@@ -31,18 +31,18 @@ def to_cell(value: float) -> int:
 
 
 def from_cell(cell: int) -> float:
-    """Center of a cell, in [0, 1]."""
+    """Return the center of a cell, in [0, 1]."""
     return (cell + 0.5) / GRID
 
 
 def format_points(coordinates: Sequence[float]) -> str:
-    """``(x1,y1),(x2,y2)``... of the flat coordinates x1, y1, x2, y2, ... in [0, 1]."""
+    """Return ``(x1,y1),(x2,y2)``... for the flat coordinates x1, y1, x2, y2, ... in [0, 1]."""
     cells = tuple(map(to_cell, coordinates))
     return ",".join(["(%d,%d)"] * (len(cells) // 2)) % cells
 
 
 def parse_cells(text: str, num_points: int) -> tuple[int, ...] | None:
-    """Flat cells of exactly ``num_points`` points, or None if the text is anything else."""
+    """Return the flat cells of exactly ``num_points`` points, or None for any other text."""
     if not _POINTS_PATTERN.fullmatch(text):
         return None
     points = _POINT_PATTERN.findall(text)
@@ -52,6 +52,6 @@ def parse_cells(text: str, num_points: int) -> tuple[int, ...] | None:
 
 
 def parse_points(text: str, num_points: int) -> tuple[float, ...] | None:
-    """Flat coordinates in [0, 1] of exactly ``num_points`` points, or None if the text is anything else."""
+    """Return the flat coordinates in [0, 1] of exactly ``num_points`` points, or None for any other text."""
     cells = parse_cells(text, num_points)
     return None if cells is None else tuple(map(from_cell, cells))

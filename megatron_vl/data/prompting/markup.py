@@ -1,9 +1,9 @@
-"""Qwen-VL's marks inside a text: ``<img>PATH</img>`` is an image, ``<ref>``, ``<box>`` and ``<quad>`` are grounding.
+"""Qwen-VL's markup in a text: ``<img>PATH</img>`` is an image; ``<ref>``, ``<box>`` and ``<quad>`` are grounding.
 
-Only a whole ``<img>PATH</img>``, with no other mark in its path, makes an image; a lone ``<img>``, ``</img>`` or
-``<imgpad>`` has no meaning. So no text can open an image span that it does not close, or claim a slot. Grounding marks
-count one by one, closed or not, as in the original, whose prompts may end in an open ``<box>``. The surface form of any
-other special token is text like any other. Marks are looked for in the NFC form, as in the original: what follows a
+Only a complete ``<img>PATH</img>``, without other marks in its path, is an image. A single ``<img>``, ``</img>`` or
+``<imgpad>`` has no meaning. So no text can open an image span without closing it, or use a slot. Grounding marks count
+individually, closed or not, as in the original, whose prompts may end in an open ``<box>``. The surface form of any
+other special token is ordinary text. Marks are searched in the NFC form, as in the original, because a character after
 ``>`` can compose with it.
 """
 
@@ -28,9 +28,9 @@ _BOX_SIZE = 4
 
 
 def parse_markup(text: str, *, images: bool = True) -> list[Piece]:
-    """Pieces of a text, unsupervised: images with their paths, grounding marks, and plain text between them.
+    """Split a text into unsupervised pieces: images with their paths, grounding marks, and plain text between them.
 
-    Without ``images`` an image is plain text as well.
+    Without ``images``, an image is plain text too.
     """
     text = unicodedata.normalize("NFC", text)
     pieces: list[Piece] = []
@@ -43,25 +43,25 @@ def parse_markup(text: str, *, images: bool = True) -> list[Piece]:
 
 
 def count_images(text: str) -> int:
-    """How many images a text names."""
+    """Return the number of images that a text names."""
     return sum(piece.kind == "image" for piece in parse_markup(text))
 
 
 def stray_image_tag(text: str) -> str | None:
-    """The first of <img>, </img> and <imgpad> that belongs to no image, if there is one."""
+    """Return the first <img>, </img> or <imgpad> that does not belong to an image, or None."""
     stretches = _IMAGE.split(unicodedata.normalize("NFC", text))[::2]
     return next((tag for stretch in stretches for tag in IMAGE_TAGS if tag in stretch), None)
 
 
 def join_parts(parts: Sequence[Any], *, images_before: int = 0) -> str:
-    """One text of Qwen-VL's list of parts: ``{"image": path}``, ``{"text": words}``, and ``{"box": boxes}`` with or
-    without a ``"ref"``, where a box is four cells from 0 to 999.
+    """Join Qwen-VL's list of parts into one text.
 
-    An image becomes ``Picture k: <img>path</img>`` and a line end; k counts the images of the dialogue, of which there
-    were ``images_before``.
+    A part is ``{"image": path}``, ``{"text": words}``, or ``{"box": boxes}`` with or without a ``"ref"``. A box is four
+    cells from 0 to 999. An image becomes ``Picture k: <img>path</img>`` and a line end. Here k counts the images of the
+    dialogue, after ``images_before`` earlier ones.
 
     Raises:
-        DataError: a part is something else, or a path holds a mark; says which part.
+        DataError: A part is something else, or a path holds a mark; the message names the part.
     """
     text = ""
     for number, part in enumerate(parts, 1):

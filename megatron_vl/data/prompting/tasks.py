@@ -1,14 +1,13 @@
-"""What the model reads for each task, and which part of it is to be learned.
+"""The text of a sample for each task, and which part of it is supervised.
 
-The strings are those of the paper (Appendix B.1) with the white space of its evaluation scripts: a prompt
-ends in ``English:`` or ``Answer:`` without a blank, and the target begins with one. In grounded text the
-blank before a phrase stands inside the tag (``gathering<ref> bees</ref><box>...``), as the released model
-writes it. Only the target and the closing ``<|endoftext|>`` are supervised. The Chinese wording was never
-published; ours is below.
+The strings are those of the paper (Appendix B.1) with the white space of its evaluation scripts. A prompt ends in
+``English:`` or ``Answer:`` without a space, and the target begins with a space. In grounded text, the space before a
+phrase is inside the tag (``gathering<ref> bees</ref><box>...``), as the released model writes it. Only the target and
+the closing ``<|endoftext|>`` are supervised. The Chinese wording was never published; the one below is ours.
 
-A rendered sample is a list of pieces: plain text, one special token, or an image. Text of the data is only
-ever a text piece, which cannot become a special token, so no caption, question or OCR line can open an image
-span. Pieces are tokenized one by one; hence a prompt has the same ids in training and in generation.
+A rendered sample is a list of pieces: plain text, one special token, or an image. Text from data is always a text
+piece, which cannot become a special token. So no caption, question or OCR line can open an image span. Pieces are
+tokenized one by one, so a prompt has the same ids in training and in generation.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ END = "<|endoftext|>"
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered sample that is tokenized by itself. (A page has hundreds: no slower record would do.)"""
+    """Part of a rendered sample that is tokenized by itself. (A page has hundreds, so the record type must be fast.)"""
 
     kind: Literal["text", "special", "image"]
     text: str = ""
-    """Plain text, the surface form of one special token, or the path of an image where a text names it."""
+    """Plain text, the surface form of one special token, or the path of an image if a text names it."""
     supervised: bool = False
 
 
@@ -44,12 +43,12 @@ class Wording:
     grounded_caption: str
     ocr: str
     answer: str
-    """Between the question and the answer."""
+    """Text between the question and the answer."""
     this: str
     verb: str
-    """After the box of a region that is to be described."""
+    """Text after the box of a region that is to be described."""
     blank: str
-    """What a target begins with."""
+    """First characters of a target."""
 
 
 WORDINGS: dict[str, Wording] = {
@@ -76,7 +75,7 @@ WORDINGS: dict[str, Wording] = {
 
 @dataclass(frozen=True)
 class _Template:
-    """How one task is rendered: what follows the images, what is learned, and whether images are needed."""
+    """Rendering of one task: what follows the images, what is supervised, and whether images are needed."""
 
     prompt: Callable[[Sample, Wording], list[Piece]]
     target: Callable[[Sample, Wording], list[Piece]]
@@ -84,11 +83,12 @@ class _Template:
 
 
 def render(sample: Sample) -> tuple[Piece, ...]:
-    """Prompt, target and end of a sample of one of the seven tasks, target and end supervised; of an interleaved
-    document all but the images.
+    """Render prompt, target and end of a sample of one of the seven tasks, or an interleaved document.
 
-    Raises SkipSample if the sample lacks what its task needs (``no_image``, ``empty_text``, ``no_region``,
-    ...).
+    Target and end are supervised; in an interleaved document, everything but the images.
+
+    Raises:
+        SkipSample: The sample lacks what its task needs (``no_image``, ``empty_text``, ``no_region``, ...).
     """
     if sample.task == "interleaved":
         return (*_interleaved(sample), Piece("special", END, supervised=True))
@@ -98,9 +98,10 @@ def render(sample: Sample) -> tuple[Piece, ...]:
 
 
 def render_prompt(sample: Sample) -> tuple[Piece, ...]:
-    """The prompt alone, for generation: images, then the words before the target; ``text`` need not be set.
+    """Render the prompt alone, for generation: images, then the words before the target. ``text`` may be empty.
 
-    Raises SkipSample if the sample lacks what its prompt needs.
+    Raises:
+        SkipSample: The sample lacks what its prompt needs.
     """
     template = _TEMPLATES[sample.task]
     if template.needs_image and not sample.images:
@@ -127,7 +128,7 @@ def _required(text: str, what: str) -> str:
 
 
 def _places(region: Region) -> list[Piece]:
-    """The region's boxes, then its quadrilaterals."""
+    """Return the region's boxes, then its quadrilaterals."""
     pieces: list[Piece] = []
     for tag, shapes, size in (("box", region.boxes, 4), ("quad", region.quads, 8)):
         for shape in shapes:
@@ -149,7 +150,7 @@ def _first_region(sample: Sample) -> Region:
 
 
 def _interleaved(sample: Sample) -> list[Piece]:
-    """Text and images in their order, the text supervised."""
+    """Return text and images in their order, with the text supervised."""
     _required(sample.text.replace(IMAGE_MARK, ""), "text")
     first, *others = sample.text.split(IMAGE_MARK)
     if len(others) != len(sample.images):
@@ -188,7 +189,7 @@ def _learn_lines(sample: Sample, words: Wording) -> list[Piece]:
 
 
 def _learn_grounded_caption(sample: Sample, words: Wording) -> list[Piece]:
-    """The caption with each phrase tagged where it stands and followed by its boxes."""
+    """Return the caption. Each phrase is tagged where it occurs, and its boxes follow it."""
     _required(sample.text, "caption")
     _first_region(sample)
     caption = words.blank + sample.text.rstrip()

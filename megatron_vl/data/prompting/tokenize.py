@@ -1,9 +1,9 @@
-"""Sample -> TokenizedSample: pieces become ids, an image becomes its span of slots.
+"""Tokenization of a Sample into a TokenizedSample: pieces become ids, and an image becomes its span of slots.
 
-An image span is ``<img>``, ``num_queries`` times ``<imgpad>``, ``</img>``; only an image piece makes one, so
-the spans of a tokenized sample are always balanced and as many as its images. (The original writes the
-image's path into the slots, byte by byte; the features overwrite them, so pads do.) A sample longer than the
-limit is skipped by name, never cut, except a text document, which packing lays over rows.
+An image span is ``<img>``, ``num_queries`` times ``<imgpad>``, ``</img>``. Only an image piece makes a span. So the
+spans of a tokenized sample are always balanced, and there is one for each image. (The original writes the image path
+into the slots, byte by byte. Features overwrite the slots, so pads give the same result.) A sample longer than the
+limit is skipped and reported, never truncated. The exception is a text document, which packing splits over rows.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from megatron_vl.errors import DataError, SkipSample
 
 @dataclass(frozen=True)
 class EncodedPieces:
-    """Ids of a rendered text and which of them are targets."""
+    """Ids of a rendered text, and which of them are targets."""
 
     tokens: npt.NDArray[np.int32]
-    """int32[length]."""
+    """int32[length]: token ids."""
     supervised: npt.NDArray[np.bool_]
-    """bool[length]."""
+    """bool[length]: whether each token is a target."""
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What tokenizing needs to know of the model and the recipe."""
+    """Facts about the model and the recipe that tokenizing needs."""
 
     num_queries: int
     max_length: int
-    """Longest sample in tokens; text documents may be longer."""
+    """Greatest length of a sample in tokens. Text documents may be longer."""
     chat_style: ChatStyle = "paper"
 
 
 def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeOptions) -> TokenizedSample:
     """Render and encode one sample.
 
-    Raises SkipSample: ``too_long``, or what rendering found wrong.
+    Raises:
+        SkipSample: ``too_long``, or as for rendering.
     """
     pieces = render_chat(sample, options.chat_style) if sample.task == "chat" else render(sample)
     encoded = encode_pieces(pieces, tokenizer, num_queries=options.num_queries)
@@ -63,7 +64,7 @@ def tokenize_sample(sample: Sample, tokenizer: QwenTokenizer, options: TokenizeO
 
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_queries: int) -> EncodedPieces:
-    """Ids of rendered pieces, in training and in generation alike."""
+    """Return the ids of rendered pieces, in training and in generation alike."""
     span = _image_span(tokenizer, num_queries)
     tokens = array("i")
     sizes: list[int] = []
@@ -81,12 +82,12 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: QwenTokenizer, *, num_quer
 
 
 def encode_text(text: str, tokenizer: QwenTokenizer, *, num_queries: int) -> list[int]:
-    """Ids of a text in which the surface form of every special token counts, as by default in the original.
+    """Return the ids of a text, parsing the surface form of every special token, as the original does by default.
 
-    For text of ours and to compare tokens; never for text from data.
+    Use this for own text and to compare tokens, never for text from data.
 
     Raises:
-        DataError: an image tag of the text belongs to no image.
+        DataError: An image tag of the text belongs to no image.
     """
     stray = stray_image_tag(text)
     if stray is not None:
@@ -99,6 +100,6 @@ def encode_text(text: str, tokenizer: QwenTokenizer, *, num_queries: int) -> lis
 
 
 def _image_span(tokenizer: QwenTokenizer, num_queries: int) -> list[int]:
-    """Ids of an image: its slots between the two markers."""
+    """Return the ids of an image: its slots between the two markers."""
     special = tokenizer.special
     return [special.img_start, *[special.img_pad] * num_queries, special.img_end]

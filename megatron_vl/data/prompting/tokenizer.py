@@ -1,13 +1,11 @@
-"""Qwen's tokenizer: byte-level BPE over NFC text, cut to its first ``num_bpe_tokens`` merges, special tokens after
-them.
+"""Qwen's tokenizer: byte-level BPE over NFC text with the first ``num_bpe_tokens`` merges, then special tokens.
 
-The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed
-``dashscope`` package, without importing that package, or given by path; its SHA-256 is checked, since a
-vocabulary that differs by one line trains a model that nobody can read. The first 256 ranks are the single
-bytes, so that any prefix of the file of at least that length is a complete vocabulary: a small model keeps
-2,048 ranks and still spells every text.
+The merges are Qwen's own file (151,643 lines of base64 bytes and rank). It is found inside the installed ``dashscope``
+package, without importing that package, or given by path. Its SHA-256 is checked, because a model trained with a
+vocabulary that differs in one line is useless to others. The first 256 ranks are the single bytes. So any prefix of the
+file of at least that length is a complete vocabulary: a small model keeps 2,048 ranks and can still encode every text.
 
-Invariant: text from data never becomes a special token. ``encode`` knows no special token at all;
+Invariant: text from data never becomes a special token. ``encode`` produces no special token at all.
 ``encode_with_specials`` parses only those that its caller allows.
 """
 
@@ -30,7 +28,7 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.errors import ConfigError, DataError
 
 QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
-"""SHA-256 of ``qwen.tiktoken`` with LF line ends (a copy with CRLF circulates; it is accepted)."""
+"""SHA-256 of ``qwen.tiktoken`` with LF line ends. (A copy with CRLF exists and is accepted.)"""
 NUM_BYTES = 256
 _LONG_TEXT = 150
 _PATTERN = (
@@ -45,12 +43,14 @@ _PATTERN = (
 
 
 class QwenTokenizer:
-    """Text to ids and back; see the module for where the vocabulary comes from."""
+    """Converter between text and ids; see the module docstring for the source of the vocabulary."""
 
     def __init__(self, num_bpe_tokens: int, vocab_file: str | Path | None = None) -> None:
         """Read and check the vocabulary.
 
-        Raises ConfigError for an impossible ``num_bpe_tokens`` and DataError if the file is absent or not Qwen's.
+        Raises:
+            ConfigError: ``num_bpe_tokens`` is impossible.
+            DataError: The file is missing or is not Qwen's.
         """
         ranks = read_ranks(find_vocab_file() if vocab_file is None else Path(vocab_file))
         if not NUM_BYTES <= num_bpe_tokens <= len(ranks):
@@ -69,12 +69,15 @@ class QwenTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; the surface form of a special token is spelled out like any other text."""
+        """Return the ids of plain text. The surface form of a special token is encoded like any other text."""
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def append(self, ids: array[int], text: str) -> None:
-        """Append the ids of ``encode`` to an array of type "i" in the fastest way: a list in between costs a quarter of
-        the time of a long text, numpy half of that of a short one."""
+        """Append the ids of ``encode`` to an array of type "i" in the fastest way.
+
+        An intermediate list would take a quarter of the time for a long text, and numpy half of the time for a short
+        one.
+        """
         if len(text) > _LONG_TEXT:
             normal = unicodedata.normalize("NFC", text)
             with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate, which encode replaces
@@ -84,9 +87,9 @@ class QwenTokenizer:
         ids.extend(self.encode(text))
 
     def encode_with_specials(self, text: str, allowed: Collection[str] | None = None) -> list[int]:
-        """Ids of text in which the special tokens ``allowed`` (surface forms; by default all) are parsed.
+        """Return the ids of text, parsing the special tokens ``allowed`` (surface forms, by default all).
 
-        For text of ours and for tests; never for text from data.
+        Use this for own text and for tests, never for text from data.
         """
         specials = self.special_ids if allowed is None else allowed
         return self._encoding.encode(
@@ -94,10 +97,10 @@ class QwenTokenizer:
         )
 
     def decode(self, ids: Iterable[int], *, keep_special: bool | Collection[str] = True) -> str:
-        """Text of ids; special tokens are kept, dropped, or kept if named in ``keep_special``.
+        """Return the text of ids. Special tokens are kept, dropped, or kept if they are in ``keep_special``.
 
-        Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are
-        not UTF-8, as when a generation stops within a character, become U+FFFD.
+        Ids of the embedding's padding (beyond the vocabulary) have no text and are dropped. Bytes that are not UTF-8
+        become U+FFFD, for example when a generation stops within a character.
         """
         kept = [i for i in ids if i < self.special.num_bpe_tokens or self._keeps(i, keep_special)]
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
@@ -114,10 +117,10 @@ class QwenTokenizer:
 
 
 def find_vocab_file() -> Path:
-    """Path of ``qwen.tiktoken`` inside the installed ``dashscope`` package, which is located and not
-    imported.
+    """Return the path of ``qwen.tiktoken`` inside the installed ``dashscope`` package, without importing the package.
 
-    Raises DataError if the package is not installed or does not hold the file.
+    Raises:
+        DataError: The package is not installed or does not hold the file.
     """
     spec = importlib.util.find_spec("dashscope")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -132,10 +135,10 @@ def find_vocab_file() -> Path:
 
 
 def read_ranks(path: Path, sha256: str = QWEN_SHA256) -> dict[bytes, int]:
-    """The merges of a ``.tiktoken`` file, bytes to rank, in order of rank.
+    """Return the merges of a ``.tiktoken`` file, bytes to rank, in order of rank.
 
-    Raises DataError if the file cannot be read, is not the one with this ``sha256`` (by default Qwen's), or its
-    ranks have gaps.
+    Raises:
+        DataError: The file cannot be read, does not have this ``sha256`` (by default Qwen's), or its ranks have gaps.
     """
     try:
         content = path.read_bytes().replace(b"\r\n", b"\n")
@@ -152,9 +155,12 @@ def read_ranks(path: Path, sha256: str = QWEN_SHA256) -> dict[bytes, int]:
 
 
 def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
-    """Parse lines 'base64 rank' and check that ranks run 0, 1, 2, ... and begin with all single bytes.
+    """Parse lines 'base64 rank', and check that ranks run 0, 1, 2, ... and begin with all single bytes.
 
-    ``name`` stands in messages. Raises DataError naming the first wrong line.
+    ``name`` names the file in messages.
+
+    Raises:
+        DataError: A line is wrong; the message names the first such line.
     """
     ranks: dict[bytes, int] = {}
     for line_index, line in enumerate(content.splitlines()):
