@@ -2,13 +2,13 @@
 
     images/12.png    questions/12.png.json    annotations/12.png.json
 
-A record is a question. Its text is a key of ``questions``, the answer one of ``answerTexts``; the option "{}"
-means that there is none. If ``abcLabel`` is set, the question speaks of letters, which have to be painted
-over the words of the diagram: an opaque box with ``replacementText`` over each ``rectangle``. The image is
-then stored anew as PNG.
+A record is a question. Its text is a key of ``questions``, and the answer is one of ``answerTexts``. The option "{}"
+means that there is no option. If ``abcLabel`` is set, the question refers to letters. They must be painted over the
+words of the diagram: an opaque box with ``replacementText`` over each ``rectangle``. The image is then stored again as
+PNG.
 
-The options are listed after the question as the evaluation prompts of multiple choice do, and the answer is
-the text of the right one (``with_options: false``: the question alone).
+The options are listed after the question, as in the evaluation prompts for multiple choice. The answer is the text of
+the correct option. With ``with_options: false``, the question is used alone.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class AI2D(Source):
     """Questions and diagrams of AI2D."""
 
     path: Path
-    """The folder with images, questions and annotations; it may lie in a zip (ai2d-all.zip/ai2d)."""
+    """Folder with images, questions and annotations. It may lie in a zip (ai2d-all.zip/ai2d)."""
     test_ids: Path
     """ai2d_test_ids.csv, which lists the diagrams of the test split by number."""
     split: Literal["train", "test"] = "train"
-    """What to read: the diagrams that are not listed, or those that are."""
+    """Diagrams to read: those that are not listed (train), or those that are (test)."""
     with_options: bool = True
     """List the options after the question."""
     records_per_shard: int = 1000
@@ -79,7 +79,7 @@ class AI2D(Source):
                     yield skipped(key, error)
 
     def _parts(self, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-        """The three files of each diagram."""
+        """Yield each diagram with the paths of its files."""
         for name in names:
             stem = name.removesuffix(".json")
             for part in (f"questions/{name}", f"annotations/{name}", f"images/{stem}"):
@@ -121,7 +121,7 @@ class AI2D(Source):
 
 
 def paint_letters(image: ImageRef, annotation: Any) -> ImageRef:
-    """The diagram with its words replaced by the letters of the questions; raises SkipSample."""
+    """Return the diagram with its words replaced by the letters of the questions. Raises SkipSample."""
     picture = decode_image(image.data)
     draw = ImageDraw.Draw(picture)
     for word in field(annotation, "text", dict).values():
@@ -137,7 +137,7 @@ def paint_letters(image: ImageRef, annotation: Any) -> ImageRef:
 
 
 def _corners(rectangle: list[Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """x1, y1, x2, y2 in pixels, clipped to the image, of two corners; raises SkipSample('bad_box')."""
+    """Return x1, y1, x2, y2 in pixels of two corners, clipped to the image. Raises SkipSample('bad_box')."""
     numbers = [value for corner in rectangle if isinstance(corner, list) for value in corner]
     if len(numbers) != 4 or not all(map(is_finite, numbers)):
         raise SkipSample("bad_box", f"expected two corners, found {rectangle!r:.80}")
@@ -146,6 +146,6 @@ def _corners(rectangle: list[Any], size: tuple[int, int]) -> tuple[float, float,
 
 
 def _lettered(options: list[str]) -> list[str]:
-    """The options that are some, each once, with letters."""
+    """Return the distinct, non-empty options, with letters."""
     distinct = [option for option in dict.fromkeys(option.strip() for option in options) if option != NO_OPTION]
     return [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, distinct, strict=False)]

@@ -21,9 +21,9 @@ class Source(ABC):
     name: str
     """Name of the source in the recipe; becomes ``Sample.source``."""
     exif_orientation: Literal["ignore", "apply"] = dataclasses.field(default="ignore", kw_only=True)
-    """Take the pixels as they are stored, or turned as EXIF says."""
+    """Use the pixels as they are stored, or apply their EXIF orientation."""
     scaled_images: bool = dataclasses.field(default=False, kw_only=True)
-    """Images were scaled as a whole after they were annotated: compare the proportions of declared sizes only."""
+    """Images were scaled as a whole after annotation, so only the proportions of declared sizes are compared."""
 
     @abstractmethod
     def shards(self) -> list[Shard]:

@@ -1,8 +1,8 @@
-"""Boxes and quadrilaterals of published records as fractions of the image in [0, 1].
+"""Boxes and quadrilaterals of published records, converted to fractions of the image in [0, 1].
 
-Published ones reach a few pixels beyond the image; what does is clipped, corner by corner. One that reaches further
-beyond an edge than the image is large was reckoned in other units; it is none, as is one of which nothing lies in the
-image, or without an area.
+Published boxes may extend a few pixels beyond the image. They are clipped, corner by corner. A box that extends beyond
+an edge by more than the size of the image was measured in other units, and is invalid. A box without area or outside
+the image is invalid too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
 MIN_EXTENT = 1e-6
-"""Of the image's side; a narrower box has no area, and rounding could turn it inside out."""
+"""Least extent as a fraction of the image's side. A narrower box has no area, and rounding could invert it."""
 
 
 def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float = 1.0) -> Box:
-    """(x1, y1, x2, y2) in units of which the image has ``width`` x ``height``, clipped to the image.
+    """Return a box from (x1, y1, x2, y2), clipped to the image; ``width`` and ``height`` are those of the image.
 
-    Raises SkipSample('bad_box') if it is not four finite numbers or nothing of it lies inside the image.
+    Raises:
+        SkipSample: ``bad_box`` unless it is four finite numbers and part of it lies inside the image.
     """
     x1, y1, x2, y2 = _numbers(corners, 4, "bad_box")
     _check_size(width, height)
@@ -42,15 +43,16 @@ def box_from_corners(corners: Sequence[float], width: float = 1.0, height: float
 
 
 def box_from_xywh(xywh: Sequence[float], width: float, height: float) -> Box:
-    """The same from COCO's (x, y, width, height)."""
+    """Return a box from COCO's (x, y, width, height), as ``box_from_corners`` does."""
     x, y, w, h = _numbers(xywh, 4, "bad_box")
     return box_from_corners((x, y, x + w, y + h), width, height)
 
 
 def quad_from_points(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
-    """Eight fractions from four points in their order around the quad, clipped to the image.
+    """Return eight fractions from four points in their order around the quad, clipped to the image.
 
-    Raises SkipSample('bad_quad') if it is not four points, nothing of it lies inside the image, or sides cross.
+    Raises:
+        SkipSample: ``bad_quad`` unless it is four points, part of it lies inside the image, and no sides cross.
     """
     a, b, c, d = _corners(points, width, height)
     if not _is_near((*a, *b, *c, *d)):
@@ -66,17 +68,18 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
 
 
 def clipped_quad(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
-    """Eight fractions of the image, clipped to it; raises SkipSample('bad_quad') if it is not four points."""
+    """Return eight fractions of the image, clipped to it. Raises SkipSample('bad_quad') unless it is four points."""
     return tuple(_clip(value) for corner in _corners(points, width, height) for value in corner)
 
 
 def shows_in_image(points: Sequence[Sequence[float]], width: float, height: float) -> bool:
-    """Whether some area of a quad lies inside the image; raises SkipSample('bad_quad') if it is not four points."""
+    """Return whether some area of a quad lies inside the image. Raises SkipSample('bad_quad') unless it is four
+    points."""
     return _area(_inside(_corners(points, width, height))) >= MIN_EXTENT**2
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes with an area."""
+    """Return the intersection over union of two boxes with an area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)
@@ -84,14 +87,14 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def about_region(sample: Sample, region: Region) -> Sample:
-    """``sample``, of the task ``referring`` or ``region_caption``, with what it is about."""
+    """Return ``sample``, of the task ``referring`` or ``region_caption``, with the region that it is about."""
     if sample.task == "referring":
         return replace(sample, question=region.text, regions=(region,))
     return replace(sample, text=region.text, regions=(region,))
 
 
 def _corners(points: Sequence[Sequence[float]], width: float, height: float) -> list[Point]:
-    """Four points as fractions of the image, not clipped."""
+    """Return four points as fractions of the image, not clipped."""
     _check_size(width, height)
     if not _has_size(points, 4) or not all(_has_size(point, 2) for point in points):
         raise SkipSample("bad_quad", f"expected four points, found {points!r:.80}")
@@ -104,7 +107,7 @@ def _is_near(fractions: Sequence[float]) -> bool:
 
 
 def _inside(corners: list[Point]) -> list[Point]:
-    """The polygon's part in the unit square: cut along each side of that in turn."""
+    """Return the part of the polygon in the unit square, by clipping at each side of the square in turn."""
     for axis, limit, sign in ((0, 0.0, 1), (0, 1.0, -1), (1, 0.0, 1), (1, 1.0, -1)):
         kept: list[Point] = []
         for before, corner in zip([*corners[-1:], *corners[:-1]], corners, strict=True):
@@ -125,7 +128,7 @@ def _area(corners: list[Point]) -> float:
 
 
 def _cross(a: Point, b: Point, c: Point, d: Point) -> bool:
-    """Whether the segments from a to b and from c to d cross, not only touch."""
+    """Return whether the segments from a to b and from c to d cross; touching is not crossing."""
     return _side(a, b, c) * _side(a, b, d) < 0 and _side(c, d, a) * _side(c, d, b) < 0
 
 

@@ -1,11 +1,11 @@
-"""Pairs of an image's path and a caption, in the forms in which people keep them.
+"""Pairs of an image path and a caption, in the usual file formats.
 
-    *.jsonl    {"image": "a/1.jpg", "caption": "..."}, an object a line: in-house pairs (or a list, as *.json)
+    *.jsonl    {"image": "a/1.jpg", "caption": "..."}, one object per line: in-house pairs (or a list, as *.json)
     *.tsv      caption<TAB>url, or url<TAB>caption: CC3M and CC12M as published; nothing is quoted
     *.json     a list of objects, or of captions alone (SBU's ``captions``), at the top or under a key
 
-Sets that are published as addresses are read in this way if the images were stored under the number of their
-line (``image_pattern: "GCC_train_{line:09d}.jpg"``).
+Sets that are published as addresses can be read in this way if the images were stored under the number of their line
+(``image_pattern: "GCC_train_{line:09d}.jpg"``).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class CaptionFiles(Source):
     image_root: Path
     """Folder, or zip, of the images."""
     image_pattern: tuple[str, ...] = ("{image}",)
-    """Name of an image from the fields of its record; of several the first that exists. ``line`` is the number
-    of the record, from 0."""
+    """Name of an image from the fields of its record; with several, the first that exists. ``line`` is the record
+    number, from 0."""
     caption_field: str = "caption"
     """Field that holds the caption, or a list of captions."""
     score_field: str = ""
@@ -50,13 +50,13 @@ class CaptionFiles(Source):
     columns: tuple[str, ...] = ()
     """Names of the columns of a .tsv, for example [caption, url]."""
     header: bool | None = None
-    """Whether the first line of a .tsv is a header; by default it is if it holds the names of the columns."""
+    """Whether the first line of a .tsv is a header. By default it is if it holds the names of the columns."""
     records: str = ""
-    """Key of the list in a .json; empty: the document is the list."""
+    """Key of the list in a .json. Empty: the document is the list."""
     captions: Choice = "longest"
-    """Of several captions of an image."""
+    """Choice among several captions of an image."""
     language: Literal["en", "zh"] = "en"
-    """Language of the captions; a record's own ``lang`` wins."""
+    """Language of the captions. A record's own ``lang`` overrides it."""
     records_per_shard: int = 20_000
     """Pairs in a unit of work."""
 
@@ -94,11 +94,11 @@ class CaptionFiles(Source):
                 f"{self.name}: columns are {list(self.columns)}, expected names for the columns of {file}, with "
                 f"{self.caption_field!r} among them"
             )
-        self._has_header(file)  # refused now, not in the middle of the work
+        self._has_header(file)  # raises an error now, not in the middle of the work
         return line_shards(file, self.records_per_shard)
 
     def _records(self, shard: Shard) -> Iterator[tuple[Record, str] | Skipped]:
-        """The records with their numbers, from 0, under ``line``; and their keys."""
+        """Yield the records and their keys, with the record number, from 0, under ``line``."""
         if shard.path.suffix != ".tsv":
             for found in read_records(shard, self.records or None):
                 if isinstance(found, Skipped):
@@ -121,9 +121,10 @@ class CaptionFiles(Source):
         return dict(zip(self.columns, values, strict=True))
 
     def _has_header(self, file: Path) -> bool:
-        """Whether the first line of a table is a header: as it was declared, or because it is one beyond doubt.
+        """Return whether the first line of a table is a header: as declared, or because it certainly is.
 
-        Raises DataError where there is a doubt: what was taken wrongly would move every caption to another image.
+        Raises:
+            DataError: It is uncertain. A wrong guess would assign every caption to another image.
         """
         if self.header is not None:
             return self.header
@@ -145,7 +146,7 @@ class CaptionFiles(Source):
         return False
 
     def _doubt(self, first: Record, second: Record) -> str:
-        """What is odd about the first line of a table beside the second, if it is a record."""
+        """Return what is unusual about the first line of a table compared to the second, if the first is a record."""
         for name, value in first.items():
             if _is_name(name, value):
                 return f"{value!r} is the name of its column"
@@ -176,7 +177,7 @@ def _is_name(name: str, value: str) -> bool:
 
 
 def _kind(value: str) -> str:
-    """What a value of a table looks like."""
+    """Return the kind of a table value by its form."""
     if _ADDRESS.fullmatch(value.strip()):
         return "an address"
     try:

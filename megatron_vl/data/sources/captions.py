@@ -1,8 +1,8 @@
-"""Several captions of one image: which of them become samples.
+"""Choice among several captions of one image.
 
-A record of a caption set is a caption. Of an image with several, ``all`` makes a sample of each, ``longest``
-(the paper's rule for academic sets) and ``first`` of one; the others are skipped as ``other_caption``, so
-that all captions that were read are accounted for.
+A record of a caption set is a caption. If an image has several, ``all`` makes a sample of each. ``longest`` (the
+paper's rule for academic sets) and ``first`` make a sample of one. The others are skipped as ``other_caption``, so that
+every caption is accounted for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Choice = Literal["longest", "first", "all"]
 def caption_samples(
     image: Sample, captions: Sequence[Any], choice: Choice, scores: Sequence[float | None] = ()
 ) -> Iterator[Sample | Skipped]:
-    """One sample or ``Skipped`` for each of an image's captions, which are checked here.
+    """Yield one sample or ``Skipped`` for each caption of an image, and check the captions.
 
-    ``image`` is the sample without text; with several captions their indices are appended to its key.
-    ``scores``, if given, belong to the captions one by one.
+    ``image`` is the sample without text. With several captions, their indices are appended to its key. ``scores``, if
+    given, has one entry per caption.
     """
     keys = [image.key] if len(captions) == 1 else [f"{image.key}#{index}" for index in range(len(captions))]
     checked = [_check(key, caption) for key, caption in zip(keys, captions, strict=True)]
@@ -44,16 +44,16 @@ def caption_samples(
 
 
 def skip_captions(key: str, captions: Sequence[Any], error: SkipSample) -> Iterator[Skipped]:
-    """All captions of an image that cannot be used."""
+    """Yield a ``Skipped`` for every caption of an image that cannot be used."""
     for index in range(len(captions)):
         yield skipped(key if len(captions) == 1 else f"{key}#{index}", error)
 
 
 def scores_of(found: Any, num_captions: int) -> list[float | None]:
-    """A score for each caption, from the field that holds one or a list of them; raises SkipSample('bad_score').
+    """Return a score for each caption, from a field with one score or a list. Raises SkipSample('bad_score').
 
-    Of several scores of one caption the best: LAION-COCO's ``top_caption`` is the one with the best of
-    ``all_similarities``. One score of several captions is that of each.
+    If one caption has several scores, the best is used: LAION-COCO's ``top_caption`` is the caption with the best of
+    ``all_similarities``. If several captions have one score, it applies to each.
     """
     scores = [as_score(score) for score in (found if isinstance(found, list) else [found])]
     if len(scores) == num_captions:
@@ -64,9 +64,10 @@ def scores_of(found: Any, num_captions: int) -> list[float | None]:
 
 
 def as_score(value: Any) -> float | None:
-    """A score in whatever form the metadata has it; none where there is none (null, NaN, empty).
+    """Return a score in any form of the metadata, or None if there is none (null, NaN, empty).
 
-    Raises SkipSample('bad_score') for what is no number, since no filter could judge it.
+    Raises:
+        SkipSample: ``bad_score`` if it is not a number, because no filter could judge it.
     """
     is_nan = isinstance(value, float) and math.isnan(value)
     if value is None or is_nan or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):

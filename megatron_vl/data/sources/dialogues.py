@@ -1,10 +1,9 @@
-"""What the dialogue formats share: a JSON array of ``{"conversations": [{"from", "value"}]}`` (or JSON Lines), whoever
-speaks.
+"""Common code of the dialogue formats: a JSON array (or JSON Lines) of ``{"conversations": [{"from", "value"}]}``.
 
-As in Qwen-VL's script a first turn that is not the user's is dropped, and an unknown role is an error (of the
-record); the answers of a dialogue cut in mid-turn are kept up to the last one. The system turn stands before the
-others (``"from": "system"``) or beside them, under ``system`` or ``system_prompt``; null is none, and "" an empty one.
-Sizes of the images, if there are any, stand under ``width`` and ``height``, of several images as lists.
+As in Qwen-VL's script, a first turn that is not the user's is dropped. An unknown role makes the record invalid. If a
+dialogue ends with a user turn, it is kept up to the last answer. The system turn is before the others (``"from":
+"system"``) or in a field ``system`` or ``system_prompt``. Null means no system turn, and "" an empty one. Sizes of the
+images are in ``width`` and ``height``, if given; for several images these are lists.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Dialogues(Source):
     path: Path
     """The JSON file."""
     image_root: Path
-    """Folder under which the paths of images are looked up."""
+    """Folder that the paths of images are relative to."""
     language: Literal["en", "zh"] = "en"
     """Language of the dialogues."""
     records_per_shard: int = 10_000
@@ -47,16 +46,16 @@ class Dialogues(Source):
 
     @abstractmethod
     def _sample(self, record: Json, key: str) -> Sample:
-        """The dialogue of a record; raises SkipSample."""
+        """Return the dialogue of a record. Raises SkipSample."""
 
     def _images(self, record: Json, names: Sequence[str]) -> tuple[ImageRef, ...]:
-        """The images of these names, each with the size that the record declares; raises SkipSample."""
+        """Return the images of these names, each with the size that the record declares. Raises SkipSample."""
         sizes = _declared_sizes(record, len(names))
         return tuple(read_image(self.image_root, name, size) for name, size in zip(names, sizes, strict=True))
 
 
 def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"]]) -> list[Turn]:
-    """Turns from the first of the user to the last of the assistant; ``roles`` says who is who.
+    """Return the turns from the first of the user to the last of the assistant; ``roles`` maps names to roles.
 
     The system turn, if there is one, comes first. Raises SkipSample.
     """
@@ -86,7 +85,7 @@ def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"
 
 
 def _system_turn(found: Sequence[Any]) -> list[Turn]:
-    """The one system turn that a record says, in whichever of its places."""
+    """Return the system turn of a record from any of its possible places, or an empty list."""
     texts = {value for value in found if isinstance(value, str)}
     if len(texts) > 1 or not all(value is None or isinstance(value, str) for value in found):
         raise SkipSample("wrong_field", f"the system turn is {found!r:.80}, expected one text")
@@ -94,7 +93,7 @@ def _system_turn(found: Sequence[Any]) -> list[Turn]:
 
 
 def media_of(record: Json) -> list[Any]:
-    """Paths of the images that stand beside the turns; raises SkipSample where there is a video or a sound."""
+    """Return the paths of the images beside the turns. Raises SkipSample if there is a video or a sound."""
     for name in ("video", "videos", "audio", "audios"):
         if record.get(name) not in NOTHING:
             raise SkipSample("unsupported_media", f"{name!r} is {record[name]!r:.60}")
@@ -105,7 +104,7 @@ def media_of(record: Json) -> list[Any]:
 
 
 def _declared_sizes(record: Json, count: int) -> list[tuple[int, int] | None]:
-    """Width and height of each of a record's images, as far as it says them; raises SkipSample('bad_size')."""
+    """Return width and height of each image of a record, if declared. Raises SkipSample('bad_size')."""
     width, height = record.get("width"), record.get("height")
     if count == 0 or width is None or height is None:
         return [None] * count

@@ -1,14 +1,14 @@
 """Captions whose phrases have boxes: Kosmos-2's GRIT after img2dataset.
 
-The json of each record holds ``caption`` and two lists, ``noun_chunks`` and ``ref_exps`` (the chunks expanded
-to whole expressions). An entry is ``[start, end, x1, y1, x2, y2, score]``: characters of the caption, end
-exclusive, and a box in fractions of the image. A phrase with several boxes is several entries with the same
-span, and expressions nest. Qwen-VL kept a largest set of phrases without nesting (paper, A.3);
-``largest_disjoint`` is that choice. The same phrases serve three tasks: the whole caption with its boxes, a
-phrase's boxes, a box's phrase; for the last two a record is a phrase.
+The json of each record holds ``caption`` and two lists, ``noun_chunks`` and ``ref_exps`` (the chunks expanded to whole
+expressions). An entry is ``[start, end, x1, y1, x2, y2, score]``: characters of the caption, end exclusive, and a box
+in fractions of the image. A phrase with several boxes has several entries with the same span. Expressions may be
+nested. Qwen-VL kept a largest set of phrases without nesting (paper, A.3); ``largest_disjoint`` makes this choice. The
+same phrases serve three tasks: the whole caption with its boxes, a phrase's boxes, a box's phrase. In the last two
+tasks, a record is a phrase.
 
-Fractions stay true when img2dataset resizes an image, but not when it pads or crops it, which it does unless
-told otherwise: an image whose aspect ratio has changed is refused.
+Fractions stay correct when img2dataset resizes an image, but not when it pads or crops it, which is its default. So an
+image whose aspect ratio has changed is refused.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class GroundedCaption(Source):
     path: Path
     """The folder that img2dataset wrote, or one shard of it."""
     task: Literal["grounded_caption", "referring", "region_caption"] = "grounded_caption"
-    """Learn the caption with its boxes, the boxes of a phrase, or the phrase of a box."""
+    """Task: the caption with its boxes, the boxes of a phrase, or the phrase of a box."""
     phrases: Literal["ref_exps", "noun_chunks"] = "ref_exps"
-    """Which of the two lists names the phrases."""
+    """List that the phrases are taken from."""
     min_score: float = 0.0
     """Drop boxes below this confidence."""
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
     scaled_images: bool = dataclasses.field(default=True, kw_only=True)
-    """Compare the proportions of declared sizes only: boxes are fractions."""
+    """Compare only the proportions of declared sizes, because boxes are fractions."""
 
     def shards(self) -> list[Shard]:
         return pair_shards(self.path)
@@ -75,16 +75,16 @@ class GroundedCaption(Source):
                 yield from (Skipped(f"{pair.key}#{a}-{b}", "nested_phrase", sample.text[a:b]) for a, b in nested)
 
     def _caption(self, pair: Pair) -> tuple[Sample, list[Span]]:
-        """The caption with the phrases chosen, and the spans of the others."""
+        """Return the caption with the chosen phrases, and the spans of the others."""
         _check_aspect(pair.fields)
         caption = field(pair.fields, "caption", str)
         if BYTE_ORDER_MARK in caption:
             raise SkipSample("unclean_text", "a byte-order mark, which the places of the phrases may count or not")
-        clean_text(caption, "caption")  # the caption itself keeps its blanks: spans count them
+        clean_text(caption, "caption")  # the caption keeps its white space: spans count it
         boxes = self._boxes(field(pair.fields, self.phrases, list), caption)
         for span in boxes:
             _check_words(caption, span)
-        if self.task == "grounded_caption":  # a blank phrase is none; of the other tasks it is a record
+        if self.task == "grounded_caption":  # a blank phrase is ignored here, and is a record in other tasks
             boxes = {(a, b): places for (a, b), places in boxes.items() if caption[a:b].strip()}
         spans = largest_disjoint(list(boxes))
         if not spans:
@@ -123,8 +123,10 @@ class GroundedCaption(Source):
 
 
 def _check_words(caption: str, span: Span) -> None:
-    """Raise SkipSample('bad_span') for a phrase that begins or ends inside a word: its places were counted in another
-    text, or in bytes."""
+    """Raise SkipSample('bad_span') for a phrase that begins or ends inside a word.
+
+    Its positions refer to another text, or count bytes.
+    """
     for edge in span:
         if re.fullmatch("[A-Za-z]{2}", caption[max(edge - 1, 0) : edge + 1]):
             phrase = caption[span[0] : span[1]]
@@ -132,7 +134,7 @@ def _check_words(caption: str, span: Span) -> None:
 
 
 def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
-    """A largest set of spans that do not overlap, in order: always take the one that ends first."""
+    """Return a largest set of spans that do not overlap, in order: repeatedly take the span that ends first."""
     chosen: list[Span] = []
     for start, end in sorted(set(spans), key=lambda span: (span[1], -span[0])):
         if not chosen or start >= chosen[-1][1]:
@@ -141,13 +143,13 @@ def largest_disjoint(spans: Sequence[Span]) -> list[Span]:
 
 
 def _stored_size(meta: Json) -> tuple[int, int] | None:
-    """What the metadata says of the stored image."""
+    """Return the size of the stored image according to the metadata, if given."""
     width, height = meta.get("width"), meta.get("height")
     return None if width is None or height is None else size_of(width, height, "width and height")
 
 
 def _check_aspect(meta: Json) -> None:
-    """Refuse an image that was padded or cropped; one of unknown sizes is taken as it is."""
+    """Raise SkipSample for an image that was padded or cropped. Images of unknown size are accepted."""
     sides = [meta.get(name) for name in ("width", "height", "original_width", "original_height")]
     width, height, old_width, old_height = (as_number(side) or 0 for side in sides)
     if old_width and old_height and abs(width * old_height - height * old_width) > old_width + old_height:

@@ -1,14 +1,12 @@
-"""HTML pages: laid out and rendered by a headless Chromium, with the box of every line of text.
+"""HTML pages, laid out and rendered by a headless Chromium, with the box of every line of text.
 
-Pages come as .html files, in folders or zips, or as the responses in Common Crawl's .warc.gz. What is loaded
-is the page itself and nothing that it refers to (:mod:`megatron_vl.data.formats.chromium`). Its first
-``max_height`` pixels are the image; a record is a page.
+Pages come as .html files, in folders or zips, or as the responses in Common Crawl's .warc.gz. Only the page itself is
+loaded, nothing that it refers to (:mod:`megatron_vl.data.formats.chromium`). The image is its first ``max_height``
+pixels. A record is a page.
 
-Lines are found by asking for the rectangle of each character: characters of one block at one height with no
-wide gap are a line. What is hidden, covered by something else, or out of view is left out, and so is a line that
-is cut by the edge.
-Pages look as the installed fonts make them, so the same file may give other pixels on another machine; a page
-with a character that no font draws is left out.
+Lines are found from the rectangle of each character. Characters of one block at one height, without a wide gap, form a
+line. Lines that are hidden, covered, out of view or cut by the edge are left out. Pages are rendered with the installed
+fonts, so the same file may give other pixels on another machine. A page with a character that no font has is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from megatron_vl.errors import DataError, SkipSample
 
 SUFFIXES = (".html", ".htm")
 VIEW_HEIGHT = 600
-"""Height of the view in which a page is loaded; a shorter page leaves the rest of it blank."""
+"""Height of the view in which a page is loaded. A shorter page leaves the rest blank."""
 LINES = """
 (limit => {
   const lines = [], range = document.createRange();
@@ -111,11 +109,11 @@ class HTML(PageSource):
     width: int = 1024
     """Width of the view in pixels."""
     max_height: int = 1448
-    """Greatest height of the image in pixels; what is below is cut off."""
+    """Greatest height of the image in pixels. The page is cut off below it."""
     browser: str = ""
-    """Program to run; by default the first Chromium or Chrome that is found."""
+    """Program to run. By default, the first Chromium or Chrome that is found."""
     page_seconds: float = 30.0
-    """A page that takes longer is left out."""
+    """Time limit per page in seconds. A page that takes longer is left out."""
     records_per_shard: int = 500
     """Pages in a unit of work (a WARC file is one unit)."""
 
@@ -144,7 +142,7 @@ class HTML(PageSource):
             return self.page_sample(document.key, image, lines)
 
     def look(self, page: Page) -> tuple[bytes, list[TextLine]]:
-        """Picture and lines of a loaded page."""
+        """Return the picture and the lines of a loaded page."""
         height = min(max(int(page.evaluate(HEIGHT)), 1), self.max_height)
         self.check_size(self.width, height)
         page.resize(self.width, height)
@@ -158,7 +156,7 @@ class HTML(PageSource):
 
 
 class _Renderer:
-    """A browser that is started when it is needed, and again when it is gone."""
+    """A browser that is started when it is needed, and again when it has ended."""
 
     def __init__(self, program: str) -> None:
         self._program = program
@@ -172,7 +170,7 @@ class _Renderer:
         self._stack.close()
 
     def render(self, document: Document, source: HTML) -> tuple[bytes, list[TextLine]]:
-        """Picture and lines of a document; raises SkipSample."""
+        """Return the picture and the lines of a document. Raises SkipSample."""
         if self._browser is None:
             self._browser = self._stack.enter_context(Browser(self._program))
             self._check_start()

@@ -1,8 +1,8 @@
-"""Captions of img2dataset's output, in any of its containers (:mod:`megatron_vl.data.formats.img2dataset_shards`).
+"""Captions from the output of img2dataset, in any of its containers
+(:mod:`megatron_vl.data.formats.img2dataset_shards`).
 
-Which field holds the caption, and which one a CLIP score, differs by data set: the rows of
-``presets.DATA_SETS`` (LAION-COCO keeps its caption in ``top_caption``, and the alt text that it replaces in
-the ``txt``).
+The fields of the caption and of a CLIP score differ by data set; see ``presets.DATA_SETS``. For example, LAION-COCO
+keeps its caption in ``top_caption``, and the alt text that it replaces in the ``txt``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Img2Dataset(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
     caption_field: tuple[str, ...] = ("txt", "caption", "text")
-    """Field of the metadata that holds the caption, or a list of captions; of several the first that is not
-    empty. ``txt`` is the caption file, ``text`` a usual name in Hugging Face's parquet."""
+    """Metadata fields of the caption, or of a list of captions; the first that is not empty is used. ``txt`` is the
+    caption file, ``text`` a common name in Hugging Face's parquet."""
     score_field: tuple[str, ...] = ()
-    """Field that holds the CLIP score, or a list of them; of several the first that is there."""
+    """Fields of the CLIP score, or of a list of scores; the first that is present is used."""
     captions: Choice = "longest"
-    """Of several captions of an image."""
+    """Choice among several captions of an image."""
 
     def shards(self) -> list[Shard]:
         return pair_shards(self.path)
@@ -67,7 +67,7 @@ class Img2Dataset(Source):
 
 
 def _first(pair: Pair, names: tuple[str, ...]) -> Any:
-    """The first of the fields that is there and not empty."""
+    """Return the first of the fields that is present and not empty."""
     for name in names:
         value = pair.fields.get(name)
         if value is not None and value != [] and not (isinstance(value, str) and not value.strip()):

@@ -1,11 +1,11 @@
-"""Documents of text and images in their order, in JSON Lines: the layout of OBELICS, or that of MMC4.
+"""Documents of text and images in their order, in JSON Lines with the layout of OBELICS or MMC4.
 
     OBELICS   {"texts": ["A cat.", null, "It sleeps."], "images": [null, "cats/1.jpg", null]}
     MMC4      {"text_list": ["A cat.", "It sleeps."], "image_info": [{"image_name": "1.jpg", "matched_text_index": 1}]}
 
-In both the images are to be on disk, under ``image_root``, and where OBELICS has addresses a document has paths. An
-image of MMC4 stands before the sentence that it was matched to. A document whose images cannot all be read is skipped;
-one without images is plain text, which packing may cut.
+Images must be on disk under ``image_root``. OBELICS URLs must be replaced by paths. An image of MMC4 is placed before
+the sentence that it was matched to. A document is skipped unless all its images can be read. A document without images
+is plain text, which packing may split.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import SkipSample
 
 Part = tuple[Literal["text", "image"], str]
-"""A stretch of text, or the path of an image."""
+"""Part of a document: a text, or the path of an image."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Interleaved(Source):
 
 
 def _paragraphs(record: Json) -> list[Part]:
-    """The parts of OBELICS' two lists, of which one has an entry wherever the other has none."""
+    """Return the parts in OBELICS' two lists; at each position exactly one list has an entry."""
     texts, images = field(record, "texts", list), field(record, "images", list)
     if len(texts) != len(images):
         raise SkipSample("wrong_field", f"{len(texts)} texts and {len(images)} images; the lists are to be parallel")
@@ -71,7 +71,7 @@ def _paragraphs(record: Json) -> list[Part]:
 
 
 def _sentences(record: Json) -> list[Part]:
-    """The parts of MMC4's sentences, each behind the images that were matched to it."""
+    """Return MMC4's sentences as parts, each after the images that were matched to it."""
     sentences = field(record, "text_list", list)
     before: dict[int, list[Part]] = {}
     for info in field(record, "image_info", list):
@@ -88,7 +88,7 @@ def _sentences(record: Json) -> list[Part]:
 
 
 def _joined(parts: list[Part], separator: str) -> str:
-    """One text with a mark for each image, and the separator between neighboring texts."""
+    """Return one text with a mark for each image, and the separator between neighboring texts."""
     text = ""
     for (kind, content), (before, _) in zip(parts, [("image", ""), *parts], strict=False):
         plain = content.replace(IMAGE_MARK, "").replace(BYTE_ORDER_MARK, "").strip()

@@ -1,7 +1,7 @@
 """Captions of photographs in Karpathy's splits: ``dataset_coco.json`` (and ``dataset_flickr30k.json``).
 
-``images`` is a list of images, each with its ``sentences`` and its ``split``. A record is a sentence; those of
-other splits are counted as ``other_split``. The words as people wrote them are in ``raw``.
+``images`` is a list of images, each with its ``sentences`` and its ``split``. A record is a sentence. Sentences of
+other splits are counted as ``other_split``. The field ``raw`` holds the text as people wrote it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Karpathy(Source):
     image_root: Path
     """Folder, or zip, of the images."""
     image_pattern: tuple[str, ...] = ("{filename}",)
-    """Name of an image from the fields of its record; of several the first that exists."""
+    """Name of an image from the fields of its record; with several, the first that exists."""
     splits: tuple[str, ...] = ("train",)
-    """What to read."""
+    """Splits to read."""
     captions: Choice = "all"
-    """Of the captions of an image."""
+    """Choice among the captions of an image."""
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
     records_per_shard: int = 20_000

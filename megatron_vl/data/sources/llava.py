@@ -1,15 +1,16 @@
-"""Dialogues in LLaVA's instruction format: a JSON array of ``{"id", "image", "conversations"}`` between ``human``
-and ``gpt`` (LLaVA-Instruct-150K, mix665k and what others publish in their form).
+"""Dialogues in LLaVA's instruction format, a JSON array of ``{"id", "image", "conversations"}``.
 
-``image`` (or ``images``) is a path, or a list of them, or absent in dialogues of text alone. ``<image>`` marks its
-place, in which comes Qwen-VL's ``Picture 1: <img>path</img>``; a single one at the end of a turn goes to its front, as
-LLaVA's own code has it. The referring expressions and regions of mix665k carry
-boxes ``[0.1, 0.2, 0.3, 0.4]`` in fractions of the image padded to a square in its middle; they become
-``<box>`` in thousandths of the image itself.
+The speakers are ``human`` and ``gpt``. LLaVA-Instruct-150K, mix665k and other published sets have this format.
 
-Four numbers in brackets are a box if all lie in [0, 1] and they are not all bare digits, however they are written
-(``0``, ``.25``, ``1e-05``); ``[0, 1, 1, 0]`` and ``[12.5, 30, 200, 100]`` are text. Where that leaves a doubt
-(``[0, 0, 1, 1]``, a number just beyond the square, several images) the dialogue is left out as ``ambiguous_box``.
+``image`` (or ``images``) is a path, a list of paths, or absent in text-only dialogues. ``<image>`` marks the place of
+an image. It is replaced by Qwen-VL's ``Picture 1: <img>path</img>``. A single ``<image>`` at the end of a turn moves to
+the front of the turn, as in LLaVA's own code. The referring expressions and regions of mix665k have boxes ``[0.1, 0.2,
+0.3, 0.4]``, in fractions of the image padded to a square with the image in the middle. They become ``<box>`` in
+thousandths of the image itself.
+
+Four numbers in brackets are a box if all lie in [0, 1] and not all are bare digits; any notation is accepted (``0``,
+``.25``, ``1e-05``). ``[0, 1, 1, 0]`` and ``[12.5, 30, 200, 100]`` are text. In uncertain cases (``[0, 0, 1, 1]``, a
+number just beyond the square, several images), the dialogue is skipped as ``ambiguous_box``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class LLaVA(Dialogues):
     """Dialogues in LLaVA's JSON."""
 
     convert_boxes: bool = True
-    """Turn boxes of the padded square into ``<box>`` of the image."""
+    """Convert boxes of the padded square to ``<box>`` of the image."""
 
     def _sample(self, record: Json, key: str) -> Sample:
         turns = dialogue_turns(record, {"human": "user", "gpt": "assistant"})
@@ -62,7 +63,7 @@ def _image_names(record: Json) -> list[str]:
 
 
 def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
-    """Qwen-VL's picture lines for the marks, numbered through the dialogue."""
+    """Replace the marks by Qwen-VL's picture lines, numbered through the dialogue."""
     pictures = iter([f"Picture {number}: <img>{name}</img>\n" for number, name in enumerate(names, start=1)])
     found = []
     for turn in turns:
@@ -75,7 +76,8 @@ def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
 
 
 def _is_box(match: re.Match[str]) -> bool:
-    """Whether four numbers are a box of the padded square; raises SkipSample('ambiguous_box') where it is in doubt."""
+    """Return whether four numbers are a box of the padded square. Raises SkipSample('ambiguous_box') in uncertain
+    cases."""
     numbers = [float(number) for number in match.groups()]
     if all(number.isdecimal() for number in match.groups()):
         if numbers == [0, 0, 1, 1]:

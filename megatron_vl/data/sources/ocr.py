@@ -1,13 +1,13 @@
-"""Pages as SynthDoG writes them: images and a metadata.jsonl, with or without the places of the lines.
+"""Pages in the format of SynthDoG: images and a metadata.jsonl, with or without the positions of the lines.
 
-SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}``, where ``ground_truth`` is a string of JSON that
-holds all the text in one, and drops the places. Reading with places cannot be learned of that; given a
-``question``, such a page becomes a question whose answer is its text. The extended form, which our own
-generator writes, adds ``size`` ([width, height] in pixels) and ``lines``, each with ``text`` and ``quad``
-(four points in pixels, clockwise from top-left), and becomes the OCR task.
+SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}``. Here ``ground_truth`` is a JSON string that holds all the
+text in one and drops the positions. Such a page cannot teach reading with positions. Given a ``question``, it becomes a
+question whose answer is its text. The extended format, which the generator of this package writes, adds ``size``
+([width, height] in pixels) and ``lines``. Each line has ``text`` and ``quad`` (four points in pixels, clockwise from
+the top-left corner). Such a page becomes a sample of the OCR task.
 
-SynthDoG appends to its metadata: a second run into the same folder draws over the images of the first and
-leaves their old lines in place. So a name that occurs twice makes the file useless, and is refused.
+SynthDoG appends to its metadata. A second run into the same folder overwrites the images of the first run and leaves
+their old lines in place. So a file in which a name occurs twice is refused.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class OCR(Source):
     path: Path
     """metadata.jsonl, or the folder that holds it."""
     image_root: Path | None = None
-    """Folder of the images; by default the folder of the metadata."""
+    """Folder of the images, by default the folder of the metadata."""
     language: Literal["en", "zh"] = "en"
-    """Language of the pages; a record's own ``lang`` wins."""
+    """Language of the pages. A record's own ``lang`` overrides it."""
     question: str = ""
-    """What to ask of a page whose lines have no places; by default it is skipped."""
+    """Question about a page whose lines have no positions. By default such a page is skipped."""
     records_per_shard: int = 10_000
     """Pages in a unit of work."""
 
@@ -87,7 +87,7 @@ class OCR(Source):
         return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
 
     def _plain_sample(self, record: Json, sample: Sample) -> Sample:
-        """The question about a page without places."""
+        """Return the question about a page without positions."""
         truth = _ground_truth(field(record, "ground_truth", str))
         text = clean_text(words_in(field(truth, "gt_parse", dict), "text_sequence"), "text_sequence")
         if not self.question:
@@ -98,7 +98,7 @@ class OCR(Source):
 
 
 def _ground_truth(text: str) -> Json:
-    """The JSON in SynthDoG's string; raises SkipSample."""
+    """Return the object in SynthDoG's JSON string. Raises SkipSample."""
     try:
         return parse_object(text)
     except ValueError as error:
@@ -106,7 +106,7 @@ def _ground_truth(text: str) -> Json:
 
 
 def _check_names(path: Path) -> None:
-    """Raise DataError if two lines name the same image. Of each name 8 bytes are held in memory."""
+    """Raise DataError if two lines name the same image. Memory holds 8 bytes per name."""
     hashes = array("q")
     with path.open("rb") as stream:
         for line in stream:

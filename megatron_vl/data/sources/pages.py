@@ -1,9 +1,10 @@
-"""Pages of text: from an image and lines with quadrilaterals to an OCR sample, under the rules of the paper's A.4.
+"""Pages of text: conversion of an image and lines with quadrilaterals to an OCR sample, with the rules of the paper's
+A.4.
 
-Too small images, pages of too few or too many characters, and pages with characters of Latin Extended-A and -B
-or of the Private Use Areas are left out: in text that was extracted from files these are signs of fonts whose
-characters mean something else. The paper published no thresholds; here they are options. Lines of which
-nothing is on the page, such as those beyond its edge, are no lines.
+Images that are too small and pages with too few or too many characters are left out. So are pages with characters of
+Latin Extended-A and -B or of the Private Use Areas. In text that was extracted from files, such characters usually come
+from fonts that map them to something else. The paper published no thresholds; here they are options. Lines that are
+entirely outside the page are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Point = tuple[float, float]
 LATIN_EXTENDED = re.compile("[\u0100-\u024f]")
 PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
 UNMAPPED = re.compile("[\x00-\x08\x0e-\x1f\ufffd-\uffff]")
-"""What extraction gives where it does not know the character."""
+"""Characters that extraction returns if it does not know the character."""
 JPEG_QUALITY = 90
 
 
@@ -45,11 +46,11 @@ class PageSource(Source):
     """Options of every reader of pages."""
 
     min_side: int = 224
-    """Pages whose shorter side has fewer pixels are left out."""
+    """Leave out pages whose shorter side has fewer pixels."""
     min_characters: int = 20
-    """Pages with fewer characters are left out."""
+    """Leave out pages with fewer characters."""
     max_characters: int = 2000
-    """Pages with more characters are left out."""
+    """Leave out pages with more characters."""
     latin_extended: bool = False
     """Keep pages with letters of Latin Extended-A and -B."""
     private_use: bool = False
@@ -58,7 +59,7 @@ class PageSource(Source):
     """Language of the pages."""
 
     def page_sample(self, key: str, image: Image.Image, lines: Iterable[TextLine]) -> Sample:
-        """The sample of a page; raises SkipSample where a rule says so."""
+        """Return the sample of a page. Raises SkipSample if a rule excludes it."""
         self.check_size(*image.size)
         regions = [region for line in lines if (region := _region(line, image.size)) is not None]
         self.check_text("".join(region.text for region in regions))
@@ -69,12 +70,12 @@ class PageSource(Source):
         return Sample(key, self.name, "ocr", self.language, (ref,), text=text, regions=tuple(regions))
 
     def check_size(self, width: float, height: float) -> None:
-        """Raise SkipSample if a page of so many pixels is too small."""
+        """Raise SkipSample if a page of this size in pixels is too small."""
         if min(width, height) < self.min_side:
             raise SkipSample("image_too_small", f"{width:g} x {height:g} pixels, the least side is {self.min_side}")
 
     def check_text(self, text: str) -> None:
-        """Raise SkipSample if a page's text breaks a rule."""
+        """Raise SkipSample if the text of a page breaks a rule."""
         if len(text) < self.min_characters:
             raise SkipSample("too_few_characters", f"{len(text)}, at least {self.min_characters}")
         if len(text) > self.max_characters:
@@ -88,7 +89,7 @@ class PageSource(Source):
 
 
 def _region(line: TextLine, size: tuple[int, int]) -> Region | None:
-    """The line in fractions of the page, or nothing if it has no text or no place on it."""
+    """Return the line in fractions of the page, or None if it has no text or is not on the page."""
     text = " ".join(line.text.replace(BYTE_ORDER_MARK, "").split())
     if not text:
         return None

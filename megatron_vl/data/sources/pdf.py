@@ -1,12 +1,12 @@
-"""Pages of PDF files: the rendered page and the lines of its text, by PDFium (permissively licensed).
+"""Pages of PDF files: the rendered page and its lines of text, by PDFium (which has a permissive license).
 
-Lines are made of PDFium's characters: one ends where PDFium puts a line end, where the direction changes, and
-at a gap wider than ``GAP`` times its height (columns, tables). A line's quadrilateral encloses its characters'
-boxes, from ascender to descender, and is turned with the text. PDFium's own map from the page to a bitmap
-takes them to pixels, so that rotated pages, crop boxes and the axis that points upwards need no thought here.
+Lines consist of PDFium's characters. A line ends where PDFium reports a line end, where the direction changes, and at a
+gap wider than ``GAP`` times its height (columns, tables). The quadrilateral of a line encloses the boxes of its
+characters, from ascender to descender, and is rotated with the text. PDFium's own map from the page to a bitmap
+converts positions to pixels. So rotated pages, crop boxes and the upward axis need no special code here.
 
-Text that is drawn invisibly (what scanners lay behind their image) is left out unless asked for. A document
-that cannot be opened is one skipped record; otherwise a record is a page.
+Invisible text (which scanners put behind their image) is left out unless it is requested. A document that cannot be
+opened is one skipped record. Otherwise a record is a page.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ SUFFIXES = (".pdf",)
 GAP = 1.5
 POINTS_PER_INCH = 72
 FINE = 2**20
-"""Size of the bitmap that PDFium is asked about, since it answers in whole pixels."""
+"""Size of the bitmap in requests to PDFium, which answers in whole pixels."""
 FAR = 1000
-"""Distance in points of the places that it is asked about."""
+"""Distance in points of the positions in these requests."""
 LIGATURES = str.maketrans(
     {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st", "\u00ad": "-"}
 )
 HYPHENS = (0x02, 0xFFFE)
-"""What PDFium gives for a hyphen at which a word was divided."""
+"""Codes that PDFium returns for a hyphen that divides a word."""
 INVISIBLE = (3, 7)
-"""Modes of drawing text that leave nothing on the page."""
+"""Text rendering modes that leave nothing on the page."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PDF(PageSource):
     dpi: int = 96
     """Pixels per inch of the rendered pages."""
     invisible_text: bool = False
-    """Take text that is drawn invisibly, such as that of scanned pages."""
+    """Include invisible text, such as that of scanned pages."""
     records_per_shard: int = 100
     """Documents in a unit of work."""
 
@@ -108,7 +108,7 @@ class PDF(PageSource):
 
 @dataclass
 class _Line:
-    """A line while its characters are collected; ``along`` and ``across`` it in pixels."""
+    """A line while its characters are collected, with coordinates ``along`` and ``across`` it in pixels."""
 
     direction: Point
     text: str = ""
@@ -116,12 +116,12 @@ class _Line:
     across: list[float] = field(default_factory=list)
 
     def place(self, corners: list[Point]) -> tuple[list[float], list[float]]:
-        """Corners along and across the line."""
+        """Return the coordinates of the corners along and across the line."""
         u, v = self.direction
         return [x * u + y * v for x, y in corners], [y * u - x * v for x, y in corners]
 
     def goes_on(self, direction: Point, corners: list[Point]) -> bool:
-        """Whether a character with these corners belongs to the line."""
+        """Return whether a character with these corners belongs to the line."""
         if direction[0] * self.direction[0] + direction[1] * self.direction[1] < 0.99:
             return False
         along, across = self.place(corners)
@@ -138,7 +138,7 @@ class _Line:
         self.across += [min(across), max(across)]
 
     def finish(self) -> TextLine:
-        """The line with its quadrilateral."""
+        """Return the line with its quadrilateral."""
         u, v = self.direction
 
         def point(along: float, across: float) -> Point:
@@ -151,7 +151,7 @@ class _Line:
 
 
 class _Lines:
-    """Reads the lines of one page."""
+    """Reader of the lines of one page."""
 
     def __init__(self, page: Any, text: Any, size: tuple[int, int], invisible: bool) -> None:
         self._raw = importlib.import_module("pypdfium2.raw")
@@ -162,7 +162,7 @@ class _Lines:
         self._up = ((up[0] - origin[0]) / FAR, (up[1] - origin[1]) / FAR)
 
     def read(self, max_characters: int) -> list[TextLine]:
-        """All lines; as soon as there are more characters than allowed those found so far."""
+        """Return all lines, or the lines found so far as soon as they have more than ``max_characters``."""
         lines: list[_Line] = []
         current: _Line | None = None
         num_characters = 0
@@ -185,7 +185,7 @@ class _Lines:
         return [line.finish() for line in lines]
 
     def _character(self, index: int) -> str:
-        """The character, empty if it is not to be read."""
+        """Return the character, or '' if it must not be read."""
         code = self._raw.FPDFText_GetUnicode(self._text, index)
         if self._raw.FPDFText_IsGenerated(self._text, index) == 1:
             return chr(code)
@@ -199,12 +199,12 @@ class _Lines:
         return "\ufffd" if unknown else chr(code)
 
     def _corners(self, index: int) -> list[Point]:
-        """The corners of the character's box in pixels."""
+        """Return the corners of the character's box in pixels."""
         left, bottom, right, top = self._text.get_charbox(index, loose=True)
         return [self._pixel(x, y) for x in (left, right) for y in (bottom, top)]
 
     def _direction(self, index: int) -> Point:
-        """The unit vector in pixels along which the character is read."""
+        """Return the unit vector of the character's reading direction, in pixels."""
         matrix = self._raw.FS_MATRIX()
         if not self._raw.FPDFText_GetMatrix(self._text, index, matrix):
             return 1.0, 0.0

@@ -1,8 +1,7 @@
-"""Published data sets that differ from a reader's format in names only: the reader and its options.
+"""Published data sets that differ from the format of a reader only in names: the reader and its options.
 
-``{type: gqa, ...}`` in a recipe is ``{type: vqa, ...}`` with the options of this table, any of which the
-recipe may still set. Patterns for images name the files as they lie in the folder of the set, unpacked or in
-the zips as they are downloaded.
+``{type: gqa, ...}`` in a recipe is ``{type: vqa, ...}`` with the options of this table. The recipe may still set any of
+them. Image patterns name the files as in the folder of the set, unpacked or in the downloaded zips.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Dialogues in Qwen-VL's own fine-tuning format: a JSON array of ``{"id", "conversations": [{"from",
-"value"}]}`` between ``user`` and ``assistant``.
+"""Dialogues in Qwen-VL's own fine-tuning format, a JSON array of ``{"id", "conversations": [{"from", "value"}]}``.
 
-Images stand in the text, ``Picture 1: <img>path</img>``, boxes as ``<box>(x1,y1),(x2,y2)</box>``. The text
-stays as it is; the images are read in their order. A dialogue with a box or quad that is none, such as one in pixels
-beyond the grid, is left out: the model would learn to write what nobody can read.
+The speakers are ``user`` and ``assistant``. Images are in the text as ``Picture 1: <img>path</img>``, boxes as
+``<box>(x1,y1),(x2,y2)</box>``. The text is not changed. The images are read in their order. A dialogue with an invalid
+box or quad, for example one in pixels beyond the grid, is left out. The model would learn to write boxes that cannot be
+parsed.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class QwenVLChat(Dialogues):
 
 
 def check_boxes(text: str) -> None:
-    """Raise SkipSample unless each <box> of a dialogue holds two corners, each <quad> four points of the grid, and each
-    <ref> ends.
+    """Check that each <box> of a dialogue holds two corners, each <quad> four points of the grid, and each <ref> ends.
 
-    A user's turn may end in an open ``<box>`` that the answer closes, so ``text`` is that of all turns.
+    A user's turn may end in an open ``<box>`` that the answer closes. So ``text`` is that of all turns.
+
+    Raises:
+        SkipSample: A mark is wrong.
     """
     if (problem := _misplaced(text, "box", 2)) is not None:
         raise SkipSample("bad_box", problem)
@@ -56,7 +58,7 @@ def check_boxes(text: str) -> None:
 
 
 def _misplaced(text: str, tag: str, num_points: int) -> str | None:
-    """The first place in a text that is no <box>, or no <quad>, if there is one."""
+    """Return the first place in a text that is not a valid <box> or <quad>, if there is one."""
     opening, closing = f"<{tag}>", f"</{tag}>"
     found = re.findall(f"{opening}(.*?){closing}", text, re.DOTALL)
     if text.count(opening) != len(found) or text.count(closing) != len(found):
@@ -71,8 +73,8 @@ def _misplaced(text: str, tag: str, num_points: int) -> str | None:
 
 
 def _has_order(points: Sequence[float]) -> bool:
-    """Whether two corners are top left and bottom right (of the smallest box, the same cell); of a quad, whether it is
-    more than one point."""
+    """Return whether two corners are top left and bottom right (equal cells are allowed), or a quad is more than one
+    point."""
     if len(points) == 4:
         return points[0] <= points[2] and points[1] <= points[3]
     return len(set(zip(points[::2], points[1::2], strict=True))) > 1

@@ -1,9 +1,9 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as the refer toolkit ships them: ``refs(unc).p`` beside ``instances.json``.
+"""RefCOCO, RefCOCO+ and RefCOCOg as distributed with the refer toolkit: ``refs(unc).p`` beside ``instances.json``.
 
-The pickle lists references: an annotation, an image, a split, and some sentences, each an expression for the
-same box. A record is a sentence. Boxes and sizes are in ``instances.json``, a COCO dictionary; so is the real
-name of the image, since the pickle's ``file_name`` carries a number too many. All splits show images of COCO
-train2014. RefCOCOg is best taken by its ``umd`` split, whose images are disjoint.
+The pickle lists references: an annotation, an image, a split, and some sentences, each an expression for the same box.
+A record is a sentence. Boxes and sizes are in ``instances.json``, a COCO dictionary. It also has the real name of the
+image: the pickle's ``file_name`` has an extra number. All splits show images of COCO train2014. For RefCOCOg, the
+``umd`` split is recommended, because its images are disjoint.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class RefCOCO(Source):
     image_root: Path
     """Folder of COCO's train2014 images, or the one that holds train2014 or train2014.zip."""
     split_by: Literal["unc", "umd", "google"] = "unc"
-    """Whose division into splits, and with it which pickle."""
+    """Author of the division into splits, which selects the pickle."""
     split: Literal["train", "val", "test", "testA", "testB"] = "train"
-    """References to read."""
+    """Split to read."""
     expression: Literal["sent", "raw"] = "sent"
-    """The cleaned expression or what was typed."""
+    """The cleaned expression (``sent``) or the typed text (``raw``)."""
     task: Literal["referring", "region_caption"] = "referring"
-    """Learn the box of an expression, or the expression of a box."""
+    """Task: the box of an expression, or the expression of a box."""
     language: Literal["en", "zh"] = "en"
     """Language of the expressions."""
     records_per_shard: int = 50_000
-    """References in a unit of work; each unit reads both files."""
+    """References in a unit of work. Each unit reads both files."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
@@ -103,7 +103,7 @@ class RefCOCO(Source):
 
 
 def load_references(path: Path) -> list[Json]:
-    """The references of a ``refs(...).p``, each with a ``split``; raises DataError."""
+    """Return the references of a ``refs(...).p``, each with a ``split``. Raises DataError."""
     references = load_plain_pickle(path)
     if not isinstance(references, list) or not all(isinstance(r, dict) and "split" in r for r in references):
         raise DataError(f"{path}: expected a list of references, each with a 'split'; is it the refer toolkit's file?")
@@ -111,12 +111,12 @@ def load_references(path: Path) -> list[Json]:
 
 
 def reference_files(root: Path) -> list[Path]:
-    """All ``*/refs(*).p`` under ``root``."""
+    """Return all ``*/refs(*).p`` under ``root``."""
     return sorted(root.glob("*/refs(*).p"))
 
 
 def evaluation_images(root: Path) -> frozenset[int]:
-    """COCO ids of the images in every split but ``train`` of all ``*/refs(*).p`` under ``root``."""
+    """Return the COCO ids of the images in every split but ``train``, of all ``*/refs(*).p`` under ``root``."""
     files = reference_files(root)
     if not files:
         raise DataError(f"{root}: found no */refs(*).p; expected the folder with refcoco, refcoco+ and refcocog")
@@ -129,7 +129,7 @@ def evaluation_images(root: Path) -> frozenset[int]:
 
 
 def _by_id(path: Path, key: str, wanted: set[Any]) -> dict[int, Json]:
-    """The records of a COCO dictionary whose ids are wanted, without the outlines."""
+    """Return the records of a COCO dictionary with the ids ``wanted``, without the segmentation outlines."""
     found: dict[int, Json] = {}
     for element in iter_array(path, key):
         number = identity(element.value)

@@ -1,8 +1,8 @@
 """Referring expressions in MDETR's JSON: RefCOCO, RefCOCO+ and RefCOCOg after its conversion.
 
-A COCO dictionary with one "image" per expression (``caption``, ``file_name``, ``width``, ``height``, ``id``)
-and the box as an annotation (``image_id``, ``bbox`` as x, y, width, height in pixels). The same file serves
-both directions: ``referring`` learns the box of an expression, ``region_caption`` the expression of a box.
+The file is a COCO dictionary with one "image" per expression (``caption``, ``file_name``, ``width``, ``height``,
+``id``). The box is an annotation (``image_id``, ``bbox`` as x, y, width, height in pixels). The same file serves both
+directions: ``referring`` learns the box of an expression, ``region_caption`` the expression of a box.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class RefExp(Source):
     image_root: Path
     """Folder of the images, or the one that holds train2014 or train2014.zip."""
     task: Literal["referring", "region_caption"] = "referring"
-    """Learn the box of an expression, or the expression of a box."""
+    """Task: the box of an expression, or the expression of a box."""
     language: Literal["en", "zh"] = "en"
     """Language of the expressions."""
     records_per_shard: int = 50_000
-    """Expressions in a unit of work; each unit reads the file."""
+    """Expressions in a unit of work. Each unit reads the file."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
@@ -52,7 +52,7 @@ class RefExp(Source):
                 yield skipped(key, error)
 
     def _annotations(self, wanted: set[Any]) -> dict[Any, list[Json]]:
-        """The annotations of the wanted images, in the order of the file."""
+        """Return the annotations of the wanted images, in the order of the file."""
         found: dict[Any, list[Json]] = {}
         for element in iter_array(self.path, "annotations"):
             number = identity(element.value, "image_id")
@@ -75,11 +75,12 @@ class RefExp(Source):
 
 
 def identity(record: Any, name: str = "id") -> int | str | None:
-    """The number or name under which a record is referred to, if it has one."""
+    """Return the number or name that identifies a record, if it has one."""
     value = record.get(name) if isinstance(record, dict) else None
     return value if isinstance(value, (int, str)) else None
 
 
 def train_images(name: str) -> list[str]:
-    """Where an image of COCO's train2014 may be: in the folder itself, or in the folder or zip of that name in it."""
+    """Return possible names of an image of COCO's train2014: in the folder itself, or in its folder or zip
+    train2014."""
     return [name, f"train2014/{name}", f"train2014.zip/train2014/{name}"]

@@ -1,8 +1,8 @@
-"""The table of source types, and how a recipe's entry becomes a reader.
+"""The table of source types, and the construction of a reader from a recipe entry.
 
-An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``: ``type`` picks the row, every
-other key is a field of the reader's dataclass. The name of a data set in ``presets.DATA_SETS`` is a type too:
-its reader with some fields filled in. Relative paths count from the folder of the recipe.
+An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``. ``type`` selects the row, and every other
+key is a field of the reader's dataclass. The name of a data set in ``presets.DATA_SETS`` is a type too: its reader with
+some fields set. Relative paths are relative to the folder of the recipe.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = None) -> Source:
-    """The reader of one recipe entry.
+    """Return the reader of one recipe entry.
 
-    ``where`` names the entry in messages ("data.yaml: sources[2]"); relative paths are joined to ``root`` if
-    given. Raises ConfigError on an unknown type, an unknown or missing key, a value of the wrong type.
+    ``where`` names the entry in messages ("data.yaml: sources[2]"). Relative paths are joined to ``root`` if given.
+
+    Raises:
+        ConfigError: A type or key is unknown, a key is missing, or a value has the wrong type.
     """
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: found {entry!r:.60}, expected a mapping with 'name' and 'type'")
@@ -74,5 +76,5 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
     values = {key: value for key, value in {**preset, **entry}.items() if key != "type"}
     for key in lists & values.keys():
         if not isinstance(values[key], list | tuple):
-            values[key] = [values[key]]  # one name, where several may be
+            values[key] = [values[key]]  # one name in place of a list of names
     return Builder(root=root, purpose=f" for source type {kind}").build(reader, values, where)

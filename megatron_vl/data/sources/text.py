@@ -1,4 +1,4 @@
-"""Plain documents in JSON Lines, one object a line, the document under ``text`` as in Megatron-LM."""
+"""Plain documents in JSON Lines, one object per line, with the document under ``text`` as in Megatron-LM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Text(Source):
     text_field: str = "text"
     """Field that holds the document."""
     language: Literal["en", "zh"] = "en"
-    """Language of the documents; a record's own ``lang`` wins."""
+    """Language of the documents. A record's own ``lang`` overrides it."""
     records_per_shard: int = 100_000
     """Documents in a unit of work."""
 

@@ -1,9 +1,9 @@
 """Regions of Visual Genome: ``region_descriptions.json`` and ``image_data.json``, as published.
 
-A record is a region: a phrase, and x, y, width, height in pixels. The images lie in two folders, VG_100K and
-VG_100K_2; which one is only told by the image's url. The regions overlap heavily and repeat themselves, so one
-that says the same of nearly the same box as an earlier one of its image is dropped. Half of the images are
-COCO's, and with them images of RefCOCO's validation and test splits, which can be left out by their ids.
+A record is a region: a phrase, and x, y, width, height in pixels. The images are in two folders, VG_100K and VG_100K_2.
+Only the image's url tells which one. Regions overlap heavily and repeat. So a region is dropped if an earlier one of
+its image has the same phrase and nearly the same box. Half of the images come from COCO, including images of RefCOCO's
+validation and test splits. These can be excluded by their ids.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ ZIPS = {"VG_100K": "images.zip", "VG_100K_2": "images2.zip"}
 
 @dataclass(frozen=True)
 class Picture:
-    """What image_data.json says of an image."""
+    """Facts about an image from image_data.json."""
 
     name: str
-    """Folder and file."""
+    """Folder and file name."""
     width: int
     height: int
     coco_id: int | None
 
     @property
     def names(self) -> list[str]:
-        """Where the image may be: in its folder, or in the zip of the folder."""
+        """Possible paths of the image: in its folder, or in the zip of the folder."""
         return [self.name, f"{ZIPS.get(self.name.partition('/')[0], 'images.zip')}/{self.name}"]
 
 
@@ -56,11 +56,11 @@ class VisualGenome(Source):
     image_root: Path
     """Folder that holds VG_100K and VG_100K_2, or the zips of them."""
     task: Literal["referring", "region_caption"] = "referring"
-    """Learn the box of a phrase, or the phrase of a box."""
+    """Task: the box of a phrase, or the phrase of a box."""
     duplicate_iou: float = 0.5
-    """Drop a region whose phrase an earlier one has with a box that overlaps by more than this (1: none)."""
+    """Drop a region if an earlier one has the same phrase and a box with a greater overlap than this (1: drop none)."""
     refcoco_root: Path | None = None
-    """Folder with refcoco, refcoco+ and refcocog: leave out the images of their other splits than train."""
+    """Folder with refcoco, refcoco+ and refcocog. Images of their splits other than train are left out."""
     records_per_shard: int = 2_000
     """Images in a unit of work."""
 
@@ -102,7 +102,7 @@ class VisualGenome(Source):
     def _image(
         self, record: Json, pictures: dict[int, Picture], excluded: frozenset[int]
     ) -> tuple[Picture, ImageRef] | SkipSample:
-        """The image of all regions of a record, or why there is none."""
+        """Return the image of all regions of a record, or the reason why there is none."""
         try:
             number = _image_id(record)
             if number not in pictures:
@@ -135,7 +135,7 @@ class VisualGenome(Source):
 
 
 def _image_id(record: Json) -> int:
-    """Files of different versions name it differently."""
+    """Return the image id, which has different names in different versions of the file."""
     return int(field(record, "image_id" if isinstance(record, dict) and "image_id" in record else "id", int))
 
 

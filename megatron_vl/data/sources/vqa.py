@@ -1,6 +1,6 @@
-"""Questions about images: VQAv2's format, and the sets that differ from it in names and nesting.
+"""Questions about images: the format of VQAv2, and sets that differ from it in names and nesting.
 
-A record is a question. The options say where its parts stand, and ``presets.DATA_SETS`` holds them for each
+A record is a question. The options give the fields of its parts, and ``presets.DATA_SETS`` holds the options for each
 published set:
 
     VQAv2             {"questions": [{image_id, question, question_id}]}, answers in a second file
@@ -10,10 +10,10 @@ published set:
     DocVQA, TextVQA   {"data": [{image or image_id, question, answers}]}
     OCR-VQA           {ID: {questions: [...], answers: [...], split}}             parallel lists
 
-Of several answers the one with the highest confidence over the annotators is learned (yes 1, maybe 1/2, no 0),
-then the most frequent, then the first (paper, A.2). Texts are left as they were published.
+Of several answers, the target is the one with the highest confidence over the annotators (yes 1, maybe 1/2, no 0), then
+the most frequent, then the first (paper, A.2). Texts are used as published.
 
-The files are streamed; what is kept in memory of a second file is the answers to each question.
+The files are streamed. Of a second file, memory holds the answers to each question.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Answers = Mapping[int | str, "Answer | SkipSample"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What is learned, and what each annotator said."""
+    """The target answer, and the answer of each annotator."""
 
     text: str
     annotators: tuple[str, ...]
@@ -49,19 +49,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class VQA(Source):
-    """Questions and answers in VQAv2's format, or one like it."""
+    """Questions and answers in VQAv2's format, or a similar one."""
 
     questions: Path
-    """JSON file with the questions, or a folder of such files; it may lie in a zip."""
+    """JSON file with the questions, or a folder of such files. It may lie in a zip."""
     image_root: Path
     """Folder, or zip, of the images."""
     annotations: Path | None = None
     """JSON file whose ``annotations`` hold the answers by ``question_id``, if the questions do not."""
     image_pattern: tuple[str, ...] = ("COCO_train2014_{image_id:012d}.jpg",)
-    """Name of an image from the fields of its question; of several the first that exists. ``key`` is the key of
-    the record where the document is a dictionary."""
+    """Name of an image from the fields of its question; with several, the first that exists. ``key`` is the key of the
+    record if the document is a dictionary."""
     records: str = "questions"
-    """Key of the list of questions; empty: the document itself is the list, or a dictionary of them."""
+    """Key of the list of questions. Empty: the document itself is the list, or a dictionary of them."""
     unfold: str = ""
     """Field of a record that lists its questions."""
     id_field: str = "question_id"
@@ -71,22 +71,22 @@ class VQA(Source):
     answer_field: str = "answers"
     """Field of the answer, of several answers to the question, or of one answer to each of the questions."""
     annotated: bool = False
-    """A list of answers that are texts holds one of each annotator, as a list of VQAv2's objects always does."""
+    """A list of text answers holds one answer per annotator, as a list of VQAv2's objects always does."""
     strip_period: bool = False
-    """Learn answers without the period at their end."""
+    """Remove the period at the end of answers."""
     split_field: str = ""
-    """Field that names the split of a record, if one file holds all."""
+    """Field that names the split of a record, if one file holds all splits."""
     splits: tuple[str, ...] = ()
-    """What to read of it."""
+    """Splits to read."""
     language: Literal["en", "zh"] = "en"
     """Language of questions and answers."""
     records_per_shard: int = 100_000
-    """Records in a unit of work; each unit goes through the annotations."""
+    """Records in a unit of work. Each unit reads the annotations."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
         check_patterns(self.image_pattern, self.name)
-        self._annotated_answers()  # a damaged file is refused now, not in the middle of the work
+        self._annotated_answers()  # a damaged file raises an error now, not in the middle of the work
         shards = [record_shards(file, self.records_per_shard, self.records or None) for file in self._files()]
         return list(itertools.chain.from_iterable(shards))
 
@@ -113,14 +113,14 @@ class VQA(Source):
         return files
 
     def _annotated_answers(self) -> Answers | None:
-        """The answer to each question of the second file, if there is one."""
+        """Return the answer to each question of the second file, or None if there is no second file."""
         if self.annotations is None:
             return None
         answers: dict[int | str, Answer | SkipSample] = {}
         for element in iter_array(self.annotations, "annotations"):
             record = element.value
             question_id = record.get(self.id_field) if isinstance(record, dict) else None
-            if isinstance(question_id, (int, str)):  # of an annotation without it, no question will be found
+            if isinstance(question_id, (int, str)):  # an annotation without it matches no question
                 try:
                     found: Answer | SkipSample = self._answers_of(record)
                 except SkipSample as error:
@@ -131,7 +131,7 @@ class VQA(Source):
         return answers
 
     def _questions(self, found: Record) -> list[Json]:
-        """The record's questions one by one, each with the fields that they share."""
+        """Return the record's questions one by one, each with the shared fields."""
         record = found.value
         if self.unfold:
             nested = field(record, self.unfold, list)
@@ -181,10 +181,10 @@ class VQA(Source):
 
 
 def best_answer(record: Json, name: str = "answers") -> str:
-    """The answer to learn: highest summed confidence, then most frequent, then first; raises SkipSample.
+    """Return the target answer: highest summed confidence, then most frequent, then first. Raises SkipSample.
 
     ``record[name]`` is one answer, or a list of answers or of VQAv2's objects with ``answer`` and
-    ``answer_confidence``; where it is empty or absent, ``multiple_choice_answer`` counts.
+    ``answer_confidence``. If it is empty or absent, ``multiple_choice_answer`` is used.
     """
     answers = record.get(name)
     if answers in NOTHING and not isinstance(record.get("multiple_choice_answer"), (list, dict)):
