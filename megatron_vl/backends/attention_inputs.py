@@ -1,4 +1,4 @@
-"""What a layer's attention needs to know of a batch: the records that backends make and the model passes on."""
+"""The attention inputs of a batch: records that backends build and the model passes to the layers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedLine:
-    """Where the attention spans of a packed line lie."""
+    """The attention spans of a packed sequence."""
 
     lengths: Sequence[int]
-    """Of the spans, known without asking a device."""
+    """Lengths of the spans, known without asking a device."""
     cu_seqlens: Tensor
-    """int32[spans + 1], their borders."""
+    """int32[spans + 1], the boundaries of the spans."""
     positions: Tensor
     """int64[t], index of each token within its span."""
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> PackedLine:
-        """Spans of these lengths, on the CPU."""
+        """Return spans of these lengths, on the CPU."""
         borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, borders, torch.cat([torch.arange(length) for length in lengths]))
 
@@ -35,12 +35,14 @@ class PackedLine:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Arguments of ``TransformerLayer.forward`` beside the hidden states."""
+    """Arguments of ``TransformerLayer.forward`` besides the hidden states."""
 
     mask: Tensor | None = None
     """``attention_mask``, in the form that the backend's attention reads."""
     rotary: Tensor | None = None
-    """``rotary_pos_emb``: angles [t, 1, 1, d], or [longest, 1, 1, d] for packed parameters; None where the backend's
-    attention has them elsewhere, or there are none."""
+    """``rotary_pos_emb``: angles [t, 1, 1, d], or [longest, 1, 1, d] for packed parameters.
+
+    None if the backend's attention takes them elsewhere, or if there are none.
+    """
     packed: Any | None = None
-    """Megatron-Core's ``PackedSeqParams``, or what a backend has in its place."""
+    """Megatron-Core's ``PackedSeqParams``, or the backend's replacement for it."""

@@ -1,17 +1,17 @@
-"""What is replaced inside Megatron-Core on every device.
+"""Replace parts of Megatron-Core, on every device.
 
-Each because the original would break a promise of ours:
+Each part is replaced because the original would break a promise of this project:
 
-* the optimizer, where neither Apex nor Transformer Engine brings a fused one: torch's AdamW keeps a ``step`` for each
-  parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for
-  each parameter group, as the fused ones do;
-* the norm and the scaling of gradients on CUDA, where neither brings them: the original waits for the device once for
+* the optimizer, where neither Apex nor Transformer Engine provides a fused one. torch's AdamW keeps a ``step`` for each
+  parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for each
+  parameter group, as the fused ones do;
+* the norm and the scaling of gradients on CUDA, where neither provides them. The original waits for the device once for
   each parameter;
-* the kernel by which linear layers add weight gradients to their fp32 sum, which Megatron-Core has from Apex alone:
-  without it each micro-batch passes over all gradients once more;
-* the fused bias and GELU of an MLP: the original's is the tanh approximation, Qwen-VL's is exact;
-* the checkpoint writer: it starts processes, and one that is killed leaves the save waiting for ever. Ours writes in
-  the rank's own process, so a dead writer is a dead rank, which the launcher notices;
+* the kernel by which linear layers add weight gradients to their fp32 sum, which Megatron-Core takes from Apex alone.
+  Without it each micro-batch passes over all gradients once more;
+* the fused bias and GELU of an MLP. The original uses the tanh approximation; Qwen-VL's GELU is exact;
+* the checkpoint writer. The original starts processes, and if one is killed, the save waits forever. Ours writes in the
+  rank's own process, so a dead writer is a dead rank, which the launcher notices;
 * the results queue of that writer, which would start a manager process;
 * the readers of checkpoint metadata, which would run code from a hostile file (``safe_metadata.py``).
 
@@ -34,8 +34,8 @@ from megatron_vl.backends import kernels, safe_metadata
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW with the state of NVIDIA's fused optimizers: ``exp_avg`` and ``exp_avg_sq``, and a step for each group.
 
-    The step also counts in groups without parameters: a rank may hold nothing of a group, yet it is rank 0's groups
-    that a checkpoint stores.
+    The step also counts in groups without parameters. A rank may hold nothing of a group, but a checkpoint stores the
+    groups of rank 0.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -81,7 +81,7 @@ Moments = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def exact_adamw(tensors: Moments, group: dict[str, Any]) -> None:
-    """One update in steps, each over all parameters of a group."""
+    """Update in steps, each over all parameters of a group."""
     parameters, gradients, means, squares = tensors
     beta1, beta2 = group["betas"]
     torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
@@ -95,7 +95,7 @@ def exact_adamw(tensors: Moments, group: dict[str, Any]) -> None:
 
 
 def fused_adamw(tensors: Moments, group: dict[str, Any]) -> None:
-    """One update in a single pass over memory, without a copy of anything: torch's kernel."""
+    """Update in a single pass over memory by torch's kernel, without copies."""
     parameters, gradients, means, squares = tensors
     step = torch.full((), float(group["step"]), device=parameters[0].device)
     torch._fused_adamw_(
@@ -116,7 +116,7 @@ def fused_adamw(tensors: Moments, group: dict[str, Any]) -> None:
 
 
 def install() -> None:
-    """Replace the parts named above; harmless when called again."""
+    """Replace the parts named above. Repeated calls change nothing."""
     _replace_optimizer()
     _replace_norms()
     _replace_weight_gradients()
@@ -140,12 +140,12 @@ def _replace_optimizer() -> None:
 
 
 def l2_norm(_chunk: int, _overflow: Tensor, lists: list[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
-    """float32[1]: the norm of all tensors of one list; the signature is Megatron-Core's."""
+    """Return float32[1], the norm of all tensors of one list. Megatron-Core fixes the signature."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
 
 
 def scale(_chunk: int, _overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
-    """Multiply the gradients in place; the signature is Megatron-Core's, which gives them as source and as target."""
+    """Multiply the gradients in place. Megatron-Core fixes the signature, and passes them as source and as target."""
     sources, targets = lists
     assert all(source is target for source, target in zip(sources, targets, strict=True))
     torch._foreach_mul_(targets, factor)
@@ -176,7 +176,7 @@ def _replace_gelu() -> None:
 
 
 def is_installed() -> bool:
-    """Whether :func:`install` has run in this process."""
+    """Return whether :func:`install` has run in this process."""
     from megatron.core.transformer import mlp
 
     return bool(mlp.bias_gelu_impl is kernels.bias_gelu)
@@ -195,7 +195,7 @@ class _Unjoined:
 def _write_here(
     transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
 ) -> None:
-    """Write this rank's part of a checkpoint in this process; the signature is Megatron-Core's."""
+    """Write this rank's part of a checkpoint in this process. Megatron-Core fixes the signature."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     written: dict[int, Any] | Exception = {}

@@ -1,12 +1,12 @@
-"""Lets Megatron-Core run on a machine without CUDA, over gloo.
+"""Let Megatron-Core run on a machine without CUDA, over gloo.
 
-Megatron-Core names the CUDA device outright: it asks ``torch.cuda`` for the current device, builds scalars with
+Megatron-Core names the CUDA device explicitly. It asks ``torch.cuda`` for the current device, builds scalars with
 ``device="cuda"``, calls ``Tensor.cuda`` and compares ``Tensor.type()`` with ``torch.cuda.FloatTensor``. This module
-answers all of these with the CPU, by plain replacement of attributes: no function mode stands in the path of every
-operation, so a patched process computes at full speed.
+answers all of these with the CPU, by replacing attributes. There is no function mode around every operation, so a
+patched process computes at full speed.
 
 It is installed on request, only where there is no CUDA, and only for the version of Megatron-Core that it was written
-for; ``tests/unit/backends/test_cpu.py`` counts the places that name CUDA and fails when a new version moves them.
+for. ``tests/unit/backends/test_cpu.py`` counts the places that name CUDA and fails when a new version moves them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _NullStream:
     wait_stream = wait_event = wait = synchronize = record = record_event = _nothing
 
     def query(self) -> bool:
-        """All work is done."""
+        """Return True: all work is done."""
         return True
 
 
@@ -64,15 +64,15 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def is_installed() -> bool:
-    """Whether :func:`install` has run in this process."""
+    """Return whether :func:`install` has run in this process."""
     return torch.Tensor.cuda is _tensor_cuda
 
 
 def install() -> None:
-    """Patch torch and Megatron-Core for this process; does nothing where CUDA is present or when called again.
+    """Patch torch and Megatron-Core for this process. Do nothing if CUDA is present or the patch is installed.
 
     Raises:
-        ConfigError: another version of Megatron-Core is installed.
+        ConfigError: if another version of Megatron-Core is installed.
     """
     if torch.cuda.is_available() or is_installed():
         return
@@ -130,7 +130,7 @@ def _patch_tensor_methods() -> None:
 
 def _patch_torch_cuda() -> None:
     def answering(value: Any) -> Callable[..., Any]:
-        """A function of its own for each name: torch's tracing rules want them distinct."""
+        """Return a new function for each name: torch's tracing rules require distinct ones."""
         return lambda *_args, **_kwargs: value
 
     replacements: dict[str, Any] = {
@@ -157,13 +157,14 @@ def _patch_torch_cuda() -> None:
 def _share_process_groups() -> None:
     """Let groups of the same ranks be one group.
 
-    Megatron-Core makes about twenty groups a rank, most of them of the same few sets of ranks. With gloo each costs a
-    full mesh of connections and a thread that wakes a hundred times a second, which on a machine of few cores is a
-    good part of all there is. Every rank makes the same calls in the same order, so every rank shares alike.
+    Megatron-Core makes about twenty groups a rank, most of them of the same few sets of ranks. With gloo each group
+    costs a full mesh of connections and a thread that wakes a hundred times a second. On a machine with few cores that
+    is a large part of all its time. Every rank makes the same calls in the same order, so all ranks share the same
+    groups.
     """
     from megatron.core import parallel_state
 
-    # Held weakly, for the reason in _drop_process_groups.
+    # Weak references, for the reason in _drop_process_groups.
     shared: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
     elsewhere: set[tuple[int, ...]] = set()  # groups that this rank made with the others and is no member of
 
@@ -188,11 +189,11 @@ def _share_process_groups() -> None:
 
 
 def _drop_process_groups() -> None:
-    """Let ``destroy_model_parallel`` drop every group; some it leaves in its module.
+    """Let ``destroy_model_parallel`` drop every group; it leaves some in its module.
 
-    A gloo group ends its threads when its last reference goes. A thread that is still there when the interpreter ends
-    may ask for the interpreter's lock at that moment, which aborts a process that had finished its work. Some it
-    would end itself, although here they are shared with the rest.
+    A gloo group ends its threads when its last reference is dropped. A thread that is still alive when the interpreter
+    ends may ask for the interpreter's lock at that moment. That aborts a process that had finished its work.
+    ``destroy_model_parallel`` would also destroy some groups itself, although here they are shared with others.
     """
     from megatron.core import parallel_state
 
@@ -213,8 +214,8 @@ def _drop_process_groups() -> None:
 def _skip_collectives_of_one() -> None:
     """Let the buffers of parameters and gradients skip collectives in a group of one rank.
 
-    NCCL sees that there is nothing to do; gloo copies the whole buffer to find out. The shard is then the buffer
-    itself, so nothing has to move.
+    NCCL sees that there is nothing to do, but gloo copies the whole buffer. The shard is then the buffer itself, so
+    nothing has to move.
     """
     from megatron.core.distributed import param_and_grad_buffer
 

@@ -1,4 +1,4 @@
-"""What a backend has to offer; ``model/backend.py`` says which one a run uses."""
+"""The interface of a backend; ``model/backend.py`` selects the one that a run uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 
 
 class Backend(Protocol):
-    """How layers are built, and what their attention needs to know of a batch."""
+    """Builds layers, and prepares the attention inputs of a batch."""
 
     name: str
 
@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Return the class of the norm before the output layer."""
 
     def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
-        """Return what the layers need to know of a packed line.
+        """Return the attention inputs of a packed sequence of t tokens.
 
         Args:
             rotary_table: float[longest, 1, 1, d], angles by position.
@@ -36,7 +36,7 @@ class Backend(Protocol):
     def long_attention_inputs(
         self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs:
-        """Return the same in evaluation, for a line with spans that are longer than the native length.
+        """Return the same in evaluation, for a sequence with spans that are longer than the native length.
 
         Args:
             angles: float[t, 1, 1, d], of each token.
@@ -44,5 +44,5 @@ class Backend(Protocol):
             dtype: of the hidden states.
 
         Raises:
-            ConfigError: the backend cannot compute such spans.
+            ConfigError: if the backend cannot compute such spans.
         """

@@ -1,11 +1,11 @@
 """Small operations of a layer: one kernel each on CUDA, and elsewhere the steps of the published model, bit for bit.
 
-The device of the tensors decides which of the two runs, here and nowhere else. On CUDA a chain of elementwise steps
-costs what its passes over memory cost, so it is one kernel of torch where torch has one, and else compiled. Compiled
-and fused kernels compute in fp32 and round once, where steps in bf16 round after each; in fp32 both give the same to
-the last bits.
+Only this module selects between the two, by the device of the tensors. On CUDA the passes over memory are the cost of a
+chain of elementwise steps. So such a chain is one kernel of torch if torch has one, and is compiled otherwise. Compiled
+and fused kernels compute in fp32 and round once, while separate steps in bf16 round after each step. In fp32 both give
+the same up to the last bits.
 
-No kernel here asks the device for anything, so that the CPU can run ahead of it.
+No kernel here reads a value from the device, so the CPU can run ahead of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _BY_SPEED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-"""On Hopper; torch takes the first that can compute what is asked for, as it is asked for."""
+"""The fastest on Hopper first. torch takes the first that supports the call, if asked to keep this order."""
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch can compile for CUDA here: that takes Triton, a C compiler, and Python's headers."""
+    """Return whether torch can compile for CUDA here. That needs Triton, a C compiler, and Python's headers."""
     compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     return find_spec("triton") is not None and compiler and headers
@@ -43,30 +43,30 @@ def _compiled(steps: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _one_kernel(steps: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
-    """Compute ``steps``, compiled where that is possible and worth it."""
+    """Compute ``steps``, compiled if that is possible and faster."""
     chosen = _compiled(steps) if first.is_cuda and can_compile() else steps
     return chosen(first, *others)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension."""
+    """Compute RMSNorm over the last dimension: [..., h] -> [..., h]."""
     return fused_rms_norm(hidden, weight, eps) if hidden.is_cuda else exact_rms_norm(hidden, weight, eps)
 
 
 def fused_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Torch's own: one kernel, which saves a number for each row and not a copy of the rows."""
+    """Compute RMSNorm by torch's kernel, which saves a number for each row and not a copy of the rows."""
     return F.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
 
 
 def exact_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Qwen's order: normalize in fp32, cast back, then multiply by the weight."""
+    """Compute RMSNorm in Qwen's order: normalize in fp32, cast back, then multiply by the weight."""
     wide = hidden.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).type_as(hidden) * weight
 
 
 def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
-    """GELU of a sum, by the error function."""
+    """Compute the exact GELU (by the error function) of ``hidden + bias``."""
     return _one_kernel(_bias_gelu, hidden, bias)
 
 
@@ -75,7 +75,7 @@ def _bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of [t, b, heads, d] by angles of the form [t, 1, 1, d]; d halves are the two coordinates."""
+    """Rotate [t, b, heads, d] by angles [t, 1, 1, d] (rotary embedding); the halves of d are the two coordinates."""
     return _one_kernel(_rotate, line, cosines, sines)
 
 
@@ -85,7 +85,7 @@ def _rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def add_weight_gradient(rows: Tensor, gradients: Tensor, total: Tensor) -> None:
-    """Add the gradient of a linear layer's weight to the fp32 sum over micro-batches, in the product where that goes.
+    """Add the gradient of a linear layer's weight to the fp32 sum over micro-batches, inside the product if possible.
 
     Args:
         rows: [t, k], the layer's input.
@@ -102,7 +102,7 @@ def add_weight_gradient(rows: Tensor, gradients: Tensor, total: Tensor) -> None:
 
 @functools.cache
 def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product in half precision to fp32, in place; it is tried, since no version says so."""
+    """Return whether torch can add a half-precision product to fp32 in place; a trial shows it, no version does."""
     ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)
@@ -112,12 +112,12 @@ def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether :func:`varlen_attention` can compute here: it is FlashAttention, on CUDA and in half precision."""
+    """Return whether :func:`varlen_attention` can compute here: it is FlashAttention, on CUDA and in half precision."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def varlen_attention(lines: Sequence[Tensor], cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
-    """Causal attention within the spans of a packed line, without padding.
+    """Compute causal attention within the spans of a packed sequence, without padding; return [t, heads, d].
 
     Args:
         lines: query, key and value, [t, heads, d].
@@ -137,14 +137,14 @@ def varlen_attention(lines: Sequence[Tensor], cu_seqlens: Tensor, longest: int, 
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    """Torch's attention of [b, heads, s, d] by the fastest kernel that takes ``options``."""
-    # With a mask, which generation has, lengths grow by one token, and cuDNN plans anew for each.
+    """Compute torch's attention of [b, heads, s, d] by the fastest kernel that supports ``options``."""
+    # With a mask, as in generation, lengths grow by one token, and cuDNN plans anew for each.
     with _fastest(query.device) if mask is None else contextlib.nullcontext():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 def _fastest(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Left alone, torch takes FlashAttention 2, which reaches half of what cuDNN does on Hopper."""
+    """Prefer the fastest kernel. By default torch takes FlashAttention 2, at half the speed of cuDNN on Hopper."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return contextlib.nullcontext()
     return sdpa_kernel(list(_BY_SPEED), set_priority=True)

@@ -1,7 +1,7 @@
-"""Prepare this process for Megatron-Core: one call of a tool, before anything of Megatron-Core is imported.
+"""Prepare this process for Megatron-Core, before anything of Megatron-Core is imported. A tool calls it once.
 
-Where there is no CUDA, Megatron-Core that is imported earlier has already decorated its functions with torch.compile,
-and has loaded torch's compiler for it: a third of the time that a training takes to start.
+Without CUDA, a Megatron-Core that is imported earlier has already decorated its functions with torch.compile, and has
+loaded torch's compiler for it. That takes a third of the time that a training needs to start.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from megatron_vl.backends import core, cpu, presence
 
 
 def prepare_process() -> None:
-    """Install what has to be replaced in Megatron-Core, and the CPU platform where there is no CUDA.
+    """Install the replacements in Megatron-Core, and the CPU platform where there is no CUDA.
 
     Raises:
-        ConfigError: there is no CUDA, and Megatron-Core has another version than the CPU platform knows.
+        ConfigError: if there is no CUDA, and the CPU platform does not support this version of Megatron-Core.
     """
     presence.hide_broken_transformer_engine()
     cpu.install()

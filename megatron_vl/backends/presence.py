@@ -1,7 +1,8 @@
-"""Transformer Engine is taken by Megatron-Core where it can be imported, and left alone where it is not installed.
+"""Hide a broken Transformer Engine from Megatron-Core.
 
-One that is installed but broken, by a missing library for example, would end the import of Megatron-Core itself, for
-runs too that do not use it. It is made to look absent then, before Megatron-Core is imported, and the log says so.
+Megatron-Core uses Transformer Engine if it can be imported, and does without it if it is not installed. A broken
+installation, with a missing library for example, would end the import of Megatron-Core itself, even for runs that do
+not use it. So it is made to seem absent before Megatron-Core is imported, and the log reports that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _NAME = "transformer_engine"
 
 
 def hide_broken_transformer_engine() -> None:
-    """Let an installation that cannot be imported look as if there were none, for this process."""
+    """Make an installation that cannot be imported seem absent, for this process."""
     if find_spec(_NAME) is None:
         return
     try:

@@ -1,8 +1,8 @@
-"""Reading a distributed checkpoint runs no code from it.
+"""Read a distributed checkpoint without running code from it.
 
-torch reads a checkpoint's ``.metadata`` with a plain unpickler, and byte items with ``weights_only=False``: both run
-whatever a hostile file says. Here the first may name only the records that metadata consists of, and the second only
-what torch's restricted unpickler allows.
+torch reads a checkpoint's ``.metadata`` with a plain unpickler, and byte items with ``weights_only=False``. Both run
+any code in a hostile file. Here the first may name only the records that metadata consists of, and the second only what
+torch's restricted unpickler allows.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ALLOWED = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that knows the records of checkpoint metadata and nothing else."""
+    """An unpickler that accepts only the records of checkpoint metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The named record; raises UnpicklingError for any other name."""
+        """Return the named record. Raises UnpicklingError for any other name."""
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -52,14 +52,14 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def _enum_member(kind: object, name: str) -> enum.Enum:
-    """What stands in for ``getattr``, by which Python before 3.11.4 pickles the members of enumerations."""
+    """Replace ``getattr``, by which Python before 3.11.4 pickles the members of enumerations."""
     if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
         return kind.__members__[name]
     raise pickle.UnpicklingError(f"{name!r} of {kind!r} has no place in a checkpoint's metadata; the file is not read")
 
 
 def install() -> None:
-    """Make torch's readers of distributed checkpoints use it, in this process."""
+    """Make torch's readers of distributed checkpoints use the restricted unpickler, in this process."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta

@@ -1,8 +1,8 @@
 """Layers from Transformer Engine: fused norm and linear, FlashAttention over packed rows.
 
-The package is imported only when the backend is asked for, so that nothing else needs it. The checkpoint keys are
-those of the local backend: Transformer Engine keeps a norm inside the linear layer behind it, and the maps below put it
-back under its own name, so that a checkpoint written by one backend loads in the other.
+The package is imported only when the backend is requested, so that nothing else needs it. The checkpoint keys are those
+of the local backend. Transformer Engine keeps a norm inside the linear layer that follows it. The maps below restore
+the norm's own name, so that a checkpoint written by one backend loads in the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.errors import ConfigError
 
 _VERSIONS = ((2, 9), (2, 12))
-"""Versions that Megatron-Core 0.16.1 takes: from the first, below the second."""
+"""Versions that Megatron-Core 0.16.1 supports: from the first, below the second."""
 
 _FLASH_ATTN = (2, 1)
 """The flash-attn that Transformer Engine needs for packed rows before Hopper, where cuDNN has no kernel for them."""
@@ -36,7 +36,8 @@ _FUSED_NORM_KEYS = {
 class TransformerEngineBackend:
     """Layer specs of Transformer Engine's modules.
 
-    Raises ConfigError if the package cannot be used here.
+    Raises:
+        ConfigError: if the package cannot be used here.
     """
 
     name = "transformer_engine"
@@ -46,21 +47,21 @@ class TransformerEngineBackend:
         _check_attention()
 
     def vision_layer(self) -> ModuleSpec:
-        """A pre-norm block with attention without a mask; the norm's kind comes from the layer's configuration."""
+        """Return a pre-norm block with attention without a mask. The layer's configuration sets the kind of norm."""
         return _layer(AttnMaskType.no_mask)
 
     def language_layer(self) -> ModuleSpec:
-        """A pre-norm block with causal attention within each packed span."""
+        """Return a pre-norm block with causal attention within each packed span."""
         return _layer(AttnMaskType.padding_causal)
 
     def final_norm(self) -> Any:
-        """The norm before the output layer."""
+        """Return the class of the norm before the output layer."""
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
 
     def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
-        """Packed parameters of a line; arguments as in ``LocalBackend.attention_inputs``."""
+        """Return the packed parameters of a sequence; arguments as in ``LocalBackend.attention_inputs``."""
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=line.cu_seqlens,
@@ -68,13 +69,13 @@ class TransformerEngineBackend:
             max_seqlen_q=line.longest,
             max_seqlen_kv=line.longest,
         )
-        # The table of the longest span, not of the line: rotary angles then start anew in each span.
+        # The table of the longest span, not of the whole sequence: rotary angles then start anew in each span.
         return AttentionInputs(rotary=rotary_table[: line.longest], packed=packed)
 
     def long_attention_inputs(
         self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs:
-        """Not here: the fused kernels take one table of angles for all spans, and no factor for a query."""
+        """Raise ConfigError: the fused kernels take one table of angles for all spans, and no factor for a query."""
         raise ConfigError(
             f"a span of {line.longest} tokens is longer than model.language.native_seq_length, and "
             "evaluation then uses dynamic NTK and logn attention, which the transformer_engine backend does not have; "
@@ -83,7 +84,7 @@ class TransformerEngineBackend:
 
 
 def _check_package() -> None:
-    """Refuse a package that is not there, not whole, or of another version, before Megatron-Core stumbles over it."""
+    """Refuse a package that is absent, incomplete, or of another version, before Megatron-Core fails on it."""
     try:
         import transformer_engine.pytorch  # noqa: F401
 
@@ -102,7 +103,7 @@ def _check_package() -> None:
 
 
 def _check_attention() -> None:
-    """Refuse GPUs on which attention over packed rows would silently take a path with a whole matrix of scores."""
+    """Refuse GPUs on which attention over packed rows would silently use a full score matrix."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
         return
     try:

@@ -1,10 +1,10 @@
-"""What a checkpoint holds, and how it is written and read by all ranks together.
+"""Write and read the contents of a checkpoint; all ranks do it together.
 
-Weights and optimizer state go through Megatron-Core's distributed checkpointing: each tensor is stored under its
-global name with its global shape, so any tensor x pipeline x data layout loads what any other has saved. Beside them
-lie the resolved configuration (``config.yaml``), progress (``state.json``) and each rank's random streams (``rng.pt``),
-which are restored only on the layout and kind of device that wrote them: nothing else maps one rank's stream onto
-another's.
+Weights and optimizer state go through Megatron-Core's distributed checkpointing. Each tensor is stored under its global
+name with its global shape, so any tensor x pipeline x data layout loads what any other has saved. Beside them are the
+resolved configuration (``config.yaml``), progress (``state.json``) and each rank's random streams (``rng.pt``). The
+streams are restored only on the layout and kind of device that wrote them, since one rank's stream has no meaning on
+another rank.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _EXTRA_STATE = "_extra_state"
-"""Ends the names under which Transformer Engine keeps bytes of its own, which it unpickles without looking when it is
-given them. They hold what FP8 remembers of past steps, no weight, so they are neither written nor read."""
+"""The end of the names under which Transformer Engine keeps bytes of its own. It unpickles such bytes without any
+check.
+
+The bytes hold what FP8 remembers of past steps and no weight, so they are neither written nor read.
+"""
 
 
 class ShardedChunk(Protocol):
-    """A model chunk that can describe and take its tensors."""
+    """A model chunk that can describe and load its tensors."""
 
     def sharded_state_dict(self) -> dict[str, Any]: ...
 
@@ -58,18 +61,18 @@ class Trained:
     chunks: Sequence[ShardedChunk]
     optimizer: ChainedOptimizer | None
     strategy: StreamingStrategy | None = None
-    """How the tensors are written, if not as Megatron-Core does it."""
+    """How the tensors are written, if not by Megatron-Core's strategy."""
 
 
 @dataclass(frozen=True)
 class _Agreement:
-    """Parts of a save after which every rank knows whether all have succeeded; if not, all raise, with the reason."""
+    """Parts of a save after which every rank knows whether all have succeeded. If not, all raise, with the reason."""
 
     root: Path
     topology: Topology
 
     def by_all(self, action: Callable[[], T]) -> list[T]:
-        """Run ``action``, which talks to no other rank, everywhere; the results in the order of ranks."""
+        """Run ``action``, which communicates with no other rank, everywhere. Return the results by rank."""
 
         def attempt() -> tuple[str, Any]:
             try:
@@ -83,7 +86,7 @@ class _Agreement:
         return [value for _, value in gathered]
 
     def by_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Run ``action`` on rank 0; its result, on every rank."""
+        """Run ``action`` on rank 0, and return its result on every rank."""
         return self.by_all(lambda: action() if self.topology.rank == 0 else None)[0]
 
 
@@ -99,7 +102,7 @@ def save(
         The committed directory.
 
     Raises:
-        CheckpointError: a rank could not write; nothing was committed.
+        CheckpointError: if a rank could not write; then nothing was committed.
     """
     agreed = _Agreement(root, topology)
     staging = agreed.by_rank_0(lambda: store.open_staging(root, progress["step"]))
@@ -138,14 +141,14 @@ def load(
     """Load a checkpoint into the model, and into the optimizer if one is given; every rank calls it.
 
     Args:
-        source: a checkpoint, or a directory of them (the newest is taken); every file is compared with the manifest,
-            unless that has been done.
+        source: a checkpoint, or a directory of them (the newest is taken). A path is verified first: every file is
+            compared with the manifest.
 
     Returns:
         The progress that was saved with it.
 
     Raises:
-        CheckpointError: there is none, a file is not what was written, or it is of another model.
+        CheckpointError: if there is none, a file is not what was written, or it is of another model.
     """
     if not isinstance(source, Verified):
         source = choose_together(source, topology)
@@ -159,7 +162,7 @@ def load(
 
 
 def _load_streams(checkpoint: Path, topology: Topology) -> None:
-    """Restore the random streams of this rank, where the layout and the kind of device are those that wrote them."""
+    """Restore the random streams of this rank if layout and kind of device are those that wrote them."""
     written = store.read_manifest(checkpoint)["layout"]
     if {"device": "cpu"} | written == _layout(topology):  # older ones do not name the device
         streams = torch.load(checkpoint / "rng.pt", weights_only=True)
@@ -183,10 +186,10 @@ def _tensors(trained: Trained, topology: Topology) -> dict[str, Any]:
 
 
 def _why(error: CheckpointException) -> str:
-    """Which rank failed and why, of what torch raises on all ranks if one fails; only the first one learns it.
+    """Return which rank failed and why. torch raises on all ranks if one fails, but only the first learns the reason.
 
     Raises:
-        KeyboardInterrupt: that is why. torch wraps whatever ends its work, and an interrupt is no damage.
+        KeyboardInterrupt: if that is the reason. torch wraps every error of its work, and an interrupt is no damage.
     """
     reasons = {rank: reason for rank, (reason, _) in error.failures.items()}
     if any(isinstance(reason, KeyboardInterrupt) for reason in reasons.values()):
@@ -196,7 +199,7 @@ def _why(error: CheckpointException) -> str:
 
 
 def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> None:
-    # It derives from BaseException, so it has to be caught by name.
+    # It derives from BaseException, so it must be caught by name.
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -219,7 +222,7 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
         for chunk in trained.chunks:
             assert isinstance(chunk, nn.Module)
             names = chunk.state_dict().keys()
-            # Modules with an extra state want its name in the dictionary, and take None for nothing.
+            # Modules with an extra state require its name in the dictionary, and accept None as its value.
             chunk.load_state_dict(
                 {name: None if name.endswith(_EXTRA_STATE) else loaded["model"][name] for name in names}
             )
@@ -232,14 +235,14 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
 
 
 def _own_files(staging: Path, rank: int) -> list[Path]:
-    """What a rank has written; rank 0 also what belongs to all."""
+    """Return the files that a rank has written; for rank 0 also the files that belong to all ranks."""
     own = [path for path in staging.iterdir() if path.name.startswith(f"__{rank}_")]
     common = [path for path in staging.iterdir() if not path.name.startswith("__")] if rank == 0 else []
     return sorted(own + common)
 
 
 def _layout(topology: Topology) -> dict[str, int | str]:
-    """What random streams belong to; those of a CPU and of a GPU have states of other forms."""
+    """Return what random streams belong to. The states of a CPU and of a GPU have different forms."""
     sizes = {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size}
     return {**sizes, "device": topology.device.type}
 

@@ -1,15 +1,15 @@
-"""The optimizer's part of a checkpoint: the same, whichever of Megatron-Core's optimizers writes or reads it.
+"""The optimizer's part of a checkpoint, the same for each of Megatron-Core's optimizers.
 
-Of each parameter X that trains there are the tensors
+For each parameter X that trains there are the tensors
 
     optimizer.state.exp_avg.X, optimizer.state.exp_avg_sq.X   its moments
     optimizer.state.fp32_param.X                              its master weight, where X itself is not fp32
 
-and of all of them together the number of updates. Megatron-Core's optimizers differ in more: the sharded one stores
-masters under another name, and also where the weight is its own master; each nests what it stores in its own way; and
-each takes learning rates, betas, epsilon and weight decay from the stored parameter groups, which it recognizes by
-their multiples. Here tensors go by name alone, and of stored groups only the step is read: everything else in a group
-is what the configuration of the run says.
+and for all of them together the number of updates. Megatron-Core's optimizers differ in more. The sharded one stores
+masters under another name, and also where the weight is its own master. Each nests what it stores in its own way. Each
+takes learning rates, betas, epsilon and weight decay from the stored parameter groups, which it recognizes by their
+multiples. Here tensors are matched by name alone, and only the step is read from stored groups. Everything else in a
+group comes from the configuration of the run.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from megatron_vl.errors import CheckpointError
 
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # Gathered over gloo to one rank of each data-parallel group; otherwise every rank would hold the whole optimizer of
-    # its model shard in host memory, and whole buckets of it on its GPU. The keys are the same.
+    # Gathered over gloo to one rank of each data-parallel group. Otherwise every rank would hold the whole optimizer
+    # of its model shard in host memory, and whole buckets of it on its GPU. The keys are the same.
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 _STATE = "optimizer.state."
 _MASTER = f"{_STATE}fp32_param."
 _SHARDED_MASTER = f"{_STATE}param."
-"""Under this name Megatron-Core's sharded optimizer keeps masters."""
+"""Megatron-Core's sharded optimizer keeps masters under this name."""
 
 _Sharded = dict[str, Any]
 
 
 def own_step(optimizer: ChainedOptimizer) -> int:
-    """Updates that this rank knows of: a fused optimizer does not count in groups of which the rank holds nothing."""
+    """Return the updates that this rank knows of: a fused optimizer does not count in groups that are empty here."""
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
 def describe(optimizer: ChainedOptimizer, model: _Sharded, *, step: int) -> _Sharded:
-    """What to store of an optimizer after ``step`` updates.
+    """Describe what to store of an optimizer after ``step`` updates.
 
     Args:
         model: the sharded state of this rank's chunks.
@@ -74,7 +74,7 @@ def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None
         model: the sharded state of this rank's chunks.
 
     Raises:
-        CheckpointError: the checkpoint lacks the state of a parameter that trains.
+        CheckpointError: if the checkpoint lacks the state of a parameter that trains.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
     state = _sharded_state(optimizer, model, is_loading=True)
@@ -95,7 +95,7 @@ def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None
 
 
 def use_masters(model: _Sharded, checkpoint: Path) -> None:
-    """Let fp32 weights be read from the masters, where a checkpoint of a bf16 run has them."""
+    """Let fp32 weights be read from the masters if the checkpoint of a bf16 run has them."""
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
     for entry in model.values():
         if _is_fp32(entry):
@@ -103,11 +103,11 @@ def use_masters(model: _Sharded, checkpoint: Path) -> None:
 
 
 def _sharded_state(optimizer: ChainedOptimizer, model: _Sharded, *, is_loading: bool) -> _Sharded:
-    """What Megatron-Core stores of an optimizer, or wants back.
+    """Return what Megatron-Core stores of an optimizer, or expects when loading.
 
-    Its sharded optimizer gathers a buffer without the padding at the end of its buckets, and cuts it at the places that
-    parameters have with it: behind a padded bucket, each would be stored with values of those after it. So the padding
-    is counted here as if it were values.
+    Its sharded optimizer gathers a buffer without the padding at the end of its buckets. But it splits the buffer at
+    offsets that include the padding. So after a padded bucket, each parameter would be stored with the values of later
+    ones. To avoid that, the padding is counted here as if it were values.
     """
     for member in optimizer.chained_optimizers:
         for buffer in getattr(member, "buffers", ()):
@@ -123,23 +123,23 @@ def _is_fp32(entry: ShardedBase) -> bool:
 
 
 def _key_of_master(name: str, stored: Collection[str]) -> str:
-    """Under which key a checkpoint keeps the most exact values of a parameter."""
+    """Return the key under which a checkpoint keeps the most exact values of a parameter."""
     return _MASTER + name if _MASTER + name in stored else name
 
 
 def _sharded_tensors(state: _Sharded) -> Iterator[tuple[Any, Any, Any]]:
-    """Every tensor of an optimizer's state: what holds it, its place there, its description."""
+    """Yield every tensor of an optimizer's state: its container, its key there, its description."""
     yield from [item for item in nested_items_iter(state) if isinstance(item[2], ShardedBase)]
 
 
 def _of_master(key: str) -> str | None:
-    """The parameter of which a key names the master; None if it names something else."""
+    """Return the parameter whose master a key names; None if the key names something else."""
     prefix = next((prefix for prefix in (_MASTER, _SHARDED_MASTER) if key.startswith(prefix)), None)
     return key.removeprefix(prefix) if prefix else None
 
 
 def _groups_of(state: _Sharded) -> _Sharded:
-    """Where the groups lie: at the top, or one level down in optimizers that keep masters."""
+    """Return the holder of the parameter groups: the top level, or one level down in optimizers that keep masters."""
     return state if "param_groups" in state else state["optimizer"]
 
 

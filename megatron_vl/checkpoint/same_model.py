@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model that a run builds; known from two configurations, without torch."""
+"""Check that a checkpoint is of the model that a run builds, from two configurations, without torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NO_WEIGHT_DEPENDS_ON = frozenset({"native_seq_length", "use_dynamic_ntk", "use_
 def check_same_model(wanted: ModelConfig, saved: ModelConfig, checkpoint: Path) -> None:
     """Refuse a checkpoint whose sizes are not the run's.
 
-    The image size may differ, and so may what evaluation does above the native length: no weight depends on them.
+    The image size may differ, and so may what evaluation changes above the native length: no weight depends on them.
 
     Raises:
-        CheckpointError: lists every size that differs.
+        CheckpointError: if sizes differ; lists all of them.
     """
     differences = []
     for part in ("vision", "resampler", "language"):

@@ -1,16 +1,17 @@
-"""Where checkpoints lie, and the promise that one is either complete or invisible.
+"""Store checkpoints in a directory, so that each one is either complete or invisible.
 
     DIR/iter_0000100/                     a committed checkpoint; never written to again
     DIR/latest_checkpointed_iteration.txt the newest step, for people and scripts (Megatron-LM's own name)
     DIR/.staging-iter_0000100-4f1c...     being written, or left by a dead run: never read, removed by the next save
 
-A checkpoint is written into a fresh staging directory. When every rank has written and synchronised its files, a
-manifest with the size and SHA-256 of each is added, and one rename makes it visible. So nothing that carries its final
-name can be torn, and two saves can never mix. The tracker is replaced by a rename too, but never followed: a run that
-is killed before that has its newest checkpoint all the same. One that names another step is told of, loudly.
+A checkpoint is written into a fresh staging directory. When every rank has written and synchronized its files, a
+manifest with the size and SHA-256 of each is added, and one rename makes it visible. So a directory with a final name
+is always complete, and two saves can never mix. The tracker is also replaced by a rename, but never used to find a
+checkpoint: if a run is killed before that, its newest checkpoint still counts. A tracker that names another step causes
+a warning.
 
-What happens to a checkpoint afterwards, on a disk or by a hand, the manifest tells: everything that is read from one is
-compared with it before, and the manifest with its own digest.
+The manifest shows later changes, by a disk fault or by a person. Everything that is read from a checkpoint is first
+compared with the manifest, and the manifest with its own digest.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ CONFIG = "config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-"""Held in a directory of checkpoints by who saves there."""
+"""A lock in a directory of checkpoints, held by the process that saves there."""
 FORMAT_VERSION = 2
 _DIGEST = "digest"
 _THREADS = 4
-"""Files that a process hashes at a time."""
+"""Number of files that a process hashes at a time."""
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -57,15 +58,15 @@ class FileRecord:
 
 
 def directory_of(root: Path, step: int) -> Path:
-    """The directory of the checkpoint after ``step`` updates."""
+    """Return the directory of the checkpoint after ``step`` updates."""
     return root / f"iter_{step:07d}"
 
 
 def open_staging(root: Path, step: int) -> Path:
-    """Make a fresh staging directory, and remove those that earlier runs left behind.
+    """Create a fresh staging directory, and remove those that earlier runs left.
 
     Raises:
-        CheckpointError: a checkpoint of this step is already committed; it would have to be written to again.
+        CheckpointError: if a checkpoint of this step is already committed; it would have to be overwritten.
     """
     if directory_of(root, step).exists():
         raise CheckpointError(f"{directory_of(root, step)} is already there; save to another directory, or remove it")
@@ -80,7 +81,7 @@ def open_staging(root: Path, step: int) -> Path:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Synchronise a file with the disk, and note its size and SHA-256."""
+    """Synchronize a file with the disk, and return its size and SHA-256."""
     sync_path(path)
     return FileRecord(path.name, path.stat().st_size, sha256_of_file(path))
 
@@ -90,7 +91,7 @@ def commit(staging: Path, root: Path, *, step: int, files: list[FileRecord], fac
 
     Args:
         files: every file of the staging directory.
-        facts: what the manifest says beside them (layout, versions).
+        facts: further entries of the manifest (layout, versions).
     """
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts}
     manifest["files"] = {record.name: {"size": record.size, "sha256": record.sha256} for record in files}
@@ -110,22 +111,22 @@ def discard(staging: Path) -> None:
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps of the committed checkpoints of a directory, in order."""
+    """Return the steps of the committed checkpoints of a directory, in order."""
     return [step for step in steps_named(root) if (directory_of(root, step) / MANIFEST).is_file()]
 
 
 def steps_named(root: Path) -> list[int]:
-    """Steps of everything that bears the name of a checkpoint, usable or not, in order."""
+    """Return the steps of everything that has the name of a checkpoint, usable or not, in order."""
     if not root.is_dir():
         return []
     return sorted(int(match[1]) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one in a directory of checkpoints, damaged or not.
+    """Return the checkpoint at a path: itself, or the newest one in a directory of checkpoints, damaged or not.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: if there is none.
     """
     if (path / MANIFEST).is_file() or (path.exists() and _NAME.fullmatch(path.name)):
         return path
@@ -136,7 +137,7 @@ def resolve(path: Path) -> Path:
 
 
 def warn_of_tracker(root: Path, newest: int) -> None:
-    """Say so where the tracker of a directory names another step than the newest, which is the one that counts."""
+    """Warn if the tracker of a directory names another step than the newest, which is the one that counts."""
     named = read_tracker(root)
     if named is None or named == newest:
         return
@@ -151,7 +152,7 @@ def warn_of_tracker(root: Path, newest: int) -> None:
 
 
 def read_tracker(root: Path) -> int | None:
-    """The step that the tracker names, or None if there is none or it cannot be read."""
+    """Return the step that the tracker names, or None if there is none or it cannot be read."""
     try:
         return int((root / TRACKER).read_text())
     except (OSError, ValueError):
@@ -159,11 +160,11 @@ def read_tracker(root: Path) -> int | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a committed checkpoint.
+    """Read the manifest of a committed checkpoint.
 
     Raises:
-        DamagedCheckpointError: it is missing, or not what was written.
-        CheckpointError: it is of another format version.
+        DamagedCheckpointError: if it is missing, or not what was written.
+        CheckpointError: if it is of another format version.
     """
     path = checkpoint / MANIFEST
     try:
@@ -190,10 +191,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration that was saved with a checkpoint.
+    """Read the resolved configuration that was saved with a checkpoint.
 
     Raises:
-        DamagedCheckpointError: it is not what was written.
+        DamagedCheckpointError: if it is not what was written.
     """
     _compare_size(checkpoint, record := _files(checkpoint)[CONFIG])
     _compare_contents(checkpoint, record)
@@ -201,17 +202,17 @@ def read_config(checkpoint: Path) -> RunConfig:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest; raises as :func:`verify_sizes` and :func:`verify_contents`."""
+    """Compare every file with the manifest. Raises as :func:`verify_sizes` and :func:`verify_contents`."""
     verify_sizes(checkpoint)
     verify_contents(checkpoint)
 
 
 def verify_sizes(checkpoint: Path) -> str:
-    """Compare the size of every file with the manifest; returns what tells this checkpoint from all others.
+    """Compare the size of every file with the manifest. Return a string that identifies this checkpoint uniquely.
 
     Raises:
-        DamagedCheckpointError: names the file, what was found and what was expected.
-        CheckpointError: a file cannot be read, so that nothing is known of it, or is of another version.
+        DamagedCheckpointError: if a size differs; names the file, what was found and what was expected.
+        CheckpointError: if a file cannot be read, so that nothing is known of it, or is of another version.
     """
     with _errors_of_reading(checkpoint):
         for record in _files(checkpoint).values():
@@ -220,7 +221,7 @@ def verify_sizes(checkpoint: Path) -> str:
 
 
 def verify_contents(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> None:
-    """Compare the contents of this rank's share of the files with the manifest; raises as :func:`verify_sizes`."""
+    """Compare the contents of this rank's share of the files with the manifest. Raises as :func:`verify_sizes`."""
     with _errors_of_reading(checkpoint):
         mine = share_out(list(_files(checkpoint).values()), world_size)[rank]
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -239,7 +240,7 @@ def _errors_of_reading(checkpoint: Path) -> Iterator[None]:
 
 
 def share_out(files: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
-    """Shares of about the same size: each file, from the largest on, goes to the rank that has the least."""
+    """Return shares of about equal size: each file, from the largest on, goes to the rank that has the least."""
     shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for file in sorted(files, key=lambda file: (-file.size, file.name)):
@@ -250,7 +251,7 @@ def share_out(files: Sequence[FileRecord], world_size: int) -> list[list[FileRec
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint to a name that no run reads, writes or removes; returns the name."""
+    """Rename a damaged checkpoint to a name that no run reads, writes or removes. Return the name."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
     move((checkpoint, aside))
     return aside
@@ -289,6 +290,6 @@ def _compare_contents(checkpoint: Path, expected: FileRecord) -> None:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest says beside its digest."""
+    """Return the SHA-256 of a manifest without its digest."""
     said = {name: value for name, value in manifest.items() if name != _DIGEST}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

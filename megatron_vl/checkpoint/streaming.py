@@ -1,10 +1,10 @@
-"""Writing a checkpoint tensor by tensor, in one process, however large the model.
+"""Write a checkpoint tensor by tensor, in one process, for models of any size.
 
-Megatron-Core's own writer wants every tensor in memory. A conversion does not: here a tensor is read when its turn
-comes and dropped when it is written. While one is written its hash is computed, and the next one is read, by threads
-beside: hashing alone takes longer than writing.
+Megatron-Core's own writer needs every tensor in memory. A conversion does not. Here each tensor is read just before it
+is written, and dropped after that. While one is written, threads compute its hash and read the next one. Hashing alone
+takes longer than writing.
 
-What is written is what Megatron-Core writes: this is one of its strategies for saving, so keys, shapes and everything
+The result is what Megatron-Core writes, since this is one of its strategies for saving. Keys, shapes and everything
 that is not a tensor come from the network's own description. Each tensor is one chunk, of which a reader of any layout
 takes what it needs.
 """
@@ -45,10 +45,10 @@ _ALIGNMENT = 64
 
 
 class StreamingStrategy(SaveShardedStrategy):
-    """Saves tensors that are read one by one; for a world of one rank."""
+    """Save tensors that are read one by one; for a world of one rank."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
-        """``read`` gives the whole tensor of a key, with the global shape that the network describes."""
+        """Take ``read``, which returns the whole tensor of a key, with the global shape that the network describes."""
         super().__init__("torch_dist", 1)
         self._read = read
         self.records: list[store.FileRecord] = []
@@ -56,7 +56,7 @@ class StreamingStrategy(SaveShardedStrategy):
 
     @property
     def can_handle_sharded_objects(self) -> bool:
-        """They go into the same file as the tensors."""
+        """Return True: objects go into the same file as the tensors."""
         return True
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
@@ -83,7 +83,7 @@ class StreamingStrategy(SaveShardedStrategy):
 
 
 class _HashedFile:
-    """A file that is written item by item and whose SHA-256 is known at the end without reading it again."""
+    """A file that is written item by item. Its SHA-256 is known at the end without reading it again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -102,7 +102,7 @@ class _HashedFile:
             sync(stream)
 
     def append(self, item: object) -> _StorageInfo:
-        """Add an item as torch saves it, and say where it lies."""
+        """Append an item as torch saves it, and return its place."""
         self.write(b"\0" * (-self._writer.size % _ALIGNMENT))
         start = self._writer.size
         with getattr(torch_serialization, "patch")({"save.compute_crc32": False}):  # the manifest's SHA-256 covers it
@@ -110,14 +110,14 @@ class _HashedFile:
         return _StorageInfo(self._path.name, start, self._writer.size - start)
 
     def write(self, data: memoryview | bytes) -> int:
-        """Called by torch."""
+        """Write data; torch calls this."""
         return self._writer.write(data)
 
     def flush(self) -> None:
-        """Called by torch after each item; the file is flushed once, at the end."""
+        """Do nothing; torch calls this after each item, but the file is flushed once, at the end."""
 
     def record(self) -> store.FileRecord:
-        """Size and hash; once the file is closed."""
+        """Return size and hash of the closed file."""
         return store.FileRecord(self._path.name, self._writer.size, self._writer.sha256)
 
 

@@ -1,12 +1,13 @@
-"""Reading tensors one by one out of files, without trusting the files.
+"""Read tensors one by one from untrusted files.
 
-``safetensors`` files, ``torch.save`` archives, and the data files of a distributed checkpoint, which are such archives
-end to end, hold each tensor's bytes in one uncompressed run. So a file is indexed first (names, shapes, types,
-offsets; no data), and a tensor is then a memory map of its own stretch. Memory stays at the tensors that are in use,
-whatever the file's size; a map of the whole file would keep every page that was touched.
+Three kinds of files hold each tensor's bytes uncompressed and contiguous: ``safetensors`` files, ``torch.save``
+archives, and the data files of a distributed checkpoint, which are such archives one after the other. So a file is
+indexed first (names, shapes, types, offsets; no data), and a tensor is then a memory map of its own byte range. Memory
+is limited to the tensors that are in use, whatever the file's size. A map of the whole file would keep every page that
+was touched.
 
-Nothing of a file is executed: archives are unpickled by torch's restricted unpickler (``weights_only=True``)
-under a fake mode that records the offsets, and safetensors headers are validated by the safetensors library.
+No code from a file is executed. Archives are unpickled by torch's restricted unpickler (``weights_only=True``) under a
+fake mode that records the offsets. The safetensors library validates the headers of its files.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie."""
+    """The location of a tensor's bytes."""
 
     file: Path
     offset: int
@@ -47,10 +48,10 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, whose memory is a private map of its stretch of the file; it goes with the tensor.
+        """Return the tensor. Its memory is a private map of its byte range of the file, and is freed with the tensor.
 
         Raises:
-            ConversionError: the file ends before the tensor does.
+            ConversionError: if the file ends before the tensor does.
         """
         if not self.num_bytes:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -68,10 +69,10 @@ class StoredTensor:
 
 
 def index_shard(file: Path) -> dict[str, StoredTensor]:
-    """Names and places of the tensors of one shard; the kind follows from the file's name.
+    """Return names and locations of the tensors of one shard; the file's name tells its kind.
 
     Raises:
-        ConversionError: the file is missing, damaged, or holds something else than float tensors by name.
+        ConversionError: if the file is missing, damaged, or holds something else than float tensors by name.
     """
     if not file.is_file():
         raise ConversionError(f"{file}: no such file; download the folder again, or correct its index")
@@ -104,10 +105,10 @@ def _index_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def index_archive_part(file: Path, offset: int, length: int, *, name: str) -> StoredTensor:
-    """Place of the tensor ``name``, the only content of the archive that is a part of ``file``.
+    """Return the location of the tensor ``name``, the only content of an archive that is a part of ``file``.
 
     Raises:
-        ConversionError: the part is damaged, or holds something else.
+        ConversionError: if the part is damaged, or holds something else.
     """
     with file.open("rb") as stream:
         content = _unpickle(cast(IO[bytes], _Part(stream, offset, length)), f"{file}: {name}")
@@ -116,7 +117,7 @@ def index_archive_part(file: Path, offset: int, length: int, *, name: str) -> St
 
 
 class _Part(io.RawIOBase):
-    """A part of an open file that looks like a file."""
+    """A part of an open file with the interface of a file."""
 
     def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class _Part(io.RawIOBase):
 
 
 def _unpickle(file: Path | IO[bytes], where: str) -> object:
-    """What an archive holds, with tensors that know their place instead of data."""
+    """Return the content of an archive; its tensors have their location instead of data."""
     try:
         with FakeTensorMode():
             return torch.load(file, weights_only=True)

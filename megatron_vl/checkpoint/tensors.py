@@ -1,7 +1,7 @@
-"""A checkpoint's tensors one by one, in one process, without Megatron-Core, however large the model.
+"""Read a checkpoint's tensors one by one, in one process, without Megatron-Core, for models of any size.
 
-torch's own reader holds a tensor three times: its bytes, what they unpickle to, and where it goes. Here its bytes are
-read from their place in the file into memory of their own, when somebody asks for the tensor.
+torch's own reader holds a tensor three times: its bytes, the unpickled tensor, and its destination. Here the bytes are
+read from their place in the file into memory of their own, at the access to the tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 
 class TensorSource(Protocol):
-    """Tensors by name that are read when they are asked for, and whose types are known before."""
+    """Tensors by name. Each one is read at its access; its type is known before."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
@@ -39,11 +39,11 @@ class TensorSource(Protocol):
     def __len__(self) -> int: ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
+        """Return the type of a tensor without reading it."""
 
 
 def read_ahead(names: Sequence[str], read: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """Each name with what ``read`` gives for it; a thread reads the next one while the caller uses this one."""
+    """Yield each name with its result of ``read``. A thread reads the next one while the caller uses this one."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         pending = [reader.submit(read, name) for name in names[:1]]
         for index, name in enumerate(names):
@@ -51,17 +51,17 @@ def read_ahead(names: Sequence[str], read: Callable[[str], T]) -> Iterator[tuple
             if index + 1 < len(names):
                 pending.append(reader.submit(read, names[index + 1]))
             yield name, value
-            del value  # two tensors are in memory at most: the caller's and the next
+            del value  # at most two tensors are in memory: the caller's and the next
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """The model's tensors in a distributed checkpoint, whatever layout wrote it; each is read when asked for."""
+    """The model's tensors in a distributed checkpoint of any layout; each is read at its access."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """``checkpoint`` is a committed checkpoint; see :func:`open_checkpoint`.
+        """Open the committed checkpoint ``checkpoint``; see :func:`open_checkpoint`.
 
         Raises:
-            CheckpointError: its metadata cannot be read.
+            CheckpointError: if its metadata cannot be read.
         """
         self._checkpoint = checkpoint
         self.model: ModelConfig = store.read_config(checkpoint).model
@@ -95,7 +95,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
+        """Return the type of a tensor without reading it."""
         return self._tensors[name].properties.dtype
 
     @property
@@ -119,7 +119,7 @@ def open_checkpoint(path: Path) -> CheckpointTensors:
     """Open a checkpoint, or the newest one in a directory of checkpoints, after comparing its files with the manifest.
 
     Raises:
-        CheckpointError: there is none, or a file is not what was written.
+        CheckpointError: if there is none, or a file is not what was written.
     """
     checkpoint = store.resolve(path)
     if checkpoint != path:

@@ -1,8 +1,8 @@
-"""Which checkpoint all ranks read, and whether it is what was written: every byte of it, before anything of it is used.
+"""Choose the checkpoint that all ranks read, and verify every byte of it before anything of it is used.
 
-Rank 0 chooses for all, since a training may save a newer one between the looks of two ranks. Every rank then looks at
-every file's size, and hashes a share of the files, so that the time does not grow with the world. All of them know what
-any has found, and take the same decision.
+Rank 0 chooses for all, since a training may save a newer one between the reads of two ranks. Then every rank compares
+every file's size, and hashes a share of the files, so that the time does not grow with the world. The findings of all
+ranks are gathered, and all ranks take the same decision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Verified:
-    """A checkpoint whose every file is what its manifest says, which all ranks know."""
+    """A checkpoint whose every file is what its manifest says; all ranks know that."""
 
     path: Path
 
@@ -37,10 +37,10 @@ class _Finding:
 
 
 def choose_together(path: Path, topology: Topology) -> Verified:
-    """The checkpoint that a path means, the same one on every rank, whole; every rank calls it.
+    """Choose the checkpoint at a path, the same one on every rank, and verify it; every rank calls it.
 
     Raises:
-        CheckpointError: on all ranks, there is none, or as :func:`verify_together`.
+        CheckpointError: on all ranks, if there is none, or under the conditions of :func:`verify_together`.
     """
     return verify_together(on_rank_0(lambda: _choose(path)), topology)
 
@@ -56,9 +56,9 @@ def verify_together(checkpoint: Path, topology: Topology) -> Verified:
     """Compare a checkpoint with its manifest; every rank calls it and takes a share of the work.
 
     Raises:
-        DamagedCheckpointError: on all ranks, a file is not what was written.
-        CheckpointError: on all ranks, a file cannot be read, is of another version, or is not seen alike by all ranks:
-            it may be sound all the same.
+        DamagedCheckpointError: on all ranks, if a file is not what was written.
+        CheckpointError: on all ranks, if a file cannot be read, is of another version, or is not seen alike by all
+            ranks. Such a checkpoint may be undamaged.
     """
     looks = _gather(lambda: store.verify_sizes(checkpoint))
     _raise_if_views_differ(looks, checkpoint)
@@ -70,10 +70,10 @@ def verify_together(checkpoint: Path, topology: Topology) -> Verified:
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
-    """What an action gives on rank 0, on all ranks; they all fail if it does.
+    """Return the result of an action on rank 0, on all ranks. All ranks fail if it does.
 
     Raises:
-        CheckpointError: on all ranks with the same words, it was refused.
+        CheckpointError: on all ranks with the same message, if the action was refused.
     """
 
     def attempt() -> tuple[T | None, str]:
@@ -89,7 +89,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
 
 def _gather(look: Callable[[], str | None]) -> list[_Finding]:
-    """What each rank has found."""
+    """Return what each rank has found."""
 
     def attempt() -> _Finding:
         try:
@@ -101,7 +101,10 @@ def _gather(look: Callable[[], str | None]) -> list[_Finding]:
 
 
 def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:
-    """Damage of one disk is the same to all who read it; else they read different ones, or see one at different times.
+    """Refuse a checkpoint that ranks see differently.
+
+    Damage on one disk is the same for all who read it. Otherwise they read different disks, or see one at different
+    times.
 
     Raises:
         CheckpointError: names a rank that finds damage where another finds none, or another checkpoint.
@@ -118,7 +121,7 @@ def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:
 
 
 def _raise_first(found: list[_Finding]) -> None:
-    # A file that one rank cannot read may be sound, so nobody calls the checkpoint damaged then.
+    # A file that one rank cannot read may be undamaged, so no rank reports damage then.
     for finding in sorted(found, key=lambda finding: finding.error is DamagedCheckpointError):
         if finding.error is not None:
             raise finding.error(finding.text)

@@ -1,7 +1,7 @@
-"""A converted model as a distributed checkpoint, written by one process, tensor by tensor.
+"""Write a converted model as a distributed checkpoint, in one process, tensor by tensor.
 
 The network describes its own checkpoint (built on the meta device, in a world of one), so there is one description of
-what a checkpoint holds; its tensors come from the model that is converted.
+what a checkpoint holds. Its tensors come from the model that is converted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _DTYPE_FROM = "language_model.final_layernorm.weight"
 def write_checkpoint(
     converted: ConvertedModel, root: Path, *, progress: Callable[[int], None] | None = None
 ) -> Path:
-    """Write a model as the checkpoint of step 0 in ``root``; returns its directory.
+    """Write a model as the checkpoint of step 0 in ``root``, and return its directory.
 
     ``progress`` is called with the bytes of each tensor that has been read.
 
     Raises:
-        CheckpointError: it could not be written; nothing was committed.
-        ConversionError: a tensor cannot be read or is not finite; nothing was committed.
+        CheckpointError: if it could not be written; then nothing was committed.
+        ConversionError: if a tensor cannot be read or is not finite; then nothing was committed.
     """
 
     def read(name: str) -> Tensor:
@@ -62,7 +62,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def _held(root: Path) -> Iterator[None]:
-    """Keep others from the directory: a save there removes what a save before it has left unfinished."""
+    """Lock the directory: a save there removes what an earlier save has left unfinished."""
     try:
         with folder_lock.hold(root, store.LOCK):
             yield

@@ -1,12 +1,11 @@
-"""Both directions between a published folder and our tensors, in one process, one tensor at a time.
+"""Convert between a published folder and our tensors, in both directions, in one process, one tensor at a time.
 
-What stands for a model here is a mapping from our names (global layer numbers, unsharded, see
-:mod:`megatron_vl.planning.parameters`) to tensors. :class:`ImportedModel` is one whose tensors are read when
-they are asked for, so that whatever stores them can stream; :func:`export_folder` takes any such mapping.
-Nothing here knows ranks or checkpoints.
+A model is here a mapping from our names (global layer numbers, unsharded, see :mod:`megatron_vl.planning.parameters`)
+to tensors. :class:`ImportedModel` reads its tensors at their access, so its consumer can stream them.
+:func:`export_folder` takes any such mapping. This module uses no ranks or checkpoints.
 
-Invariant: what goes in comes out again, byte for byte and type for type. Whatever is missing, unknown, of
-another shape or not finite is refused by name, before or instead of writing.
+Invariant: a round trip gives every byte and every type back. A tensor that is missing, unknown, of another shape or not
+finite is refused by name, before or instead of writing.
 """
 
 from __future__ import annotations
@@ -44,29 +43,29 @@ _EXPONENTS = {
     torch.float16: (np.uint16, np.uint16(0x7C00)),
     torch.float32: (np.uint32, np.uint32(0x7F800000)),
 }
-"""An exponent of ones alone means infinite or not a number."""
+"""If all exponent bits are ones, the value is infinite or NaN."""
 _PIECE = 2**18
 _DTYPE_FROM = "language_model.final_layernorm.weight"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an exported folder holds besides the weights, and how they are stored."""
+    """Contents of an exported folder besides the weights, and how they are stored."""
 
     file_format: FileFormat = "safetensors"
     """Kind of the weight files."""
     release: Release = "base"
-    """Whose generation defaults to write."""
+    """The release whose generation defaults are written."""
     reference: Path | None = None
     """Folder that was imported: its code, tokenizer and license files are copied, its other settings kept."""
     vocab_file: Path | None = None
-    """Qwen's ``.tiktoken`` file: the tokenizer's files are written, cut to the model's ranks."""
+    """Qwen's ``.tiktoken`` file: the tokenizer's files are written, cut to the model's byte-pair tokens."""
     max_shard_bytes: int = 2 * 10**9
     """Size above which a new weight file begins."""
 
 
 class ConvertedModel(TensorSource, Protocol):
-    """A model of ours whose tensors come from elsewhere, each read and checked when asked for."""
+    """A model of ours whose tensors come from elsewhere; each is read and checked at its access."""
 
     model: ModelConfig
 
@@ -75,14 +74,14 @@ class ConvertedModel(TensorSource, Protocol):
         """Size of all tensors."""
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and kind of a tensor, without reading it."""
+        """Return shape and kind of a tensor, without reading it."""
 
 
 class ImportedModel(Mapping[str, Tensor]):
-    """A published folder as a mapping from our names to tensors, each read and checked when asked for."""
+    """A published folder as a mapping from our names to tensors; each is read and checked at its access."""
 
     def __init__(self, model: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
-        """``stored`` holds the published tensors of ``model``, all of them, with the right shapes."""
+        """Take ``stored``, all published tensors of ``model`` with the right shapes."""
         self.model = model
         self._stored = stored
         self._entries = {entry.spec.name: entry for entry in correspondences(model)}
@@ -109,19 +108,19 @@ class ImportedModel(Mapping[str, Tensor]):
         return sum(stored.num_bytes for stored in self._stored.values())
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and kind of one of our tensors, without reading it."""
+        """Return shape and kind of one of our tensors, without reading it."""
         return self._entries[name].spec
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one of our tensors, without reading it."""
+        """Return the type of one of our tensors, without reading it."""
         return self._stored[self._entries[name].hf_names[0]].dtype
 
 
 def import_folder(folder: Path) -> ImportedModel:
-    """Open a folder in the published layout; reads its configuration and the headers of its weight files.
+    """Open a folder in the published layout; read its configuration and the headers of its weight files.
 
     Raises:
-        ConversionError: the folder is not a sound Qwen-VL folder; names the file or tensor.
+        ConversionError: if the folder is not a sound Qwen-VL folder; names the file or tensor.
     """
     config_file = folder / "config.json"
     model = model_config(read_json(config_file), str(config_file))
@@ -138,14 +137,12 @@ def export_folder(
     options: ExportOptions | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write our tensors as a folder in the published layout; returns the bytes of all tensors.
+    """Write our tensors as a folder in the published layout, and return the bytes of all tensors.
 
-    ``state`` may pad the vocabulary; the padding stays behind. ``progress`` is called with the bytes of each
-    tensor.
+    ``state`` may pad the vocabulary; the padding is not written. ``progress`` is called with the bytes of each tensor.
 
     Raises:
-        ConversionError: a tensor is missing, unknown, of a wrong shape or not finite, or the folder is in
-            use.
+        ConversionError: if a tensor is missing, unknown, of a wrong shape or not finite, or the folder is in use.
     """
     options = options or ExportOptions()
     reference = _reference_config(model, options)
@@ -201,7 +198,7 @@ def check_model(
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
-    """Raise ConversionError if a value is infinite or not a number; looks at exponents, a piece at a time."""
+    """Raise ConversionError if a value is infinite or NaN. Check exponents, a part of the tensor at a time."""
     integers, exponent = _EXPONENTS[tensor.dtype]
     flat = tensor.contiguous().flatten().view(torch.uint8).numpy().view(integers)
     pieces = (flat[start : start + _PIECE] & exponent == exponent for start in range(0, len(flat), _PIECE))
@@ -220,7 +217,7 @@ def _published(entry: Correspondence, tensor: Tensor, model: ModelConfig) -> Seq
 
 
 def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOptions) -> None:
-    """Everything but weights and ``config.json``."""
+    """Write everything but weights and ``config.json``."""
     if options.reference is not None:
         for file in sorted({f for pattern in _REFERENCE_PATTERNS for f in options.reference.glob(pattern)}):
             writer.copy(file)
@@ -233,10 +230,10 @@ def _add_side_files(writer: FolderWriter, model: ModelConfig, options: ExportOpt
 
 
 def _reference_config(model: ModelConfig, options: ExportOptions) -> dict[str, object] | None:
-    """The settings of the reference, which must be of this kind of model, and its tokenizer of this vocabulary.
+    """Return the settings of the reference, which must be of this kind of model, with a tokenizer of this vocabulary.
 
     Raises:
-        ConversionError: the folder would describe another model, or come with the tokenizer of one.
+        ConversionError: if the folder would describe another model, or contain the tokenizer of one.
     """
     if options.reference is None:
         return None

@@ -1,10 +1,10 @@
-"""``config.json`` and ``generation_config.json`` of the published layout, and our sizes.
+"""Convert ``config.json`` and ``generation_config.json`` of the published layout to our sizes and back.
 
-The published configuration leaves three sizes to its modelling code: 256 queries (``n_queries`` may state
-another number), a position table of 16 x 16, and one resampler head for every 128 features. The last two are
-written as extra keys of ``visual``, which that code ignores, only where they differ from its own choice; so a
-folder of the published sizes has exactly the published keys. The number of byte-pair tokens follows from
-``image_start_id``, because the special tokens follow the ranks in a fixed order.
+The published configuration leaves three sizes to its modeling code: 256 queries (``n_queries`` may set another number),
+a position table of 16 x 16, and one resampler head for every 128 features. The last two are written as extra keys of
+``visual``, which that code ignores, only where they differ from its own choice. So a folder of the published sizes has
+exactly the published keys. The number of byte-pair tokens follows from ``image_start_id``, because the special tokens
+follow them in a fixed order.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _MOST_LAYERS = 1024
 
 
 def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
-    """Our sizes from the content of a ``config.json``; ``source`` names the file in errors.
+    """Return our sizes from the content of a ``config.json``; ``source`` names the file in errors.
 
     Raises:
-        ConversionError: a key is missing, of the wrong type, or describes something else than Qwen-VL.
+        ConversionError: if a key is missing, of the wrong type, or describes something else than Qwen-VL.
     """
     visual = hf.get("visual")
     if not isinstance(visual, Mapping):
@@ -77,10 +77,10 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def language_config(hf: Mapping[str, Any], source: str) -> LanguageConfig:
-    """The language model's sizes, from the ``config.json`` of Qwen-VL or of Qwen.
+    """Return the language model's sizes, from the ``config.json`` of Qwen-VL or of Qwen.
 
     Raises:
-        ConversionError: a key is missing, of the wrong type, or describes something else than Qwen.
+        ConversionError: if a key is missing, of the wrong type, or describes something else than Qwen.
     """
     _check_architecture(hf, source)
     return LanguageConfig(
@@ -98,14 +98,14 @@ def language_config(hf: Mapping[str, Any], source: str) -> LanguageConfig:
 
 
 def resampler_heads(hidden_size: int) -> int:
-    """Heads of the resampler as the published code chooses them."""
+    """Return the number of resampler heads that the published code chooses."""
     return max(1, hidden_size // _RESAMPLER_HEAD_SIZE)
 
 
 def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Content of ``config.json`` for a model whose tensors are ``dtype``, for example ``bfloat16``.
+    """Return the content of ``config.json`` for a model whose tensors are ``dtype``, for example ``bfloat16``.
 
-    Keys of ``reference``, the configuration that was imported, stay where they say nothing about sizes.
+    Keys of ``reference``, the imported configuration, are kept unless they describe sizes.
     """
     language = model.language
     return {
@@ -144,7 +144,7 @@ def hf_config(model: ModelConfig, dtype: str, reference: Mapping[str, Any] | Non
 
 
 def generation_config(model: ModelConfig, release: Release) -> dict[str, Any]:
-    """Content of ``generation_config.json`` with the published defaults of the base or the chat model."""
+    """Return the content of ``generation_config.json`` with the published defaults of the base or the chat model."""
     end = SpecialTokens(model.num_bpe_tokens).endoftext
     return {
         "chat_format": {"base": "raw", "chat": "chatml"}[release],
@@ -185,7 +185,7 @@ def _visual(model: ModelConfig) -> dict[str, Any]:
 
 
 def _mlp_ratio(vision: VisionConfig) -> float:
-    """The shortest decimal from which the published code, rounding down, gets the width of the MLP."""
+    """Return the shortest decimal from which the published code, rounding down, gets the width of the MLP."""
     for digits in range(1, 17):
         for ratio in (
             round(vision.ffn_hidden_size / vision.hidden_size, digits),
@@ -204,7 +204,7 @@ def _integral(value: float) -> float:
 
 
 def with_preset_name(model: ModelConfig) -> ModelConfig:
-    """The same sizes, under the name of the preset that has them if there is one."""
+    """Return the same sizes, under the name of the preset that has them if there is one."""
     for name, preset in PRESETS.items():
         if replace(model, preset=name) == preset:
             return replace(model, preset=name)

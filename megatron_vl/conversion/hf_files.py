@@ -1,11 +1,11 @@
-"""Folders in the published Hugging Face layout: reading untrusted ones, writing complete ones.
+"""Read untrusted folders in the published Hugging Face layout, and write complete ones.
 
-A folder is read through its index (``pytorch_model.bin.index.json`` or ``model.safetensors.index.json``), or
-from a single file without one. The index comes from elsewhere, so it may only name files that lie directly in
-the folder, and it and the shards must agree on every name.
+A folder is read through its index (``pytorch_model.bin.index.json`` or ``model.safetensors.index.json``), or from a
+single file without one. The index is untrusted, so it may only name files that lie directly in the folder, and it and
+the shards must agree on every name.
 
-A folder is written under another name beside its place and renamed when it is complete and on disk: what
-carries the folder's name is always whole, and an export that fails leaves nothing behind.
+A folder is written under a temporary name beside its destination. It is renamed when it is complete and on disk. So a
+folder with the final name is always complete, and an export that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MAX_JSON_BYTES = 64 * 2**20
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ConversionError: the file is missing, oversized, or no JSON object.
+        ConversionError: if the file is missing, oversized, or no JSON object.
     """
     if not file.is_file():
         raise ConversionError(f"{file}: no such file; expected a folder in the published layout of Qwen-VL")
@@ -48,11 +48,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Name and place of every tensor of a folder; reads headers only.
+    """Return name and location of every tensor of a folder; read headers only.
 
     Raises:
-        ConversionError: no weights, an index that points outside of the folder, or shards and index that
-            disagree.
+        ConversionError: if there are no weights, the index points outside of the folder, or shards and index disagree.
     """
     names = [f"{stem}.{file_format}{end}" for file_format, stem in _STEMS.items() for end in ("", ".index.json")]
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -88,7 +87,7 @@ def _read_shards(folder: Path, index_file: Path) -> dict[str, StoredTensor]:
 
 
 def check_names(found: Iterable[str], expected: set[str], *, where: str, what: str) -> None:
-    """Raise ConversionError, naming up to three of them, if tensors are missing or are strangers."""
+    """Raise ConversionError, naming up to three of them, if tensors are missing or unexpected."""
     found = set(found)
     problems = [
         f"{label} {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -107,7 +106,7 @@ class FolderWriter:
         self._format: FileFormat = file_format
         self._shards = shards
         self._next = (0, 0)
-        """Shard, and tensor within it, that comes next."""
+        """The next shard, and the next tensor within it."""
         self._shard: Shard | None = None
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
@@ -158,11 +157,11 @@ def write_folder(
     file_format: FileFormat = "safetensors",
     max_shard_bytes: int = 2 * 10**9,
 ) -> Iterator[FolderWriter]:
-    """Yield the writer of a folder that is complete and on the disk at the end, and not there after an error.
+    """Yield the writer of a folder. At the end the folder is complete and on disk; after an error it does not exist.
 
     Args:
         folder: must not exist, or be empty.
-        tensors: what :meth:`FolderWriter.add_tensor` will be given, in order.
+        tensors: the arguments of the later calls of :meth:`FolderWriter.add_tensor`, in order.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConversionError(f"{folder}: exists and is not empty; remove it or choose another place")

@@ -1,13 +1,12 @@
-"""THE TABLE: which of our tensors is which of the published Qwen-VL checkpoint, and by what rule.
+"""THE TABLE: which of our tensors corresponds to which of the published Qwen-VL checkpoint, and by what rule.
 
-40 rows, one for each kind of tensor of ours, cover the 853 published tensors (41 kinds, since w1 and w2 of a
-language layer are one tensor here). ``{i}`` is the layer number. Both directions, every shape and the list of
-published names derive from these rows; nothing else in the project knows a published name.
+40 rows, one for each kind of tensor of ours, cover the 853 published tensors (41 kinds, since w1 and w2 of a language
+layer are one tensor here). ``{i}`` is the layer number. Both directions, every shape and the list of published names
+derive from these rows; nothing else in the project knows a published name.
 
-Two look-alikes that differ: the vision tower's ``attn.in_proj`` is already stored head by head (q, k, v of a
-head together), while the language model's ``c_attn`` has all q, all k, all v; and the resampler's
-``attn.in_proj_weight`` (with an underscore, of ``torch.nn.MultiheadAttention``) stays in the layout of that
-module here too.
+Two pairs of similar names differ. The vision tower's ``attn.in_proj`` is already stored head by head (q, k, v of a head
+together), while the language model's ``c_attn`` has all q, all k, all v. The resampler's ``attn.in_proj_weight`` (with
+an underscore, of ``torch.nn.MultiheadAttention``) keeps the layout of that module here too.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """One of our tensors and the published ones that make it up."""
+    """One of our tensors and the published ones of which it consists."""
 
     spec: TensorSpec
     rule: Rule
@@ -95,7 +94,7 @@ TABLE: tuple[Row, ...] = (
 
 
 def correspondences(model: ModelConfig) -> list[Correspondence]:
-    """The table written out for a model's sizes: an entry for each of our tensors, in the line's order."""
+    """Return the table for a model's sizes: an entry for each of our tensors, in the order of the pipeline."""
     rows = {row.ours: row for row in TABLE}
     entries = []
     for spec in model_tensors(model):
@@ -106,7 +105,7 @@ def correspondences(model: ModelConfig) -> list[Correspondence]:
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every published tensor of a model of these sizes."""
+    """Return name and shape of every published tensor of a model of these sizes."""
     return {
         name: shape
         for entry in correspondences(model)
@@ -115,7 +114,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _pattern(name: str) -> tuple[str, str]:
-    """``vision.layers.7.mlp...`` -> the row's pattern and the layer number."""
+    """Split ``vision.layers.7.mlp...`` into the row's pattern and the layer number."""
     parts = name.split(".")
     if len(parts) > 2 and parts[1] == "layers":
         layer, parts[2] = parts[2], "{i}"

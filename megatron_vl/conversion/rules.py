@@ -1,8 +1,8 @@
-"""How one of our tensors corresponds to the published ones: the verbs of the conversion table.
+"""The rules of the conversion table: how one of our tensors corresponds to the published ones.
 
-Each rule states its rearrangement in both directions, and the shapes that follow from it, so that a table row
-is right or wrong as a whole. Rules only move elements (no arithmetic, no casts): a round trip gives every
-byte back, and a gradient maps like its parameter.
+Each rule defines its rearrangement in both directions, and the resulting shapes, so that a table row is right or wrong
+as a whole. Rules only move elements (no arithmetic, no casts): a round trip gives every byte back, and a gradient maps
+like its parameter.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Rule(Protocol):
     """Correspondence of one of our tensors with one or more published tensors."""
 
     def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Shapes of the published tensors, given ours without vocabulary padding."""
+        """Return the shapes of the published tensors, given ours without vocabulary padding."""
 
     def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
-        """Our tensor from the published ones."""
+        """Return our tensor from the published ones."""
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """The published tensors from ours; may be views of it."""
+        """Return the published tensors from ours; may be views of it."""
 
 
 @dataclass(frozen=True)
@@ -37,46 +37,46 @@ class Rename:
     """The same tensor under another name."""
 
     def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """The same shape."""
+        """Return the same shape."""
         return (shape,)
 
     def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensors[0]
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return (tensor,)
 
 
 @dataclass(frozen=True)
 class Buffer(Rename):
-    """A stored table that never trains: kept, never recomputed, since its bytes are the published ones."""
+    """A stored table that never trains. It is kept and never recomputed, since its bytes are the published ones."""
 
 
 @dataclass(frozen=True)
 class VocabularyRows(Rename):
-    """Rows of the vocabulary: those that a layout pads with stay behind on the way out."""
+    """Rows of the vocabulary; rows of padding are dropped at export."""
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """The first ``vocab_size`` rows."""
+        """Return the first ``vocab_size`` rows."""
         return (tensor[: model.language.vocab_size],)
 
 
 @dataclass(frozen=True)
 class InterleaveQKV:
-    """All heads' q, then all k, then all v; Megatron-Core wants q, k, v of head 0, of head 1, and so on."""
+    """All heads' q, then all k, then all v; Megatron-Core needs q, k, v of head 0, of head 1, and so on."""
 
     def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """The same shape: rows are permuted."""
+        """Return the same shape: rows are permuted."""
         return (shape,)
 
     def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
-        """``[3 x heads x d, ...]`` -> ``[heads x 3 x d, ...]``."""
+        """Rearrange ``[3 x heads x d, ...]`` -> ``[heads x 3 x d, ...]``."""
         return swap_leading(tensors[0], 3, model.language.num_attention_heads)
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """``[heads x 3 x d, ...]`` -> ``[3 x heads x d, ...]``."""
+        """Rearrange ``[heads x 3 x d, ...]`` -> ``[3 x heads x d, ...]``."""
         return (swap_leading(tensor, model.language.num_attention_heads, 3),)
 
 
@@ -85,21 +85,21 @@ class GateUp:
     """Gate and up, published as ``w2`` and ``w1``, are one tensor here: the gate's rows, then those of up."""
 
     def hf_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Two halves of the rows."""
+        """Return two halves of the rows."""
         half = (shape[0] // 2, *shape[1:])
         return (half, half)
 
     def to_ours(self, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
-        """``[f, h]`` and ``[f, h]`` -> ``[2f, h]``."""
+        """Concatenate ``[f, h]`` and ``[f, h]`` -> ``[2f, h]``."""
         return torch.cat(list(tensors))
 
     def to_hf(self, tensor: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-        """``[2f, h]`` -> ``[f, h]`` and ``[f, h]``."""
+        """Split ``[2f, h]`` -> ``[f, h]`` and ``[f, h]``."""
         gate, up = tensor.chunk(2)
         return (gate, up)
 
 
 def swap_leading(tensor: Tensor, outer: int, inner: int) -> Tensor:
-    """``[outer x inner x d, ...]`` -> ``[inner x outer x d, ...]``."""
+    """Rearrange ``[outer x inner x d, ...]`` -> ``[inner x outer x d, ...]``."""
     rest = tensor.shape[1:]
     return tensor.reshape(outer, inner, -1, *rest).transpose(0, 1).reshape(-1, *rest)

@@ -1,9 +1,9 @@
-"""Writing weight files tensor by tensor.
+"""Write weight files tensor by tensor.
 
-What goes into which file is planned before the first byte is written, from names, types and shapes alone. So a
-safetensors file, whose header says where each tensor lies, is written as a stream; its library would take all tensors
-of a file at once and copy them. A file of ``torch.save`` is one pickle and needs its tensors together; hence it is
-written the moment its last one has come.
+The contents of each file are planned before the first byte is written, from names, types and shapes alone. The header
+of a safetensors file holds the offset of each tensor, so the file can be written as a stream. Its library would take
+all tensors of a file at once and copy them. A file of ``torch.save`` is one pickle and needs its tensors together. So
+it is written as soon as its last tensor is added.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Shard(Protocol):
         """Write the next tensor."""
 
     def close(self) -> None:
-        """The last tensor has been added."""
+        """Finish the file after the last tensor has been added."""
 
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
-    """Tensors by file, in order; a file is above ``max_bytes`` only if it holds a single tensor."""
+    """Return tensors by file, in order; a file is above ``max_bytes`` only if it holds a single tensor."""
     shards: list[list[PlannedTensor]] = []
     filled = 0
     for tensor in tensors:
@@ -68,7 +68,7 @@ def open_shard(path: Path, tensors: Sequence[PlannedTensor], file_format: FileFo
 
 
 class _SafetensorsShard:
-    """Eight bytes with the length of the header, the header (JSON), the tensors' bytes end to end."""
+    """Eight bytes with the length of the header, the header (JSON), the tensors' bytes one after the other."""
 
     def __init__(self, path: Path, tensors: Sequence[PlannedTensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -101,7 +101,7 @@ class _TorchShard:
 
     def add(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a view: all of what it looks at would be written
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # of a view, the whole storage would be written
             tensor = tensor.clone()
         self._tensors[name] = tensor
 

@@ -1,4 +1,4 @@
-"""What stage 1 starts from: OpenCLIP's vision tower, Qwen's language model, and a fresh resampler (paper, section 3).
+"""The start of stage 1: OpenCLIP's vision tower, Qwen's language model, and a fresh resampler (paper, section 3).
 
     ours                      from
     vision.*                  ``visual.*`` of an OpenCLIP file (ViT-bigG/14), with two rearrangements:
@@ -7,8 +7,9 @@
     resampler.*               fresh, as the original initializes it; ``pos_embed`` is computed
     language_model.*          a folder of Qwen-7B, whose tensors have the names of Qwen-VL's without ``visual``
 
-OpenCLIP's class token, ``ln_post``, ``proj`` and text tower are left out by name; any other stranger is refused. The
-number of heads is in no tensor, so it has to be said. Vision and resampler take the type of the language model.
+OpenCLIP's class token, ``ln_post``, ``proj`` and text tower are left out by name; any other unexpected tensor is an
+error. No tensor holds the number of heads, so it must be given. Vision and resampler take the type of the language
+model.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ _LEFT_OUT = (
     "logit_scale",
     "logit_bias",
 )
-"""Beginnings of the names in an OpenCLIP file that Qwen-VL has no use for."""
+"""Prefixes of the names in an OpenCLIP file that Qwen-VL does not use."""
 
 
 @dataclass(frozen=True)
 class StartOptions:
-    """What no file says."""
+    """Settings that no file contains."""
 
     vision_heads: int
     """Attention heads of the vision tower (ViT-bigG: 16 of 104)."""
@@ -64,12 +65,12 @@ class StartOptions:
 
 
 class StartingModel(Mapping[str, Tensor]):
-    """The three parts as one model under our names; each tensor is read, or drawn, when it is asked for."""
+    """The three parts as one model under our names; each tensor is read, or drawn, at its access."""
 
     def __init__(
         self, model: ModelConfig, vision: Mapping[str, StoredTensor], language: Mapping[str, StoredTensor], *, seed: int
     ) -> None:
-        """``vision`` has OpenCLIP's names, ``language`` the published ones; both with the shapes of ``model``."""
+        """Take ``vision`` with OpenCLIP's names and ``language`` with published ones, in the shapes of ``model``."""
         self.model = model
         self._vision = vision
         self._language = ImportedModel(model, language)
@@ -98,11 +99,11 @@ class StartingModel(Mapping[str, Tensor]):
         return sum(entry.spec.size * self.dtype(name).itemsize for name, entry in self._entries.items())
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and kind of a tensor, without reading it."""
+        """Return shape and kind of a tensor, without reading it."""
         return self._entries[name].spec
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
+        """Return the type of a tensor, without reading it."""
         of_language = self._entries[name].spec.part == "language_model"
         return self._language.dtype(name if of_language else _DTYPE_FROM)
 
@@ -116,10 +117,10 @@ class StartingModel(Mapping[str, Tensor]):
 
 
 def starting_model(vision_file: Path, language_folder: Path, options: StartOptions) -> StartingModel:
-    """Open an OpenCLIP file (``.bin``, ``.pt`` or ``.safetensors``) and a folder of Qwen-7B; reads headers only.
+    """Open an OpenCLIP file (``.bin``, ``.pt`` or ``.safetensors``) and a folder of Qwen-7B; read headers only.
 
     Raises:
-        ConversionError: one of them is not what it should be; names the file or tensor.
+        ConversionError: if one of them is not a sound file of its kind; names the file or tensor.
     """
     vision = {name: s for name, s in index_shard(vision_file).items() if not name.startswith(_LEFT_OUT)}
     config_file = language_folder / "config.json"
@@ -154,7 +155,7 @@ def _openclip_name(entry: Correspondence) -> str:
 
 
 def _vision_config(stored: Mapping[str, StoredTensor], file: Path, num_heads: int) -> VisionConfig:
-    """Sizes as the shapes tell them."""
+    """Return the sizes that follow from the shapes."""
     try:
         width, _, patch_size, _ = stored["visual.conv1.weight"].shape
         num_cells = stored["visual.positional_embedding"].shape[0] - 1

@@ -1,11 +1,11 @@
-"""Logits, image features, loss and gradient norms of a checkpoint on given token ids and pixels, at any layout.
+"""Compute logits, image features, loss and gradient norms of a checkpoint on given tokens and pixels, at any layout.
 
-This is for comparing with another implementation, so everything comes out whole, under published names, whatever the
-layout. Logits and features are those of evaluation mode, loss and gradients those of training mode; the two differ in
-rows above the native length (``model/rotary.py``).
+The results serve comparisons with another implementation. So they are always unsharded and under published names.
+Logits and features are those of evaluation mode, loss and gradients those of training mode. The two differ in rows
+above the native length (``model/rotary.py``).
 
-Norms need no whole gradient. Squares add up over tensor-parallel shards; a replicated gradient counts on one rank; and
-what is one tensor here and several in the published layout (gate and up) lies in a shard in their order.
+Norms need no unsharded gradient. Squares add up over tensor-parallel shards, and a replicated gradient counts on one
+rank. Gate and up are one tensor here and two in the published layout; a shard holds them in their order.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class ForwardOutputs:
     """This rank's outputs of a forward pass: one tensor for each micro-batch, on the CPU in fp32."""
 
     logits: list[Tensor]
-    """float32[m, padded vocabulary / tp] each, where the head is."""
+    """float32[m, padded vocabulary / tp] each, on ranks with the head."""
     features: list[Tensor]
-    """float32[queries, n, h] each, where the resampler is."""
+    """float32[queries, n, h] each, on ranks with the resampler."""
 
 
 def forward_config(checkpoint: Path, parallel: ParallelConfig, *, seq_length: int, bf16: bool) -> RunConfig:
-    """The configuration of a checkpoint's model at a layout, with everything trainable.
+    """Return the configuration of a checkpoint's model at a layout, with everything trainable.
 
     Raises:
-        CheckpointError: there is no usable checkpoint at ``checkpoint``.
+        CheckpointError: if there is no usable checkpoint at ``checkpoint``.
     """
     saved = store.read_config(store.resolve(checkpoint))
     return replace(
@@ -58,10 +58,10 @@ def forward_config(checkpoint: Path, parallel: ParallelConfig, *, seq_length: in
 
 
 def load_chunks(checkpoint: Path, *, config: RunConfig, topology: Topology) -> list[QwenVL]:
-    """This rank's part of a checkpoint's model, at the layout of ``config``.
+    """Load this rank's part of a checkpoint's model, at the layout of ``config``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be loaded.
+        CheckpointError: if the checkpoint cannot be loaded.
     """
     chunks = build_model(config, topology, fresh_weights=False)
     contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology, load_rng=False)
@@ -78,7 +78,7 @@ def forward(
         labels ``loss``, ``grad_norm_total`` and ``grad_norm.<published name>``, float32[1] each. Elsewhere nothing.
 
     Raises:
-        DataError: the inputs do not fit the model.
+        DataError: if the inputs do not fit the model.
     """
     inputs.check(config.model)
     mine = _deal(inputs.micro_batches(config.model, labels=None), config, topology)
@@ -103,7 +103,7 @@ def run_eval_forward(chunks: Sequence[QwenVL], batches: list[MicroBatch], *, top
 def loss_and_grad_norms(
     chunks: Sequence[QwenVL], batches: list[MicroBatch], *, config: RunConfig, topology: Topology
 ) -> dict[str, Tensor]:
-    """Mean loss and gradient norms in training mode, on every rank; whole gradients stay in ``main_grad``."""
+    """Return mean loss and gradient norms in training mode, on every rank; whole gradients stay in ``main_grad``."""
     wrapped = wrap_chunks(chunks, config)
     for chunk in wrapped:
         chunk.train()
@@ -116,7 +116,7 @@ def loss_and_grad_norms(
 
 
 def _squared_norms(chunks: Sequence[QwenVL], model: ModelConfig, topology: Topology) -> dict[str, float]:
-    """Squared norm of the gradient of every trained tensor, by published name, on every rank."""
+    """Return the squared norm of the gradient of every trained tensor, by published name, on every rank."""
     parameters = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
     names: list[str] = []
     squares: list[float] = []
@@ -136,7 +136,7 @@ def _squared_norms(chunks: Sequence[QwenVL], model: ModelConfig, topology: Topol
 
 
 def _deal(batches: list[MicroBatch], config: RunConfig, topology: Topology) -> list[MicroBatch]:
-    """The micro-batches of this data-parallel rank: each gets the same number."""
+    """Return the micro-batches of this data-parallel rank; each rank gets the same number."""
     idle = [idle_batch(config.model)] * (-len(batches) % topology.dp_size)
     return [*batches, *idle][topology.dp_rank :: topology.dp_size]
 
@@ -144,7 +144,7 @@ def _deal(batches: list[MicroBatch], config: RunConfig, topology: Topology) -> l
 def _assemble(
     local: ForwardOutputs, inputs: ForwardInputs, model: ModelConfig, topology: Topology
 ) -> dict[str, Tensor]:
-    """Put the outputs of all ranks together on rank 0."""
+    """Combine the outputs of all ranks on rank 0."""
     spans = [len(starts) for starts in inputs.span_starts(model)]
     mine = range(topology.dp_rank, len(spans), topology.dp_size)
     pieces = {("logits", row, topology.tp_rank): piece for row, piece in zip(mine, local.logits, strict=False)}
@@ -167,7 +167,7 @@ def _assemble(
 
 @contextmanager
 def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Copy what modules give while the block runs; the loss, for one, goes on computing in the memory of the logits."""
+    """Copy the outputs of modules while the block runs: the loss, for one, overwrites the memory of the logits."""
     copies: list[Tensor] = []
 
     def copy(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:

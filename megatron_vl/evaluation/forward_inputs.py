@@ -1,8 +1,8 @@
-"""What ``tools/forward.py`` is asked to compute: rows of token ids with their images and labels, as the original's.
+"""The input of ``tools/forward.py``: rows of token ids with their images and labels, as the original takes them.
 
-A row is one sequence that attends to the whole of itself, in a micro-batch of its own. Rows may be padded on the right
-with anything: attention is causal, so no token sees what follows it. What lies strictly between ``<img>`` and
-``</img>`` is a slot, whatever its id: the original's tokenizer writes the bytes of a path there.
+A row is one sequence with attention over all of it, in a micro-batch of its own. Rows may be padded on the right with
+any ids: attention is causal, so no token sees what follows it. Every token strictly between ``<img>`` and ``</img>`` is
+a slot, whatever its id: the original's tokenizer writes the bytes of a path there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ForwardInputs:
     pixels: Tensor | None = None
     """float32[n, 3, H, W], normalized, in the order of the image spans, row by row."""
     labels: Tensor | None = None
-    """int64[b, s], not shifted; -100 where nothing is learned."""
+    """int64[b, s], not shifted; -100 at tokens that are not supervised."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise DataError unless ids, image spans and pixels are those of ``model``."""
@@ -59,7 +59,7 @@ class ForwardInputs:
             )
 
     def span_starts(self, model: ModelConfig) -> list[Tensor]:
-        """For each row int64[k], the positions of ``<img>``; raises DataError if a span is not whole."""
+        """Return for each row int64[k], the positions of ``<img>``. Raises DataError if a span is not whole."""
         special, queries = SpecialTokens(model.num_bpe_tokens), model.resampler.num_queries
         rows = []
         for number, ids in enumerate(self.input_ids):
@@ -74,7 +74,7 @@ class ForwardInputs:
         return rows
 
     def micro_batches(self, model: ModelConfig, *, labels: Tensor | None) -> list[MicroBatch]:
-        """Each row as a micro-batch: with labels to learn them, without with every position through the head."""
+        """Return each row as a micro-batch. Labels are the targets; without them the head runs on every position."""
         batches, image = [], 0
         for number, (ids, starts) in enumerate(zip(self.input_ids, self.span_starts(model), strict=True)):
             supervised, targets = torch.arange(len(ids)), torch.zeros_like(ids)
@@ -99,10 +99,10 @@ class ForwardInputs:
 
 
 def read_inputs(path: Path) -> ForwardInputs:
-    """Read a safetensors file with ``input_ids`` and perhaps ``pixels`` and ``labels``.
+    """Read a safetensors file with ``input_ids`` and optional ``pixels`` and ``labels``.
 
     Raises:
-        DataError: it cannot be read, or a tensor is missing, of another type or of another shape.
+        DataError: if it cannot be read, or a tensor is missing, of another type or of another shape.
     """
     try:
         tensors = load_file(path)
@@ -127,7 +127,7 @@ def read_inputs(path: Path) -> ForwardInputs:
 
 
 def idle_batch(model: ModelConfig) -> MicroBatch:
-    """A micro-batch without a supervised token, for a data-parallel rank that has fewer rows than others."""
+    """Return a micro-batch without a supervised token, for a data-parallel rank that has fewer rows than others."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return _row_batch(torch.zeros(1, dtype=torch.int64), nothing, None, model=model, heads=(nothing, nothing))
 
@@ -135,7 +135,7 @@ def idle_batch(model: ModelConfig) -> MicroBatch:
 def _row_batch(
     ids: Tensor, starts: Tensor, pixels: Tensor | None, *, model: ModelConfig, heads: tuple[Tensor, Tensor]
 ) -> MicroBatch:
-    """``heads``: positions that go through the head, and their targets."""
+    """Return one row as a micro-batch. ``heads`` are the positions that run through the head, and their targets."""
     images, length = len(starts), len(ids)
     slots = starts[:, None] + torch.arange(1, model.resampler.num_queries + 1)
     blank = torch.from_numpy(blank_pixels(1, model.image_size))

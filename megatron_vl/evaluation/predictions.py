@@ -12,7 +12,7 @@ from megatron_vl.evaluation.json_records import make_record, read_json_lines
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question, its true answer and what the model wrote."""
+    """One question, its true answer and the model's answer."""
 
     key: str
     task: str
@@ -22,7 +22,7 @@ class Prediction:
     prediction: str
     image: Path | None = None
     annotators: tuple[str, ...] = ()
-    """VQA: what each annotator answered, two or more; the references are then not scored against."""
+    """For VQA, the answers of two or more annotators; then the references are not used for scoring."""
 
 
 def load_predictions(path: Path) -> tuple[Prediction, ...]:

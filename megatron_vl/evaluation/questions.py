@@ -1,11 +1,12 @@
-"""Questions for ``tools/generate.py`` out of raw data: the prompts of training, and the answers kept aside.
+"""Write questions for ``tools/generate.py`` from raw data: the prompts of training, with the answers kept apart.
 
-One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt),
-``prompt`` (the task's own, with the markers of grounding written out), ``reference`` (what training would
-have supervised, without the closing token), where several annotators have answered ``annotators``, and of a
-dialogue with a system turn its text, ``system``. What preparation leaves out by itself (filters of single samples,
-images that cannot be used) is not asked, nor is what has no question in it, or marks of grounding as words of the
-data, which generation would take for marks: all are counted.
+One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt), ``prompt``
+(the task's own, with the markers of grounding written out), ``reference`` (the supervised text, without the closing
+token), ``annotators`` if several have answered, and ``system``, the text of a dialogue's system turn.
+
+Three kinds of samples are left out and counted: those that preparation itself leaves out (filters of single samples,
+images that cannot be used), those without a question, and those with grounding markers as words of the data, which
+generation would take for markers.
 """
 
 from __future__ import annotations
@@ -40,21 +41,22 @@ class Question:
     key: str
     task: str
     prompt: str
-    """What follows the image."""
+    """The text after the image."""
     reference: str
     image: bytes
     annotators: tuple[str, ...] = ()
     system: str | None = None
-    """Of a dialogue, if it says one."""
+    """The system turn of a dialogue, if it has one."""
 
 
 _FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
 
 
 def ask(sample: Sample) -> Question | None:
-    """The question of a sample; None for documents, and for dialogues that do not begin with their only image.
+    """Return the question of a sample; None for documents, and for dialogues that do not begin with their only image.
 
-    Raises SkipSample: ``markup_in_text``, or what the prompt lacks.
+    Raises:
+        SkipSample: ``markup_in_text``, or the reason why there is no prompt.
     """
     if sample.task in ("text", "interleaved"):
         return None
@@ -70,7 +72,7 @@ def ask(sample: Sample) -> Question | None:
 
 
 def _ask_in_dialogue(sample: Sample) -> Question | None:
-    """The first exchange of a dialogue, for ``generate.py --chat-format chatml``, which puts ``Picture 1`` there."""
+    """Return the first exchange of a dialogue, for ``generate.py --chat-format chatml``; that adds ``Picture 1``."""
     exchange = [turn for turn in sample.turns if turn.role != "system"][:2]
     if [turn.role for turn in exchange] != ["user", "assistant"] or len(sample.images) != 1:
         return None
@@ -82,10 +84,15 @@ def _ask_in_dialogue(sample: Sample) -> Question | None:
 
 
 def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:
-    """Write the first ``limit`` questions of each source of a recipe, or as many as the source's own ``limit`` says.
+    """Write the first ``limit`` questions of each source of a recipe, or as many as the source's own ``limit`` allows.
 
-    Returns how many there are of each task, and how many records before them were left out for which reason. Images go
-    into a folder beside ``path``, named after it. Raises DataError if nothing can be asked.
+    Images are written to a folder beside ``path``, named after it.
+
+    Returns:
+        The number of questions of each task, and the number of records before them that were left out, by reason.
+
+    Raises:
+        DataError: if there is no question.
     """
     folder = path.with_name(f"{path.stem}_images")
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +112,7 @@ def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Coun
 
 
 def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]:
-    """The questions of a source; what is left out is counted in ``left_out``."""
+    """Yield the questions of a source; count what is left out in ``left_out``."""
     cleaning = SampleFilter(entry.filters)
     for shard in entry.source.shards():
         for item in entry.source.read(shard):
@@ -122,7 +129,7 @@ def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]
 
 
 def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Sample:
-    """The sample as preparation stores it; raises SkipSample where that leaves it out."""
+    """Return the sample as preparation stores it. Raises SkipSample if preparation leaves it out."""
     sample = cleaning.apply(sample)
     images = tuple(source.settle(image) for image in sample.images)
     for image in images:
@@ -131,7 +138,7 @@ def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Samp
 
 
 def _line(question: Question, folder: Path, name: str) -> dict[str, str | tuple[str, ...]]:
-    """The JSON of a question; its image is stored as ``name`` with the suffix of its format."""
+    """Return the JSON of a question; its image is stored as ``name`` with the suffix of its format."""
     with Image.open(io.BytesIO(question.image)) as image:
         name += f".{(image.format or 'png').lower()}"
     (folder / name).write_bytes(question.image)

@@ -1,8 +1,8 @@
-"""Scores of predictions, task by task.
+"""Score predictions, task by task.
 
-References and predictions are both texts in the model's markup, so one parser reads both. A task's score is
-the ratio of the points it earned to the points it could earn: one a sample, except OCR, where every true word
-is one. A score is named after its metric: VQA accuracy is the benchmark's, over the answers of annotators.
+References and predictions are both texts in the model's markup, so one parser reads both. A task's score is the ratio
+of the points it earned to the points it could earn: one a sample, except OCR, where every true word is one. A score is
+named after its metric: VQA accuracy is the benchmark's, over the answers of annotators.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vl.generation.grounding import first_cells, parse_grounding
 
 @dataclass(frozen=True)
 class Points:
-    """What one prediction earned, and what it could have earned."""
+    """The points that one prediction earned, and those it could have earned."""
 
     earned: float
     possible: float = 1.0
@@ -40,22 +40,22 @@ class Score:
 
 
 def score_vqa(prediction: Prediction) -> Points:
-    """VQA accuracy where several annotators have answered; otherwise the exact answer after VQA's normalization."""
+    """Score VQA accuracy if several annotators have answered; otherwise the exact answer after VQA's normalization."""
     if prediction.annotators:
         return Points(vqa_accuracy(prediction.prediction, prediction.annotators))
     return Points(exact_match(prediction.prediction, prediction.references))
 
 
 def score_caption(prediction: Prediction) -> Points:
-    """Exact caption but for case, spaces and the full stop."""
+    """Score the exact caption, ignoring case, spaces and the full stop."""
     return Points(caption_match(prediction.prediction, prediction.references))
 
 
 def score_referring(prediction: Prediction) -> Points:
-    """First box of the prediction against the first of each reference, IoU >= 0.5.
+    """Compare the first box of the prediction with the first of each reference, IoU >= 0.5.
 
     Raises:
-        DataError: a reference has no box.
+        DataError: if a reference has no box.
     """
     found, truths = first_cells(prediction.prediction), _true_boxes(prediction)
     if len(truths) < len(prediction.references):
@@ -67,7 +67,7 @@ def score_referring(prediction: Prediction) -> Points:
 
 
 def score_ocr(prediction: Prediction) -> Points:
-    """True words that were read letter for letter, wherever the boxes are; of several references the best read."""
+    """Count true words that were read exactly, wherever the boxes are; use the reference with the best result."""
     said = Counter(read_words(prediction.prediction))
     truths = [Counter(read_words(reference)) for reference in prediction.references]
     points = [Points((truth & said).total(), truth.total()) for truth in truths]
@@ -75,13 +75,13 @@ def score_ocr(prediction: Prediction) -> Points:
 
 
 def read_words(text: str) -> list[str]:
-    """The words of an OCR text: those inside <ref> tags, or all of a text without tags."""
+    """Return the words of an OCR text: those inside <ref> tags, or all of a text without tags."""
     parsed = parse_grounding(text)
     return [word for phrase in (parsed.phrases or (parsed.text,)) for word in phrase.split()]
 
 
 def reference_iou(prediction: Prediction) -> Fraction:
-    """Largest IoU of the predicted box with a reference's; 0 where either cannot be read."""
+    """Return the largest IoU of the predicted box with a reference's; 0 where either cannot be read."""
     found = first_cells(prediction.prediction)
     ious = [box_iou(found, truth) for truth in _true_boxes(prediction)] if found else []
     return max(ious, default=Fraction(0))
@@ -107,7 +107,7 @@ VQA_ACCURACY = "VQA accuracy"
 
 
 def metric_of(prediction: Prediction) -> str:
-    """What the prediction's task is scored by."""
+    """Return the name of the metric of the prediction's task."""
     return VQA_ACCURACY if prediction.annotators and prediction.task == "vqa" else METRICS[prediction.task]
 
 
@@ -115,7 +115,8 @@ def score_predictions(predictions: Iterable[Prediction]) -> Mapping[str, Score]:
     """Score each task that has a metric; tasks without one (chat) are left out.
 
     Raises:
-        DataError: a task's predictions are not all scored by the same metric, or a reference cannot be scored against.
+        DataError: if a task's predictions are not all scored by the same metric, or a reference cannot be scored
+            against.
     """
     by_task: dict[str, list[Prediction]] = {task: [] for task in SCORERS}
     for prediction in predictions:

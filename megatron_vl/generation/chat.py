@@ -1,9 +1,9 @@
-"""A dialogue as a prompt: how much of its history the model still sees, and where its reply ends.
+"""Convert a dialogue to a prompt: select how much of its history the model sees, and where its reply ends.
 
-Both are the original's. The window is filled with whole exchanges, newest first, as long as the system turn, the
-exchange and those already taken have fewer than ``max_window_size`` tokens; the new query is not counted and always
-stays. A reply ends at the first stop sequence, or at ``<|endoftext|>`` as every answer of the engine does. This is text
-and ids alone, so a prompt can be looked at without a model.
+Both follow the original. The window is filled with whole exchanges, newest first. An exchange is added while the system
+turn, the exchange and those already added have fewer than ``max_window_size`` tokens. The new query is not counted and
+always stays. A reply ends at the first stop sequence, or at ``<|endoftext|>`` as every answer of the engine does. This
+module handles only text and ids, so a prompt can be inspected without a model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_vl.errors import DataError
 
 ChatFormat = Literal["raw", "chatml"]
 MAX_WINDOW_SIZE = 6144
-"""Of the published ``generation_config.json``."""
+"""From the published ``generation_config.json``."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What was said so far, and the query that is to be answered."""
+    """The previous exchanges, and the query to be answered."""
 
     query: str
     history: tuple[tuple[str, str], ...] = ()
@@ -35,7 +35,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """What the model reads."""
+    """The input of the model."""
 
     tokens: tuple[int, ...]
     text: str
@@ -43,19 +43,19 @@ class ChatPrompt:
     images: tuple[str, ...]
     """Paths in the order of their spans, of the turns that are in the window."""
     left_out: int
-    """Exchanges of the history that are not in the window."""
+    """Number of exchanges of the history that are not in the window."""
 
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Dialogues -> prompts of one model."""
+    """Convert dialogues to prompts of one model."""
 
     tokenizer: QwenTokenizer
     num_queries: int
     max_window_size: int = MAX_WINDOW_SIZE
 
     def prompt(self, dialogue: Dialogue) -> ChatPrompt:
-        """The prompt of a dialogue in ChatML; images in replies are plain text."""
+        """Return the prompt of a dialogue in ChatML; images in replies are plain text."""
         system, query = Turn("system", dialogue.system), Turn("user", dialogue.query)
         kept = self._within_window(system, dialogue.history)
         turns = [system, *(turn for exchange in kept for turn in exchange), query]
@@ -67,7 +67,7 @@ class ChatEncoder:
 
     def _within_window(self, system: Turn, history: Sequence[tuple[str, str]]) -> list[tuple[Turn, Turn]]:
         kept: list[tuple[Turn, Turn]] = []
-        used = self._count([system]) - 1  # the original does not count the line end behind this turn
+        used = self._count([system]) - 1  # the original does not count the line end after this turn
         for query, reply in reversed(history):
             exchange = Turn("user", query), Turn("assistant", reply)
             used += self._count(exchange)
@@ -81,10 +81,10 @@ class ChatEncoder:
 
 
 def read_history(value: Any) -> tuple[tuple[str, str], ...]:
-    """The history of a dialogue out of JSON: a list of ``[query, reply]``, or None.
+    """Read the history of a dialogue from JSON: a list of ``[query, reply]``, or None.
 
     Raises:
-        DataError: it is anything else; says which exchange.
+        DataError: if it is anything else; names the exchange.
     """
     if value is None:
         return ()
@@ -97,7 +97,7 @@ def read_history(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 def stop_sequences(chat_format: ChatFormat, tokenizer: QwenTokenizer) -> tuple[tuple[int, ...], ...]:
-    """What ends a reply besides <|endoftext|>: in ChatML either marker, in raw text the next speaker's name."""
+    """Return what ends a reply besides <|endoftext|>: in ChatML either marker, in raw text the next speaker's name."""
     if chat_format == "chatml":
         return (tokenizer.special.im_end,), (tokenizer.special.im_start,)
     return (tuple(tokenizer.encode("Human:")), (tokenizer.special.endoftext,))

@@ -1,15 +1,16 @@
 """Greedy generation with a key-value cache, on any tensor x pipeline x data layout.
 
-Prompts of a batch are padded on the left, so that the last position is everybody's next token. One forward pass reads
-the prompts (images included) and fills the cache; then each pass feeds one token. Stages run one after the other, each
-sending its output to the next, so the virtual pipeline works too; data-parallel ranks take prompts in turn.
+Prompts of a batch are padded on the left, so that the last position predicts the next token of every prompt. One
+forward pass reads the prompts (images included) and fills the cache; then each pass feeds one token. Stages run one
+after the other, and each sends its output to the next, so a virtual pipeline works too. Data-parallel ranks take
+prompts in turn.
 
-Of equal logits the lowest id is chosen, at any layout. In fp32 the tokens are those of recomputing the whole sequence
-for each. In bf16 a pass over one token rounds otherwise than one over the sequence, so tokens may differ where logits
-are as close as that.
+Of equal logits the lowest id is chosen, at any layout. In fp32 the tokens equal those of recomputing the whole sequence
+for each token. In bf16 a pass over one token rounds differently than one over the sequence, so tokens may differ where
+logits are that close.
 
-The layers are those of the local backend, whose attention takes a mask for the padding. Sequence parallelism is off:
-a pass over one token has nothing to split.
+The layers are those of the local backend, whose attention takes a mask for the padding. Sequence parallelism is off: a
+pass over one token has nothing to split.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When to stop, and what may not be said."""
+    """When to stop, and which tokens are excluded."""
 
     max_new_tokens: int = 64
     batch_size: int = 32
@@ -70,7 +71,7 @@ class _PaddedBatch:
     hidden: Tensor
     """bool[b, longest]: padding."""
     slots: Tensor
-    """int64[images * queries]: positions of image slots on the flattened batch."""
+    """int64[images * queries]: positions of image slots in the flattened batch."""
     pixels: Tensor | None
 
 
@@ -79,7 +80,7 @@ class _Pass:
     """One pass of all stages."""
 
     tokens: Tensor
-    """int64[b, s], what is new."""
+    """int64[b, s], the new tokens."""
     inputs: AttentionInputs
     prompts: _PaddedBatch | None
     """On the first pass, which also reads the images."""
@@ -90,10 +91,10 @@ class _Pass:
 
 
 class Engine:
-    """A model ready to answer."""
+    """A model that generates answers."""
 
     def __init__(self, chunks: Sequence[QwenVL], config: RunConfig, topology: Topology) -> None:
-        """``chunks`` must have been built without sequence parallelism, from the local backend."""
+        """Take ``chunks``, which must have been built without sequence parallelism, from the local backend."""
         assert not config.parallel.sequence_parallel and config.parallel.backend == "local"
         self.chunks = list(chunks)
         self.topology = topology
@@ -110,8 +111,8 @@ class Engine:
         """Load the weights of a checkpoint at any layout.
 
         Raises:
-            CheckpointError: there is no usable checkpoint at ``path``.
-            ConfigError: its model cannot be split so.
+            CheckpointError: if there is no usable checkpoint at ``path``.
+            ConfigError: if its model cannot be split over this layout.
         """
         saved = store.read_config(store.resolve(path))
         config = replace(
@@ -126,7 +127,7 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
-        """The new tokens of each prompt, in the order of the prompts, on every rank."""
+        """Return the new tokens of each prompt, in the order of the prompts, on every rank."""
         answers: dict[int, list[int]] = {}
         for indices in self._batches(prompts, options.batch_size):
             batch = self._answer([prompts[index] for index in indices], options)
@@ -137,9 +138,10 @@ class Engine:
         return [merged[index] for index in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-        """This rank's prompts by their index, batched by length so that there is little padding.
+        """Return this rank's prompts by their index, batched by length so that there is little padding.
 
-        A prompt whose length stretches the rotary base is answered alone, so that no answer depends on the company.
+        A prompt whose length changes the rotary base is in a batch of its own, so its answer does not depend on other
+        prompts.
         """
         mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
         by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
@@ -185,7 +187,7 @@ class Engine:
     def _forward(
         self, step: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]
     ) -> Tensor:
-        """Run all stages; int64[b], the token that follows, on every rank."""
+        """Run all stages; return int64[b], the next tokens, on every rank."""
         reads_text = next(index for index, stage in enumerate(self.layout.stages) if stage.word_embedding)
         state: Tensor | None = None
         for index in range(0 if step.pixels is not None else reads_text, len(self.layout.stages)):
@@ -210,7 +212,7 @@ class Engine:
         return newest
 
     def _hand_over(self, state: Tensor | None, owner: int, following: int) -> Tensor | None:
-        """Send a stage's output to the stage that follows, if that is elsewhere."""
+        """Send a stage's output to the following stage if another rank holds that."""
         if owner == following:
             return state
         if self.topology.pp_rank == owner:
@@ -243,15 +245,18 @@ class Engine:
         return state
 
     def _attention_inputs(self, new: int, hidden_keys: Tensor, *, prompt: int) -> AttentionInputs:
-        """The mask of ``new`` queries over all keys so far, and the angles of all positions.
+        """Return the mask of ``new`` queries over all keys so far, and the angles of all positions.
 
-        The length of the ``prompt`` sets the rotary base, also for the tokens that follow it. The scale of a query goes
-        by its index in its own sequence, to which padding does not belong.
+        The length of the ``prompt`` sets the rotary base, also for the tokens that follow it. The scale of a query
+        depends on its index in its own sequence, without padding.
+
+        Args:
+            hidden_keys: bool[b, keys]: padding.
         """
         keys = hidden_keys.shape[1]
         future = torch.ones(new, keys, dtype=torch.bool, device=hidden_keys.device).triu(keys - new + 1)
         mask = future | hidden_keys[:, None, None, :]
-        # A padding query would see nothing, and its softmax would not be a number: let it see itself.
+        # A padding query would attend to nothing, and its softmax would be NaN: let it attend to itself.
         itself = torch.eye(new, dtype=torch.bool, device=hidden_keys.device)
         mask[..., keys - new :] &= ~itself
         language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
@@ -265,7 +270,7 @@ class Engine:
 
 
 def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
-    """Whether an answer ends in one of ``stops``, which is then cut off."""
+    """Return whether an answer ends in one of ``stops``; remove that stop sequence."""
     for stop in stops:
         if tuple(answer[-len(stop) :]) == stop:
             del answer[-len(stop) :]
@@ -274,7 +279,7 @@ def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
 
 
 def _see(chunk: QwenVL, state: Tensor | None, pixels: Tensor) -> Tensor | None:
-    """The vision side of a stage."""
+    """Run the vision part of a stage."""
     if chunk.vision is not None:
         state = chunk.vision(pixels if chunk.vision.has_patch_embed else state)
     return state if chunk.resampler is None else chunk.resampler(state)

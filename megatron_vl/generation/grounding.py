@@ -1,9 +1,9 @@
-"""Grounding text: regions out of what the model wrote, and regions drawn onto an image.
+"""Read regions from text with grounding markup, and draw regions onto an image.
 
 Qwen-VL writes ``<ref>phrase</ref>`` followed by one or more ``<box>(x1,y1),(x2,y2)</box>`` or
 ``<quad>(x,y),(x,y),(x,y),(x,y)</quad>``, in the cells of :mod:`megatron_vl.data.prompting.coordinates`. A model's text
-is untrusted: parsing never fails. Boxes that cannot be read are left out, tags are dropped from the plain
-text, and swapped corners are kept as they are (they overlap nothing, hence count as wrong).
+is untrusted: parsing never fails. Boxes that cannot be read are left out, and tags are dropped from the plain text.
+Swapped corners are kept as they are (they overlap nothing, hence count as wrong).
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ Points = tuple[float, ...]
 
 @dataclass(frozen=True)
 class GroundedText:
-    """A text without its markup, and the regions that the markup gave."""
+    """A text without its markup, and the regions from the markup."""
 
     text: str
     regions: tuple[Region, ...]
     """In order; ``span`` gives the characters of ``text`` that a phrase occupies."""
     phrases: tuple[str, ...] = ()
-    """What the <ref> tags held, with a readable box or without."""
+    """Contents of the <ref> tags, with a readable box or without."""
 
 
 def parse_grounding(text: str) -> GroundedText:
     """Split a model's text into plain text and regions with coordinates in [0, 1].
 
-    A box that follows no phrase makes a region with an empty text; a phrase without a readable box gives no
-    region.
+    A box without a phrase before it makes a region with an empty text. A phrase without a readable box makes no region.
     """
     plain, end = "", 0
     phrase: Region | None = None
@@ -67,7 +66,7 @@ def parse_grounding(text: str) -> GroundedText:
 
 
 def first_cells(text: str) -> tuple[int, int, int, int] | None:
-    """The first ``(x1,y1),(x2,y2)`` of a text, in tags or not, in cells; None without one."""
+    """Return the first ``(x1,y1),(x2,y2)`` of a text, in tags or not, in cells; None if there is none."""
     found = _PAIR.search(text)
     cells = None if found is None else parse_cells(found[0], 2)
     if cells is None:
@@ -77,7 +76,7 @@ def first_cells(text: str) -> tuple[int, int, int, int] | None:
 
 
 def first_box(text: str) -> tuple[float, float, float, float] | None:
-    """The same as coordinates in [0, 1]."""
+    """Return the same as coordinates in [0, 1]."""
     cells = first_cells(text)
     return None if cells is None else _as_box(tuple(map(from_cell, cells)))
 
@@ -105,7 +104,7 @@ def draw_regions(
 
 
 def _with_shape(region: Region, piece: re.Match[str]) -> Region:
-    """Add the box or quad of ``piece`` to a region, if it can be read."""
+    """Add the box or quad of ``piece`` to a region if it can be read."""
     if piece["box"] is not None:
         box = _as_box(parse_points(piece["box"], 2))
         return region if box is None else replace(region, boxes=(*region.boxes, box))

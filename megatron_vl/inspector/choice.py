@@ -1,4 +1,4 @@
-"""Which rows a page shows: consecutive rows of the data set, or a random choice; of one source or task if wanted."""
+"""Choose the rows of a page: consecutive rows or a random choice, optionally of one source or task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vl.errors import ConfigError
 
 @dataclass(frozen=True)
 class RowChoice:
-    """What is asked for."""
+    """The requested rows."""
 
     num_rows: int = 50
     first: int = 0

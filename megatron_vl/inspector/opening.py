@@ -1,4 +1,4 @@
-"""A prefix -> an open data set and the vocabulary that its ids are of, or an error that says what to type instead."""
+"""Open the data set of a prefix and its vocabulary, or raise an error that proposes other prefixes."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ _MAX_NAMED = 12
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids to bytes and names; that is all that reading needs, so nothing is built that could encode."""
+    """Maps ids to bytes and names. Reading needs nothing more, so no encoder is built."""
 
     ranks: tuple[bytes, ...]
     special: SpecialTokens
 
     @cached_property
     def special_text(self) -> dict[int, str]:
-        """Surface form of each special token, by id."""
+        """The text of each special token, by id."""
         return {token_id: text for text, token_id in self.special.by_text.items()}
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids of text."""
+        """Return the bytes of ids of text."""
         return b"".join(self.ranks[token_id] for token_id in ids)
 
 
 def open_store(prefix: str) -> RowStore:
-    """Open a data set. Raises DataError if it is damaged, or for a wrong prefix, then with those that exist nearby."""
+    """Open a data set. Raises DataError if it is damaged, or for a wrong prefix, and then lists nearby prefixes."""
     if not manifest_path(prefix).is_file():
         raise DataError(unfinished_data_set(prefix) or _no_data_set(prefix))
     return RowStore(prefix)
 
 
 def open_vocabulary(prefix: str, manifest: Manifest, vocab_file: Path | None = None) -> Vocabulary:
-    """The vocabulary with which a data set was made, by default Qwen's.
+    """Return the vocabulary with which a data set was made, by default Qwen's.
 
-    Raises DataError if the data set needs another one and none is given, or if the file is not the one it needs.
+    Raises:
+        DataError: if the data set needs another one and none is given, or if the file is not the one it needs.
     """
     if vocab_file is None and manifest.tokenizer_sha256 != QWEN_SHA256:
         raise DataError(
@@ -77,6 +78,6 @@ def _no_data_set(prefix: str) -> str:
 
 
 def _prefixes_in(folder: Path) -> list[str]:
-    """Prefixes of a folder's finished data sets: those with a manifest and an index of rows."""
+    """Return the prefixes of a folder's finished data sets: those with a manifest and an index of rows."""
     manifests = sorted(folder.glob("*.json")) if folder.is_dir() else []
     return [str(path.with_suffix("")) for path in manifests if Path(f"{path.with_suffix('')}.tokens.idx").is_file()]

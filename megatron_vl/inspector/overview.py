@@ -1,7 +1,7 @@
-"""The figures of a whole data set, from its manifest and the heads of its rows; tokens and images stay unread.
+"""Compute the figures of a whole data set, from its manifest and row headers; tokens and images are not read.
 
-Reading a head takes microseconds and a page of the disk, so above ``SCANNED_ROWS`` rows an evenly spaced choice of them
-stands for all, and whoever shows the figures says so.
+Reading a header takes microseconds and a page of the disk. So above ``SCANNED_ROWS`` rows the figures come from an
+evenly spaced choice of them, and code that shows the figures must state that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Overview:
     prefix: str
     manifest: Manifest
     num_scanned: int
-    """Rows of which the heads were read."""
+    """Number of rows whose headers were read."""
     segment_lengths: npt.NDArray[np.int64]
     """int64[segments of those rows]: tokens in each."""
     row_lengths: npt.NDArray[np.int64]
@@ -42,18 +42,18 @@ class Overview:
 
     @property
     def kept(self) -> tuple[tuple[CountEntry, float], ...]:
-        """What each source gave for each task, and its share of all tokens."""
+        """The counts of each source and task, and their share of all tokens."""
         counts = self.manifest.counts
         total = max(sum(entry.tokens for entry in counts), 1)
         return tuple((entry, entry.tokens / total) for entry in counts)
 
     def skips_of(self, source: str) -> tuple[SkipEntry, ...]:
-        """What a source lost, by reason."""
+        """Return the samples that a source lost, by reason."""
         return tuple(skip for skip in self.manifest.skips if skip.source == source)
 
 
 def read_overview(store: RowStore, *, scanned_rows: int = SCANNED_ROWS) -> Overview:
-    """Read the heads of all rows, or of ``scanned_rows`` of them. Raises DataError for a row that is damaged."""
+    """Read the headers of all rows, or of ``scanned_rows`` of them. Raises DataError for a row that is damaged."""
     count = min(len(store), scanned_rows)
     rows = np.arange(count) * len(store) // max(count, 1)
     lengths = [store.segment_lengths(index) for index in rows.tolist()]

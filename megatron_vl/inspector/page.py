@@ -1,9 +1,8 @@
-"""A data set as one self-contained HTML page: its figures, and some of its rows as they are trained on.
+"""Render a data set as one self-contained HTML page: its figures, and some of its rows as they are trained on.
 
-Pictures are in the page once, however often they are used; boxes are vectors laid over them, so that they stay sharp on
-a thumbnail and can be matched with the text. The one script filters what is there already. The page's content policy
-names that script by its hash and forbids every fetch, so that nothing from the data could run or load even if it got
-past the escaping.
+Each picture is in the page once. Boxes are vectors laid over the pictures, so that they stay sharp on a thumbnail and
+can be matched with the text. The only script filters existing content. The page's content policy names that script by
+its hash and forbids every fetch. So nothing from the data could run or load even if the escaping failed.
 """
 
 from __future__ import annotations
@@ -47,24 +46,26 @@ class DataPage:
 
     @property
     def sources(self) -> list[str]:
-        """Of the rows that are shown."""
+        """Sources of the rows that are shown."""
         return sorted({segment.source for row in self.rows for segment in row.segments})
 
     @property
     def tasks(self) -> list[str]:
-        """Of the rows that are shown."""
+        """Tasks of the rows that are shown."""
         return sorted({segment.task for row in self.rows for segment in row.segments})
 
     @property
     def problems(self) -> list[tuple[int, str]]:
-        """What is wrong with the rows that are shown, each with its row's index."""
+        """Problems of the rows that are shown, each with its row's index."""
         return [(row.index, problem) for row in self.rows for problem in row.problems]
 
 
 def read_page(store: RowStore, vocabulary: Vocabulary, choice: RowChoice, *, max_image_side: int = 384) -> DataPage:
-    """Gather the figures of a data set and the rows that are chosen.
+    """Gather the figures of a data set and the chosen rows.
 
-    Raises ConfigError for a choice that the data set does not allow, DataError for a damaged row.
+    Raises:
+        ConfigError: for a choice that the data set does not allow.
+        DataError: for a damaged row.
     """
     manifest, overview = store.manifest, read_overview(store)
     reader = RowReader(vocabulary, manifest.num_queries, manifest.seq_length)
@@ -83,7 +84,7 @@ def read_page(store: RowStore, vocabulary: Vocabulary, choice: RowChoice, *, max
 
 
 def _with_unreadable(row: RowView, thumbnails: Mapping[int, Thumbnail]) -> RowView:
-    """The row with its images that cannot be read among its problems."""
+    """Return the row with its unreadable images added to its problems."""
     image_ids = {picture.image_id for picture in row.pictures if picture.image_id is not None}
     number = sum(bool(thumbnails[image_id].problem) for image_id in image_ids)
     problems = [f"{number} unreadable image{'s' if number > 1 else ''}"] if number else []
@@ -91,7 +92,7 @@ def _with_unreadable(row: RowView, thumbnails: Mapping[int, Thumbnail]) -> RowVi
 
 
 def render_page(page: DataPage) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     environment = page_environment("megatron_vl.inspector")
     environment.filters["printable"] = printable
     assert environment.loader is not None

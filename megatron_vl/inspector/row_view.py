@@ -1,9 +1,9 @@
-"""A stored row as its segments, and each segment as runs: text, special tokens, pictures at their slots.
+"""Split a stored row into segments, and each segment into runs: text, special tokens, pictures at their slots.
 
-Every token of a row is in exactly one run, in order, and a run is wholly supervised or not, so what is shown can be
-held against the row. Boxes and quads are read from the special tokens, not from the look of the text: a caption that
-spells ``<box>`` is a caption. A shape belongs to the last picture before it in its segment, or to the first one if
-none stands before it. The inspector must show damaged rows, so it reports problems instead of raising.
+Every token of a row is in exactly one run, in order, and a run is wholly supervised or not. So the display can be
+compared with the row. Boxes and quads are read from the special tokens, not from the text: a caption that contains the
+characters ``<box>`` is still a caption. A shape belongs to the last picture before it in its segment, or to the first
+one if none precedes it. The inspector must show damaged rows, so it reports problems instead of raising.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RunKind = Literal["text", "coordinates", "special", "picture", "unknown"]
 Band = Literal["picture", "learned", "given"]
 
 _SHAPES = {"<box>": 2, "<quad>": 4}
-"""Points of what an opening tag announces."""
+"""Number of points of a shape, by its opening tag."""
 _NO_KEY = SegmentKey("?", "?", "?", 0, 0)
 
 
@@ -54,7 +54,7 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Neighboring tokens of one kind that are all supervised, or none of them."""
+    """Neighboring tokens of one kind that are either all supervised or all not."""
 
     kind: RunKind
     start: int
@@ -67,22 +67,22 @@ class TokenRun:
     """Of a special or unknown token."""
     picture: ImageSpan | None = None
     shape: Shape | None = None
-    """Of the tag that closes one."""
+    """Set on the tag that closes a shape."""
 
 
 @dataclass(frozen=True)
 class SegmentView:
-    """One sample, or a piece of a text document."""
+    """One sample, or a segment of a text document."""
 
     source: str
     task: str
     key: str
     sample_start: int
     sample_stop: int
-    """Tokens of the sample that lie here."""
+    """Tokens [sample_start, sample_stop) of the sample are in this segment."""
     start: int
     stop: int
-    """Tokens of the row."""
+    """Tokens [start, stop) of the row."""
     num_supervised: int
     runs: tuple[TokenRun, ...]
 
@@ -96,7 +96,7 @@ class SegmentView:
 
     @property
     def parts(self) -> list[tuple[TokenRun, ...]]:
-        """All runs, cut before each picture if there are several: each then stands beside what follows it."""
+        """All runs, split before each picture if there are several, so each picture is next to the runs after it."""
         cuts = [position for position, run in enumerate(self.runs) if run.picture is not None]
         cuts = [0, *cuts, len(self.runs)] if len(cuts) > 1 else [0, len(self.runs)]
         return [self.runs[start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
@@ -116,7 +116,7 @@ class RowView:
     segments: tuple[SegmentView, ...]
     seq_length: int
     problems: tuple[str, ...]
-    """What contradicts itself."""
+    """Contradictions in the row."""
 
     @property
     def length(self) -> int:
@@ -137,14 +137,14 @@ class RowView:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Turns rows into views."""
+    """Converts rows to views."""
 
     vocabulary: Vocabulary
     num_queries: int
     seq_length: int
 
     def view(self, index: int, row: PackedRow, keys: Sequence[SegmentKey]) -> RowView:
-        """The view of row ``index`` with the keys of its segments."""
+        """Return the view of row ``index`` with the keys of its segments."""
         image_ids = iter(row.image_ids.tolist())
         ends = np.cumsum(row.segment_lengths).tolist()
         segments = []
@@ -210,7 +210,7 @@ def _band(run: TokenRun) -> Band:
 
 
 def _picture_end(tokens: Sequence[int], start: int, special: SpecialTokens) -> int | None:
-    """The end of the image span that begins at ``start``: slots alone, then the closing tag. None if it is none."""
+    """Return the end of the image span at ``start`` (slots alone, then the closing tag); None if it is no span."""
     end = start + 1
     while end < len(tokens) and tokens[end] == special.img_pad:
         end += 1
@@ -218,7 +218,7 @@ def _picture_end(tokens: Sequence[int], start: int, special: SpecialTokens) -> i
 
 
 def _with_shapes(runs: list[TokenRun]) -> tuple[TokenRun, ...]:
-    """Runs with each shape at the tag that closes it, and at the picture to which it belongs."""
+    """Return runs with each shape at the tag that closes it, and at the picture to which it belongs."""
     pictures = [position for position, run in enumerate(runs) if run.kind == "picture"]
     label, number = "", 0
     for position, run in enumerate(runs):
@@ -240,7 +240,7 @@ def _with_shapes(runs: list[TokenRun]) -> tuple[TokenRun, ...]:
 
 
 def _between(runs: Sequence[TokenRun], position: int) -> tuple[str, int | None]:
-    """The text between an opening tag and its closing one, and where that stands; None if it does not follow."""
+    """Return the text between an opening and a closing tag, and the latter's position; None if it does not follow."""
     closing = runs[position].name.replace("<", "</", 1)
     stop = position + 1
     while stop < len(runs) and runs[stop].kind == "text":
@@ -251,7 +251,7 @@ def _between(runs: Sequence[TokenRun], position: int) -> tuple[str, int | None]:
 
 
 def _corners(points: tuple[float, ...]) -> tuple[float, ...]:
-    """The four corners of a box given by two of them; a quad as it is."""
+    """Return the four corners of a box given by two of them; a quad unchanged."""
     if len(points) != 4:
         return points
     x1, y1, x2, y2 = points

@@ -1,4 +1,4 @@
-"""The figures of a data set as tables for the terminal; nothing here needs the libraries of the page."""
+"""Format the figures of a data set as tables for the terminal, without the libraries of the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 
 def format_summary(overview: Overview) -> str:
-    """Totals, spread, what is in the rows by source and task, and what became of all records by source and reason."""
+    """Return totals, spread, the rows by source and task, and the fate of all records by source and reason."""
     spread = format_table(("of a row or segment", *QUANTILES), _spread(overview))
     if overview.is_sampled:
         spread += f"\n(of {overview.num_scanned:,} rows, evenly spaced)"
@@ -79,7 +79,7 @@ def _kept(overview: Overview) -> list[tuple[str, ...]]:
 
 
 def _left_out(overview: Overview) -> list[tuple[str, ...]]:
-    """A line for each source, then one for each reason for which it lost records."""
+    """Return a line for each source, then one for each reason for which it lost records."""
     lines: list[tuple[str, ...]] = []
     for totals in overview.manifest.sources:
         counts = (f"{count:,}" for count in (totals.read, totals.kept, totals.read - totals.kept))

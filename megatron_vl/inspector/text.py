@@ -1,8 +1,8 @@
-"""Bytes of a row as text in which nothing is invisible.
+"""Convert bytes of a row to text in which every character is visible.
 
-Bytes that are no UTF-8 (a character cut by packing, a broken document) and characters that do not show, reorder
-what stands beside them or only look like a blank come out as marks of their own. ``printable`` does the same for names
-and keys, where a plain string is needed.
+Bytes that are no UTF-8 (a character cut by packing, a broken document) become marks of their own. So do characters that
+do not show, reorder their neighbors or only resemble a blank. ``printable`` does the same for names and keys, where a
+plain string is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 Kind = Literal["plain", "space", "newline", "tab", "control", "byte"]
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-"""Unicode categories of what cannot be seen, or not be told from a blank."""
+"""Unicode categories of characters that are invisible, or cannot be told from a blank."""
 _ODD_SPACES = re.compile(r"^ +| +$| {2,}")
 _MAX_NAME = 200
 
@@ -27,7 +27,7 @@ class Mark:
 
     kind: Kind
     text: str
-    """What the row holds; for ``control`` its code point and for ``byte`` its hexadecimal value instead."""
+    """The text of the row; for ``control`` its code point and for ``byte`` its hexadecimal value instead."""
 
 
 def make_marks(data: bytes) -> tuple[Mark, ...]:
@@ -43,7 +43,7 @@ def make_marks(data: bytes) -> tuple[Mark, ...]:
 
 
 def printable(text: str) -> str:
-    """A name or key on one line, with escapes for what cannot be seen or encoded, cut if it is very long."""
+    """Return a name or key on one line, with escapes for invisible or unencodable characters; cut very long ones."""
     shown = "".join(c if _kind(c) == "plain" else f"\\u{ord(c):04x}" for c in text[: _MAX_NAME + 1])
     return shown if len(text) <= _MAX_NAME else f"{shown[:_MAX_NAME]}…"
 

@@ -1,4 +1,4 @@
-"""Small copies of a data set's images for a page: decoded under limits, shrunk, encoded anew, each once."""
+"""Make small copies of a data set's images for a page: decoded under limits, shrunk, encoded anew, each once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Thumbnail:
 
 
 def make_thumbnails(store: RowStore, image_ids: Iterable[int], max_side: int) -> dict[int, Thumbnail]:
-    """A thumbnail of each image, no side of it above ``max_side`` pixels, by id."""
+    """Return a thumbnail of each image, no side of it above ``max_side`` pixels, by id."""
     return {image_id: _make_thumbnail(store, image_id, max_side) for image_id in sorted(set(image_ids))}
 
 

@@ -1,20 +1,16 @@
-"""Exact work of the model that is built: the operations of its matrix products, frozen parts included.
+"""Count the operations of the model's matrix products exactly, frozen parts included.
 
-One multiply-add counts as 2; norms, softmax, activations, biases and the rotary embedding are not counted, as
-is usual for utilization. The backward pass is counted as what is required, recomputation never:
+One multiply-add counts as 2. Norms, softmax, activations, biases and the rotary embedding are not counted, as is usual
+for utilization. The backward pass counts what is required; recomputation never counts:
 
-* a product ``x @ w`` costs its forward once more for the gradient of ``x`` if anything trained lies upstream
-  of ``x``, and once more for the gradient of ``w`` if ``w`` is trained. So a trained layer costs 3 forwards,
-  a frozen one that only passes gradients through costs 2, a frozen one without anything trained upstream 1,
-  the patch embedding 2;
-* attention has no weights: its backward is twice its forward if a gradient passes through it, and nothing
-  otherwise;
-* the resampler's query projection counts for each image, as in the published code (ours does it once);
-* causal attention counts half of the square of each attention span; the head runs on supervised positions
-  only.
+* a product ``x @ w`` costs its forward once more for the gradient of ``x`` if anything trained lies upstream of ``x``,
+  and once more for the gradient of ``w`` if ``w`` is trained. So a trained layer costs 3 forwards. A frozen layer costs
+  2 if it only passes gradients through, and 1 if nothing upstream trains. The patch embedding costs 2;
+* attention has no weights: its backward is twice its forward if a gradient passes through it, and nothing otherwise;
+* the resampler's query projection counts for each image, as in the published code (ours computes it once);
+* causal attention counts half of the square of each attention span; the head runs on supervised positions only.
 
-Everything depends on the :class:`Work` of the rows at hand, not on averages, so that a reported TFLOP/s is a
-count.
+Everything depends on the :class:`Work` of the actual rows, not on averages, so a reported TFLOP/s is a count.
 """
 
 from __future__ import annotations
@@ -26,17 +22,17 @@ from megatron_vl.config.schema import ModelConfig, TrainingConfig
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """Which parts of the model are not trained."""
+    """The parts of the model that are not trained."""
 
     vision: bool = False
     resampler: bool = False
     language_model: bool = False
     resampler_output: bool = False
-    """Of a resampler that trains, ln_post and proj: the choice of ``training.legacy_finetune_freezing``."""
+    """Whether ln_post and proj of a trained resampler are frozen, as ``training.legacy_finetune_freezing`` does."""
 
     @classmethod
     def of(cls, training: TrainingConfig) -> FrozenParts:
-        """The frozen parts of a run."""
+        """Return the frozen parts of a run."""
         return cls(
             vision=training.freeze_vision,
             resampler=training.freeze_resampler,
@@ -47,16 +43,16 @@ class FrozenParts:
 
 @dataclass(frozen=True)
 class Work:
-    """What is required, summed over any number of rows; ``MicroBatch.work`` says it of rows, without padding."""
+    """The required work, summed over any number of rows. ``MicroBatch.work`` returns it for rows, without padding."""
 
     num_images: int = 0
-    """Images that the vision tower has to see."""
+    """Images that the vision tower encodes."""
     num_tokens: int = 0
-    """Positions that the language model has to read."""
+    """Positions that the language model reads."""
     sum_squared_spans: float = 0.0
     """Sum of the squared lengths of the spans inside which tokens attend to each other (rows or segments)."""
     num_supervised: int = 0
-    """Positions with a label, on which the output layer runs."""
+    """Supervised positions, on which the output layer runs."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -79,25 +75,26 @@ class Flops:
 
 
 def forward_flops(model: ModelConfig, work: Work) -> Flops:
-    """Forward only; ``vision_layer`` and ``language_layer`` are those of one layer."""
+    """Return the operations of forward only; ``vision_layer`` and ``language_layer`` are those of one layer."""
     return _flops(model, work, FrozenParts(True, True, True))
 
 
 def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
-    """Forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
+    """Return forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
     return _flops(model, work, frozen)
 
 
 def step_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
-    """Required floating-point operations of training on ``work``, over all ranks together."""
+    """Return the required floating-point operations of training on ``work``, over all ranks together."""
     return sum(unit_flops(model, frozen, work))
 
 
 def image_cost(model: ModelConfig, frozen: FrozenParts) -> float:
-    """What an image adds to the work of training on a row, in labels, by which rows are dealt to ranks.
+    """Return the work that an image adds to a row in training, in units of a label; rows are assigned to ranks by it.
 
-    Rows are padded to one length, so they differ in their images and in the labels that the output layer runs on, for
-    which the tokens outside images are taken. An image adds itself, and takes the room of a label for each slot.
+    Rows are padded to one length. So they differ only in their images and in the labels that the output layer runs on.
+    All tokens outside images are assumed to be labels. An image adds its own work, and replaces one label for each
+    slot.
     """
     image = step_flops(model, frozen, Work(num_images=1, num_tokens=0, sum_squared_spans=0, num_supervised=0))
     label = step_flops(model, frozen, Work(num_images=0, num_tokens=0, sum_squared_spans=0, num_supervised=1))
@@ -105,7 +102,7 @@ def image_cost(model: ModelConfig, frozen: FrozenParts) -> float:
 
 
 def unit_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> list[float]:
-    """Operations of each unit of the line: every V (patch embedding with the first), R, every L, head."""
+    """Return the operations of each unit in order: every V (patch embedding with the first), R, every L, head."""
     flops = training_flops(model, frozen, work)
     vision = [flops.vision_layer] * model.vision.num_layers
     if vision:
@@ -153,7 +150,7 @@ def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> flo
 
 
 def _passes(*, weight: bool, upstream: bool) -> int:
-    """What a product costs in training, in forwards: itself and the gradients of its weight and its input."""
+    """Return the cost of a product in training, in forwards: itself and the gradients of its weight and its input."""
     return 1 + weight + upstream
 
 

@@ -1,16 +1,14 @@
-"""Which layers live on which pipeline stage.
+"""Assign layers to pipeline stages.
 
-The model is one line of units, ``V..V R L..L``: vision layers, the resampler, language layers. A layout cuts
-this line into ``pipeline size x virtual size`` consecutive stages, anywhere: inside the vision tower, inside
-the language model, before or after the resampler. What is not a layer follows from the cut, so it is never
-written down: the patch embedding goes with the first V, the word embedding and the fusion of image features
-with the first L, the final norm and the output layer (the *head*) with the last stage, which may hold nothing
-else.
+The model is a pipeline of units, ``V..V R L..L``: vision layers, the resampler, language layers. A layout splits it
+into ``pipeline size x virtual size`` consecutive stages, anywhere: inside the vision tower, inside the language model,
+before or after the resampler. The place of everything else follows from the split, so it is never written down. The
+patch embedding is on the stage of the first V. The word embedding and the fusion of image features are on the stage of
+the first L. The final norm and the output layer (the *head*) are on the last stage, which may hold nothing else.
 
-The written form lists the stages between bars, ``V*24|V*24R|L*16|L*16``; a layout that ends with a bar has a
-stage of its own for the head. Virtual stage ``k`` is model chunk ``k // pp`` of pipeline rank ``k % pp``, as
-in Megatron-Core's interleaved schedule. Invariant of every :class:`PipelineLayout`: the stages hold each unit
-once, in order.
+The written form lists the stages between bars, ``V*24|V*24R|L*16|L*16``. A layout that ends with a bar has a stage of
+its own for the head. Virtual stage ``k`` is model chunk ``k // pp`` of pipeline rank ``k % pp``, as in Megatron-Core's
+interleaved schedule. Invariant of every :class:`PipelineLayout`: the stages hold each unit once, in order.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _TERM = re.compile(r"([VRL])(?:\*(\d{1,5}))?")
 
 @dataclass(frozen=True)
 class StageLayout:
-    """What one (virtual) stage computes; layer numbers are global and count from 0 in each tower."""
+    """The units of one (virtual) stage; layer numbers are global and count from 0 in each tower."""
 
     vision_layers: range
     resampler: bool
@@ -48,7 +46,7 @@ class StageLayout:
         )
 
     def __str__(self) -> str:
-        """For people: the units with what goes along, for example ``word embedding, L 0-15``."""
+        """Return the units for people, with embeddings and head, for example ``word embedding, L 0-15``."""
         parts = ["patch embedding"] if self.patch_embed else []
         parts += _numbered("V", self.vision_layers)
         parts += ["resampler"] if self.resampler else []
@@ -60,7 +58,7 @@ class StageLayout:
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """The stages of the line in order, and how many pipeline ranks share them."""
+    """The stages of the pipeline in order, and the number of pipeline ranks that share them."""
 
     stages: tuple[StageLayout, ...]
     pipeline_size: int
@@ -71,23 +69,23 @@ class PipelineLayout:
 
     @classmethod
     def whole(cls, model: ModelConfig) -> PipelineLayout:
-        """The layout without a cut: one stage holds the model."""
+        """Return the layout without a split: one stage holds the model."""
         return _build([model.vision.num_layers + 1 + model.language.num_layers], model, 1, 1)
 
     def __str__(self) -> str:
         return "|".join(stage.units for stage in self.stages)
 
     def stage_index(self, pipeline_rank: int, chunk: int = 0) -> int:
-        """Number of the virtual stage that is ``chunk`` of ``pipeline_rank``."""
+        """Return the number of the virtual stage that is ``chunk`` of ``pipeline_rank``."""
         assert 0 <= pipeline_rank < self.pipeline_size and 0 <= chunk < self.virtual_size
         return chunk * self.pipeline_size + pipeline_rank
 
     def stage(self, pipeline_rank: int, chunk: int = 0) -> StageLayout:
-        """The stage that is model chunk ``chunk`` of ``pipeline_rank``."""
+        """Return the stage that is model chunk ``chunk`` of ``pipeline_rank``."""
         return self.stages[self.stage_index(pipeline_rank, chunk)]
 
     def stages_of_rank(self, pipeline_rank: int) -> tuple[StageLayout, ...]:
-        """The stages of one pipeline rank, one for each model chunk."""
+        """Return the stages of one pipeline rank, one for each model chunk."""
         return tuple(self.stage(pipeline_rank, chunk) for chunk in range(self.virtual_size))
 
 
@@ -97,7 +95,7 @@ def parse_layout(
     """Read the written form of a layout.
 
     Raises:
-        ConfigError: the text has another form, or its units or stages are not those of the run; says the
+        ConfigError: if the text has another form, or its units or stages are not those of the run; shows the
             arithmetic.
     """
     stages = "".join(text.split()).split("|")
@@ -109,10 +107,10 @@ def parse_layout(
 
 
 def resolve_layout(config: RunConfig) -> PipelineLayout:
-    """The layout of a run: the one that is written in the configuration, or for ``auto`` the balanced one.
+    """Return the layout of a run: the one in the configuration, or for ``auto`` the balanced one.
 
     Raises:
-        ConfigError: the written layout does not fit the model and the parallel sizes.
+        ConfigError: if the written layout does not fit the model and the parallel sizes.
     """
     parallel = config.parallel
     sizes = (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1)
@@ -132,13 +130,13 @@ def resolve_layout(config: RunConfig) -> PipelineLayout:
 def balanced_layout(
     model: ModelConfig, *, frozen: FrozenParts, work: Work, pipeline_size: int, virtual_size: int = 1
 ) -> PipelineLayout:
-    """The layout whose most expensive stage is as cheap as can be: exact, in FLOPs of forward and backward.
+    """Return the layout whose most expensive stage is as cheap as possible: exact, in FLOPs of forward and backward.
 
-    Frozen parts cost what they cost frozen, so the cut differs between the three recipe stages. Only the
-    ratio of images to tokens of ``work`` matters.
+    Frozen parts count as frozen, so the split differs between the three recipe stages. Only the ratio of images to
+    tokens of ``work`` matters.
 
     Raises:
-        ConfigError: there are more stages than units.
+        ConfigError: if there are more stages than units.
     """
     costs = unit_flops(model, frozen, work)
     num_stages = pipeline_size * virtual_size
@@ -154,10 +152,9 @@ def balanced_layout(
 
 
 def assumed_work(config: RunConfig) -> Work:
-    """The row that ``auto`` balances for: images and their markers fill half of it; all text is supervised.
+    """Return the row that ``auto`` balances for: images and their markers fill half of it; all text is supervised.
 
-    At 2,048 tokens and 256 queries that is 4 images, what packed rows of the published recipes hold on
-    average.
+    At 2,048 tokens and 256 queries that is 4 images, the average of packed rows of the published recipes.
     """
     tokens = config.data.seq_length
     slots = config.model.resampler.num_queries + 2
@@ -172,13 +169,13 @@ def assumed_work(config: RunConfig) -> Work:
 
 
 def _build(sizes: list[int], model: ModelConfig, pipeline_size: int, virtual_size: int) -> PipelineLayout:
-    """The layout whose stage i takes the next ``sizes[i]`` units of the line."""
+    """Return the layout whose stage i takes the next ``sizes[i]`` units."""
     num_vision, num_language = model.vision.num_layers, model.language.num_layers
     stages, start = [], 0
     for number, size in enumerate(sizes):
         stop = start + size
         vision = range(min(start, num_vision), min(stop, num_vision))
-        first = num_vision + 1  # the place of language layer 0 in the line
+        first = num_vision + 1  # the position of language layer 0 among the units
         language = range(max(start - first, 0), max(stop - first, 0))
         stages.append(
             StageLayout(
@@ -206,7 +203,7 @@ def _numbered(unit: str, layers: range) -> list[str]:
 
 
 def _expand(stage: str, text: str) -> str:
-    """``V*2R`` -> ``VVR``."""
+    """Expand ``V*2R`` to ``VVR``."""
     units, position = "", 0
     while position < len(stage):
         term = _TERM.match(stage, position)

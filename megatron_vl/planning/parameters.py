@@ -1,13 +1,13 @@
-"""Every tensor of the model by name: its shape, the part it belongs to, and how tensor parallelism splits it.
+"""List every tensor of the model: its name, its shape, its part, and how tensor parallelism splits it.
 
-This is the one list of the model's tensors that needs no torch: parameter counts, the dry run's table, the
-check of a checkpoint and the conversion all read it, and a test compares it with the model that is built.
+This is the only list of the model's tensors that needs no torch. Parameter counts, the dry run's table, the check of a
+checkpoint and the conversion all read it, and a test compares it with the model that is built.
 
-Names count layers globally and shapes are unsharded. Tensor parallelism splits the transformer layers (except
-their norms and the biases that follow a row-parallel product), the word embedding and the output layer; the
-patch embedding, positions, the resampler and all norms are replicated. ``resampler.pos_embed`` is a stored
-buffer: it is in every checkpoint and in no count of parameters, since it does not train, except by the choice of
-``training.legacy_finetune_freezing``; :func:`trains` is the one place that says so, for counts and for the model.
+Names count layers globally and shapes are unsharded. Tensor parallelism splits the transformer layers (except their
+norms and the biases that follow a row-parallel product), the word embedding and the output layer. The patch embedding,
+positions, the resampler and all norms are replicated. ``resampler.pos_embed`` is a stored buffer. It is in every
+checkpoint but not in counts of parameters, since it does not train, except under ``training.legacy_finetune_freezing``.
+Only :func:`trains` decides that, for counts and for the model.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     split_axis: int | None = None
-    """Axis that tensor parallelism splits; none if every tensor-parallel rank holds the whole tensor."""
+    """Axis that tensor parallelism splits; None if every tensor-parallel rank holds the whole tensor."""
     is_buffer: bool = False
-    """Stored, and not trained (see :func:`trains` for the exception)."""
+    """Whether it is stored and not trained (see :func:`trains` for the exception)."""
     is_vocabulary: bool = False
-    """Its rows are the vocabulary's, which tensor parallelism pads."""
+    """Whether its rows are those of the vocabulary, which tensor parallelism pads."""
 
     @property
     def part(self) -> Part:
-        """The part that it belongs to."""
+        """The part of the model to which it belongs."""
         return _part(self.name)
 
     @property
     def module(self) -> str:
-        """The part with its layers separated out, for tables: ``vision.layers``, ``resampler``, ..."""
+        """The part with its layers separated, for tables: ``vision.layers``, ``resampler``, ..."""
         names = self.name.split(".")
         return names[0] if names[0] == "resampler" else ".".join(names[:2])
 
@@ -58,7 +58,7 @@ class TensorSpec:
         return prod(self.shape)
 
     def local_size(self, tensor_size: int) -> int:
-        """Number of elements on one tensor-parallel rank, vocabulary padding included."""
+        """Return the number of elements on one tensor-parallel rank, vocabulary padding included."""
         if self.split_axis is None:
             return self.size
         rows = padded_vocab_size(self.shape[0], tensor_size) if self.is_vocabulary else self.shape[0]
@@ -67,7 +67,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """The parameters of one rank of the model: of every data-parallel replica's rank at this place."""
+    """The parameters of one model-parallel rank, the same in every data-parallel replica."""
 
     pipeline_rank: int
     tensor_rank: int
@@ -78,7 +78,7 @@ class RankParameters:
 
 
 def model_tensors(model: ModelConfig) -> list[TensorSpec]:
-    """All tensors of the model in the order of the line."""
+    """Return all tensors of the model in the order of the pipeline."""
     return [
         *_patch_embed(model.vision),
         *(spec for layer in range(model.vision.num_layers) for spec in _vision_layer(model.vision, layer)),
@@ -94,7 +94,7 @@ def model_tensors(model: ModelConfig) -> list[TensorSpec]:
 
 
 def stage_tensors(model: ModelConfig, stage: StageLayout) -> list[TensorSpec]:
-    """The tensors of one stage in the order of the line."""
+    """Return the tensors of one stage in the order of the pipeline."""
     specs = _patch_embed(model.vision) if stage.patch_embed else []
     for layer in stage.vision_layers:
         specs += _vision_layer(model.vision, layer)
@@ -108,7 +108,7 @@ def stage_tensors(model: ModelConfig, stage: StageLayout) -> list[TensorSpec]:
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters by module, buffers and vocabulary padding left out."""
+    """Return parameter counts by module, without buffers and vocabulary padding."""
     counts: dict[str, int] = {}
     for spec in model_tensors(model):
         if not spec.is_buffer:
@@ -117,10 +117,10 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankParameters]:
-    """Trained and frozen parameters of each (pipeline rank, tensor-parallel rank), as they lie in its memory.
+    """Return trained and frozen parameters in the memory of each (pipeline rank, tensor-parallel rank).
 
     Raises:
-        ConfigError: heads or widths cannot be split over the tensor-parallel ranks.
+        ConfigError: if heads or widths cannot be split over the tensor-parallel ranks.
     """
     tensor_size = config.parallel.tensor_model_parallel_size
     check_tensor_parallel(config.model, config.parallel)
@@ -136,10 +136,10 @@ def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankPa
 
 
 def trains(name: str, frozen: FrozenParts) -> bool:
-    """Whether the tensor of this name trains.
+    """Return whether the tensor of this name trains.
 
-    Each of the three parts trains as a whole or not at all (paper, Figure 3), but for the choice of the released
-    fine-tuning script: it unfroze the module that holds the position table, and not the two behind it.
+    Each of the three parts trains as a whole or not at all (paper, Figure 3). The released fine-tuning script is an
+    exception: it unfroze the module that holds the position table, and not the two after it.
     """
     if name == POSITION_TABLE:
         return frozen.resampler_output
@@ -158,7 +158,7 @@ def _part(name: str) -> Part:
 def _trained_and_frozen(
     specs: Iterable[TensorSpec], frozen: FrozenParts, tensor_size: int
 ) -> tuple[int, int]:
-    """Elements of what trains, and of the parameters that do not."""
+    """Return the number of elements of what trains, and of the parameters that do not."""
     sizes = {True: 0, False: 0}
     for spec in specs:
         trained = trains(spec.name, frozen)
@@ -172,13 +172,13 @@ def _norm(name: str, size: int) -> list[TensorSpec]:
 
 
 def _column(name: str, size_out: int, size_in: int, *, bias: bool) -> list[TensorSpec]:
-    """A product whose outputs are split over tensor-parallel ranks, its bias with them."""
+    """Return the tensors of a product whose outputs, and its bias, are split over tensor-parallel ranks."""
     specs = [TensorSpec(f"{name}.weight", (size_out, size_in), split_axis=0)]
     return specs + ([TensorSpec(f"{name}.bias", (size_out,), split_axis=0)] if bias else [])
 
 
 def _row(name: str, size_out: int, size_in: int, *, bias: bool) -> list[TensorSpec]:
-    """A product whose inputs are split over tensor-parallel ranks; the bias is added once, after the sum."""
+    """Return the tensors of a row-parallel product: inputs are split, and the bias is added once, after the sum."""
     specs = [TensorSpec(f"{name}.weight", (size_out, size_in), split_axis=1)]
     return specs + ([TensorSpec(f"{name}.bias", (size_out,))] if bias else [])
 

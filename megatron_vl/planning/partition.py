@@ -1,9 +1,9 @@
-"""Cutting a line of costs into consecutive groups so that the most expensive group is as cheap as can be.
+"""Split a sequence of costs into consecutive groups so that the most expensive group is as cheap as possible.
 
-Two exact dynamic programmes: the first finds the smallest possible maximum, the second, among all cuts that
-reach it, the one with the smallest sum of squares, since a cut that only respects the bottleneck may leave
-the other groups as uneven as it likes. Ties go to the earliest cut, so the result is a pure function of the
-costs. With n costs and k groups both take O(k n^2), vectorised over the last axis.
+Two exact dynamic programs do it. The first finds the smallest possible maximum. The second finds, among all splits that
+reach it, the one with the smallest sum of squares. The maximum alone would leave the other groups arbitrarily uneven.
+Ties go to the earliest split, so the result is a pure function of the costs. With n costs and k groups both take O(k
+n^2), vectorized over the last axis.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 def balanced_partition(costs: Sequence[float], num_groups: int) -> list[int]:
-    """Sizes of ``num_groups`` non-empty consecutive groups of ``costs`` (>= 0) with the smallest maximum."""
+    """Return sizes of ``num_groups`` non-empty consecutive groups of ``costs`` (>= 0) with the smallest maximum."""
     assert 1 <= num_groups <= len(costs)
     ends = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
     group = ends[None, :] - ends[:, None]  # group[i, j] = cost of the group that holds units i..j-1

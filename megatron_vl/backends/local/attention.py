@@ -1,12 +1,12 @@
 """Attention of the local backend: over packed rows, with a mask, or over everything.
 
-Who may look at whom. Without a mask everybody may at everybody (vision tower), or at what lies before (language model);
-``bool[b, 1, sq, sk]`` hides a key from a query where it is True (generation with a key-value cache). Everything else is
-in :class:`LocalInputs`, which Megatron-Core hands on as packed parameters: it looks at ``qkv_format`` alone, and its
-recomputation keeps them, where a mask may be nothing but a tensor. With spans, attention is causal within each, and its
-cost is that of the spans, not that of the line.
+Without a mask, queries attend to all keys (vision tower), or to all earlier keys (language model). A mask ``bool[b, 1,
+sq, sk]`` hides a key from a query where it is True (generation with a key-value cache). All other inputs are in
+:class:`LocalInputs`, which Megatron-Core passes on as packed parameters. It reads only their ``qkv_format``, and its
+recomputation keeps them, while a mask must be a tensor. With spans, attention is causal within each span. Its cost
+depends on the spans, not on the length of the packed sequence.
 
-Rotary angles of a packed line are in it too, so that their cosines and sines are computed once for all layers.
+The rotary angles of a packed sequence are there too, so that their cosines and sines are computed once for all layers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_vl.backends.local.spans import SpanGroup
 
 @dataclass(frozen=True)
 class LocalInputs:
-    """What :class:`SpanAttention` is told beside the mask."""
+    """The inputs of :class:`SpanAttention` besides the mask."""
 
     line: PackedLine | None = None
     """The spans within which to attend."""
     groups: tuple[SpanGroup, ...] = ()
-    """Those spans as batches, where no kernel takes them as they are."""
+    """Those spans as batches, if no kernel takes them unbatched."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of the angles of queries and keys, [t, 1, 1, d], if they have not been rotated before."""
     query_scale: Tensor | None = None
     """float32[sq, 1 or b, 1, 1]: a factor for each query (evaluation above the native length)."""
     qkv_format: str = "sbhd"
-    """The form that Megatron-Core leaves queries, keys and values in: [s, b, heads, d]."""
+    """The form in which Megatron-Core leaves queries, keys and values: [s, b, heads, d]."""
 
 
 class SpanAttention(nn.Module):
@@ -58,7 +58,7 @@ class SpanAttention(nn.Module):
         packed_seq_params: LocalInputs | None = None,
         **_: Any,
     ) -> Tensor:
-        """query, key, value: [s, b, heads, d]; returns [s, b, heads * d]."""
+        """Attend from query to key and value, [s, b, heads, d] each; return [s, b, heads * d]."""
         length, batch = query.shape[:2]
         told = packed_seq_params or LocalInputs()
         if told.rotary is not None:
@@ -75,16 +75,16 @@ class SpanAttention(nn.Module):
         return context.reshape(length, batch, -1)
 
     def _packed(self, lines: list[Tensor], line: PackedLine) -> Tensor:
-        """lines: query, key and value as [t, heads, d]; returns the same form."""
+        """Attend within spans. ``lines`` are query, key and value as [t, heads, d]; the result has the same form."""
         return kernels.varlen_attention(lines, line.cu_seqlens, line.longest, self.softmax_scale)
 
     def _within_spans(self, lines: list[Tensor], groups: tuple[SpanGroup, ...]) -> Tensor:
-        """The line is a batch of one: batch its spans, attend within them, and lay the results out again."""
+        """Batch the spans of the packed sequence, attend within them, and restore the order of the sequence."""
         query = lines[0]
         length = query.shape[0]
         if len(groups) == 1 and groups[0].positions.numel() == length:  # whole rows: batching is a reshape
             return self._attend_group(lines, groups[0])
-        # Padding is written to one extra position behind the line, which is cut off.
+        # Padding is written to one extra position after the sequence, which is cut off.
         result = query.new_zeros(length + 1, query.shape[1] * query.shape[2])
         for group in groups:
             flat = group.positions.reshape(-1)
@@ -94,12 +94,12 @@ class SpanAttention(nn.Module):
         return result[:length]
 
     def _attend_group(self, lines: list[Tensor], group: SpanGroup) -> Tensor:
-        """lines: query, key and value as [spans * longest, heads, d]; returns [spans * longest, heads * d]."""
+        """Attend within one group: ``lines`` [spans * longest, heads, d] each -> [spans * longest, heads * d]."""
         shape = (group.num_spans, group.longest)
         query, key, value = (line.view(*shape, *line.shape[1:]).transpose(1, 2) for line in lines)
         return self._attend(query, key, value, mask=None).transpose(1, 2).reshape(shape[0] * shape[1], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
-        """query, key, value: [b, heads, s, d]."""
+        """Attend from query to key and value, [b, heads, s, d] each."""
         causal = self.causal and mask is None and query.shape[2] > 1
         return kernels.attention(query, key, value, mask, is_causal=causal, scale=self.softmax_scale)

@@ -17,24 +17,24 @@ from megatron_vl.backends.local.spans import group_spans
 
 
 class LocalBackend:
-    """Layer specs of plain PyTorch parts, and what their attention needs to know of a batch."""
+    """Layer specs of plain PyTorch parts, and their attention inputs."""
 
     name = "local"
 
     def vision_layer(self) -> ModuleSpec:
-        """A pre-norm block with LayerNorm and attention without a mask."""
+        """Return a pre-norm block with LayerNorm and attention without a mask."""
         return _layer(LayerNorm, AttnMaskType.no_mask)
 
     def language_layer(self) -> ModuleSpec:
-        """A pre-norm block with RMSNorm and causal attention."""
+        """Return a pre-norm block with RMSNorm and causal attention."""
         return _layer(RMSNorm, AttnMaskType.causal)
 
     def final_norm(self) -> type[nn.Module]:
-        """The norm before the output layer."""
+        """Return the class of the norm before the output layer."""
         return RMSNorm
 
     def attention_inputs(self, line: PackedLine, rotary_table: Tensor, *, dtype: torch.dtype) -> AttentionInputs:
-        """What the layers are told of a packed line.
+        """Return the attention inputs of a packed sequence of t tokens.
 
         Args:
             rotary_table: float[longest, 1, 1, d], angles by position.
@@ -45,7 +45,7 @@ class LocalBackend:
     def long_attention_inputs(
         self, line: PackedLine, angles: Tensor, query_scale: Tensor | None, *, dtype: torch.dtype
     ) -> AttentionInputs:
-        """What the layers are told in evaluation of a line with spans that are longer than the native length.
+        """Return the attention inputs, in evaluation, of a sequence with spans that are longer than the native length.
 
         Args:
             angles: float[t, 1, 1, d], of each token.

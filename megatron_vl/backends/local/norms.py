@@ -26,7 +26,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm, as ``kernels.py`` computes it on the device."""
+    """RMSNorm, computed by ``kernels.py``."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()

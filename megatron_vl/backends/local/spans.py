@@ -1,11 +1,10 @@
-"""Attention spans of a packed line, regrouped into batches of nearly equal length.
+"""Attention spans of a packed sequence, regrouped into batches of nearly equal length.
 
-Spans of a line differ in length: an answer has ten tokens, a document five hundred. Padding all to the longest would
-make a batch of mostly nothing, and one call a span costs more in calls than in work. So spans are grouped by length up
-to the next power of two, which at most doubles a span and leaves a handful of groups.
+Spans of a sequence differ in length: an answer has ten tokens, a document five hundred. If all were padded to the
+longest, most of the batch would be padding. With one call a span, the calls would cost more than the computation. So
+spans are grouped by length up to the next power of two. That at most doubles a span and leaves a few groups.
 
-They are grouped once a micro-batch, from lengths that the CPU knows: a device that has to be asked for a length stands
-still meanwhile.
+They are grouped once a micro-batch, from lengths that the CPU knows. Reading a length from the device would stall it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class SpanGroup:
     """Spans that are computed as one batch."""
 
     positions: Tensor
-    """int64[spans, longest]: positions on the line; its length where a span has ended."""
+    """int64[spans, longest]: positions in the sequence; the sequence's length where a span has ended."""
 
     @property
     def num_spans(self) -> int:
@@ -34,7 +33,7 @@ class SpanGroup:
 
 
 def group_spans(lengths: Sequence[int], device: torch.device | None = None) -> tuple[SpanGroup, ...]:
-    """Group the spans of these lengths, which lie end to end."""
+    """Group the spans of these lengths, which follow one another without gaps."""
     total, sizes = sum(lengths), torch.tensor(lengths)
     if len(set(lengths)) == 1:
         return (SpanGroup(torch.arange(total, device=device).view(len(lengths), -1)),)

@@ -1,8 +1,8 @@
 """Short answers: the normalization of the VQA benchmark, its accuracy over ten annotators, and exact match.
 
-The rules are those of the benchmark's public evaluation (GT-Vision-Lab/VQA), quirks included, because
-published figures depend on them. Two deliberate differences: an annotator is left out of the vote by
-position, not by comparing records (which loses identical annotators), and both sides are always strings.
+The rules are those of the benchmark's public evaluation (GT-Vision-Lab/VQA), quirks included, because published figures
+depend on them. There are two deliberate differences. An annotator is left out of the vote by position, not by comparing
+records (which loses identical annotators). Both sides are always strings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"\.(?!\d)")
 _MAX_PERIODS = 32
-"""The original hands a flag to re.sub in the place of its count; 32 is what that flag amounts to."""
+"""The original passes a flag to re.sub in the place of its count; 32 is the value of that flag."""
 
 _ARTICLES = ("a", "an", "the")
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
@@ -33,7 +33,7 @@ y'all'd've you'd've 'ow's'at
 
 
 def _misspellings(word: str) -> list[str]:
-    """Every spelling of ``word`` that lacks exactly one of its apostrophes."""
+    """Return every spelling of ``word`` that lacks exactly one of its apostrophes."""
     places = [i for i, letter in enumerate(word) if letter == "'"]
     return [word[:i] + word[i + 1 :] for i in places]
 
@@ -54,17 +54,17 @@ def _strip_punctuation(text: str) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as the VQA benchmark compares it: no punctuation, articles or number words; lower case."""
+    """Return an answer as the VQA benchmark compares it: no punctuation, articles or number words; lower case."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     words = [_NUMBERS.get(word, word) for word in _strip_punctuation(text).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals a reference after :func:`normalize_answer`, else 0.0.
+    """Return 1.0 if the prediction equals a reference after :func:`normalize_answer`, else 0.0.
 
-    Where that leaves nothing of an answer, as of the letter A, which it takes for an article, only what it removes last
-    is kept: or an empty prediction would be right.
+    Normalization may leave nothing of an answer: it removes the letter A, for example, as an article. Then only the
+    part that it removes last is kept. Otherwise an empty prediction would be right.
     """
     answer = _something_of(prediction)
     return float(any(answer == _something_of(reference) for reference in references))
@@ -76,10 +76,12 @@ def _something_of(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, annotators: Sequence[str]) -> float:
-    """The VQA benchmark's soft accuracy: the mean over annotators of min(1, matching others / 3).
+    """Return the VQA benchmark's soft accuracy: the mean over annotators of min(1, matching others / 3).
 
-    Answers are normalized only where the annotators disagree, as in the benchmark. Raises ValueError for
-    fewer than two annotators, since each is judged by the others.
+    Answers are normalized only where the annotators disagree, as in the benchmark.
+
+    Raises:
+        ValueError: if there are fewer than two annotators, since each is judged by the others.
     """
     if len(annotators) < 2:
         raise ValueError(f"VQA accuracy needs at least two annotators' answers, got {len(annotators)}")
