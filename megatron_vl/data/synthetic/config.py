@@ -1,10 +1,10 @@
-"""What to generate: frozen dataclasses and the two profiles.
+"""Configuration of the generator: frozen dataclasses and the two profiles.
 
-``tiny`` is made to be learned in minutes by a ViT of 3 x 128 with 14-pixel patches: every object fills whole
-patches, positions are the nine cells of a 3 x 3 grid, so a box takes one of 13 values and its digits few;
-words are among the first ranks of the byte-pair vocabulary. ``full`` is for larger models: 448 pixels, many
-objects at any patch border, ten colours and eight shapes, pages of many lines with fonts, paper, noise, blur
-and strong perspective.
+``tiny`` can be learned in minutes by a ViT of 3 x 128 with 14-pixel patches. Every object fills whole patches.
+Positions are the nine cells of a 3 x 3 grid, so a coordinate of a box takes one of 13 values, with few digits. Words
+are among the first ranks of the byte-pair vocabulary. ``full`` is for larger models: 448 pixels, many objects at any
+patch border, ten colors and eight shapes. Its pages have many lines with fonts, paper, noise, blur and strong
+perspective.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class SceneConfig:
     shapes: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross")
     """Shapes that occur (``render.OUTLINES``)."""
     colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "black", "white")
-    """Colours that occur (``render.COLORS``)."""
+    """Colors that occur (``render.COLORS``)."""
     object_weights: tuple[float, ...] = (0.5, 0.5)
     """Relative frequency of scenes with one object, two, ..."""
     distinct_attributes: bool = True
-    """No two objects of a scene share a colour or a shape, so each alone names the object."""
+    """No two objects of a scene share a color or a shape, so each of these alone identifies the object."""
     noise: float = 6.0
     """Standard deviation of the ground's texture, in levels of 255."""
     jpeg_quality: int = 92
@@ -48,12 +48,12 @@ class SceneConfig:
     )
     """Kinds of questions and their relative frequency."""
     questions_per_image: int = 2
-    """Different questions asked about one image."""
+    """Number of different questions about one image."""
 
 
 @dataclass(frozen=True)
 class PageConfig:
-    """Document pages; all sides in pixels."""
+    """Document pages; all lengths in pixels."""
 
     width: tuple[int, int] = (84, 84)
     """Least and greatest width of a page."""
@@ -70,27 +70,27 @@ class PageConfig:
     step: int = 14
     """Words only: lines begin at multiples of this."""
     max_blocks: int = 1
-    """Lines only: greatest number of blocks below one another."""
+    """Lines only: greatest number of blocks below each other."""
     max_columns: int = 1
     """Lines only: greatest number of columns in a block."""
     alignments: tuple[Literal["left", "center", "right"], ...] = ("left",)
     """Lines only: one is chosen for each column."""
     vertical_share: float = 0.0
-    """Lines only: share of Chinese columns that are written downwards."""
+    """Lines only: share of Chinese columns that are written vertically."""
     corpus_en: str = ""
-    """Lines only: text file whose words the English pages show; by default sentences of our own."""
+    """Lines only: text file with the words of English pages. By default, built-in sentences."""
     corpus_zh: str = ""
     """The same for Chinese pages."""
     perspective: tuple[float, float] = (0.0, 7.0)
     """Words: a corner moves by one of these two values. Lines: by any value between them."""
     rotation: float = 0.0
-    """Lines only: greatest angle in degrees by which the paper is turned, either way."""
+    """Lines only: greatest rotation of the paper in degrees, in either direction."""
     paper_scale: tuple[float, float] = (1.0, 1.0)
     """Lines only: least and greatest size of the paper, as a share of what fits into the image."""
     elastic: float = 0.0
-    """Greatest distance in pixels by which uneven paper shifts what is on it."""
+    """Greatest shift in pixels by uneven paper."""
     num_fonts: int = 3
-    """Fonts to use of those found, the most legible first."""
+    """Number of fonts to use of those found, the most legible first."""
     max_blur: float = 0.0
     """Greatest radius of the Gaussian blur."""
     motion_blur: int = 0
@@ -98,33 +98,33 @@ class PageConfig:
     max_noise: float = 6.0
     """Greatest standard deviation of the pixel noise, in levels of 255."""
     tint: float = 0.0
-    """Greatest share by which a colour is stronger or weaker, in a fifth of the pages."""
+    """Greatest share by which a color is stronger or weaker, in a fifth of the pages."""
     contrast: float = 0.1
-    """Contrast and brightness vary by this share."""
+    """Share by which contrast and brightness vary."""
     shadow: float = 0.0
-    """Greatest strength of a shadow falling across the page, 0 to 1."""
+    """Greatest strength of a shadow across the page, 0 to 1."""
     background: bool = False
-    """Lay the paper on a textured ground, instead of one like the paper."""
+    """Put the paper on a textured ground, instead of one like the paper."""
     background_dir: str = ""
-    """Folder of pictures to lay the paper on instead (SynthDoG; the paper took COCO's)."""
+    """Folder of pictures for the ground (SynthDoG; the paper used COCO's)."""
     background_blur: float = 10.0
     """Greatest radius of the blur of these pictures."""
     chinese_share: float = 0.0
-    """Share of Chinese pages, where a font for them is found."""
+    """Share of Chinese pages, if a Chinese font is found."""
     jpeg_quality: tuple[int, int] = (88, 95)
     """Least and greatest quality of the encoded images."""
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """A whole data set."""
+    """Configuration of a whole data set."""
 
     profile: str = "tiny"
-    """Name of the profile, for the record."""
+    """Name of the profile, for information."""
     split: Split = "train"
-    """Which side of the content hash to draw from."""
+    """Split to draw from, as decided by the hash of the content."""
     seed: int = 1
-    """Seed of everything; the split is mixed into it."""
+    """Seed of all randomness; the split is mixed into it."""
     heldout_percent: int = 10
     """Share of all possible scenes and pages that is never drawn for training."""
     counts: tuple[tuple[str, int], ...] = (
@@ -141,14 +141,14 @@ class SyntheticConfig:
     samples_per_shard: int = 1000
     """Pictures in a tar."""
     photo_size: int = 168
-    """Photographs are shrunk to this long side."""
+    """Length in pixels to which the longer side of photographs is reduced."""
     font_dirs: tuple[str, ...] = ()
-    """Folders searched for fonts before the usual ones."""
+    """Folders that are searched for fonts before the usual ones."""
     scene: SceneConfig = field(default_factory=SceneConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
     def count(self, family: str) -> int:
-        """Items of a family; 0 if it is not listed."""
+        """Return the number of items of a family; 0 if it is not listed."""
         return dict(self.counts).get(family, 0)
 
     @property
@@ -212,7 +212,7 @@ PROFILES: dict[str, SyntheticConfig] = {"tiny": TINY, "full": FULL}
 
 
 def scaled(counts: Sequence[tuple[str, int]], num_images: int) -> tuple[tuple[str, int], ...]:
-    """Counts with about ``num_images`` rendered images; text in proportion, photographs as they are."""
+    """Scale the counts to about ``num_images`` rendered images; text in proportion, photographs unchanged."""
     total = sum(number for family, number in counts if family not in ("text", "photos"))
     factor = num_images / max(total, 1)
     return tuple((family, n if family == "photos" else round(n * factor)) for family, n in counts)

@@ -1,7 +1,7 @@
-"""What a camera does to a page: blur, motion, shadow, tint, contrast, noise.
+"""Camera effects on a page: blur, motion, shadow, tint, contrast, noise.
 
-Each changes values of pixels and moves nothing (kernels are symmetric), so labels stay true. An effect whose
-strength is zero draws no random number.
+Each changes pixel values and moves nothing (kernels are symmetric), so labels stay correct. An effect with zero
+strength draws no random number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Levels = npt.NDArray[np.float32]
 
 
 def photograph(image: Image.Image, config: PageConfig, rng: Random) -> Image.Image:
-    """The image with flaws as strong as the configuration allows, or less."""
+    """Return the image with camera effects up to the strengths of the configuration."""
     if config.max_blur:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, config.max_blur)))
     levels = np.asarray(image, dtype=np.float32)
@@ -39,7 +39,10 @@ def photograph(image: Image.Image, config: PageConfig, rng: Random) -> Image.Ima
 
 
 def move(levels: Levels, length: int, angle: float) -> Levels:
-    """The mean of ``length`` copies along a line at ``angle``, the middle one in place; edges are repeated."""
+    """Return the mean of ``length`` copies along a line at ``angle``, the middle one in place; edges are repeated.
+
+    ``levels`` and the result are float32[height, width, 3].
+    """
     height, width = levels.shape[:2]
     padded = np.pad(levels, ((length, length), (length, length), (0, 0)), mode="edge")
     mean = np.zeros_like(levels)
@@ -51,7 +54,7 @@ def move(levels: Levels, length: int, angle: float) -> Levels:
 
 
 def _shadow(width: int, height: int, strength: float, rng: Random) -> Levels:
-    """float32[height, width, 1]: a soft edge of shadow across the page in a random direction."""
+    """Return float32[height, width, 1]: a soft edge of shadow across the page in a random direction."""
     angle = rng.uniform(0, 2 * math.pi)
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :] * math.cos(angle)
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * math.sin(angle)

@@ -1,9 +1,8 @@
-"""One function for each family of data: it makes one *part*, a run of consecutive items, and returns its
-records.
+"""One function for each family of data. It makes one *part*, a run of consecutive items, and returns its records.
 
-A part has a random stream of its own, named by (split, seed, family, part), so the data do not depend on how
-many processes make them. Images go to disk as they are made; what belongs into one JSON file for the whole
-family is returned as records and written by ``FINISH`` when all parts are there.
+Each part has its own random stream, named by (split, seed, family, part). So the data do not depend on the number of
+processes. Images are written to disk at once. Records that belong in one JSON file of the whole family are returned,
+and ``FINISH`` writes them when all parts exist.
 """
 
 from __future__ import annotations
@@ -60,26 +59,26 @@ class Part:
     count: int
 
     def rng(self) -> Random:
-        """The random stream of this part."""
+        """Return the random stream of this part."""
         return Random(f"{self.config.split}/{self.config.seed}/{self.family}/{self.index}")
 
     def scene(self, rng: Random) -> Scene:
-        """A scene of the right split."""
+        """Return a scene of the right split."""
         config = self.config
         return sample_scene(rng, config.scene, split=config.split, heldout_percent=config.heldout_percent)
 
     @property
     def texture_seed(self) -> int:
-        """Seed of grounds and papers: the same for all parts of a data set."""
+        """Seed of grounds and papers, the same for all parts of a data set."""
         return zlib.crc32(f"{self.config.split}/{self.config.seed}".encode())
 
     def new_renderer(self) -> SceneRenderer:
-        """A renderer of scenes, newly prepared."""
+        """Return a new renderer of scenes."""
         return SceneRenderer(self.config.scene, self.texture_seed)
 
 
 def make_captions(part: Part) -> list[Json]:
-    """Image-caption tars."""
+    """Make image-caption tars."""
     rng, renderer = part.rng(), part.new_renderer()
     with TarShard(part.folder, part.index, part.config.samples_per_shard) as tar:
         for _ in range(part.count):
@@ -89,7 +88,7 @@ def make_captions(part: Part) -> list[Json]:
 
 
 def make_grounded_captions(part: Part) -> list[Json]:
-    """Tars whose json names the boxes of the caption's phrases, as Kosmos-2's GRIT does."""
+    """Make tars whose json has the boxes of the caption's phrases, as in Kosmos-2's GRIT."""
     rng, renderer = part.rng(), part.new_renderer()
     with TarShard(part.folder, part.index, part.config.samples_per_shard) as tar:
         for _ in range(part.count):
@@ -114,7 +113,7 @@ def _grit_entry(phrase: Phrase, scene: Scene) -> list[float]:
 
 
 def make_vqa(part: Part) -> list[Json]:
-    """Images, and several questions about each."""
+    """Make images, and several questions about each."""
     rng, renderer = part.rng(), part.new_renderer()
     folder = _image_folder(part)
     records = []
@@ -135,7 +134,7 @@ def make_vqa(part: Part) -> list[Json]:
 
 
 def make_refexp(part: Part) -> list[Json]:
-    """Images, and an expression with its box for each object."""
+    """Make images, and an expression with its box for each object."""
     rng, renderer = part.rng(), part.new_renderer()
     folder = _image_folder(part)
     records = []
@@ -156,7 +155,7 @@ def make_refexp(part: Part) -> list[Json]:
 
 
 def make_pages(part: Part) -> list[Json]:
-    """Document pages, and a line of metadata for each."""
+    """Make document pages, and a line of metadata for each."""
     config = part.config
     renderer = PageRenderer(
         config.page,
@@ -185,7 +184,7 @@ def make_pages(part: Part) -> list[Json]:
 
 
 def make_chat(part: Part) -> list[Json]:
-    """Images, and a dialogue about each."""
+    """Make images, and a dialogue about each."""
     rng, renderer = part.rng(), part.new_renderer()
     folder = _image_folder(part)
     records = []
@@ -200,7 +199,7 @@ def make_chat(part: Part) -> list[Json]:
 
 
 def make_text(part: Part) -> list[Json]:
-    """A file of documents: mostly the language of the images, and some everyday sentences."""
+    """Make a file of documents: mostly in the language of the images, and some everyday sentences."""
     rng = part.rng()
     chinese = part.config.page.chinese_share / 2
     records = []
@@ -219,7 +218,7 @@ def make_text(part: Part) -> list[Json]:
 
 
 def make_photos(part: Part) -> list[Json]:
-    """scikit-image's photographs as one more tar of image-caption pairs."""
+    """Make one more tar of image-caption pairs from scikit-image's photographs."""
     limit = part.config.photo_size
     with TarShard(part.folder, part.index, part.config.samples_per_shard) as tar:
         for photo, path in find_photos(part.config.split):

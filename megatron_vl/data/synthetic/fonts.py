@@ -1,9 +1,9 @@
-"""Fonts for document pages, from what the machine has; nothing is downloaded.
+"""Fonts for document pages, from those on the machine. Nothing is downloaded.
 
-English always works: Pillow bundles a font, matplotlib's wheel (if installed) and the usual font folders have
-more. Chinese needs a font of the system (Debian: fonts-noto-cjk, fonts-wqy-microhei, fonts-wqy-zenhei);
-without one there are no Chinese pages, and the generator says so. A font counts only if it draws the script's
-letters, each differently and not as the box that stands for a missing glyph.
+English is always available: Pillow includes a font, and matplotlib's wheel (if installed) and the usual font folders
+have more. Chinese needs a font of the system (Debian: fonts-noto-cjk, fonts-wqy-microhei, fonts-wqy-zenhei). Without
+one there are no Chinese pages, and the generator reports it. A font is accepted only if it draws the letters of the
+script, each differently and not as the box for a missing glyph.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Font:
 
     name: str
     path: Path | None
-    """None for the font inside Pillow."""
+    """Path of the font; None for the font inside Pillow."""
 
     def load(self, size: int) -> LoadedFont:
-        """The font at ``size`` pixels per em."""
+        """Return the font at ``size`` pixels per em."""
         if self.path is None:
             font = ImageFont.load_default(size)
             assert isinstance(font, ImageFont.FreeTypeFont), "Pillow's wheels are built with FreeType"
@@ -52,22 +52,22 @@ class Font:
         return ImageFont.truetype(self.path, size, layout_engine=ImageFont.Layout.BASIC)
 
     def drawable(self, text: str) -> str:
-        """``text`` without the characters that the font has no shape for."""
+        """Return ``text`` without the characters that the font lacks."""
         loaded = self.load(24)
         missing = bytes(loaded.getmask(MISSING))
         unknown = {letter for letter in set(text) if not letter.isspace() and bytes(loaded.getmask(letter)) == missing}
         return "".join(letter for letter in text if letter not in unknown)
 
     def load_height(self, height: int) -> LoadedFont:
-        """The font at the size whose lines, ascender to descender, are ``height`` pixels high."""
+        """Return the font at the size whose lines, ascender to descender, are ``height`` pixels high."""
         ascent, descent = self.load(100).getmetrics()
         return self.load(max(1, round(100 * height / (ascent + descent))))
 
 
 def find_fonts(language: Language, limit: int, folders: Sequence[str] = ()) -> tuple[Font, ...]:
-    """Up to ``limit`` fonts for ``language``, in an order that depends only on the names of the fonts.
+    """Return up to ``limit`` fonts for ``language``, in an order that depends only on the names of the fonts.
 
-    ``folders`` are searched before the usual ones. English always yields at least one.
+    ``folders`` are searched before the usual ones. English always gives at least one font.
     """
     found: dict[str, Font] = {"Pillow": Font("Pillow", None)} if language == "en" else {}
     files = {path.stem: path for path in reversed(list(_font_files(folders)))}
@@ -85,7 +85,7 @@ def find_fonts(language: Language, limit: int, folders: Sequence[str] = ()) -> t
 
 
 def _font_files(folders: Sequence[str]) -> Iterator[Path]:
-    """Font files, those of the most specific folders first."""
+    """Yield font files, those of the most specific folders first."""
     places = [Path(folder).expanduser() for folder in folders]
     matplotlib = importlib.util.find_spec("matplotlib")
     if matplotlib is not None and matplotlib.origin is not None:

@@ -1,8 +1,8 @@
-"""Writes a whole synthetic data set: parts in parallel processes, one JSON per family, then ``meta.json``.
+"""Generation of a whole synthetic data set: parts in parallel processes, one JSON per family, then ``meta.json``.
 
-Everything is made in ``OUT.partial``, which is renamed to ``OUT`` at the end and removed on an error, so a folder
-that is there is complete. A second call with the same configuration finds it and does nothing; with another
-configuration it refuses.
+Everything is made in ``OUT.partial``. This folder is renamed to ``OUT`` at the end and removed on an error, so an
+existing folder is complete. A second call with the same configuration finds it and does nothing. A call with another
+configuration raises an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ META = "meta.json"
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written."""
+    """Summary of a generated data set."""
 
     folder: Path
     counts: dict[str, int]
@@ -46,17 +46,18 @@ class Summary:
     answers: dict[str, float]
     """Share of each VQA answer, the most frequent first."""
     notes: tuple[str, ...]
-    """What the machine lacks: Chinese fonts, photographs."""
+    """Missing resources of the machine: Chinese fonts, photographs."""
     reused: bool = False
-    """The folder was there already, made with the same configuration."""
+    """Whether the folder already existed, made with the same configuration."""
 
 
 def generate(config: SyntheticConfig, out: Path, *, num_workers: int = 1, progress: bool = True) -> Summary:
-    """Write the data set of ``config`` into the new folder ``out``; deterministic in ``config`` and the fonts
+    """Write the data set of ``config`` into the new folder ``out``. The result depends only on ``config`` and the fonts
     found.
 
-    Raises ConfigError if ``out`` exists and holds anything but this very data set, or if the configuration is
-    wrong; DataError if ``out`` cannot be written.
+    Raises:
+        ConfigError: ``out`` exists and holds anything but this data set, or the configuration is wrong.
+        DataError: ``out`` cannot be written.
     """
     check(config)
     try:
@@ -98,7 +99,7 @@ def _fill(config: SyntheticConfig, folder: Path, num_workers: int, progress: boo
 
 
 def check(config: SyntheticConfig) -> None:
-    """Raise ConfigError where a configuration cannot work."""
+    """Raise ConfigError if a configuration cannot work."""
     for family, count in config.counts:
         if family not in FAMILIES:
             raise ConfigError(f"counts: unknown family {family!r}; known are {', '.join(FAMILIES)}")
@@ -116,7 +117,7 @@ def check(config: SyntheticConfig) -> None:
 
 
 def _check_inputs(config: SyntheticConfig) -> None:
-    """Raise ConfigError for folders and files of the user that cannot be used, before anything is made."""
+    """Raise ConfigError for unusable folders and files of the user, before anything is made."""
     for folder in config.font_dirs:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise ConfigError(f"--font-dir {folder}: there is no such folder; give one that holds fonts")
@@ -131,7 +132,7 @@ def _check_inputs(config: SyntheticConfig) -> None:
 def _make_families(
     config: SyntheticConfig, folder: Path, num_workers: int, bar: tqdm[Any]
 ) -> Generator[tuple[str, list[Json], int], None, None]:
-    """(family, records, samples) for each family, in order, as soon as its last part is done."""
+    """Yield (family, records, samples) for each family, in order, as soon as its last part is done."""
     parts = [part for family in FAMILIES for part in _parts(config, folder, family)]
     left = Counter(part.family for part in parts)
     found: dict[str, list[Json]] = defaultdict(list)
@@ -140,7 +141,7 @@ def _make_families(
         results: Iterator[list[Json]] = map(make_part, parts)
         if num_workers > 1:
             pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
-            stack.callback(pool.shutdown, cancel_futures=True)  # after an error the other parts are not wanted
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error, the other parts are not needed
             results = pool.map(make_part, parts)
         for part, records in zip(parts, results, strict=True):
             found[part.family] += records
@@ -153,7 +154,7 @@ def _make_families(
 
 
 def make_part(part: Part) -> list[Json]:
-    """Make one part; the entry of the worker processes."""
+    """Make one part, in a worker process."""
     return MAKE[part.family](part)
 
 
@@ -203,5 +204,5 @@ def _existing(config: SyntheticConfig, out: Path) -> Summary:
 
 
 def _plain(config: SyntheticConfig) -> Any:
-    """The configuration as JSON reads it back."""
+    """Return the configuration as JSON reads it back."""
     return json.loads(json.dumps(asdict(config)))

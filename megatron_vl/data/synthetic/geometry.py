@@ -1,10 +1,10 @@
-"""How a page is seen, for pixels and for quadrilaterals alike: in perspective, and on paper that is not quite flat.
+"""Geometry of a page for pixels and quadrilaterals alike: perspective, and paper that is not quite flat.
 
-A homography takes the paper's rectangle to four given corners. Pillow wants its inverse (from the output's
-pixel to the input's), the tracked quadrilaterals want it as it is; both come from one matrix, so text and
-label cannot drift apart. An elastic field is given as shifts at the nodes of a grid, bilinear in between,
-which is exactly what Pillow's mesh does; its inverse is found by iteration. An edge that has become crooked is
-no side of a quadrilateral, so a label is the quadrilateral that encloses the whole outline.
+A homography maps the rectangle of the paper to four given corners. Pillow needs its inverse (from output pixels to
+input pixels), and the tracked quadrilaterals need the homography itself. Both come from one matrix, so text and labels
+always agree. An elastic field consists of shifts at the nodes of a grid, bilinear in between. This is exactly what
+Pillow's mesh does. Its inverse is found by iteration. A curved edge is not a side of a quadrilateral, so a label is the
+quadrilateral that encloses the whole outline.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from PIL import Image
 Point = tuple[float, float]
 Quad = tuple[Point, Point, Point, Point]
 Points = npt.NDArray[np.float64]
-"""float64[n, 2]"""
+"""float64[n, 2]: x and y."""
 
 CELL = 48
-"""Distance in pixels of the nodes of an elastic field."""
+"""Distance in pixels between the nodes of an elastic field."""
 MAX_ELASTIC = CELL / 4
 """Shifts of this many pixels could fold the paper."""
 
 
 @dataclass(frozen=True)
 class Perspective:
-    """A map of the plane; ``matrix``: float64[3, 3], homogeneous coordinates."""
+    """A map of the plane. ``matrix`` is float64[3, 3], in homogeneous coordinates."""
 
     matrix: npt.NDArray[np.float64]
 
     def points(self, points: Points) -> Points:
-        """Where the points are seen."""
+        """Map points float64[n, 2] of the paper to the image."""
         seen = np.array([self.matrix @ (x, y, 1.0) for x, y in points])
         return np.asarray(seen[:, :2] / seen[:, 2:])
 
     def warp(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """The image as it is seen, on a canvas of ``size``; 0 where it is not."""
+        """Map the image to a canvas of ``size``, with 0 outside the paper."""
         inverse = np.linalg.inv(self.matrix)
         coefficients = (inverse / inverse[2, 2]).ravel()[:8]
         return image.transform(size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BILINEAR)
 
 
 def perspective(width: float, height: float, corners: Quad) -> Perspective:
-    """The homography that takes the rectangle of ``width`` x ``height`` to ``corners`` (clockwise)."""
+    """Return the homography from the rectangle ``width`` x ``height`` to ``corners`` (clockwise)."""
     sources: Quad = ((0, 0), (width, 0), (width, height), (0, height))
     rows, values = [], []
     for (x, y), (u, v) in zip(sources, corners, strict=True):
@@ -59,15 +59,15 @@ def perspective(width: float, height: float, corners: Quad) -> Perspective:
 
 @dataclass(frozen=True)
 class Elastic:
-    """A pixel (x, y) of the output shows what was at (x, y) + shift(x, y)."""
+    """An elastic field: pixel (x, y) of the output shows the input at (x, y) + shift(x, y)."""
 
     cell: int
-    """Distance of the nodes in pixels."""
+    """Distance between the nodes in pixels."""
     shifts: npt.NDArray[np.float64]
     """float64[rows + 1, columns + 1, 2]: shift in x and y at each node."""
 
     def shift(self, points: Points) -> Points:
-        """The shifts at points of the output."""
+        """Return the shifts at points of the output; float64[n, 2] to float64[n, 2]."""
         rows, columns = self.shifts.shape[0] - 1, self.shifts.shape[1] - 1
         x = np.clip(points[:, 0] / self.cell, 0, columns)
         y = np.clip(points[:, 1] / self.cell, 0, rows)
@@ -78,14 +78,14 @@ class Elastic:
         return np.asarray(top * (1 - v) + bottom * v)
 
     def points(self, points: Points) -> Points:
-        """Where points of the input are seen."""
+        """Map points float64[n, 2] of the input to the output."""
         seen = points
-        for _ in range(30):  # a contraction, since shifts differ by less than the distance of their nodes
+        for _ in range(30):  # a contraction: shifts differ by less than the distance of nodes
             seen = points - self.shift(seen)
         return seen
 
     def warp(self, image: Image.Image) -> Image.Image:
-        """The image as it is seen; edges are repeated beyond the image."""
+        """Map the image to the output; edges are repeated beyond the image."""
         rows, columns = self.shifts.shape[0] - 1, self.shifts.shape[1] - 1
         y, x = np.mgrid[0 : rows + 1, 0 : columns + 1] * float(self.cell)
         sources = np.stack([x, y], axis=-1) + self.shifts
@@ -107,7 +107,7 @@ class Elastic:
 
 
 def elastic(size: tuple[int, int], amplitude: float, rng: np.random.Generator) -> Elastic:
-    """A random field for an image of ``size`` that moves nothing by more than ``amplitude`` pixels."""
+    """Return a random field for an image of ``size`` with shifts of at most ``amplitude`` pixels."""
     if not 0 <= amplitude < MAX_ELASTIC:
         raise ValueError(f"an amplitude of {amplitude} folds the paper; expected less than {MAX_ELASTIC}")
     columns, rows = (math.ceil(side / CELL) for side in size)
@@ -117,7 +117,10 @@ def elastic(size: tuple[int, int], amplitude: float, rng: np.random.Generator) -
 
 
 def outline(x: float, y: float, width: float, height: float, step: float = 8.0) -> list[Points]:
-    """The sides of an upright rectangle, clockwise from the top-left corner, as points about ``step`` apart."""
+    """Return the sides of an upright rectangle, clockwise from the top-left corner, float64[n, 2] each.
+
+    Neighboring points are about ``step`` pixels apart.
+    """
     corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)], dtype=np.float64)
     sides = []
     for start, end in zip(corners[:-1], corners[1:], strict=True):
@@ -127,7 +130,7 @@ def outline(x: float, y: float, width: float, height: float, step: float = 8.0) 
 
 
 def enclose(sides: Sequence[Points]) -> Quad:
-    """The quadrilateral that has each of the four sides (clockwise) inside, its edges along theirs."""
+    """Return the quadrilateral with edges along the four sides (clockwise) that has all their points inside."""
     lines = []
     for side in sides:
         along = (side[-1] - side[0]) / np.linalg.norm(side[-1] - side[0])

@@ -1,10 +1,8 @@
-"""What can be truly said about a scene: captions, phrases with their spans, questions with answers,
-dialogues, text.
+"""True statements about a scene: captions, phrases with their spans, questions with answers, dialogues, text.
 
-Only unambiguous things are asked: a colour question names a shape that occurs once, a position question names
-colour and shape. The text documents hold the same language, most of them with the facts first and the
-sentence after, so that a language model trained on them alone already speaks from what stands before: what
-later stands there is an image.
+Only unambiguous questions are asked. A color question names a shape that occurs once. A position question names color
+and shape. The text documents use the same language, and most of them give the facts first and the sentence after. So a
+language model trained on them alone learns to answer from what precedes. Later, an image precedes instead.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene, SceneObject
 
 CENTER_BAND = 0.1
-"""An object whose centre is nearer to the image's axis than this share of the image is in the middle."""
+"""An object is in the middle if its center is nearer to the axis of the image than this share of the image."""
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A piece of a caption about one object: ``caption[start:end]``."""
+    """Part of a caption about one object: ``caption[start:end]``."""
 
     start: int
     end: int
@@ -36,9 +34,9 @@ class Caption:
 
     text: str
     nouns: tuple[Phrase, ...]
-    """``a big red circle``."""
+    """Phrases such as ``a big red circle``."""
     expressions: tuple[Phrase, ...]
-    """``a big red circle at the top left``."""
+    """Phrases such as ``a big red circle at the top left``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Utterance:
 
 
 def position(item: SceneObject, image_size: int) -> str:
-    """``top left``, ``top``, ..., ``center``: where the centre of the object is."""
+    """Return the position of the object's center: ``top left``, ``top``, ..., ``center``."""
     words = [
         _side((item.y + item.side / 2) / image_size, "top", "bottom"),
         _side((item.x + item.side / 2) / image_size, "left", "right"),
@@ -74,17 +72,17 @@ def _side(center: float, low: str, high: str) -> str:
 
 
 def name(item: SceneObject) -> str:
-    """``red circle``: names one object of its scene."""
+    """Return a name such as ``red circle``, which identifies one object of its scene."""
     return f"{item.color} {item.shape}"
 
 
 def box_text(item: SceneObject, image_size: int) -> str:
-    """The box as Qwen-VL writes it, ``(x1,y1),(x2,y2)`` in [0, 1000)."""
+    """Return the box as Qwen-VL writes it, ``(x1,y1),(x2,y2)`` in [0, 1000)."""
     return format_points([value / image_size for value in item.corners])
 
 
 def describe(scene: Scene) -> Caption:
-    """All objects in reading order: ``a big red circle at the top and a small blue star at the left``."""
+    """Describe all objects in reading order: ``a big red circle at the top and a small blue star at the left``."""
     text = ""
     nouns: list[Phrase] = []
     expressions: list[Phrase] = []
@@ -100,13 +98,13 @@ def describe(scene: Scene) -> Caption:
 
 
 def _once(scene: Scene, value: Callable[[SceneObject], str]) -> list[SceneObject]:
-    """The objects whose ``value`` no other object of the scene has."""
+    """Return the objects whose ``value`` no other object of the scene has."""
     values = [value(item) for item in scene.objects]
     return [item for item in scene.objects if values.count(value(item)) == 1]
 
 
 def ask(scene: Scene, kind: str, rng: Random, config: SceneConfig) -> Question | None:
-    """A question of ``kind`` that has one true answer, or nothing if the scene allows none."""
+    """Return a question of ``kind`` that has one true answer, or None if the scene permits none."""
     if kind == "count":
         return ask_count(scene)
     if kind == "exists":
@@ -125,7 +123,10 @@ def ask(scene: Scene, kind: str, rng: Random, config: SceneConfig) -> Question |
 
 
 def _ask_exists(scene: Scene, rng: Random, config: SceneConfig) -> Question:
-    """Half the answers are no, and then half the objects asked for share the colour of one that is there."""
+    """Return a question about existence.
+
+    Half of the answers are no. In half of these, the object in question shares the color of an object in the scene.
+    """
     if rng.random() < 0.5:
         return Question("exists", f"Is there a {name(rng.choice(scene.objects))}?", "yes")
     present = {name(item) for item in scene.objects}
@@ -135,12 +136,12 @@ def _ask_exists(scene: Scene, rng: Random, config: SceneConfig) -> Question:
 
 
 def ask_count(scene: Scene) -> Question:
-    """How many objects there are."""
+    """Return a question about the number of objects."""
     return Question("count", "How many objects are there?", str(len(scene.objects)))
 
 
 def ask_several(scene: Scene, rng: Random, config: SceneConfig) -> list[Question]:
-    """Different questions about one scene, ``questions_per_image`` where it allows so many."""
+    """Return different questions about one scene, ``questions_per_image`` if it permits so many."""
     kinds, weights = zip(*config.question_weights, strict=True)
     questions: dict[str, Question] = {}
     for _ in range(8 * config.questions_per_image):
@@ -153,7 +154,7 @@ def ask_several(scene: Scene, rng: Random, config: SceneConfig) -> list[Question
 
 
 def converse(scene: Scene, image: str, rng: Random) -> list[Utterance]:
-    """One to three questions of a user about the image at path ``image``, each with a true answer."""
+    """Return one to three questions of a user about the image at path ``image``, each with a true answer."""
     item = rng.choice(scene.objects)
     box = box_text(item, scene.image_size)
     exchanges = [
@@ -171,7 +172,7 @@ def converse(scene: Scene, image: str, rng: Random) -> list[Utterance]:
 
 
 def facts(scene: Scene, rng: Random) -> str:
-    """The objects' attributes in any order: what a text document says in place of an image."""
+    """Return the objects' attributes in random order, which replace an image in a text document."""
     parts = []
     for item in rng.sample(scene.objects, len(scene.objects)):
         words = [item.size, item.color, item.shape, position(item, scene.image_size)]
@@ -181,7 +182,7 @@ def facts(scene: Scene, rng: Random) -> str:
 
 
 def document(scene: Scene, words: list[str], rng: Random, config: SceneConfig) -> str:
-    """A text document about a scene (or about ``words``), in the language of the image tasks."""
+    """Return a text document about a scene (or about ``words``), in the language of the image tasks."""
     item = rng.choice(scene.objects)
     box = box_text(item, scene.image_size)
     place = f"{item.size} {position(item, scene.image_size)}"

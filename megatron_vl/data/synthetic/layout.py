@@ -1,11 +1,11 @@
-"""Where text stands on a page before anything is drawn: one word to a box on a coarse grid, or blocks of lines.
+"""Layout of the text on a page before anything is drawn: one word per box on a coarse grid, or blocks of lines.
 
-Lines follow SynthDoG: a page is a stack of blocks, each of one to some columns; a column has a font, a size,
-an alignment and running text that is cut into lines where the width is full. Chinese may also be written
-downwards, lines from right to left.
+Lines follow SynthDoG. A page is a stack of blocks, and each block has one or more columns. A column has a font, a size,
+an alignment and running text that is broken into lines at the full width. Chinese may also be written vertically, with
+lines from right to left.
 
-The plan of a page is complete (texts, boxes, corners, fonts), so its key, and with it its side of the split,
-is known before a pixel is drawn.
+The plan of a page is complete (texts, boxes, corners, fonts). So its key, and hence its split, is known before a pixel
+is drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vl.data.synthetic.geometry import Quad
 from megatron_vl.data.synthetic.lexicon import WORDS
 
 Write = Callable[[Random, int, Language], str]
-"""Running text of at least so many characters in a language."""
+"""Function that returns running text of at least a number of characters in a language."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LineBox:
     height: int
     font: Font = Font("Pillow", None)
     vertical: bool = False
-    """Written downwards, a letter to a square."""
+    """Written vertically, one letter per square."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class PagePlan:
     height: int
     lines: tuple[LineBox, ...]
     corners: Quad
-    """Where the corners of the paper are seen."""
+    """Positions of the corners of the paper in the image."""
     language: Language
 
     @property
     def key(self) -> str:
-        """Canonical content: texts, places and perspective (not font, ink, paper, noise)."""
+        """Canonical content: texts, positions and perspective (not font, ink, paper, noise)."""
         lines = "|".join(f"{line.text} {line.x},{line.y}" for line in self.lines)
         return f"{lines}|{self.corners}"
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Where a column may write."""
+    """The area of a column."""
 
     x: int
     y: int
@@ -68,7 +68,7 @@ class _Column:
 
 
 def plan_words(rng: Random, config: PageConfig, font: Font) -> PagePlan | None:
-    """Words on the grid, one to a row; nothing if a word is wider than the page."""
+    """Put words on the grid, one per row. Return None if a word is wider than the page."""
     width, height = rng.randint(*config.width), rng.randint(*config.height)
     line_height = rng.randint(*config.line_height)
     rows = range(0, height - line_height + 1, line_height)
@@ -86,7 +86,7 @@ def plan_words(rng: Random, config: PageConfig, font: Font) -> PagePlan | None:
 
 
 def plan_lines(rng: Random, config: PageConfig, fonts: Sequence[Font], language: Language, write: Write) -> PagePlan:
-    """Blocks of columns of running text."""
+    """Fill blocks of columns with running text."""
     width, height = rng.randint(*config.width), rng.randint(*config.height)
     margin, gap = round(width * rng.uniform(0.04, 0.1)), round(width * 0.04)
     lines: list[LineBox] = []
@@ -132,7 +132,7 @@ def _plan_column(
 
 
 def wrap(text: str, font: LoadedFont, width: int, language: Language) -> Iterator[str]:
-    """``text`` in lines no wider than ``width`` pixels, broken at blanks (Chinese: anywhere)."""
+    """Yield ``text`` in lines of at most ``width`` pixels, broken at spaces (Chinese: anywhere)."""
     units, glue = (text.split(" "), " ") if language == "en" else (list(text), "")
     line = ""
     for unit in units:
@@ -147,7 +147,7 @@ def wrap(text: str, font: LoadedFont, width: int, language: Language) -> Iterato
 
 
 def _lean(width: int, height: int, by: float, rng: Random) -> Quad:
-    """One edge of the paper shorter by twice ``by``: the paper leans away from the viewer on that side."""
+    """Shorten one edge of the paper by twice ``by``, as if the paper leans away from the viewer on that side."""
     left_top = left_bottom = right_top = right_bottom = 0.0
     if rng.random() < 0.5:
         left_top = left_bottom = by
@@ -157,7 +157,7 @@ def _lean(width: int, height: int, by: float, rng: Random) -> Quad:
 
 
 def _corners(width: int, height: int, config: PageConfig, rng: Random) -> Quad:
-    """Every corner moved inwards by its own amount; then all turned, shrunk and moved together, inside the image."""
+    """Move every corner inwards by a random amount, then rotate, shrink and shift the whole paper inside the image."""
     dx = [rng.uniform(*config.perspective) for _ in range(4)]
     dy = [rng.uniform(*config.perspective) for _ in range(4)]
     corners = ((dx[0], dy[0]), (width - dx[1], dy[1]), (width - dx[2], height - dy[2]), (dx[3], height - dy[3]))

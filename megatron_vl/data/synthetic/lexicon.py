@@ -1,6 +1,6 @@
-"""Words and sentences for document pages and text: written for this project, in English and Chinese.
+"""Words and sentences for document pages and text, written for this project, in English and Chinese.
 
-``WORDS`` is the closed lexicon of the tiny pages: short, common, each a token or two of Qwen's first ranks.
+``WORDS`` is the closed lexicon of the tiny pages: short, common words, each one or two tokens of Qwen's first ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THINGS_ZH = "一本书,一张地图,三个箱子,那扇门,一台旧电脑,很�
 
 
 def sentence(rng: Random, language: Literal["en", "zh"]) -> str:
-    """A sentence of everyday words."""
+    """Return a sentence of everyday words."""
     if language == "zh":
         parts = (PEOPLE_ZH, TIMES_ZH, PLACES_ZH, ACTS_ZH, THINGS_ZH)
         return "".join(_pick(rng, words) for words in parts) + "。"
@@ -42,12 +42,12 @@ def sentence(rng: Random, language: Literal["en", "zh"]) -> str:
 
 
 def _pick(rng: Random, words: str) -> str:
-    """One of the expressions that commas separate."""
+    """Return one of the expressions that commas separate."""
     return rng.choice(words.split(","))
 
 
 def paragraph(rng: Random, num_characters: int, language: Literal["en", "zh"]) -> str:
-    """Sentences of at least ``num_characters`` together."""
+    """Return sentences of at least ``num_characters`` in total."""
     text = ""
     while len(text) < num_characters:
         text += (" " if text and language == "en" else "") + sentence(rng, language)
@@ -56,13 +56,13 @@ def paragraph(rng: Random, num_characters: int, language: Literal["en", "zh"]) -
 
 @dataclass(frozen=True)
 class Corpus:
-    """Running text from a file, taken from a random place on and from the beginning again at the end."""
+    """Running text from a file, from a random position on, continuing at the beginning after the end."""
 
     text: str
 
     @classmethod
     def read(cls, path: Path, flag: str = "corpus") -> Corpus:
-        """The words of a file of UTF-8 text; raises ConfigError, which names the ``flag`` that gave the file."""
+        """Read the words of a UTF-8 text file. Raises ConfigError, which names the ``flag`` that gave the file."""
         try:
             text = " ".join(path.read_text(encoding="utf-8").split())
         except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +72,7 @@ class Corpus:
         return cls(text)
 
     def paragraph(self, rng: Random, num_characters: int, language: Literal["en", "zh"]) -> str:
-        """Text of at least ``num_characters``, beginning at a word (Chinese: anywhere)."""
+        """Return text of at least ``num_characters``, starting at a word (Chinese: anywhere)."""
         start = rng.randrange(len(self.text))
         if language == "en":
             start = self.text.rfind(" ", 0, start) + 1

@@ -1,9 +1,8 @@
-"""Document pages in the manner of SynthDoG: text on paper, seen in perspective on a ground, with a camera's
-flaws.
+"""Document pages in the style of SynthDoG: text on paper, in perspective on a ground, with camera effects.
 
-Order of things, and why the labels stay true: text is drawn on flat paper; paper and outlines of the lines go
-through one homography and one elastic field; everything after that (blur, shadow, contrast, noise, JPEG)
-changes values of pixels and moves nothing. A label is the quadrilateral that encloses the outline.
+The order of steps keeps the labels correct. First, text is drawn on flat paper. Then the paper and the outlines of the
+lines go through one homography and one elastic field. All later steps (blur, shadow, contrast, noise, JPEG) change
+pixel values and move nothing. A label is the quadrilateral that encloses the outline.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ INKS: tuple[Color, ...] = ((20, 20, 24), (30, 34, 70), (64, 22, 22), (24, 52, 34
 
 @dataclass(frozen=True)
 class PageLine:
-    """A line of text and where it is seen, in pixels of the image."""
+    """A line of text and its position in pixels of the image."""
 
     text: str
     quad: Quad
@@ -44,7 +43,7 @@ class Page:
     """A finished page."""
 
     image: bytes
-    """JPEG."""
+    """Image as JPEG."""
     width: int
     height: int
     lines: tuple[PageLine, ...]
@@ -52,10 +51,11 @@ class Page:
 
 
 class PageRenderer:
-    """Plans and draws pages of one configuration; prepares its paper and its grounds once."""
+    """Planner and renderer of pages of one configuration; prepares its paper and its grounds once."""
 
     def __init__(self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int) -> None:
-        """``fonts``: at least one for English. ``chinese``: none means no Chinese pages."""
+        """Prepare paper and grounds. ``fonts`` has at least one font for English. Empty ``chinese``: no Chinese
+        pages."""
         self._config = config
         self._fonts = {"en": fonts, "zh": chinese}
         self._masks: dict[tuple[str, Font, int, int], Image.Image] = {}
@@ -69,7 +69,7 @@ class PageRenderer:
         self._corpora = {language: Corpus.read(Path(file)) for language, file in files.items() if file}
 
     def draw(self, rng: Random, *, split: Split, heldout_percent: int) -> Page:
-        """A random page of ``split``; raises ConfigError if the configuration leaves no room for one."""
+        """Return a random page of ``split``. Raises ConfigError if the configuration leaves no room for one."""
         plan = draw_until(
             lambda: self._plan(rng),
             lambda plan: bool(plan.lines) and split_of(plan.key, heldout_percent) == split,
@@ -78,7 +78,7 @@ class PageRenderer:
         return self.render(plan, rng)
 
     def render(self, plan: PagePlan, rng: Random) -> Page:
-        """The page of a plan; paper, ink and flaws vary with ``rng``."""
+        """Render the page of a plan; paper, ink and camera effects vary with ``rng``."""
         size = (plan.width, plan.height)
         paper = random_crop(rng.choice(self._papers), *size, rng)
         ink = rng.choice(INKS)
@@ -110,7 +110,7 @@ class PageRenderer:
         return plan_lines(rng, config, self._fonts[language], language, corpus.paragraph if corpus else paragraph)
 
     def _mask(self, line: LineBox) -> Image.Image:
-        """Coverage of a line's letters, its whole line height stretched to the line's box."""
+        """Return the coverage of a line's letters, with its whole line height scaled to the line's box."""
         if self._config.layout == "lines":
             return draw_line(line)
         key = (line.text, line.font, line.width, line.height)
@@ -120,7 +120,7 @@ class PageRenderer:
 
 
 def track(line: LineBox, view: Perspective, field: Elastic | None) -> Quad:
-    """The quadrilateral that encloses a line as it is seen."""
+    """Return the quadrilateral that encloses a line in the image."""
     sides = [view.points(side) for side in outline(line.x, line.y, line.width, line.height)]
     if field is None:  # straight edges stay straight
         a, b, c, d = ((float(side[0, 0]), float(side[0, 1])) for side in sides)
@@ -129,7 +129,8 @@ def track(line: LineBox, view: Perspective, field: Elastic | None) -> Quad:
 
 
 def draw_line(line: LineBox) -> Image.Image:
-    """Coverage (mode L) of a line of text as large as its box: ascender to descender, or a letter to a square."""
+    """Return the coverage (mode L) of a line of text in the size of its box: ascender to descender, or letters in
+    squares."""
     if line.vertical:
         mask = Image.new("L", (line.width, line.height), 0)
         draw, loaded = ImageDraw.Draw(mask), line.font.load_height(line.width)

@@ -1,7 +1,6 @@
 """The photographs inside scikit-image's wheel, with captions written for this project after looking at each.
 
-Only files that lie in the installed package are used; scikit-image itself is not imported and downloads
-nothing.
+Only files in the installed package are used. scikit-image itself is not imported and downloads nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from megatron_vl.data.synthetic.config import Split
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph and what it shows."""
+    """A photograph and its caption."""
 
     file: str
     caption: str
@@ -41,7 +40,7 @@ PHOTOS: tuple[Photo, ...] = (
 
 
 def find_photos(split: Split) -> list[tuple[Photo, Path]]:
-    """The photographs of a split that the installed scikit-image has; none if it is not installed."""
+    """Return the photographs of a split in the installed scikit-image; none if it is not installed."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         return []

@@ -1,8 +1,7 @@
-"""Pixels of a scene. Each shape touches all four sides of its box, and its colour fills the middle of the
-box.
+"""Pixels of a scene. Each shape touches all four sides of its box, and its color fills the middle of the box.
 
-Shapes are drawn once, at four times their size, and shrunk to a mask; a scene is then a crop of a prepared
-noisy ground and one paste for each object. That keeps a tiny image at a fraction of a millisecond.
+Shapes are drawn once, at four times their size, and reduced to a mask. A scene is then a crop of a prepared noisy
+ground, and one paste per object. So a tiny image takes a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ GROUNDS: tuple[Color, ...] = (
     (172, 160, 172),
 )
 SHADE = 10
-"""An object's colour differs from the table's by at most this in each channel."""
+"""Greatest difference between an object's color and the color in the table, in each channel."""
 OVERSAMPLING = 4
 
 
@@ -78,14 +77,14 @@ OUTLINES: dict[str, Outline] = {
     "hexagon": _polygon(6),
     "heart": _heart(),
 }
-"""Corners in any units; they are stretched to the box."""
+"""Corners in any units; they are scaled to the box."""
 
 
 class SceneRenderer:
-    """Draws scenes of one configuration; prepares its grounds and masks once."""
+    """Renderer of scenes of one configuration; prepares its grounds and masks once."""
 
     def __init__(self, config: SceneConfig, seed: int) -> None:
-        """Raises ConfigError if the configuration names a shape or a colour that cannot be drawn."""
+        """Prepare grounds and masks. Raises ConfigError if the configuration names an unknown shape or color."""
         for kind, names, table in (("shape", config.shapes, OUTLINES), ("color", config.colors, COLORS)):
             for unknown in sorted(set(names) - set(table)):
                 raise ConfigError(f"scene.{kind}s: {unknown!r} cannot be drawn; known are {', '.join(table)}")
@@ -97,7 +96,7 @@ class SceneRenderer:
         self._grounds = [texture(color, 2 * config.image_size, noise, fine=config.noise) for color in GROUNDS]
 
     def render(self, scene: Scene, rng: Random) -> Image.Image:
-        """The scene's image, RGB; ground and shade of the colours vary with ``rng``."""
+        """Return the scene's image in RGB; ground and shade of the colors vary with ``rng``."""
         size = scene.image_size
         image = random_crop(rng.choice(self._grounds), size, size, rng)
         for item in scene.objects:
@@ -106,12 +105,12 @@ class SceneRenderer:
         return image
 
     def encode(self, scene: Scene, rng: Random) -> bytes:
-        """The scene's image as JPEG."""
+        """Return the scene's image as JPEG."""
         return encode_jpeg(self.render(scene, rng), self._config.jpeg_quality)
 
 
 def draw_mask(outline: Outline, side: int) -> Image.Image:
-    """Coverage (mode L) of an outline stretched to a square of ``side`` pixels."""
+    """Return the coverage (mode L) of an outline scaled to a square of ``side`` pixels."""
     xs, ys = [x for x, _ in outline], [y for _, y in outline]
     large = side * OVERSAMPLING
     scale_x, scale_y = (large - 1) / (max(xs) - min(xs)), (large - 1) / (max(ys) - min(ys))

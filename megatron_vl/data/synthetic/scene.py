@@ -1,8 +1,8 @@
-"""What is in a picture: objects with shape, colour, size and a box; and the side of the split it belongs to.
+"""Content of a picture: objects with shape, color, size and a box; and the split it belongs to.
 
-Invariants: boxes lie inside the image and do not overlap; no two objects share both colour and shape (with
-``distinct_attributes``: neither). The key is the scene's content in canonical order, without what is not
-spoken of (ground, noise, shade), so two pictures with the same key have the same true texts.
+Invariants: boxes lie inside the image and do not overlap. No two objects share both color and shape (with
+``distinct_attributes``: neither). The key is the scene's content in canonical order, without what no text mentions
+(ground, noise, shade). So two pictures with the same key have the same true texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTEMPTS = 200
 
 @dataclass(frozen=True, order=True)
 class SceneObject:
-    """One object; the order is the reading order, top to bottom, then left to right."""
+    """One object. Objects sort in reading order, top to bottom, then left to right."""
 
     y: int
     """Top edge in pixels."""
@@ -40,7 +40,7 @@ class SceneObject:
         return self.x, self.y, self.x + self.side, self.y + self.side
 
     def overlaps(self, other: SceneObject) -> bool:
-        """Whether the two boxes share a pixel."""
+        """Return whether the two boxes share a pixel."""
         a, b = self.corners, other.corners
         return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
@@ -54,18 +54,18 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """Canonical content: equal for two scenes exactly if everything that can be said about them is."""
+        """Canonical content, equal for two scenes exactly if all true statements about them are equal."""
         return "|".join(f"{o.size} {o.color} {o.shape} {o.x},{o.y}" for o in self.objects)
 
 
 def split_of(key: str, heldout_percent: int) -> Split:
-    """The side of the split that a content belongs to, for every seed."""
+    """Return the split that a content belongs to, for every seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") % 100 < heldout_percent else "train"
 
 
 def draw_until(draw: Callable[[], T | None], accept: Callable[[T], bool], what: str) -> T:
-    """The first draw that is something and accepted; ConfigError if none of many is."""
+    """Return the first draw that is not None and is accepted. Raises ConfigError if none of many draws is."""
     for _ in range(ATTEMPTS):
         value = draw()
         if value is not None and accept(value):
@@ -74,7 +74,7 @@ def draw_until(draw: Callable[[], T | None], accept: Callable[[T], bool], what: 
 
 
 def sample_scene(rng: Random, config: SceneConfig, *, split: Split, heldout_percent: int) -> Scene:
-    """A random scene of ``split``; raises ConfigError if the configuration leaves no room for one."""
+    """Return a random scene of ``split``. Raises ConfigError if the configuration leaves no room for one."""
     return draw_until(
         lambda: _draw_scene(rng, config), lambda scene: split_of(scene.key, heldout_percent) == split, "scene"
     )

@@ -16,7 +16,7 @@ Color = tuple[int, int, int]
 
 
 def texture(color: Color, size: int, rng: np.random.Generator, *, fine: float, coarse: float = 0.0) -> Image.Image:
-    """A square RGB tile of ``size`` pixels: noise of deviation ``fine``, clouds of deviation ``coarse``."""
+    """Return a square RGB tile of ``size`` pixels: noise of deviation ``fine``, clouds of deviation ``coarse``."""
     levels = np.array(color) + rng.normal(0.0, fine, (size, size, 1)) + rng.normal(0.0, fine / 3, (size, size, 3))
     if coarse:
         clouds = Image.fromarray(rng.normal(0.0, coarse, (16, 16)).astype(np.float32))
@@ -25,13 +25,13 @@ def texture(color: Color, size: int, rng: np.random.Generator, *, fine: float, c
 
 
 def random_crop(tile: Image.Image, width: int, height: int, rng: Random) -> Image.Image:
-    """A crop of ``width`` x ``height`` at a random place of a tile at least as large."""
+    """Return a crop of ``width`` x ``height`` at a random position of a tile that is at least as large."""
     left, top = rng.randint(0, tile.width - width), rng.randint(0, tile.height - height)
     return tile.crop((left, top, left + width, top + height))
 
 
 def find_pictures(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a folder and all below it, in the order of their names; raises ConfigError if none."""
+    """Return the pictures of a folder and its subfolders, sorted by name. Raises ConfigError if there are none."""
     wanted = (".jpg", ".jpeg", ".png", ".webp")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file())
     if not found:
@@ -41,7 +41,7 @@ def find_pictures(folder: Path) -> tuple[Path, ...]:
 
 
 def random_picture(paths: Sequence[Path], size: tuple[int, int], rng: Random) -> Image.Image:
-    """One of the pictures, cut to ``size``; raises ConfigError if several in a row are not readable."""
+    """Return one of the pictures, cut to ``size``. Raises ConfigError if several in a row are not readable."""
     problem = ""
     for _ in range(10):
         path = rng.choice(paths)
@@ -53,5 +53,5 @@ def random_picture(paths: Sequence[Path], size: tuple[int, int], rng: Random) ->
 
 
 def blurred(image: Image.Image, greatest: float, rng: Random) -> Image.Image:
-    """The image blurred by a random radius."""
+    """Return the image blurred by a random radius."""
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, greatest))) if greatest else image

@@ -1,4 +1,4 @@
-"""Writes the published file formats: img2dataset's tars, VQAv2's JSON, MDETR's JSON, JSON Lines."""
+"""Writers of the published file formats: img2dataset's tars, VQAv2's JSON, MDETR's JSON, JSON Lines."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Picture:
     """One record of a tar."""
 
     image: bytes
-    """JPEG."""
+    """Image as JPEG."""
     caption: str
     width: int
     height: int
     url: str
     original: tuple[int, int] | None = None
-    """Width and height before it was resized, if it was."""
+    """Width and height before the image was resized, if it was."""
     extra: Json | None = None
     """Further fields of its json."""
 
 
 class TarShard:
-    """One tar of img2dataset's webdataset output, with its ``_stats.json``; a context manager."""
+    """One tar of img2dataset's webdataset output, with its ``_stats.json``, as a context manager."""
 
     def __init__(self, folder: Path, index: int, samples_per_shard: int) -> None:
         self._folder = folder
@@ -91,19 +91,19 @@ class TarShard:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, UTF-8 unescaped."""
+    """Write a JSON file in UTF-8 without escapes."""
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def write_json_lines(path: Path, records: Iterable[Json]) -> None:
-    """A JSON Lines file, UTF-8 unescaped."""
+    """Write a JSON Lines file in UTF-8 without escapes."""
     with path.open("w", encoding="utf-8") as stream:
         for record in records:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_vqa(folder: Path, records: Sequence[Json], subtype: str) -> None:
-    """Both files of records with image_id, question_id, question, answer and kind."""
+    """Write both files of VQAv2 from records with image_id, question_id, question, answer and kind."""
     header = {
         "info": {"description": "synthetic scenes", "version": "1.0"},
         "license": {"name": "public domain"},
@@ -131,7 +131,7 @@ def _annotation(record: Json) -> Json:
 
 
 def write_refexp(folder: Path, records: Sequence[Json]) -> None:
-    """``refexp.json`` of records with file_name, width, height, image_id, expression and corners (pixels)."""
+    """Write ``refexp.json`` from records with file_name, width, height, image_id, expression and corners (pixels)."""
     images, annotations = [], []
     for index, record in enumerate(records):
         x1, y1, x2, y2 = record["corners"]
