@@ -81,8 +81,7 @@ def _ending_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def refuse_compressed(folder: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise DataError if the folder has a compressed file that would match ``suffixes``, because it would be
-    ignored."""
+    """Raise DataError if the folder has a compressed file with one of ``suffixes``, which would be ignored."""
     for entry in sorted(folder.iterdir()):
         name = re.sub(r"\.t(gz|xz|bz2)$", r".tar.\1", entry.name.lower())
         stem, suffix = os.path.splitext(name)

@@ -76,8 +76,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     """Turns of the dialogue, for chat only."""
     annotators: tuple[str, ...] = ()
-    """VQA: the answer of each annotator, for the accuracy of the benchmark. Empty if the set did not ask several
-    annotators."""
+    """VQA: the answer of each annotator, for the benchmark's accuracy. Empty if several annotators were not asked."""
     score: float | None = None
     """Agreement of image and text according to the source's metadata (CLIP similarity), for the filters."""
 

@@ -58,8 +58,7 @@ def write_index(
     dtype: npt.DTypeLike,
     modes: npt.NDArray[np.integer] | None = None,
 ) -> FileRange:
-    """Write ``<prefix>.idx`` durably, the index of sequences of the given ``lengths`` (integers[sequences]) in items of
-    ``dtype``.
+    """Write ``<prefix>.idx`` durably, for sequences of ``lengths`` (integers[sequences]) in items of ``dtype``.
 
     ``modes``: integers[sequences] from 0 to 127, if the file is to be opened with modes.
     """
@@ -111,8 +110,7 @@ class IndexedFile:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
-        """Return one sequence as an array of its own, ``dtype``[length]. Raises DataError if the data ends too
-        early."""
+        """Return one sequence as an array of its own, ``dtype``[length]. Raises DataError if the data ends early."""
         return np.frombuffer(self.read_bytes(index), dtype=self.dtype)
 
     def read_bytes(self, index: int, *, start: int = 0, stop: int | None = None) -> bytes:

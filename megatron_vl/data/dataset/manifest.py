@@ -137,8 +137,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the content of the file. Derived figures are written for human readers and ignored when the file is
-        read."""
+        """Return the content of the file. Derived figures are written for human readers and ignored when read back."""
         derived = {"samples_per_row": round(self.samples_per_row, 6), "fill": round(self.fill, 6)}
         return json.dumps({**dataclasses.asdict(self), "derived": derived}, indent=2) + "\n"
 

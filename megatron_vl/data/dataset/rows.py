@@ -123,8 +123,7 @@ class RowStore:
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int32]:
-        """int32[rows]: length of each stored row (tokens and a few header entries). It serves as the cost, using only
-        the index."""
+        """int32[rows]: length of each stored row, tokens and a few header entries. It is the cost of the row."""
         return self._tokens.lengths
 
     @property

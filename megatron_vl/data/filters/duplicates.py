@@ -49,8 +49,7 @@ def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntAr
 
 
 def mark_repeats(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
-    """Return bool[n]: whether each image is a near duplicate of an earlier, kept one. ``hashes`` is uint64[n], in
-    order."""
+    """Return bool[n]: whether each image is a near duplicate of an earlier, kept one; ``hashes`` is uint64[n]."""
     dropped = np.zeros(len(hashes), dtype=np.bool_)
     nonzero = np.flatnonzero(hashes)
     values, first, inverse = np.unique(hashes[nonzero], return_index=True, return_inverse=True)

@@ -44,8 +44,7 @@ class FilterOptions:
     drop_emoji: bool = False
     """Drop samples with an emoji."""
     drop_special_tags: bool = False
-    """Drop samples with tags such as <PERSON>, [UNK], <|im_start|> or <img> (except chats, where markup has a
-    meaning)."""
+    """Drop samples with tags such as <PERSON>, [UNK], <|im_start|> or <img> (not chats, where they have a meaning)."""
     strip_html: bool = False
     """Remove HTML tags and comments from the text, and resolve entities."""
     strip_irregular: bool = False
@@ -61,8 +60,7 @@ class FilterOptions:
     benchmark_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
     """Greatest distance in bits between the perceptual hashes of an image and of a benchmark image."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """Drop a sample with one image if an earlier sample has the same file (``exact``) or a nearly equal image
-    (``near``)."""
+    """Drop a sample with one image if an earlier one has the same file (``exact``) or a similar image (``near``)."""
     duplicate_distance: Annotated[int, Between(0, MOST_DISTANCE)] = 0
     """Greatest distance in bits between the perceptual hashes of ``near`` duplicates."""
 

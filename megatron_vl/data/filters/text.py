@@ -62,15 +62,13 @@ def first_special_tag(text: str) -> str | None:
 
 
 def strip_html(text: str) -> str:
-    """Return the text without tags, comments, scripts and styles; resolve entities twice, since ``&amp;lt;`` is
-    common."""
+    """Return the text without tags, comments, scripts and styles. Entities are resolved twice (``&amp;lt;``)."""
     for _ in range(2):
         text = html.unescape(_HTML_TAG.sub(" ", _HTML_BLOCK.sub(" ", text)))
     return _BLANKS.sub(" ", text).strip()
 
 
 def strip_irregular(text: str) -> str:
-    """Return the text without URLs, control and invisible characters; reduce runs of a mark or of white space to
-    one."""
+    """Return the text without URLs, control and invisible characters; reduce runs of a mark or white space to one."""
     text = _INVISIBLE.sub("", _ADDRESS.sub(" ", text))
     return _BLANKS.sub(" ", _REPEATED_MARK.sub(r"\1", text)).strip()

@@ -50,8 +50,7 @@ FLAGS = (
 
 
 def find_browser(given: str = "") -> str:
-    """Return the program to run: ``given``, or the first of the usual names that is found. Raises DataError if there is
-    none."""
+    """Return the program to run: ``given``, or the first usual name that is found. Raises DataError if none is."""
     for name in (given,) if given else NAMES:
         if found := shutil.which(name):
             return found
@@ -220,8 +219,10 @@ class Page:
 
 
 def _pipe() -> tuple[int, int]:
-    """Return the ends of a pipe. Their numbers do not clash with those of the browser, and other programs do not
-    inherit them."""
+    """Return the two ends of a pipe.
+
+    Their numbers do not clash with those of the browser, and other programs do not inherit them.
+    """
     ends = os.pipe()
     moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

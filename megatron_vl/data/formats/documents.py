@@ -84,8 +84,7 @@ def _names(place: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return regular files (no links) with one of ``suffixes``, sorted: ``path`` itself, or all in it and its
-    subfolders."""
+    """Return regular files (no links) with one of ``suffixes``, sorted: ``path`` itself, or all files below it."""
     files = [path] if path.is_file() else path.rglob("*")
     wanted = (file for file in files if file.name.lower().endswith(suffixes))
     plain = (file for file in wanted if file.is_file() and not file.is_symlink())

@@ -107,8 +107,7 @@ def read_image(root: Path, name: str, declared: tuple[int, int] | None = None) -
 
 
 def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int] | None = None) -> ImageRef:
-    """Return the first of ``names`` that exists, as ``read_image`` does. Raises SkipSample('missing_image') if none
-    exists."""
+    """Return the first of ``names`` that exists, as ``read_image`` does. Raises SkipSample('missing_image')."""
     for name in names:
         try:
             return read_image(root, name, declared)
@@ -141,8 +140,7 @@ def read_bytes(root: Path, name: str) -> bytes:
 
 
 def _other_spelling(root: Path, name: str) -> str:
-    """Return the name in the other Unicode form (composed or decomposed accents) if a file has it; macOS decomposes
-    names."""
+    """Return the name with composed or decomposed accents if a file has it; macOS decomposes names."""
     for form in () if name.isascii() else ("NFC", "NFD"):
         other = unicodedata.normalize(form, name)
         if other != name and os.path.exists(os.path.join(root, other)):
@@ -160,8 +158,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _resolve(root: Path, name: str) -> Path:
-    """Return the real path of ``root / name``, using ``os.path``: ``Path`` takes twice the time, and every image passes
-    here."""
+    """Return the real path of ``root / name``. Every image passes here, and ``Path`` is half as fast as ``os.path``."""
     try:
         base = os.path.realpath(root)
         path = os.path.realpath(os.path.join(base, name))

@@ -24,8 +24,7 @@ IMAGE_STRUCT = frozenset({"bytes", "path"})
 
 
 def require_images_in(path: Path, columns: Sequence[str]) -> None:
-    """Raise DataError if pyarrow is missing, or if a readable file has no image column with one of the names
-    ``columns``."""
+    """Raise DataError if pyarrow is missing, or if a readable file has no image column named in ``columns``."""
     file = _open(require_file(path, "a parquet file"))
     if isinstance(file, Skipped):
         return

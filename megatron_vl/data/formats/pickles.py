@@ -34,8 +34,7 @@ class _NameRefused(Exception):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """Return the content of a pickle of plain data. Raises DataError for any other pickle, before anything is
-    called."""
+    """Return the content of a pickle of plain data. Raises DataError for any other, before anything is called."""
     with open_file(path) as stream:
         try:
             value = _PlainUnpickler(stream, encoding="utf-8", errors="surrogateescape").load()

@@ -88,8 +88,7 @@ def read_samples(shard: Shard, sample_of: Callable[[Any, str], Sample]) -> Itera
 
 
 def is_lines(path: Path) -> bool:
-    """Return whether a file is JSON Lines. Raises DataError if it is missing, or holds one object over several
-    lines."""
+    """Return whether a file is JSON Lines. Raises DataError if it is missing or holds one object over several lines."""
     with open_file(path) as stream:
         first = _next_line(stream)
         if path.suffix.lower() in LINES_SUFFIXES:

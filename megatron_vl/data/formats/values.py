@@ -80,8 +80,7 @@ def as_number(value: Any) -> float | None:
 
 
 def decode_text(data: bytes, what: str) -> str:
-    """Return the text in some bytes, without the byte-order mark. Raises SkipSample('bad_unicode') if it is not
-    UTF-8."""
+    """Return some bytes as text, without the byte-order mark. Raises SkipSample('bad_unicode') if not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

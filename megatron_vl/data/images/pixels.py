@@ -28,16 +28,17 @@ def blank_pixels(num_images: int, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """Scale uint8[n, 3, H, W] to [0, 1], then apply CLIP's mean and deviation; return float32[n, 3, H, W] on the same
-    device."""
+    """Scale uint8[n, 3, H, W] to [0, 1] and apply CLIP's mean and deviation; return float32[n, 3, H, W].
+
+    The result is on the device of the input.
+    """
     mean, deviation = _statistics(pixels.device)
     return (pixels.float() / 255).sub_(mean).div_(deviation)
 
 
 @functools.cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and deviation, float32[1, 3, 1, 1] each. They are cached: a new copy to a device would make the CPU
-    wait."""
+    """Return mean and deviation, float32[1, 3, 1, 1] each, from a cache: the CPU would wait for a new copy."""
     import torch
 
     mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))

@@ -37,8 +37,7 @@ def resize(image: Image.Image, size: int) -> Bytes:
 
 
 def resize_by_lines(image: Image.Image, size: int, *, add: Callable[[Bytes, int], Bytes]) -> Bytes:
-    """Resize as ``resize`` does, by two passes of ``add``: ``sum_lines``, compiled or not; return uint8[3, size,
-    size]."""
+    """Resize like ``resize``, by two passes of ``add`` (plain or compiled ``sum_lines``); uint8[3, size, size]."""
     columns = np.asarray(image.transpose(Image.Transpose.TRANSPOSE))
     width, height, _ = columns.shape
     narrow = add(columns.reshape(width, height * 3), size)
@@ -47,8 +46,7 @@ def resize_by_lines(image: Image.Image, size: int, *, add: Callable[[Bytes, int]
 
 
 def sum_lines(lines: Bytes, size: int) -> Bytes:
-    """Resize uint8[n, length] to uint8[size, length]: each output line is the bicubic mean of the input lines around
-    it.
+    """Resize uint8[n, length] to uint8[size, length]; each output line is the bicubic mean of nearby input lines.
 
     Weights and sums equal Pillow's, operation by operation. This source is also what numba compiles.
     """

@@ -28,8 +28,7 @@ _TOLERANCE = 2048
 
 
 def row_costs(lengths: npt.NDArray[np.integer], images: npt.NDArray[np.integer], *, image_cost: float) -> IntArray:
-    """Return the work of each row, in units of one label, as int64[rows]; ``lengths`` and ``images`` are
-    integers[rows].
+    """Return the work of each row in labels, int64[rows]; ``lengths`` and ``images`` are integers[rows].
 
     A row costs one label per token, and ``image_cost`` labels per image, rounded.
     """
@@ -37,8 +36,7 @@ def row_costs(lengths: npt.NDArray[np.integer], images: npt.NDArray[np.integer],
 
 
 def deal(costs: IntArray, *, num_ranks: int) -> IntArray:
-    """Return the positions in the batch that each data-parallel rank computes, most expensive first, as int64[ranks,
-    rows].
+    """Return the positions in the batch of each data-parallel rank, most expensive first, as int64[ranks, rows].
 
     ``costs`` is int64[batch]; its length must be a multiple of ``num_ranks``. The result is deterministic.
     """
@@ -56,8 +54,7 @@ def split(costs: IntArray, positions: IntArray, *, num_micro_batches: int) -> In
 
 
 def _deal_evenly(costs: IntArray, num_bins: int) -> IntArray:
-    """Return bins of equal size and nearly equal cost as int64[bins, size], the most expensive member first in each
-    bin."""
+    """Return bins of equal size and nearly equal cost as int64[bins, size], most expensive members first."""
     assert len(costs) and len(costs) % num_bins == 0, f"{len(costs)} rows cannot be dealt evenly to {num_bins}"
     turns = np.argsort(-costs, kind="stable").reshape(-1, num_bins)
     members = np.empty((num_bins, len(turns)), dtype=np.int64)

@@ -41,8 +41,7 @@ class MicroBatch:
     """int32[spans + 1]: borders of the attention spans, from 0 to t. Padding ends the span of its row (whole rows) or
     is a span of its own (segments)."""
     span_lengths: tuple[int, ...]
-    """Lengths of the spans between these borders, as Python integers, so that reading them needs no device
-    synchronization."""
+    """Lengths of the spans between these borders, as Python integers, to avoid device synchronization."""
     supervised: torch.Tensor
     """int64[m]: positions in [0, t) whose *next* token is a target."""
     targets: torch.Tensor

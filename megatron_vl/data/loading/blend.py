@@ -1,5 +1,6 @@
-"""The rows that a step trains on: a pure function of (seed, index). A resumed run needs only the number of consumed
-rows.
+"""The rows that a step trains on: a pure function of (seed, index).
+
+So a run that resumes needs only the number of rows it has consumed.
 
 Index i counts the rows of the run, over all steps and ranks. Prefixes without weights form one pool: an epoch is a
 shuffle of all their rows. Prefixes with weights are separate pools. The turns of each pool are spread evenly over the
@@ -32,8 +33,7 @@ IntArray = npt.NDArray[np.int64]
 _Share = Callable[[IntArray], IntArray]
 _ROUNDS = 6
 _PARTS = 1 << 30
-"""Weights become shares of this many parts, at least one part each. The product of two numbers of parts fits in 64
-bits."""
+"""Weights become shares of this many parts, at least one each. Products of two such numbers fit in 64 bits."""
 
 
 def permute(positions: IntArray, size: int, key: IntArray | int) -> IntArray:
@@ -71,8 +71,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def derive_key(*parts: IntArray | int) -> IntArray:
-    """Derive one 63-bit key from several numbers (seed, purpose, epoch) or int64 arrays of one shape; return that
-    shape."""
+    """Derive one 63-bit key from several numbers (seed, purpose, epoch) or int64 arrays of one shape."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         key = _mix(key ^ _mix(np.atleast_1d(np.asarray(part)).astype(np.uint64)))
@@ -95,8 +94,8 @@ class Blend:
 
     @classmethod
     def of(cls, data_path: Sequence[str], sizes: Sequence[int], *, seed: int) -> Blend:
-        """Return the blend of data sets of these sizes that ``data_path`` gives (prefixes, or weight and prefix in
-        turn)."""
+        """Return the blend that ``data_path`` (prefixes, or weight and prefix in turn) gives for data sets of
+        ``sizes``."""
         pairs = parse_data_path(data_path)
         weighted = len(pairs) < len(data_path)
         return cls(tuple(sizes), tuple(weight for weight, _ in pairs) if weighted else None, seed)
@@ -136,14 +135,12 @@ class Blend:
         return data_sets, rows - offsets[data_sets]
 
     def _draw(self, draws: IntArray, size: int, *, pool: int) -> IntArray:
-        """Return the row within a pool for each of its draws; int64[n] to int64[n]. Each epoch has an order of its
-        own."""
+        """Return the row within a pool for each of its draws, int64[n]. Each epoch has an order of its own."""
         epochs, positions = np.divmod(draws, size)
         return permute(positions, size, derive_key(self.seed, 2, pool, epochs))
 
     def _turns(self, indices: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the pool whose turn each index is, and the number of earlier turns of this pool; int64[n] to two
-        int64[n]."""
+        """Return the pool of each index, and the number of earlier turns of this pool; int64[n] each."""
         return self._descend(indices, lambda turns, middle, share: share(turns + 1) > share(turns))
 
     def _draws_within(self, num_rows: int) -> IntArray:
@@ -154,11 +151,11 @@ class Blend:
     def _descend(
         self, turns: IntArray, goes_left: Callable[[IntArray, IntArray, _Share], npt.NDArray[np.bool_]]
     ) -> tuple[IntArray, IntArray]:
-        """Descend the tree; return for each element the leaf (a pool) and its turns within the first ``turns``,
-        int64[n] each.
+        """Descend the tree; return for each element its leaf (a pool) and the leaf's turns, int64[n] each.
 
-        ``goes_left`` decides at a node. It gets the turns at the node, the first pool of the right half, and a function
-        for the number of turns that belong to the left half. It returns bool[n].
+        ``turns`` is int64[n], the first turns of the root that are counted. ``goes_left`` decides at a node. It gets
+        the turns at the node, the first pool of the right half, and a function for the number of turns that belong to
+        the left half. It returns bool[n].
         """
         assert self.weights is not None
         parts = np.rint(np.array(self.weights) / sum(self.weights) * _PARTS).astype(np.int64)

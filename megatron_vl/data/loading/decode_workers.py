@@ -192,8 +192,7 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 
 
 class DecodePool:
-    """Decode requests in order, in ``num_workers`` processes. With 0, decode in this process when the result is asked
-    for."""
+    """Decode requests in order, in ``num_workers`` processes; with 0, in this process when a result is needed."""
 
     def __init__(self, prefixes: Sequence[str], image_size: int, *, num_workers: int, timeout: float = 300.0) -> None:
         self._timeout = timeout

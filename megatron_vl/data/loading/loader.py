@@ -39,8 +39,7 @@ class StepBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     row_ids: npt.NDArray[np.int64]
-    """int64[global batch]: global rows of the whole global batch, the same on every rank. PADDING_ROW stands for no
-    row."""
+    """int64[global batch]: global rows of the whole global batch, equal on every rank. PADDING_ROW: no row."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class _Pending:
 
 
 class DataSets:
-    """Prepared data sets, opened together and checked against the run. Rows are numbered consecutively across data
-    sets."""
+    """Prepared data sets, opened together and checked. Rows are numbered consecutively across data sets."""
 
     def __init__(self, config: RunConfig, data_path: Sequence[str]) -> None:
         """Open and check every data set of ``data_path`` (prefixes, or weight and prefix in turn).
@@ -105,8 +103,7 @@ class DataSets:
         return self.stores[store_id].keys(index)
 
     def name_rows(self, row_ids: npt.NDArray[np.int64]) -> list[str]:
-        """Return one text for each data set that has some of the rows int64[n]: its prefix and the row numbers in
-        it."""
+        """Return one text for each data set with some of the rows int64[n]: its prefix and the row numbers in it."""
         store_ids, indices = self.blend.locate(np.unique(row_ids))
         return [
             f"{self.stores[store_id].prefix} rows {', '.join(str(index) for index in indices[store_ids == store_id])}"
@@ -220,8 +217,7 @@ class RowLoader:
         self.data_sets.close()
 
     def _load(self, batches: Iterator[npt.NDArray[np.int64]]) -> Iterator[StepBatch]:
-        """Read and request micro-batches ahead of their use, and yield whole steps; each item of ``batches`` is
-        int64[global batch]."""
+        """Yield whole steps, and read and request micro-batches ahead; ``batches`` yields int64[global batch]."""
         ahead = self._num_micro_batches + 2 * self._num_workers
         pending: deque[_Pending] = deque()
         steps: deque[npt.NDArray[np.int64]] = deque()
@@ -243,8 +239,7 @@ class RowLoader:
     def _requests(
         self, batches: Iterator[npt.NDArray[np.int64]], steps: deque[npt.NDArray[np.int64]]
     ) -> Iterator[_Pending]:
-        """Yield the micro-batches of this rank in order and request their images; append the rows of each step to
-        ``steps``."""
+        """Yield the micro-batches of this rank and request their images; append the rows of each step to ``steps``."""
         for row_ids in batches:
             steps.append(row_ids)
             for positions in self._positions(row_ids, self._share.rank):

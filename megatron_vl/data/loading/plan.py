@@ -78,8 +78,7 @@ class DataPlan:
         return hashlib.sha256("\n".join([str(self.blend.seed), *parts]).encode()).hexdigest()[:12]
 
     def count_rows(self, config: RunConfig, world_size: int) -> tuple[RunConfig, str | None]:
-        """Return ``config`` with the batch size converted from samples to rows, and a sentence that reports the
-        conversion.
+        """Return ``config`` with the batch size converted from samples to rows, and a sentence about it.
 
         Raises:
             ConfigError: The parallel sizes do not fit ``world_size``.

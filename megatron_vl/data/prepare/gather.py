@@ -91,8 +91,7 @@ class Gathered:
 
 
 def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
-    """Gather the columns of all parts. ``indices`` gives the source and the index of each part, in the order of the
-    units."""
+    """Gather the columns of all parts. ``indices`` gives source and index of each part, in the order of the units."""
     all_counts = tuple(SourceCounts() for _ in range(num_sources))
     parts = []
     largest = -1

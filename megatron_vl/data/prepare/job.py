@@ -70,8 +70,7 @@ def prepare(
 
 
 def _bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
-    """Return a progress bar for a terminal. In the log of a job, it prints one line per minute, from the second minute
-    on."""
+    """Return a progress bar for a terminal. In a log, it prints one line per minute, from the second minute on."""
     wait_seconds = 0.0 if sys.stderr.isatty() else 60.0
     return tqdm(desc=what, unit=unit, disable=not show, delay=wait_seconds, mininterval=wait_seconds or 0.1)
 

@@ -183,8 +183,7 @@ def _manifest(
 
 
 def _kept(samples: Samples, chosen: IntArray, num_sources: int) -> IntArray:
-    """Return int64[sources]: distinct samples in the rows. They are counted from the rows, independently of the skip
-    counts."""
+    """Return int64[sources]: distinct samples in the rows, counted independently of the skip counts."""
     return np.bincount(samples.source[np.unique(chosen)], minlength=num_sources)
 
 

@@ -39,8 +39,7 @@ class PackLimits:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as lists of pieces. A piece is tokens [start, stop) of a sample: a whole sample, or a range of a text
-    document."""
+    """Rows as lists of pieces. A piece is tokens [start, stop) of a sample; only text documents are split."""
 
     samples: IntArray
     """int64[pieces]: index of the sample."""

@@ -68,8 +68,7 @@ class PartIndex:
     image_counts: npt.NDArray[np.int16]
     """int16[samples]: number of images."""
     image_ids: npt.NDArray[np.int32]
-    """int32[sum of image_counts]: images of the samples, sample after sample, as indices into the images of the
-    part."""
+    """int32[sum of image_counts]: images of sample after sample, as indices into the images of the part."""
     image_offsets: IntArray
     """int64[images]: first byte."""
     image_sizes: npt.NDArray[np.int32]

@@ -106,8 +106,7 @@ class DataRecipe:
 def load_recipe(
     path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
 ) -> DataRecipe:
-    """Read a recipe. ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset if the recipe lacks
-    them.
+    """Read a recipe. ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset if they are missing.
 
     Relative paths are relative to ``root``, by default the recipe's folder.
 

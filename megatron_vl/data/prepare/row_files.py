@@ -75,8 +75,7 @@ def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
 
 
 def _make_room(plan: RowPlan, names: Sequence[str], stem: Path) -> set[Path]:
-    """Set the files to their final size, and remove those of other plans; return the records of slices that are
-    valid."""
+    """Set the files to their final size, and remove those of other plans; return the valid slice records."""
     sizes = {TOKENS: 4 * int(plan.lengths.sum()), IMAGES: int(plan.stored_sizes.sum(dtype=np.int64))}
     files = {Path(f"{stem}{suffix}.bin"): size for suffix, size in sizes.items()}
     as_left = all(path.is_file() and path.stat().st_size == size for path, size in files.items())

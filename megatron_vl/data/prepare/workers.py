@@ -62,8 +62,7 @@ def this_process() -> Pool:
 
 @contextmanager
 def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
-    """Yield the workers of this job: MPI ranks if there are several, else ``workers`` processes (default: one per
-    core).
+    """Yield the workers of this job: MPI ranks if several, else ``workers`` processes (default: one per core).
 
     On MPI ranks other than 0, yield None after all work is done.
 

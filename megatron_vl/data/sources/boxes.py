@@ -73,8 +73,7 @@ def clipped_quad(points: Sequence[Sequence[float]], width: float, height: float)
 
 
 def shows_in_image(points: Sequence[Sequence[float]], width: float, height: float) -> bool:
-    """Return whether some area of a quad lies inside the image. Raises SkipSample('bad_quad') unless it is four
-    points."""
+    """Return whether part of a quad's area lies inside the image. Raises SkipSample('bad_quad') unless four points."""
     return _area(_inside(_corners(points, width, height))) >= MIN_EXTENT**2
 
 

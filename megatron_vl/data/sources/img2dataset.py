@@ -1,5 +1,4 @@
-"""Captions from the output of img2dataset, in any of its containers
-(:mod:`megatron_vl.data.formats.img2dataset_shards`).
+"""Captions from img2dataset's output, in any of its containers (:mod:`megatron_vl.data.formats.img2dataset_shards`).
 
 The fields of the caption and of a CLIP score differ by data set; see ``presets.DATA_SETS``. For example, LAION-COCO
 keeps its caption in ``top_caption``, and the alt text that it replaces in the ``txt``.

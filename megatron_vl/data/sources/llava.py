@@ -76,8 +76,7 @@ def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
 
 
 def _is_box(match: re.Match[str]) -> bool:
-    """Return whether four numbers are a box of the padded square. Raises SkipSample('ambiguous_box') in uncertain
-    cases."""
+    """Return whether four numbers are a box of the padded square. Raises SkipSample('ambiguous_box') in doubt."""
     numbers = [float(number) for number in match.groups()]
     if all(number.isdecimal() for number in match.groups()):
         if numbers == [0, 0, 1, 1]:

@@ -1,5 +1,4 @@
-"""Pages of text: conversion of an image and lines with quadrilaterals to an OCR sample, with the rules of the paper's
-A.4.
+"""Pages of text: an image and lines with quadrilaterals become an OCR sample, by the rules of the paper's A.4.
 
 Images that are too small and pages with too few or too many characters are left out. So are pages with characters of
 Latin Extended-A and -B or of the Private Use Areas. In text that was extracted from files, such characters usually come

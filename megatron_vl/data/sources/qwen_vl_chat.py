@@ -73,8 +73,10 @@ def _misplaced(text: str, tag: str, num_points: int) -> str | None:
 
 
 def _has_order(points: Sequence[float]) -> bool:
-    """Return whether two corners are top left and bottom right (equal cells are allowed), or a quad is more than one
-    point."""
+    """Return whether two corners are top left and bottom right, or a quad is more than one point.
+
+    The two corners may be in one cell.
+    """
     if len(points) == 4:
         return points[0] <= points[2] and points[1] <= points[3]
     return len(set(zip(points[::2], points[1::2], strict=True))) > 1

@@ -81,6 +81,5 @@ def identity(record: Any, name: str = "id") -> int | str | None:
 
 
 def train_images(name: str) -> list[str]:
-    """Return possible names of an image of COCO's train2014: in the folder itself, or in its folder or zip
-    train2014."""
+    """Return possible paths of an image of COCO's train2014: in the folder, or in train2014 or train2014.zip there."""
     return [name, f"train2014/{name}", f"train2014.zip/train2014/{name}"]

@@ -52,8 +52,7 @@ class Summary:
 
 
 def generate(config: SyntheticConfig, out: Path, *, num_workers: int = 1, progress: bool = True) -> Summary:
-    """Write the data set of ``config`` into the new folder ``out``. The result depends only on ``config`` and the fonts
-    found.
+    """Write the data set of ``config`` into the new folder ``out``; it depends only on ``config`` and the fonts.
 
     Raises:
         ConfigError: ``out`` exists and holds anything but this data set, or the configuration is wrong.

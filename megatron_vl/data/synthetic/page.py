@@ -54,8 +54,7 @@ class PageRenderer:
     """Planner and renderer of pages of one configuration; prepares its paper and its grounds once."""
 
     def __init__(self, config: PageConfig, *, fonts: tuple[Font, ...], chinese: tuple[Font, ...], seed: int) -> None:
-        """Prepare paper and grounds. ``fonts`` has at least one font for English. Empty ``chinese``: no Chinese
-        pages."""
+        """Prepare paper and grounds. ``fonts`` has at least one English font. Empty ``chinese``: no Chinese pages."""
         self._config = config
         self._fonts = {"en": fonts, "zh": chinese}
         self._masks: dict[tuple[str, Font, int, int], Image.Image] = {}
@@ -129,8 +128,7 @@ def track(line: LineBox, view: Perspective, field: Elastic | None) -> Quad:
 
 
 def draw_line(line: LineBox) -> Image.Image:
-    """Return the coverage (mode L) of a line of text in the size of its box: ascender to descender, or letters in
-    squares."""
+    """Return the coverage (mode L) of a line in the size of its box: ascender to descender, or letters in squares."""
     if line.vertical:
         mask = Image.new("L", (line.width, line.height), 0)
         draw, loaded = ImageDraw.Draw(mask), line.font.load_height(line.width)
