@@ -97,6 +97,7 @@ class TokenizedSample:
 
     @property
     def length(self) -> int:
+        """Number of tokens."""
         return len(self.tokens)
 
 

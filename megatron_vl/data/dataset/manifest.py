@@ -119,6 +119,7 @@ class Manifest:
 
     @property
     def packed(self) -> bool:
+        """Whether rows may hold several samples."""
         return self.packing != "none"
 
     @property

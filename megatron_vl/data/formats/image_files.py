@@ -96,9 +96,12 @@ def _plain(value: Any) -> Any:
 
 
 def read_image(root: Path, name: str, declared: tuple[int, int] | None = None) -> ImageRef:
-    """Return the encoded bytes of ``root / name`` under the key ``name``. Raises SkipSample with the reason.
+    """Return the encoded bytes of ``root / name`` under the key ``name``.
 
     ``declared``: width and height according to the record.
+
+    Raises:
+        SkipSample: The image cannot be read; the reason says why.
     """
     data = read_bytes(root, name)
     if not data:

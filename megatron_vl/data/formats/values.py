@@ -55,9 +55,11 @@ def size_of(width: Any, height: Any, what: str) -> tuple[int, int]:
 
 
 def words_of(value: Any, what: str) -> str:
-    """Return the text to learn from a value: a text, or a finite number in decimals. Raises SkipSample('wrong_field').
+    """Return the text to learn from a value: a text, or a finite number in decimals.
 
-    A ``true`` is refused, because it is unknown whether it should be learned as "true" or as "yes".
+    Raises:
+        SkipSample: ``wrong_field`` for any other value. A ``true`` is refused, because it is unknown whether it should
+            be learned as "true" or as "yes".
     """
     if isinstance(value, str):
         return value

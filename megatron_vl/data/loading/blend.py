@@ -94,8 +94,7 @@ class Blend:
 
     @classmethod
     def of(cls, data_path: Sequence[str], sizes: Sequence[int], *, seed: int) -> Blend:
-        """Return the blend that ``data_path`` (prefixes, or weight and prefix in turn) gives for data sets of
-        ``sizes``."""
+        """Return the blend of data sets of ``sizes`` for ``data_path`` (prefixes, or weight and prefix in turn)."""
         pairs = parse_data_path(data_path)
         weighted = len(pairs) < len(data_path)
         return cls(tuple(sizes), tuple(weight for weight, _ in pairs) if weighted else None, seed)

@@ -125,6 +125,7 @@ class _Worker:
 
     @property
     def pid(self) -> int:
+        """Process id."""
         return self._process.pid
 
     def ask(self, ticket: int, images: npt.NDArray[np.int64]) -> None:

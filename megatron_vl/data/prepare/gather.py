@@ -39,6 +39,7 @@ class SourceCounts:
 
     @property
     def kept(self) -> int:
+        """Records that were not left out."""
         return self.read - sum(self.skips.values())
 
 
@@ -62,6 +63,7 @@ class Samples:
 
     @property
     def image_counts(self) -> IntArray:
+        """int64[samples]: number of images."""
         return np.diff(self.image_splits)
 
 

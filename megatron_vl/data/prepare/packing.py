@@ -52,6 +52,7 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return len(self.row_splits) - 1
 
 

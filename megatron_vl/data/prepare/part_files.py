@@ -84,6 +84,7 @@ class PartIndex:
 
     @property
     def num_samples(self) -> int:
+        """Number of kept samples."""
         return len(self.lengths)
 
     @property
@@ -108,6 +109,7 @@ class PartWriter:
 
     @property
     def num_samples(self) -> int:
+        """Number of samples that were stored so far."""
         return len(self._columns["lengths"])
 
     def count_score(self) -> None:

@@ -100,6 +100,7 @@ class DataRecipe:
 
     @property
     def longest_sample(self) -> int:
+        """Greatest length of a sample in tokens."""
         return self.max_sample_length or self.seq_length
 
 

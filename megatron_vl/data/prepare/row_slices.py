@@ -72,6 +72,7 @@ class RowSlice:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return len(self.row_splits) - 1
 
     @cached_property

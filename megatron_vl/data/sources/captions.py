@@ -50,10 +50,13 @@ def skip_captions(key: str, captions: Sequence[Any], error: SkipSample) -> Itera
 
 
 def scores_of(found: Any, num_captions: int) -> list[float | None]:
-    """Return a score for each caption, from a field with one score or a list. Raises SkipSample('bad_score').
+    """Return a score for each caption, from a field with one score or a list of scores.
 
     If one caption has several scores, the best is used: LAION-COCO's ``top_caption`` is the caption with the best of
     ``all_similarities``. If several captions have one score, it applies to each.
+
+    Raises:
+        SkipSample: ``bad_score``.
     """
     scores = [as_score(score) for score in (found if isinstance(found, list) else [found])]
     if len(scores) == num_captions:

@@ -57,7 +57,10 @@ class Dialogues(Source):
 def dialogue_turns(record: Json, roles: Mapping[str, Literal["user", "assistant"]]) -> list[Turn]:
     """Return the turns from the first of the user to the last of the assistant; ``roles`` maps names to roles.
 
-    The system turn, if there is one, comes first. Raises SkipSample.
+    The system turn, if there is one, comes first.
+
+    Raises:
+        SkipSample: The record is not a valid dialogue.
     """
     items = field(record, "conversations", list)
     told = bool(items) and isinstance(items[0], Mapping) and items[0].get("from") == "system"

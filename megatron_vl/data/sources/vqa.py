@@ -181,10 +181,13 @@ class VQA(Source):
 
 
 def best_answer(record: Json, name: str = "answers") -> str:
-    """Return the target answer: highest summed confidence, then most frequent, then first. Raises SkipSample.
+    """Return the target answer: highest summed confidence, then most frequent, then first.
 
     ``record[name]`` is one answer, or a list of answers or of VQAv2's objects with ``answer`` and
     ``answer_confidence``. If it is empty or absent, ``multiple_choice_answer`` is used.
+
+    Raises:
+        SkipSample: There is no valid answer.
     """
     answers = record.get(name)
     if answers in NOTHING and not isinstance(record.get("multiple_choice_answer"), (list, dict)):
