@@ -1,8 +1,8 @@
 """The errors that a user can cause.
 
-Every message says where (configuration key, file, sample key), what was found, what was expected and what to do.
-``assert`` is for our own invariants only. ``cli`` turns these into one line and the error's exit status; anything else
-is a bug and keeps its traceback.
+Every message names the place (configuration key, file, sample key), what was found, what was expected and what to do.
+``assert`` is only for our own invariants. ``cli`` turns these errors into one line and an exit status. Anything else is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class ExitStatus(IntEnum):
     """Python's own, with a traceback; also torchrun's, whatever the status of its ranks was."""
     USER_ERROR = 2
     NOT_FINITE = 3
-    """Loss, gradients or weights are not finite, so that going on would teach nothing."""
+    """Loss, gradients or weights are not finite, so further training would be useless."""
     STOPPED = 75
-    """A training that SIGTERM stopped: it has saved, and goes on when it is started again."""
+    """A training was stopped by SIGTERM. It has saved, and continues when it is started again."""
     PIPE_CLOSED = 141
-    """As a shell says it of a program whose reader has gone, such as head."""
+    """A shell's status for a program whose reader has closed the pipe, such as head."""
     INTERRUPTED = 130
-    """As a shell says it of a program that Ctrl-C ended; a training has saved."""
+    """A shell's status for a program that Ctrl-C ended; a training has saved."""
 
 
 class MegatronVLError(Exception):
@@ -43,7 +43,7 @@ class DataError(MegatronVLError):
 
 
 class CheckpointError(MegatronVLError):
-    """A checkpoint is absent, torn, or of another model."""
+    """A checkpoint is absent, incomplete, or of another model."""
 
 
 class FolderInUseError(MegatronVLError):
@@ -61,7 +61,7 @@ class NotFiniteError(MegatronVLError):
 
 
 class PeerError(MegatronVLError):
-    """Another rank has failed by a bug; it shows the traceback, and this one only ends with it."""
+    """Another rank has failed by a bug. That rank shows the traceback; this one only ends with it."""
 
     exit_status = ExitStatus.BUG
 
@@ -71,10 +71,10 @@ class ConversionError(MegatronVLError):
 
 
 class SkipSample(Exception):
-    """One sample cannot be used; preparation counts it under ``reason`` and goes on.
+    """One sample cannot be used; preparation counts it under ``reason`` and continues.
 
-    ``reason`` is a short, stable identifier that groups samples in the manifest (``unreadable_image``);
-    ``detail`` is for the list of examples.
+    ``reason`` is a short, stable identifier that groups samples in the manifest (``unreadable_image``). ``detail`` is
+    for the list of examples.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -1,8 +1,8 @@
-"""Hold a folder against a second process that would write to it.
+"""Lock a folder against a second process that would write to it.
 
-The lock is the operating system's on an open file, so it goes with the process, however that ends: nothing is left that
-somebody would have to remove. It holds between machines where their shared file system passes locks on (NFS 4 does); on
-a file system without locks nobody is kept out.
+The lock is the operating system's on an open file. It ends with the process, however that ends, so nobody has to remove
+anything. It works between machines if their shared file system supports locks (NFS 4 does). On a file system without
+locks it has no effect.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron_vl.errors import FolderInUseError
 
 @contextmanager
 def hold(folder: Path, name: str) -> Iterator[None]:
-    """Make the folder and hold it, by the file ``name`` in it, until the end of the context.
+    """Make the folder and lock it, by the file ``name`` in it, until the end of the context.
 
     Raises:
-        FolderInUseError: another process holds it; names that process.
-        OSError: the folder cannot be made or written to.
+        FolderInUseError: if another process holds the lock; names that process.
+        OSError: if the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+") as lock:

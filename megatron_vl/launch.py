@@ -1,8 +1,8 @@
-"""Who this process is among its peers, as its launcher says in the environment: torchrun, Slurm's srun, or MPI.
+"""Read rank and world size of this process from its launcher's environment: torchrun, Slurm's srun, or MPI.
 
-These variables are the launchers' own interface and the only part of the environment that is read; what the libraries
-of a GPU read is set. All without torch, as is the look for a CUDA device, so that a run that cannot work is answered
-before anything expensive is imported.
+These variables are the launchers' own interface and the only part of the environment that is read. Variables that the
+GPU libraries read are set. All of this, and the test for a CUDA device, works without torch. So a run that cannot work
+is refused before anything expensive is imported.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Launch:
     missing: tuple[str, ...] = ()
     """Of MASTER_ADDR and MASTER_PORT, those that are not set although there are peers to meet."""
     meeting_place: str = ""
-    """MASTER_ADDR:MASTER_PORT, where there are peers."""
+    """MASTER_ADDR:MASTER_PORT, if there are peers."""
 
     def check_meeting_place(self) -> None:
-        """Peers meet at MASTER_ADDR and MASTER_PORT.
+        """Check that the peers can meet, at MASTER_ADDR and MASTER_PORT.
 
         Raises:
-            ConfigError: there are peers, and one of the two is not set.
+            ConfigError: if there are peers, and one of the two is not set.
         """
         if self.missing:
             raise ConfigError(
@@ -49,10 +49,11 @@ class Launch:
             )
 
     def device_index(self, visible: int) -> int:
-        """Which of the CUDA devices that this process sees is its own.
+        """Return the index of this rank's own device among the visible CUDA devices.
 
         Raises:
-            ConfigError: there are fewer than ranks here, and more than the one of a launcher that gives each its own.
+            ConfigError: if there are fewer devices than ranks here. One device is accepted if the launcher gives each
+                rank its own.
         """
         if visible == 1:
             return 0
@@ -65,10 +66,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Return who this process is from the launcher's variables; a world of one without a launcher.
+    """Return the launch of this process from the launcher's variables; a world of one without a launcher.
 
     Raises:
-        ConfigError: a variable is not the number that its launcher would have set.
+        ConfigError: if a variable is not the number that its launcher would have set.
     """
     env = os.environ if environment is None else environment
     for rank, size, local in _LAUNCHERS:
@@ -99,11 +100,11 @@ def _number(
 def set_device_environment(
     *, tensor_parallel: bool, deterministic: bool, environment: MutableMapping[str, str] | None = None
 ) -> None:
-    """Set what CUDA and its libraries read from the environment, before torch is imported; what the user has set stays.
+    """Set the variables that CUDA and its libraries read, before torch is imported; keep what the user has set.
 
     Memory grows in place, since activations differ in size from step to step and fragments would be lost. Under tensor
-    parallelism kernels start in the order in which they were asked for, so that collectives overlap with products.
-    Deterministic runs ask cuBLAS and Transformer Engine for kernels that give the same bits twice.
+    parallelism kernels start in the order of their launches, so that collectives overlap with products. Deterministic
+    runs require kernels of cuBLAS and Transformer Engine that give the same bits every time.
     """
     env = os.environ if environment is None else environment
     if "PYTORCH_ALLOC_CONF" not in env:  # its newer name
@@ -116,7 +117,7 @@ def set_device_environment(
 
 
 def has_cuda_device() -> bool:
-    """Ask the CUDA driver, where there is one, whether it sees a device; takes milliseconds and no memory on it."""
+    """Ask the CUDA driver, if there is one, whether it sees a device. This takes milliseconds and no memory on it."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

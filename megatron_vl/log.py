@@ -1,8 +1,8 @@
-"""Everything that is written to the terminal goes through here.
+"""Write everything that goes to the terminal.
 
-Results meant for a reader or another program are lines on standard output (:func:`write_line`). What a run says about
-itself is Python logging on standard error; rank 0 speaks for all with :func:`log_rank_0`, and a warning that concerns
-one rank carries its number. Nothing is configured at import: a command calls :func:`setup_logging` once.
+Results for a reader or another program are lines on standard output (:func:`write_line`). Messages about the run itself
+are Python logging on standard error. Rank 0 logs for all with :func:`log_rank_0`, and a warning that concerns one rank
+carries its number. Nothing is configured at import: a command calls :func:`setup_logging` once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def write_line(text: str = "", *, error: bool = False) -> None:
 
 
 def escape_what_terminals_cannot_show() -> None:
-    """Let a terminal of another encoding get escapes (``\\xd7``) where it has no character, instead of an error."""
+    """Let a terminal of another encoding show escapes (``\\xd7``) for missing characters, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def abandon_output() -> None:
-    """Let go of a standard output that nobody reads any more, so that nothing fails on it when the process ends."""
+    """Redirect a standard output without a reader to the null device, so that nothing fails when the process ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -62,10 +62,10 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def silence_dependency_warnings() -> None:
-    """Hide what Megatron-Core and torch say to their own authors, once a rank, a step or a save.
+    """Hide warnings of Megatron-Core and torch for their own authors, once a rank, a step or a save.
 
-    Deprecations between the two cannot be acted on by who trains, and the absence of Transformer Engine and Apex is
-    told by ``backend`` in the log. Warnings of other modules, and of other kinds, stay.
+    Users cannot act on deprecations between the two, and ``backend`` in the log reports that Transformer Engine and
+    Apex are absent. Warnings of other modules, and of other kinds, stay.
     """
     for module in (r"torch(\.|$)", r"megatron\.core(\.|$)"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

@@ -1,7 +1,6 @@
-"""What a machine refuses, in a line for a user: disks that are full or locked, and memory that is not there.
+"""Describe errors of the machine in a line for a user: full or locked disks, and missing memory.
 
-Such an error can come out of any line of any library, in words of its own. It is nobody's bug, so nobody should get a
-traceback for it.
+Any line of any library can raise such an error, with a message of its own. It is no bug, so it shows no traceback.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _ASKED_FOR = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]+) ?
 
 
 def describe(error: BaseException, *, less_memory: str = "") -> str | None:
-    """What a user should know of an error of the machine, or None if it is none.
+    """Return what a user should know of an error of the machine, or None for any other error.
 
     Args:
-        less_memory: which flags make less memory do.
+        less_memory: the flags that reduce memory.
     """
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text) or type(error).__name__ == "OutOfMemoryError":

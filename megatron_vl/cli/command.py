@@ -1,4 +1,4 @@
-"""How a command ends: an error of the user or of the machine is one line on standard error, a bug has a traceback."""
+"""End a command: an error of the user or of the machine is one line on standard error, a bug has a traceback."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_vl.log import abandon_output, escape_what_terminals_cannot_show, w
 def exit_status(
     work: Callable[[], object], *, if_interrupted: str = "interrupted", less_memory: str = ""
 ) -> ExitStatus:
-    """Do the work of a command, the reading of its flags too; its exit status, after saying what went wrong.
+    """Do the work of a command, including the parsing of its flags. Report any error, and return the exit status.
 
     Args:
         work: may return a status of its own.
-        if_interrupted: what to say after Ctrl-C.
-        less_memory: which flags make less memory do.
+        if_interrupted: the message after Ctrl-C.
+        less_memory: the flags that reduce memory.
     """
     escape_what_terminals_cannot_show()
     try:
@@ -57,7 +57,10 @@ def _report(error: str) -> None:
 
 
 def _launch() -> Launch:
-    """Who this process is; where the launcher's variables are wrong, which is the error to report, a world of one."""
+    """Return the launch of this process. Return a world of one if the launcher's variables are wrong.
+
+    The wrong variables are then the error to report.
+    """
     try:
         return read_launch()
     except ConfigError:
@@ -65,6 +68,6 @@ def _launch() -> Launch:
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:
-    """Raise ConfigError if the number that a flag has is too small."""
+    """Raise ConfigError if the number of a flag is too small."""
     if value < least:
         raise ConfigError(f"{flag} {value}: expected at least {least}")

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from megatron_vl.conversion.convert import ConvertedModel
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
+"""Defined in glibc's malloc.h."""
 _LARGE_CHUNK = 4 * 2**20
-"""Bytes from which on memory is a map of its own."""
+"""Minimum number of bytes for which memory is a map of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +40,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _give_freed_tensors_back() -> None:
-    """Let the memory of a tensor go back to the system when it is freed.
+    """Return the memory of a tensor to the system when it is freed.
 
-    Once glibc has seen large chunks freed, it keeps the next ones up to 32 MB for itself, in a heap with holes; whether
-    that happens hangs on the timing of two threads, and can double the peak. A fixed limit is kept to.
+    After glibc has seen large chunks freed, it keeps the next ones up to 32 MB for itself, in a heap with holes. This
+    depends on thread timing and can double peak memory; a fixed threshold avoids it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, nor the habit
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have neither the function nor the problem
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_CHUNK)
 
@@ -190,7 +190,7 @@ def _check(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress(name: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on standard error, if that is a terminal."""
+    """Yield the update function of a bar over bytes on standard error; no bar if that is no terminal."""
     from tqdm import tqdm
 
     with tqdm(total=num_bytes, desc=name, unit="B", unit_scale=True, disable=None) as bar:

@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, Any]]:
-    """The loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
+    """Return the loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
     from megatron_vl.checkpoint import contents, store
     from megatron_vl.checkpoint.verification import choose_together
     from megatron_vl.data.dataset.manifest import read_manifest
@@ -100,7 +100,7 @@ def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, A
 
 
 def _configuration(model: ModelConfig, options: argparse.Namespace, world_size: int) -> RunConfig:
-    """The saved model at the layout of this command; a step is one micro-batch for each pipeline stage."""
+    """Return the saved model at the layout of this command; a step is one micro-batch per pipeline stage."""
     parallel = parallel_config(options)
     rows = options.micro_batch_size * parallel.pipeline_model_parallel_size * data_parallel_size(parallel, world_size)
     return RunConfig(
@@ -118,7 +118,7 @@ def _with_rows_of(config: RunConfig, seq_length: int) -> RunConfig:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What a loss depends on beside weights and rows, under the names of the configuration."""
+    """Return the settings on which a loss depends besides weights and rows, under the names of the configuration."""
     data, model = config.data, config.model
     return {
         "attention_span": data.attention_span,

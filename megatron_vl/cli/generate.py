@@ -104,7 +104,7 @@ def _summary(questions: list[Question], answers: list[Json]) -> str:
 
 
 def _answers(questions: list[Question], options: argparse.Namespace, topology: Any) -> list[Json]:
-    """What is added to each question, the same on every rank."""
+    """Return what is added to each question, the same on every rank."""
     from megatron_vl.generation.engine import Engine, GenerationOptions
 
     parallel = parallel_config(options)
@@ -138,21 +138,21 @@ class Question:
 
     @property
     def asked(self) -> Json:
-        """The question without what an earlier answer to it may have left: the file may be one that this tool wrote."""
+        """The question without the fields of an earlier answer: this tool may have written the file."""
         return {key: value for key, value in self.content.items() if key not in ("prediction", "skipped")}
 
     @property
     def name(self) -> str:
-        """The line, and its key if it has one, for messages."""
+        """The line number, and the key if there is one, for messages."""
         key = self.content.get("key")
         return f"line {self.line}" + ("" if key is None else f" ({key})")
 
 
 def read_questions(path: Path, chat_format: str = "raw") -> list[Question]:
-    """The lines of a file of questions; lines of white space are none.
+    """Read the lines of a file of questions; skip blank lines.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a question; names the line.
+        DataError: if the file cannot be read, or a line is not a question; names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -175,7 +175,7 @@ def read_questions(path: Path, chat_format: str = "raw") -> list[Question]:
 
 
 def _check_question(question: Any, chat_format: str) -> None:
-    """Raises DataError for what is no question; the parts of a prompt are looked at when it is put together."""
+    """Raise DataError for a line that is no question. The parts of a prompt are checked when it is assembled."""
     prompts = (str, list) if chat_format == "chatml" else str
     if not isinstance(question, dict) or not isinstance(question.get("prompt"), prompts):
         raise DataError("expected an object with a text 'prompt' (a list of parts needs --chat-format chatml)")
@@ -215,7 +215,7 @@ def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, op
 
 
 def _chat(question: Question, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
-    """The tokens of a dialogue, and the paths of the images in it."""
+    """Return the tokens of a dialogue, and the paths of the images in it."""
     asked = question.content
     text, system, history = asked["prompt"], asked.get("system"), read_history(asked.get("history"))
     parts = [*({"image": path} for path in paths), *([{"text": text}] if isinstance(text, str) else text)]

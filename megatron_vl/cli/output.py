@@ -1,4 +1,4 @@
-"""Files that commands write for people: one is there as a whole or not at all."""
+"""Write files for people: each one appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_vl.errors import DataError
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written when long work is done.
+    """Make the folder of a file that will be written after long work, and check that it can be written.
 
     Raises:
-        DataError: a file cannot be written there.
+        DataError: if a file cannot be written there.
     """
     try:
         if path.is_dir():
@@ -28,12 +28,12 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to beside ``path``, in a folder that is made if need be; it gets the name in the end.
+    """Yield a path to write to beside ``path``; rename it to ``path`` at the end. The folder is made if necessary.
 
     Until then, and if the block fails, an older file stays.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +44,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text as :func:`megatron_vl.files.write_whole` does, in a folder that is made if need be.
+    """Write a text as :func:`megatron_vl.files.write_whole` does; make the folder if necessary.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from megatron_vl.launch import read_launch
 
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the parallel sizes; data-parallel ranks are what remains of the world."""
+    """Add the parallel sizes; the data-parallel size follows from the world size."""
     group = parser.add_argument_group("layout", "how the model is spread over the ranks that torchrun started")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks of a layer")
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages")
@@ -19,12 +19,12 @@ def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_ranks(options: argparse.Namespace) -> None:
-    """Raise ConfigError unless the ranks that were started form whole copies of the model."""
+    """Raise ConfigError unless the number of ranks is a multiple of one model replica."""
     data_parallel_size(parallel_config(options), read_launch().world_size)
 
 
 def parallel_config(options: argparse.Namespace) -> ParallelConfig:
-    """The configuration of those flags; raises ConfigError for a size below 1."""
+    """Return the configuration of those flags. Raises ConfigError for a size below 1."""
     check_at_least("--tensor-model-parallel-size", options.tensor_model_parallel_size, 1)
     check_at_least("--pipeline-model-parallel-size", options.pipeline_model_parallel_size, 1)
     return ParallelConfig(

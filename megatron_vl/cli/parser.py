@@ -1,7 +1,7 @@
-"""One parser for the commands: help with every default and an example, and a near name for a flag that is not known.
+"""One parser for the commands: help with every default and an example, and a suggestion for an unknown flag.
 
 The description of a command is its module's docstring, so that source and help are one text. Its paragraphs are filled
-to the terminal's width; lines that begin with a space, tables for example, stay as they are. (The flags of
+to the terminal's width. Lines that begin with a space, such as tables, stay as they are. (The flags of
 ``tools/train.py`` are those of the configuration, which has a parser of its own: ``config/load.py``.)
 """
 
@@ -28,7 +28,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=about, epilog=epilog, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does, but name an unknown flag first: it may be why a required one is missing."""
+        """Parse as argparse does, but report an unknown flag first: it may be why a required one is missing."""
         args = sys.argv[1:] if args is None else args
         known = self._option_string_actions
         if not self._subparsers:
@@ -38,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Leave the process with one line and the status of a user's error."""
+        """Exit with one line and the status of a user's error."""
         self.exit(ExitStatus.USER_ERROR, f"error: {self.prog}: {message} (--help lists the flags)\n")
 
 

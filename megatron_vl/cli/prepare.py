@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def output_prefix(output: str | None, recipe: Path) -> Path:
-    """The prefix that ``--output`` means: a folder (existing, or ending in a slash) takes the recipe's
-    name."""
+    """Return the prefix for ``--output``; a folder (existing, or ending in a slash) gets the recipe's name added."""
     if output is None:
         return recipe.with_suffix("")
     if output.endswith(".json"):
@@ -93,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         write_line(f"{prefix}: all files are as the manifest says")
         return
     with open_pool(options.workers) as pool:
-        if pool is not None:  # else this rank has worked, and another one has the result
+        if pool is not None:  # otherwise another rank has the result of this rank's work
             _prepare(options, prefix, pool)
 
 

@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_vl.report.report import read_report, render_page, render_text
 
     path = options.output or options.run_dir / "report.html"
-    if options.run_dir.is_dir():  # else no folder is made for a name that was mistyped
+    if options.run_dir.is_dir():  # otherwise a mistyped name would create a folder
         check_writable(path)
     report = read_report(options.run_dir)
     write_whole(path, render_page(report, path.parent))

@@ -1,4 +1,4 @@
-"""The first line of every tool: its command is imported here, so that Ctrl-C before it is there is one line as well."""
+"""The first line of every tool. The command is imported here, so Ctrl-C during the import also ends with one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _INTERRUPTED = 130  # ExitStatus.INTERRUPTED, which may not be imported yet
 
 
 def run(command: str) -> int:
-    """Run a module of this package; returns its exit status."""
+    """Run a module of this package, and return its exit status."""
     try:
         status: int = importlib.import_module(f"megatron_vl.cli.{command}").main()
     except KeyboardInterrupt:

@@ -21,12 +21,12 @@ from megatron_vl.log import write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after an error of the user, in one line."""
+    """Run the command and return its exit status: 0, or 2 after an error of the user, in one line."""
     return exit_status(lambda: run(build_parser().parse_args(argv)))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = CommandParser(
         "tools/make_synthetic_data.py",
         __doc__,
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate what the arguments say and print a summary."""
+    """Generate the requested data and print a summary."""
     if args.num_scenes is not None:
         check_at_least("--num-scenes", args.num_scenes, 1)
     check_at_least("--num-workers", args.num_workers, 1)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def resolve(args: argparse.Namespace) -> SyntheticConfig:
-    """The profile, changed as the arguments say; raises ConfigError."""
+    """Return the profile with the changes of the arguments. Raises ConfigError."""
     config = PROFILES[args.profile]
     counts = config.counts if args.num_scenes is None else scaled(config.counts, args.num_scenes)
     chosen = dict(counts)

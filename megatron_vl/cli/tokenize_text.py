@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _read(path: Path) -> Json:
-    """The document: an object with at least one of the lists, whose items are objects."""
+    """Read the document: an object with at least one of the lists, whose items are objects."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -118,18 +118,18 @@ def _read(path: Path) -> Json:
 
 @dataclass(frozen=True)
 class _CaseEncoder:
-    """Cases -> what is added to them. Each method raises DataError without saying which case it is."""
+    """Computes what is added to a case. Each method raises DataError without naming the case."""
 
     tokenizer: QwenTokenizer
     num_queries: int
     style: ChatStyle
 
     def text(self, case: Json) -> Json:
-        """A case of ``tokenize``."""
+        """Return the fields of a case of ``tokenize``."""
         return {"ids_rle": runs(encode_text(_string(case, "text"), self.tokenizer, num_queries=self.num_queries))}
 
     def sample(self, case: Json) -> Json:
-        """A case of ``sft``."""
+        """Return the fields of a case of ``sft``."""
         turns = complete_turns([Turn("system", _string(case, "system", DEFAULT_SYSTEM)), *_turns(case)])
         for turn in turns:
             _check_images(turn.text, in_answer=turn.role == "assistant")
@@ -140,7 +140,7 @@ class _CaseEncoder:
         return {"length": len(ids), "ids_rle": runs(ids), "labels_unshifted_rle": runs(labels)}
 
     def prompt(self, case: Json) -> Json:
-        """A case of ``chat``."""
+        """Return the fields of a case of ``chat``."""
         query, system = _string(case, "query"), _string(case, "system", DEFAULT_SYSTEM)
         dialogue = Dialogue(query, read_history(case.get("history")), system)
         for asked in (system, query, *(asked for asked, _ in dialogue.history)):
@@ -153,7 +153,7 @@ class _CaseEncoder:
 
 
 def runs(ids: Iterable[int]) -> list[list[int]]:
-    """Run-length encoding: a list of [value, count]."""
+    """Return the run-length encoding: a list of [value, count]."""
     return [[value, len(list(group))] for value, group in itertools.groupby(ids)]
 
 
@@ -171,7 +171,7 @@ def _turns(case: Json) -> list[Turn]:
 
 
 def _check_images(text: str, *, in_answer: bool = False) -> None:
-    """Refuse what the original refuses: an image tag alone. An image that the assistant names has no place either."""
+    """Refuse what the original refuses: an image tag alone. An image named by the assistant is refused too."""
     stray = next((tag for tag in IMAGE_TAGS if tag in text), None) if in_answer else stray_image_tag(text)
     if stray is not None:
         expected = "no image in an answer" if in_answer else "<img>PATH</img>"

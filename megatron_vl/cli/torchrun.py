@@ -1,8 +1,8 @@
-"""``tools/torchrun.py``: torchrun, with its own flags, that ends as its ranks have ended.
+"""``tools/torchrun.py``: torchrun with its own flags, and with the exit status of its ranks.
 
-torchrun itself ends with status 1 and a traceback of its own after every end of a rank that is not 0, and even after
-ranks that have saved and stopped at a SIGTERM, so that a scheduler cannot tell what to do. Here the status is that of
-the first rank that failed, or what the signal means; see ``ExitStatus``.
+After any rank that does not exit with 0, torchrun itself exits with status 1 and a traceback of its own. It does so
+even after ranks that have saved and stopped at a SIGTERM, so a scheduler cannot tell what to do. Here the status is
+that of the first rank that failed, or the one that the signal stands for; see ``ExitStatus``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _EXAMPLE = (
     "runs/mine/watched --auto-resume"
 )
 _TIME_TO_SAVE_S = 600
-"""How long ranks have for a step and a save after a signal; large models need more than torchrun's 30 seconds."""
+"""Time that ranks have for a step and a save after a signal; large models need more than torchrun's 30 seconds."""
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    """For the help alone, which has to do without torch."""
+    """Build a parser for the help alone, which must work without torch."""
     from megatron_vl.cli.parser import CommandParser
 
     return CommandParser(
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         if first.exitcode in set(ExitStatus) - {ExitStatus.BUG}:
-            return first.exitcode  # the rank has said why
+            return first.exitcode  # the rank has reported the reason
         write_line(str(failed), error=True)
         return first.exitcode if first.exitcode > 0 else _SHELL_SIGNAL_BASE - first.exitcode
     return ExitStatus.DONE

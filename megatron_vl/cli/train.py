@@ -1,8 +1,8 @@
-"""``tools/train.py RECIPE [flags]``: train a stage, or say what would be trained.
+"""``tools/train.py RECIPE [flags]``: train a stage, or describe what would be trained.
 
-Everything that can be refused is refused before torch is imported, so a wrong flag, a missing data set or a model that
-this machine cannot hold is answered in a second on every rank. Errors of a user are one message and an exit
-status; anything else is a bug and keeps its traceback.
+Everything that can be refused is refused before torch is imported. So a wrong flag, a missing data set or a model that
+this machine cannot hold is reported in a second on every rank. Errors of a user are one message and an exit status.
+Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     return exit_status(
         lambda: _run(sys.argv[1:] if argv is None else argv),
-        # During the steps the trainer listens itself.
+        # During the steps the trainer handles the signal itself.
         if_interrupted="interrupted outside the steps; nothing was saved that is not in the log",
         less_memory=_LESS_MEMORY,
     )
@@ -90,7 +90,7 @@ def _refuse_early(config: RunConfig, world_size: int) -> None:
 
 
 def _check_files(config: RunConfig, world_size: int, *, cuda: bool) -> None:
-    """Refuse what the data sets' manifests and the checkpoint's small files tell, and rows that do not divide."""
+    """Refuse what the manifests and the checkpoint's small files show, and rows that do not divide."""
     from megatron_vl.data.loading.plan import DataPlan
     from megatron_vl.training.start import check_start
 
@@ -128,7 +128,7 @@ def _start(config: RunConfig) -> ExitStatus:
 
 
 def _dry_run(config: RunConfig, world_size: int) -> None:
-    """Print what ``world_size`` ranks would do; the output is itself a recipe, since all but it is comments."""
+    """Print what ``world_size`` ranks would do. The output is itself a recipe, since all additions are comments."""
     from megatron_vl.planning.layout import resolve_layout
     from megatron_vl.planning.parameters import parameters_by_rank
 
@@ -165,7 +165,7 @@ def _describe_batch(config: RunConfig, data_parallel: int) -> str:
 
 
 def _plan_data(config: RunConfig, world_size: int) -> tuple[list[str], RunConfig]:
-    """Say what the run takes from its data, and count its batch in rows, where the data are here.
+    """Describe what the run reads from its data, and convert its batch to rows, if the data are here.
 
     A plan for another machine is made without them; data that are here and do not fit are refused.
     """

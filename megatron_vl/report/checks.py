@@ -1,4 +1,4 @@
-"""Findings about weights: did a stage leave alone what it freezes?"""
+"""Findings about weights: did a stage leave its frozen parts unchanged?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _VISUAL = "transformer.visual."
 def compare_language_models(before: Path, after: Path) -> Check:
     """Compare the language models of two exported Hugging Face folders bit for bit.
 
-    Raises ConversionError if a folder cannot be read.
+    Raises:
+        ConversionError: if a folder cannot be read.
     """
     first, second = index_folder(before), index_folder(after)
     names = sorted(name for name in first | second if not name.startswith(_VISUAL))

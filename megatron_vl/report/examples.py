@@ -1,4 +1,4 @@
-"""Held-out examples for the report: the image with its boxes drawn, beside what is true and was said."""
+"""Make held-out examples for the report: the image with its boxes drawn, and the true and the predicted answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREDICTION_COLOR = "#d1242f"
 _MIN_SIDE = 336
 """Images smaller than this are enlarged before boxes are drawn, so that the lines do not cover them."""
 _MAX_SHOWN = 160
-"""Characters of an answer."""
+"""Maximum number of characters of an answer."""
 
 _MARKUP = re.compile(r"<img>.*?</img>|<[^>]*>", re.DOTALL)
 
@@ -45,9 +45,12 @@ class ExampleCard:
 def make_examples(
     predictions: Sequence[Prediction], *, without_images: Mapping[str, Prediction], task: str, count: int
 ) -> tuple[ExampleCard, ...]:
-    """Make cards of the first ``count`` predictions of a task, in the order of the file: they are not chosen.
+    """Make cards of the first ``count`` predictions of a task, in the order of the file, without selection.
 
-    ``without_images`` maps keys to the blind model's predictions. Raises DataError for an image that cannot be read.
+    ``without_images`` maps keys to the blind model's predictions.
+
+    Raises:
+        DataError: if an image cannot be read.
     """
     chosen = [prediction for prediction in predictions if prediction.task == task][:count]
     return tuple(_make_example(prediction, without_images.get(prediction.key)) for prediction in chosen)
@@ -67,12 +70,12 @@ def _make_example(prediction: Prediction, without_images: Prediction | None) -> 
 
 
 def readable(text: str) -> str:
-    """A text without the model's markup, on one line."""
+    """Return a text without the model's markup, on one line."""
     return " ".join(_MARKUP.sub(" ", text).split())
 
 
 def _answer(task: str, text: str) -> str:
-    """A true or predicted answer as it is shown: words or plain text, cut where a model went on and on."""
+    """Return a true or predicted answer for display: words or plain text, cut if it is very long."""
     return _cut(" ".join(read_words(text)) if task == "ocr" else readable(text))
 
 
@@ -93,7 +96,7 @@ def _verdict(prediction: Prediction) -> tuple[str, bool]:
 
 
 def _draw(prediction: Prediction) -> str:
-    """The image of a prediction as a data URI, true shapes in green and predicted ones in red."""
+    """Return the image of a prediction as a data URI, true shapes in green and predicted ones in red."""
     if prediction.image is None:
         return ""
     try:
@@ -114,7 +117,7 @@ def _draw(prediction: Prediction) -> str:
 
 
 def _regions(text: str) -> tuple[Region, ...]:
-    """The regions of a text; a bare pair of points outside of tags counts as one."""
+    """Return the regions of a text; a bare pair of points outside of tags counts as one."""
     regions = parse_grounding(text).regions
     box = first_box(text)
     return regions or (() if box is None else (Region("", boxes=(box,)),))

@@ -1,7 +1,7 @@
-"""Plots as inline SVG: the loss of one stage, with the hand-over to another layout marked; histograms.
+"""Plots as inline SVG: the loss of one stage, with the change to another layout marked; histograms.
 
-Figures are made through matplotlib's object interface, without pyplot, so that nothing global is touched;
-text stays text, so that it takes the page's font, and the ids are the same in every run.
+Figures use matplotlib's object interface, without pyplot, so that no global state changes. Text stays text, so that it
+takes the page's font, and the ids are the same in every run.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _STYLE: dict[Any, Any] = {
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window around each value, a thirtieth of the series wide and narrower towards the ends.
+    """Return the mean over a window around each value, a thirtieth of the series wide and narrower towards the ends.
 
-    The window is centered, so that a falling curve is not pulled up by its past.
+    The window is centered, so that earlier values do not raise a falling curve.
     """
     reach = len(values) // 60
     result = []
@@ -52,7 +52,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def loss_figure(with_images: Sequence[TrainingRecord], without_images: Sequence[TrainingRecord] = ()) -> str:
-    """Plot the training loss of a stage, the blind model's beside it; returns one <svg> element."""
+    """Plot the training loss of a stage, with the blind model's for comparison. Return one <svg> element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.subplots()
@@ -69,7 +69,7 @@ def loss_figure(with_images: Sequence[TrainingRecord], without_images: Sequence[
 
 
 def histogram_figure(edges: Sequence[float], counts: Sequence[int], *, label: str, unit: str = "rows") -> str:
-    """Plot how often values lie between neighboring ``edges``; returns one <svg> element."""
+    """Plot how often values lie between neighboring ``edges``. Return one <svg> element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.6, 2.2), layout="constrained")
         axes = figure.subplots()
@@ -93,7 +93,7 @@ def _plot_loss(axes: Axes, records: Sequence[TrainingRecord], color: str, label:
 
 
 def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
-    """A dashed line, and the new layout's name above the plot."""
+    """Draw a dashed line, and the new layout's name above the plot."""
     axes.axvline(step, color=MUTED_COLOR, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         f"from here {layout}",
@@ -108,7 +108,7 @@ def _mark_hand_over(axes: Axes, step: float, layout: str) -> None:
 
 
 def _to_svg(figure: Figure) -> str:
-    """Serialise a figure as an <svg> element without the XML header and without metadata."""
+    """Serialize a figure as an <svg> element without the XML header and without metadata."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)

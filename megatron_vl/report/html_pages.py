@@ -1,4 +1,4 @@
-"""What the HTML pages share: one self-contained file each, and escaped texts."""
+"""The common parts of the HTML pages: one self-contained file each, and escaped texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training stage cut where its parallel layout changes: shared by plots and tables."""
+"""Split a training stage where its parallel layout changes; used by plots and tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LayoutPhase:
 
 
 def find_layout_phases(records: Sequence[TrainingRecord]) -> tuple[LayoutPhase, ...]:
-    """Cut a stage into phases of one layout each, in order; a record stands for the steps since the one before."""
+    """Split a stage into phases of one layout each, in order; a record stands for the steps since the previous one."""
     phases: list[LayoutPhase] = []
     for record in records:
         if phases and phases[-1].layout == record.layout:

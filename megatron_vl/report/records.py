@@ -36,7 +36,7 @@ class TrainingRecord:
     lm_loss: float
     learning_rate: float
     grad_norm: float | None
-    """None where it was not finite."""
+    """None if it was not finite."""
     tokens_per_second: float
     images_per_second: float
     tflops_per_rank: float
@@ -46,7 +46,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Wall-clock time that one attempt at a step of the pipeline took."""
+    """Wall-clock time of one attempt at a step of the pipeline."""
 
     step: str
     seconds: float
@@ -57,7 +57,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """One training stage: where its metrics lie and how to describe it."""
+    """One training stage: the folder of its metrics, and its description."""
 
     name: str
     """stage0 .. stage3."""
@@ -88,7 +88,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean loss of a supervised token on held-out data."""
+    """Mean loss per supervised token on held-out data."""
 
     stage: str
     model: Model
@@ -99,7 +99,7 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class Check:
-    """A yes-or-no finding, such as that stage 1 left the language model as it was."""
+    """A yes-or-no finding, for example that stage 1 left the language model unchanged."""
 
     name: str
     passed: bool
@@ -121,11 +121,11 @@ def load_timings(run_dir: Path) -> tuple[StepTime, ...]:
 
 
 def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
-    """Read a stage's ``metrics.jsonl``: training lines in order of steps, the later of two lines about a
-    step.
+    """Read the training lines of a stage's ``metrics.jsonl`` in order of steps; the later of two lines about a step
+    wins.
 
-    (A run that was killed and resumed logs the steps since its last checkpoint again. A line about steps that were all
-    skipped has no loss.)
+    A run that was killed and resumed logs the steps since its last checkpoint again. A line about steps that were all
+    skipped has no loss.
     """
     path = folder / "metrics.jsonl"
     by_iteration: dict[int, TrainingRecord] = {}

@@ -1,10 +1,8 @@
-"""The report of a run: one self-contained ``report.html``, and the same findings as plain text for the
-terminal.
+"""The report of a run: one self-contained ``report.html``, and the same findings as plain text for the terminal.
 
-A report is a pure function of the run directory (:mod:`megatron_vl.report.records`). The page asks for
-nothing: plots are inline SVG, images are data URIs, the style sheet is in it, and there is no script; links
-lead to the pages of its data sets. Every text of the run is escaped by the template engine; only our own SVG is
-inserted as it is.
+A report is a pure function of the run directory (:mod:`megatron_vl.report.records`). The page loads nothing: plots are
+inline SVG, images are data URIs, the style sheet is in it, and there is no script. Links lead to the pages of its data
+sets. The template engine escapes every text of the run; only our own SVG is inserted unescaped.
 """
 
 from __future__ import annotations
@@ -104,7 +102,7 @@ class Report:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Scores that no requirement is about and that looking at pictures did not raise."""
+        """Scores without a requirement that are not higher with pictures than without."""
         return tuple(
             f"the score on {row.task} ({row.metric}) is {row.with_images}, "
             f"that of the blind model {row.without_images}."
@@ -114,12 +112,12 @@ class Report:
 
     @property
     def num_met(self) -> int:
-        """Requirements that were met."""
+        """Number of requirements that were met."""
         return sum(item.met for item in self.requirements)
 
 
 def read_report(run_dir: Path) -> Report:
-    """Work a report out of a run directory. Raises DataError for a file that is missing or damaged."""
+    """Compute a report from the run directory. Raises DataError for a file that is missing or damaged."""
     run = load_run_info(run_dir)
     timings = load_timings(run_dir)
     predictions = _read_predictions(run_dir)
@@ -141,7 +139,7 @@ def read_report(run_dir: Path) -> Report:
 
 
 def render_page(report: Report, folder: Path) -> str:
-    """The report as one HTML page, whose links hold from ``folder``."""
+    """Return the report as one HTML page, whose links are relative to ``folder``."""
     environment = page_environment("megatron_vl.report")
     environment.filters["duration"] = show_duration
     environment.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
@@ -149,7 +147,7 @@ def render_page(report: Report, folder: Path) -> str:
 
 
 def render_text(report: Report) -> str:
-    """The requirements, scores, layouts and times as plain text tables."""
+    """Return the requirements, scores, layouts and times as plain text tables."""
     tables = [
         ("Requirements", ("what", "required", "found", ""), _requirement_cells(report.requirements)),
         (
@@ -181,7 +179,7 @@ def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
 
 
 def _check_questions(folder: Path, predictions: Mapping[Model, Sequence[Prediction]]) -> None:
-    """The scores of two models are compared, so both must have answered the same questions, each once."""
+    """Check that both models have answered the same questions, each once, since their scores are compared."""
     asked = {
         model: Counter((item.key, item.task, item.prompt, item.references, item.annotators) for item in found)
         for model, found in predictions.items()
@@ -252,7 +250,7 @@ def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tu
 
 
 def _replies(run_dir: Path) -> dict[str, tuple[ExampleCard, ...]]:
-    """The dialogues of the model after stage 3; none in a run of a version that asked none."""
+    """Return the dialogues of the model after stage 3; none in a run of a version without dialogues."""
     path = run_dir / "eval" / "replies.jsonl"
     replies = load_predictions(path) if path.exists() else ()
     cards = make_examples(replies, without_images={}, task="chat", count=EXAMPLES_PER_TASK)

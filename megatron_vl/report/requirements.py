@@ -20,12 +20,12 @@ GOALS: dict[str, dict[str, float]] = {
     "quickstart": {},
     "learn": {"vqa": 0.95, "caption": 0.75, "referring": 0.30, "ocr": 0.30},
 }
-"""Scores that a profile requires, beside the requirements of every profile."""
+"""Scores that a profile requires, in addition to the requirements of every profile."""
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One requirement, what was found, and the verdict."""
+    """One requirement, the measured value, and the verdict."""
 
     what: str
     required: str
@@ -35,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run found out about its models."""
+    """The results of a run about its models."""
 
     scores: Mapping[Model, Mapping[str, Score]]
     losses: Sequence[HeldOutLoss]
@@ -65,7 +65,7 @@ def _unchanged_requirement(checks: Iterable[Check]) -> Requirement:
 
 
 def find_loss(losses: Iterable[HeldOutLoss], stage: str, model: Model, task: str) -> float | None:
-    """The held-out loss of a model after a stage, or None if it was not measured."""
+    """Return the held-out loss of a model after a stage, or None if it was not measured."""
     matching = (x.loss for x in losses if (x.stage, x.model, x.task) == (stage, model, task))
     return next(matching, None)
 

@@ -1,4 +1,4 @@
-"""The results of a run as files to keep: JSON for programs, Markdown for people; dated and with the commit."""
+"""Write the results of a run as files to keep: JSON for programs, Markdown for people, with date and commit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_results(report: Report, stem: Path) -> None:
 
 
 def results_json(report: Report) -> dict[str, Any]:
-    """What was found, without images and curves."""
+    """Return the findings, without images and curves."""
     run = report.run
     return {
         "title": run.title,
@@ -42,7 +42,7 @@ def results_json(report: Report) -> dict[str, Any]:
 
 
 def results_markdown(report: Report) -> str:
-    """The same as a page."""
+    """Return the same as a Markdown page."""
     run = report.run
     machine = "; ".join(f"{name}: {value}" for name, value in run.machine.items())
     requirements = [

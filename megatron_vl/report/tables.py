@@ -1,4 +1,4 @@
-"""The rows of the report's tables, worked out of the records; shared by the page and by the terminal."""
+"""Compute the rows of the report's tables from the records; used by the page and by the terminal."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class DataRow:
     skipped: tuple[tuple[str, int], ...]
     """Samples left out, by reason."""
     page: Path | None
-    """What ``tools/inspect_data.py`` made of it, if it did."""
+    """The output of ``tools/inspect_data.py`` for it, if there is one."""
 
 
 def data_row(prefix: Path) -> DataRow:
-    """The row of a packed data set. Raises DataError if it is damaged."""
+    """Return the row of a packed data set. Raises DataError if it is damaged."""
     manifest, page = read_manifest(prefix), Path(f"{prefix}.html")
     skipped: Counter[str] = Counter()
     for skip in manifest.skips:
@@ -107,7 +107,7 @@ def _time_row(step: str, attempts: Sequence[StepTime]) -> TimeRow:
 
 
 def total_seconds(timings: Sequence[StepTime]) -> float:
-    """Time in which at least one step ran: steps side by side count once, pauses between two starts do not."""
+    """Return the time in which at least one step ran. Parallel steps count once; pauses do not count."""
     total = end = 0.0
     for timing in sorted(timings, key=lambda timing: timing.began):
         last = timing.began + timing.seconds
@@ -117,7 +117,7 @@ def total_seconds(timings: Sequence[StepTime]) -> float:
 
 
 def show_duration(seconds: float) -> str:
-    """Seconds as people say them: 8.4 s, 3 min 05 s, 1 h 02 min."""
+    """Format seconds for people: 8.4 s, 3 min 05 s, 1 h 02 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -127,7 +127,7 @@ def show_duration(seconds: float) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text table: columns as wide as their cells, those of numbers alone set to the right."""
+    """Format a plain text table: columns as wide as their cells, numeric columns aligned to the right."""
     columns = [_align(column) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
     rule = "  ".join("─" * len(column[0]) for column in columns).rstrip()

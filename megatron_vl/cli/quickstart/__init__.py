@@ -1,5 +1,5 @@
-"""The quickstart: raw data to a scored model, as a plan of public commands and a runner that can go on.
+"""The quickstart: raw data to a scored model, as a plan of public commands and a runner that can resume.
 
-``plan`` says what to do (every step is a command that a user could type), ``runner`` does it and remembers what
-is done, ``findings`` gathers what the steps found out, ``profiles`` says how much.
+``plan`` defines the steps (every step is a command that a user could type). ``runner`` runs them and records which are
+done. ``findings`` gathers the results of the steps, and ``profiles`` holds the sizes.
 """

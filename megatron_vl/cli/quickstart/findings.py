@@ -1,4 +1,4 @@
-"""What the steps found out, gathered into the files that the report reads, and what was run on what machine."""
+"""Gather the results of the steps into the files that the report reads, and record what was run on what machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_vl.report.records import HeldOutLoss, RunInfo
 
 
 def write_run_info(plan: Plan, command: str) -> None:
-    """Write ``run.json``; a run that goes on keeps the date of its start."""
+    """Write ``run.json``; a resumed run keeps the date of its start."""
     path = plan.run_dir / "run.json"
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     date = json.loads(path.read_text(encoding="utf-8")).get("date", now) if path.exists() else now
@@ -39,7 +39,7 @@ def write_run_info(plan: Plan, command: str) -> None:
 
 
 def gather_findings(plan: Plan) -> None:
-    """Write ``eval/losses.json`` and ``eval/checks.json`` out of what the evaluation steps wrote."""
+    """Write ``eval/losses.json`` and ``eval/checks.json`` from the output of the evaluation steps."""
     from megatron_vl.report.checks import compare_language_models
 
     losses = []
@@ -60,7 +60,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _commit(root: Path) -> str:
-    """The commit of the checkout, with a + if files differ from it; a dash without git."""
+    """Return the commit of the checkout, with a + if files differ from it; a dash without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -85,7 +85,7 @@ def _machine() -> Mapping[str, str]:
 
 
 def _processor() -> str:
-    """The name of the processor, from where Linux keeps it."""
+    """Return the name of the processor, as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

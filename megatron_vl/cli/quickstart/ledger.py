@@ -1,7 +1,7 @@
-"""What a run directory remembers of its steps: whose results it holds, and how long each attempt took.
+"""Record the steps of a run directory: the inputs of their results, and the duration of each attempt.
 
-``.steps/NAME.json`` holds the key of whatever a step's outputs are, whether the step is done, and while it runs,
-since when. ``timings.jsonl`` has a line for every attempt; a killed one lasted until its log was last written to.
+``.steps/NAME.json`` holds the key of the step's current outputs, whether the step is done, and, while it runs, its
+start time. ``timings.jsonl`` has a line for every attempt. A killed attempt ends when its log was last written to.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from megatron_vl.report.records import StepTime
 
 @dataclass(frozen=True)
 class StepState:
-    """How far a step has come."""
+    """The state of a step."""
 
     key: str
-    """Hash of the step's inputs, whose results its outputs are."""
+    """Hash of the inputs that the outputs were made from."""
     done: bool = False
     running_since: float | None = None
-    """Seconds since the epoch; set while the step runs, and left behind by an attempt that was killed."""
+    """Seconds since the epoch. It is set while the step runs, and remains after an attempt that was killed."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The memory of one run directory."""
+    """The record of one run directory."""
 
     run_dir: Path
 
     def log_path(self, step: str) -> Path:
-        """Where the output of a step's commands goes."""
+        """Return the file for the output of a step's commands."""
         return self.run_dir / "logs" / f"{_file_name(step)}.log"
 
     def read(self, step: str) -> StepState | None:
-        """The state of a step, or None if nothing (readable) is known of it."""
+        """Return the state of a step, or None if there is no readable record."""
         try:
             return StepState(**json.loads(self._state_path(step).read_text(encoding="utf-8")))
         except (OSError, TypeError, json.JSONDecodeError):
@@ -50,7 +50,7 @@ class Ledger:
         write_whole(path, json.dumps(asdict(state)))
 
     def settle(self, step: str) -> None:
-        """Count the time of an attempt that was killed."""
+        """Record the time of an attempt that was killed."""
         state = self.read(step)
         if state is not None and state.running_since is not None:
             log = self.log_path(step)
@@ -65,14 +65,14 @@ class Ledger:
             stream.write(json.dumps(asdict(timing)) + "\n")
 
     def times(self) -> list[StepTime]:
-        """All attempts, in order."""
+        """Return all attempts, in order."""
         if not self._timings.exists():
             return []
         lines = self._timings.read_text(encoding="utf-8").splitlines()
         return [StepTime(**json.loads(line)) for line in lines]
 
     def forget_times(self, step: str) -> None:
-        """Drop a step's attempts: its inputs have changed, so they do not belong to this run."""
+        """Remove a step's attempts: its inputs have changed, so they do not belong to this run."""
         kept = [timing for timing in self.times() if timing.step != step]
         self._timings.unlink(missing_ok=True)
         for timing in kept:

@@ -94,7 +94,7 @@ def _report(plan: Plan, results: Path | None) -> None:
 
 
 def leave_on_terminate() -> None:
-    """Make SIGTERM end the program as an error does: the command that runs is stopped, and its time counted."""
+    """Make SIGTERM end the program as an error does: stop the running command, and record its time."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -4,10 +4,9 @@
              -> stage 0 -> stages 1, 2, 3 -> blind stages 1, 2
              -> held-out losses, answers, Hugging Face folders
 
-A stage trains at two data-parallel ranks, the fastest layout on two cores, and hands over by checkpoint to
-another layout for its last steps. The first command's ``--train-iters`` is where it hands over, and
-``--lr-decay-iters`` keeps the learning rate that of the whole stage; so either command, started again, goes on
-where it stopped or has nothing to do.
+A stage trains at two data-parallel ranks, the fastest layout on two cores. For its last steps it continues from a
+checkpoint at another layout. The first command's ``--train-iters`` is the step of that change. ``--lr-decay-iters``
+keeps the learning rate of the whole stage. So each command, started again, resumes or has nothing to do.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Stage:
     title: str
     trains: str
     second_ranks: int = 0
-    """Ranks of the layout that takes over; 0 for none."""
+    """Number of ranks of the second layout; 0 for none."""
     second_layout: Command = ()
 
     @property
@@ -84,7 +83,7 @@ BLIND_STAGES = (STAGES[1], STAGES[2])
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checkpoint whose held-out loss is wanted, and on which tasks."""
+    """A checkpoint whose held-out loss is measured, and the tasks."""
 
     model: Model
     stage: str
@@ -92,7 +91,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """Of its result, eval/losses/NAME.json."""
+        """The name of its result, eval/losses/NAME.json."""
         return f"{self.model}_{self.stage}"
 
 
@@ -116,7 +115,7 @@ class Plan:
     root: Path
 
     def groups(self) -> list[list[Step]]:
-        """All steps; a group may begin when the one before it has ended."""
+        """Return all steps; a group may begin when the previous one has ended."""
         training = [[self._train("sighted", stage)] for stage in STAGES]
         control = [[self._train("blind", stage)] for stage in BLIND_STAGES]
         answers = [self._answer("sighted"), self._answer("blind"), self._reply()]
@@ -125,7 +124,7 @@ class Plan:
         return [[self._raw()], self._data(), [self._inspect()], *training, *control, [*answers, *losses, *exports]]
 
     def stage_infos(self) -> tuple[StageInfo, ...]:
-        """What the report says about the stages."""
+        """Return the description of the stages for the report."""
         return tuple(
             StageInfo(
                 name=stage.name,
@@ -140,19 +139,19 @@ class Plan:
         )
 
     def checkpoints(self, model: Model, stage: Stage) -> Path:
-        """Where a stage saves; stage 0 is common to both models."""
+        """Return the directory where a stage saves; stage 0 is common to both models."""
         return self.run_dir / ("sighted" if stage.number == 0 else model) / stage.name
 
     def losses_path(self, evaluation: Evaluation) -> Path:
-        """Where the held-out losses of a checkpoint are written."""
+        """Return the file of the held-out losses of a checkpoint."""
         return self.run_dir / "eval" / "losses" / f"{evaluation.name}.json"
 
     def heldout_prefix(self, task: str) -> Path:
-        """The packed held-out data set of a task."""
+        """Return the packed held-out data set of a task."""
         return self.run_dir / "data" / f"heldout_{task}"
 
     def exported(self, stage: Stage) -> Path:
-        """The Hugging Face folder of a stage."""
+        """Return the Hugging Face folder of a stage."""
         return self.run_dir / "hf" / stage.name
 
     def _raw(self) -> Step:

@@ -1,7 +1,7 @@
-"""How much the quickstart does: a smoke test, the quickstart itself, and the longer run that learns well.
+"""Sizes of the quickstart: a smoke test, the quickstart itself, and the longer run that learns well.
 
-Steps are chosen for two cores without GPU; the recipes (examples/tiny) hold everything else. Every stage trains
-its last ``hand_over`` steps at another layout than the rest.
+Numbers of steps are chosen for two cores without GPU; the recipes (examples/tiny) hold everything else. Every stage
+trains its last ``hand_over`` steps at another layout than the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Profile:
     hand_over: int
     """Last steps of stages 1 to 3, at another layout."""
     save_interval: int
-    """Steps between checkpoints: what an interruption loses at most."""
+    """Steps between checkpoints: the most that an interruption loses."""
     questions: int
     """Held-out questions of each task."""
 

@@ -1,8 +1,8 @@
-"""Runs steps: only those whose results are not there yet, with their commands and progress shown.
+"""Run the steps that have no results yet, and show their commands and progress.
 
-A step's key is a hash of its commands, of the files of the checkout that they read, and of the keys of the steps
-it builds on. A step that is done under its key is not run again. Outputs of another key, or of an attempt that
-was cut short and cannot go on, are removed first. So a run directory never mixes two plans, and a second start
+A step's key is a hash of its commands, of the files of the checkout that they read, and of the keys of the steps on
+which it depends. A step that is done under its key is not run again. Outputs of another key are removed first, and so
+are those of an interrupted attempt that cannot resume. So a run directory never mixes two plans, and a second start
 does only what is missing.
 """
 
@@ -39,7 +39,7 @@ class StepFailed(MegatronVLError):
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that belong together, and what they read and write."""
+    """Commands that belong together, their inputs and their outputs."""
 
     name: str
     commands: tuple[tuple[str, ...], ...]
@@ -51,7 +51,7 @@ class Step:
     after: tuple[str, ...] = ()
     """Earlier steps whose results it uses."""
     resumes: bool = False
-    """The commands go on where an earlier attempt stopped, so its outputs stay."""
+    """Whether the commands resume an interrupted attempt, so its outputs stay."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Runner:
 
     ledger: Ledger
     root: Path
-    """The checkout: where commands run."""
+    """The checkout, where commands run."""
     say: Callable[[str], None]
     _started: float = field(default_factory=time.monotonic, init=False)
     _keys: dict[str, str] = field(default_factory=dict, init=False)
@@ -68,7 +68,8 @@ class Runner:
     def run_group(self, steps: Sequence[Step]) -> None:
         """Run steps that do not depend on each other, two at a time.
 
-        Raises StepFailed for the first that fails.
+        Raises:
+            StepFailed: for the first step that fails.
         """
         todo = []
         for step in steps:
@@ -85,7 +86,7 @@ class Runner:
             self._run_side_by_side(todo)
 
     def _run_side_by_side(self, steps: Sequence[Step]) -> None:
-        """Two at a time; after a failure nothing new begins."""
+        """Run two steps at a time; after a failure start no more."""
         with ThreadPoolExecutor(max_workers=2) as pool:
             outcomes = [pool.submit(self._run, step, label=f"[{step.name}] ") for step in steps]
             wait(outcomes, return_when=FIRST_EXCEPTION)
@@ -109,7 +110,7 @@ class Runner:
         return state.done and all(path.exists() for path in step.outputs)
 
     def _clear(self, step: Step) -> None:
-        """Make room for the step: remove earlier outputs unless they are gone on with, and make their folders."""
+        """Remove earlier outputs of the step unless it resumes from them, and make their folders."""
         state = self.ledger.read(step.name)
         same = state is not None and state.key == self._keys[step.name]
         if not same:
@@ -141,7 +142,7 @@ class Runner:
         self.say(f"{self._clock()} {step.name}: finished in {show_duration(seconds)}")
 
     def _execute(self, step: Step, command: Sequence[str], label: str) -> None:
-        """Run one command; its standard output is shown and logged, its standard error logged."""
+        """Run one command. Show and log its standard output; log its standard error."""
         shown = shlex.join(command)
         self.say(f"    {label}$ {shown}")
         log = self.ledger.log_path(step.name)
@@ -177,7 +178,7 @@ class Runner:
 
 
 def condense(line: str) -> str:
-    """A line of output as it is shown: a training log line shortened to what a reader follows."""
+    """Shorten a line of output for display; of a training log line keep only what a reader follows."""
     found = _PROGRESS.search(line)
     if found is None:
         return line.rstrip()
@@ -186,7 +187,7 @@ def condense(line: str) -> str:
 
 
 def _resolve(command: Sequence[str]) -> list[str]:
-    """The command with the running interpreter in the place of ``python`` and ``torchrun``."""
+    """Return the command with the running interpreter in the place of ``python`` and ``torchrun``."""
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     return [*programs[command[0]], *command[1:]]
 
