@@ -58,7 +58,7 @@ def test_one_process_writes_the_original_s_numbers(one_process: dict[str, Tensor
     shown = {name: value for name, value in expected.items() if name.startswith("grad_norm")}
     assert one_process.keys() == {"logits", "visual_output", "loss", *shown}
     for name, value in {"loss": expected["multimodal.loss"], **shown}.items():
-        assert one_process[name].item() == pytest.approx(value.item(), rel=1e-4), name
+        assert one_process[name].item() == pytest.approx(value.item(), rel=2e-5), name  # as in test_golden.py
 
 
 @pytest.mark.parametrize("flags", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])

@@ -128,7 +128,9 @@ def test_checkpoints_go_from_the_paper_s_choice_to_the_script_s_and_back(
     table = "transformer.visual.attn_pool.pos_embed"
     assert torch.equal(start[table], sincos_positions(2, MODEL.language.hidden_size))
     assert trained[table].shape == start[table].shape and not torch.equal(trained[table], start[table])
-    torch.testing.assert_close(resumed[table], trained[table], rtol=0, atol=1e-4)
+    # AdamW moves an entry by about the learning rate of 1e-2 a step, by a gradient that is the same to 1e-5: after the
+    # two steps at another layout 2e-7 apart (1.2e-7 was found). What learned differently would be 1e-2 apart.
+    torch.testing.assert_close(resumed[table], trained[table], rtol=0, atol=2e-6)
     for name in ("ln_post.weight", "ln_post.bias", "proj", "conv1.weight"):
         assert torch.equal(trained[f"transformer.visual.{name}"], start[f"transformer.visual.{name}"]), name
 

@@ -133,7 +133,8 @@ def test_gradients_equal_the_original(compute: Compute, expected: dict[str, Tens
     norms = {key for key in expected if key.startswith("grad_norm")}
     assert {key for key in found if key.startswith("grad_norm")} == norms and len(norms) > 100
     for key in norms:
-        assert found[key].item() == pytest.approx(expected[key].item(), rel=1e-4), key
+        # Both sides sum in fp32, in another order; 4e-6 was found, for tensors whose gradients nearly cancel out.
+        assert found[key].item() == pytest.approx(expected[key].item(), rel=2e-5), key
     for key, gradient in gradients.items():
         assert found[f"grad_norm.{key}"].item() == pytest.approx(gradient.double().norm().item(), rel=1e-6), key
     stored = [key for key in expected if key.startswith("grad.")]
