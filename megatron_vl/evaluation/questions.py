@@ -1,12 +1,17 @@
 """Write questions for ``tools/generate.py`` from raw data: the prompts of training, with the answers kept apart.
 
-One JSON line a question: ``key``, ``task``, ``image`` (a file beside the questions, put before the prompt), ``prompt``
-(the task's own, with the markers of grounding written out), ``reference`` (the supervised text, without the closing
-token), ``annotators`` if several have answered, and ``system``, the text of a dialogue's system turn.
+One JSON line a question, with the keys
 
-Three kinds of samples are left out and counted: those that preparation itself leaves out (filters of single samples,
-images that cannot be used), those without a question, and those with grounding markers as words of the data, which
-generation would take for markers.
+* ``key`` and ``task``;
+* ``image``: a file beside the questions, put before the prompt;
+* ``prompt``: the task's own, with the markers of grounding written out;
+* ``reference``: the supervised text, without the closing token;
+* ``annotators``, if several have answered;
+* ``system``: the text of a dialogue's system turn.
+
+Three kinds of samples are left out and counted. The first are those that preparation itself leaves out (filters of
+single samples, images that cannot be used). The second have no question. The third have grounding markers as words of
+the data, which generation would take for markers.
 """
 
 from __future__ import annotations

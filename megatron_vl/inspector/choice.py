@@ -34,9 +34,10 @@ class RowChoice:
 
 
 def choose_rows(store: RowStore, choice: RowChoice) -> list[int]:
-    """The rows to show, in the order of the data set; fewer than asked for if there are no more.
+    """Return the rows to show, in the order of the data set; fewer than requested if there are no more.
 
-    Raises ConfigError for a source or task that the data set does not have, and for rows beyond its end.
+    Raises:
+        ConfigError: for a source or task that the data set does not have, and for rows beyond its end.
     """
     counts = store.manifest.counts
     _check_name("source", choice.source, {entry.source for entry in counts}, store.prefix)

@@ -5,8 +5,8 @@ the tensors (``variable_seq_lengths`` in ``model/configs.py``), and the sizes th
 
 A schedule frees the memory of an output after sending it (``deallocate_pipeline_outputs``): it gives the tensor another
 storage. The interleaved schedule does so while the asynchronous send may still read. It waits for a send one step
-later, and must: the peer receives only after it has sent something itself. :class:`P2P` sends an alias, which keeps the
-storage until the request is finished.
+later. It must do so, since the peer receives only after it has sent something itself. :class:`P2P` sends an alias,
+which keeps the storage until the request is finished.
 """
 
 from __future__ import annotations

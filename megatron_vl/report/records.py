@@ -1,4 +1,4 @@
-"""What lies in a run directory, as typed records: the only place that knows its file names and keys.
+"""Read a run directory as typed records. Only this module knows its file names and keys.
 
     run.json                 what was run, on what machine, in which stages     -> RunInfo
     timings.jsonl            one line per attempt at a step                     -> StepTime
@@ -10,8 +10,8 @@
     eval/checks.json         yes-or-no findings                                 -> Check
 
 Everything else (scores, requirements, tables) is computed from these, so no two files of a run can disagree. A
-missing or damaged file is a DataError that names it and says which step writes it; unknown keys are ignored,
-so that newer runs stay readable.
+missing or damaged file is a DataError that names it and the step that writes it. Unknown keys are ignored, so that
+newer runs stay readable.
 """
 
 from __future__ import annotations
