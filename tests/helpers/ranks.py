@@ -6,7 +6,6 @@ calls. Each call starts and ends its own process group (through :class:`Topology
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -131,7 +130,6 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
             pipe.send((False, result))
         except BaseException:  # noqa: BLE001 - torch's CheckpointException is a BaseException; the test must see it
             pipe.send((True, traceback.format_exc()))
-        gc.freeze()  # each topology ends with a collection, which need not look at all imported modules again
 
 
 class RankPools:
