@@ -37,6 +37,8 @@ from megatron_vl.training.stopping import Stop, StopRequest, ending_at_sigterm
 def train(config: RunConfig) -> ExitStatus:
     """Train by the configuration, on every rank. Return how the run has ended.
 
+    The caller has called ``prepare_process`` before it imported this module.
+
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for faults that can be found then.
     """
