@@ -10,5 +10,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/examples/setup_venv.sh"
 ensure_venv "$root" data,evaluation,logging
+# The plan is for CPU cores: it starts two and four ranks, which one GPU does not take.
+export CUDA_VISIBLE_DEVICES=
 exec python -m megatron_vl.cli.quickstart --setup-seconds "$SECONDS" \
     --started-as "bash examples/quickstart.sh${*:+ $*}" "$@"

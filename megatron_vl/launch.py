@@ -35,6 +35,8 @@ class Launch:
     """Of MASTER_ADDR and MASTER_PORT, those that are not set although there are peers to meet."""
     meeting_place: str = ""
     """MASTER_ADDR:MASTER_PORT, if there are peers."""
+    shows_all_devices: bool = False
+    """Whether the launcher (torchrun) shows each rank the devices of its whole machine."""
 
     def check_meeting_place(self) -> None:
         """Check that the peers can meet, at MASTER_ADDR and MASTER_PORT.
@@ -52,17 +54,18 @@ class Launch:
         """Return the index of this rank's own device among the visible CUDA devices.
 
         Raises:
-            ConfigError: if there are fewer devices than ranks here. One device is accepted if the launcher gives each
-                rank its own.
+            ConfigError: if there are fewer devices than ranks here. One device is accepted if the launcher may have
+                given each rank its own.
         """
-        if visible == 1:
+        if self.local_rank < visible:
+            return self.local_rank
+        if visible == 1 and not self.shows_all_devices:
             return 0
-        if self.local_rank >= visible:
-            raise ConfigError(
-                f"rank {self.rank} is number {self.local_rank} on its machine (from 0), which shows it {visible} CUDA "
-                "devices: start one rank for each device, or give each rank one of its own"
-            )
-        return self.local_rank
+        raise ConfigError(
+            f"rank {self.rank} is number {self.local_rank} on its machine (from 0), which shows it {visible} CUDA "
+            f"{'device' if visible == 1 else 'devices'}: start one rank for each device, give each rank one of its "
+            'own, or compute on the CPU with CUDA_VISIBLE_DEVICES=""'
+        )
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
@@ -79,7 +82,8 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
                 _number(env, "MASTER_PORT", least=1, below=2**16)
             own = _number(env, rank, below=world_size)
             place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
-            return Launch(own, world_size, _number(env, local, below=world_size, default=0), missing, place)
+            here = _number(env, local, below=world_size, default=0)
+            return Launch(own, world_size, here, missing, place, shows_all_devices="LOCAL_WORLD_SIZE" in env)
     return Launch(0, 1, 0)
 
 

@@ -12,6 +12,8 @@ ensure_venv "$root" data,evaluation,logging,mpi,dev
 
 # Ranks and workers share the cores of the machine; one thread each is the fastest and the most reproducible.
 export OMP_NUM_THREADS=1
+# These tests are about the CPU. "python -m pytest tests/gpu" is about a GPU.
+export CUDA_VISIBLE_DEVICES=
 
 marks="not long"
 arguments=()

@@ -69,6 +69,18 @@ def test_more_ranks_than_devices_are_refused() -> None:
         Launch(5, 8, 2).device_index(2)
 
 
+def test_two_ranks_of_torchrun_do_not_share_the_only_device() -> None:
+    """NCCL would refuse it late and in its own words. torchrun sets LOCAL_WORLD_SIZE, and hides no device."""
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    first, second = (
+        read_launch({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting})
+        for rank in "01"
+    )
+    assert first.device_index(1) == 0
+    with pytest.raises(ConfigError, match=r"rank 1 is number 1 on its machine.*1 CUDA device: .*CUDA_VISIBLE_DEVICES"):
+        second.device_index(1)
+
+
 @pytest.mark.parametrize("tensor_parallel", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_libraries_of_a_gpu_are_told_and_what_is_set_stays(tensor_parallel: bool, deterministic: bool) -> None:
