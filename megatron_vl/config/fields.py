@@ -123,7 +123,12 @@ def suggest_field(name: str, shown: Callable[[FieldSpec], str], siblings: Iterab
         siblings: valid names there, to compare with ``name``.
     """
     key = name.lstrip("-").lower().replace("-", "_")
-    meant = [spec for spec in iterate_fields() if spec.path[-1] == key or spec.dotted == synonyms.FIELDS.get(key)]
+    synonym = synonyms.FIELDS.get(key)
+    meant = [
+        spec
+        for spec in iterate_fields()
+        if key in (spec.path[-1], "_".join(spec.path[-2:])) or spec.dotted == synonym  # --language-num-layers
+    ]
     if meant:
         return did_you_mean(map(shown, meant))
     if note := synonyms.note(key):

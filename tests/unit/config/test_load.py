@@ -192,6 +192,7 @@ def test_broken_yaml_is_named_by_file_line_and_column_in_one_line(recipe: Writer
     ("flag", "said"),
     [
         ("--learning-rate", "not a known flag. Did you mean --lr?"),
+        ("--language-num-layers", "not a known flag. Did you mean --num-layers?"),
         ("--learning_rate=1e-4", "Did you mean --lr?"),
         ("--max-steps", "Did you mean --train-iters?"),
         ("--output_dir", "Did you mean --save?"),
