@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.cli.command import check_at_least, exit_status
+from megatron_vl.cli.inference_flags import add_inference_flags, check_layout, parallel_config
 from megatron_vl.cli.output import check_writable, write_whole
-from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.errors import DataError, NotFiniteError
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
@@ -40,7 +39,6 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/evaluate_loss.py --checkpoint runs/mine/stage2 --data-path "
         "runs/quickstart/data/heldout_vqa",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX", help="prepared data sets")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: standard output)")
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="ROWS", help="rows in a forward pass")
@@ -50,16 +48,15 @@ def _build_parser() -> argparse.ArgumentParser:
         default="segment",
         help="what a token may look back at (default: its own sample, whatever shares the row)",
     )
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
-    add_parallel_flags(parser)
+    add_inference_flags(parser)
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
     check_at_least("--micro-batch-size", options.micro_batch_size, 1)
-    check_ranks(options)
+    check_layout(options)
     if options.output is not None:
         check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
@@ -79,23 +76,20 @@ def _run(options: argparse.Namespace) -> None:
 
 def _losses(options: argparse.Namespace, topology: Any) -> dict[str, dict[str, Any]]:
     """Return the loss of the checkpoint on each data set, and what it depends on; the same on every rank."""
-    from megatron_vl.checkpoint import contents, store
-    from megatron_vl.checkpoint.verification import choose_together
+    from megatron_vl.checkpoint.inference import load_for_inference
     from megatron_vl.data.dataset.manifest import read_manifest
-    from megatron_vl.model.build import build_model
 
     lengths = {prefix: read_manifest(prefix).seq_length for prefix in options.data_path}
-    checkpoint = choose_together(options.checkpoint, topology)
-    config = _configuration(store.read_config(checkpoint.path).model, options, topology.world_size)
-    check_tensor_parallel(config.model, config.parallel)
-    config = _with_rows_of(config, max(lengths.values()))
-    chunks = build_model(config, topology, fresh_weights=False)
-    contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology, load_rng=False)
+
+    def adapt(saved: RunConfig) -> RunConfig:
+        return _with_rows_of(_configuration(saved.model, options, topology.world_size), max(lengths.values()))
+
+    loaded = load_for_inference(options.checkpoint, adapt, topology)
     losses = {}
     for prefix, length in lengths.items():
-        config = _with_rows_of(config, length)
-        losses[prefix] = _loss(prefix, chunks, config, topology) | _settings(config)
-        losses[prefix]["checkpoint"] = str(checkpoint.path)
+        config = _with_rows_of(loaded.config, length)
+        losses[prefix] = _loss(prefix, loaded.chunks, config, topology) | _settings(config)
+        losses[prefix]["checkpoint"] = str(loaded.checkpoint)
     return losses
 
 

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
+from megatron_vl.cli.inference_flags import add_inference_flags, check_layout, parallel_config
 from megatron_vl.cli.output import check_writable, whole_file
-from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.log import setup_logging, silence_dependency_warnings
 
 if TYPE_CHECKING:
@@ -52,32 +51,34 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/forward.py --checkpoint runs/mine/golden --inputs inputs.safetensors --output "
         "ours.safetensors",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--inputs", type=Path, required=True, help="safetensors file to read")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; logits are cast to fp32 at the end")
-    add_parallel_flags(parser)
+    add_inference_flags(parser)
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
-    check_ranks(options)
+    check_layout(options)
+    check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
-    from megatron_vl.evaluation.forward import forward, forward_config, load_chunks
+    from megatron_vl.checkpoint.inference import load_for_inference
+    from megatron_vl.evaluation.forward import forward, forward_config
     from megatron_vl.evaluation.forward_inputs import read_inputs
     from megatron_vl.parallel.topology import Topology
 
     inputs = read_inputs(options.inputs)
     length = inputs.input_ids.shape[1]
-    config = forward_config(options.checkpoint, parallel_config(options), seq_length=length, bf16=options.bf16)
-    check_tensor_parallel(config.model, config.parallel)
-    check_writable(options.output)
-    with Topology(config.parallel) as topology:
-        chunks = load_chunks(options.checkpoint, config=config, topology=topology)
-        outputs = forward(chunks, inputs, config=config, topology=topology)
+    parallel = parallel_config(options)
+    with Topology(parallel) as topology:
+        loaded = load_for_inference(
+            options.checkpoint,
+            lambda saved: forward_config(saved, parallel, seq_length=length, bf16=options.bf16),
+            topology,
+        )
+        outputs = forward(loaded.chunks, inputs, config=loaded.config, topology=topology)
         if topology.rank == 0:
             _write(outputs, options.output)
 

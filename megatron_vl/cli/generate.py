@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vl.cli.command import check_at_least, exit_status
+from megatron_vl.cli.inference_flags import add_inference_flags, check_layout, parallel_config
 from megatron_vl.cli.output import check_writable, write_whole
-from megatron_vl.cli.parallel_flags import add_parallel_flags, check_ranks, parallel_config
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.data.prompting.chat import DEFAULT_SYSTEM
@@ -53,7 +53,6 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/generate.py --checkpoint runs/quickstart/sighted/stage2 --inputs "
         "runs/quickstart/eval/questions.jsonl --output runs/mine/answers.jsonl",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or directory of them (newest)")
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is put")
@@ -66,10 +65,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered together")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
-    add_parallel_flags(parser)
+    add_inference_flags(parser)
     return parser
 
 
@@ -78,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     check_at_least("--max-new-tokens", options.max_new_tokens, 1)
     check_at_least("--batch-size", options.batch_size, 1)
     check_at_least("--max-window-size", options.max_window_size, 0)
-    check_ranks(options)
+    check_layout(options)
     questions = read_questions(options.inputs, options.chat_format)
     check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process

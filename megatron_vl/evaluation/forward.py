@@ -13,18 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vl.checkpoint import contents, store
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.conversion.qwen_vl import correspondences
 from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.evaluation.forward_inputs import ForwardInputs, idle_batch
-from megatron_vl.model.build import build_model
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.collectives import to_rank_0
 from megatron_vl.parallel.topology import Topology
@@ -42,30 +39,14 @@ class ForwardOutputs:
     """float32[queries, n, h] each, on ranks with the resampler."""
 
 
-def forward_config(checkpoint: Path, parallel: ParallelConfig, *, seq_length: int, bf16: bool) -> RunConfig:
-    """Return the configuration of a checkpoint's model at a layout, with everything trainable.
-
-    Raises:
-        CheckpointError: if there is no usable checkpoint at ``checkpoint``.
-    """
-    saved = store.read_config(store.resolve(checkpoint))
+def forward_config(saved: RunConfig, parallel: ParallelConfig, *, seq_length: int, bf16: bool) -> RunConfig:
+    """Return the configuration of a saved model at a layout, with everything trainable."""
     return replace(
         saved,
         parallel=replace(parallel, use_distributed_optimizer=False),
         data=replace(saved.data, seq_length=seq_length, attention_span="row", valid_data_path=()),
         training=TrainingConfig(bf16=bf16),
     )
-
-
-def load_chunks(checkpoint: Path, *, config: RunConfig, topology: Topology) -> list[QwenVL]:
-    """Load this rank's part of a checkpoint's model, at the layout of ``config``.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be loaded.
-    """
-    chunks = build_model(config, topology, fresh_weights=False)
-    contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology, load_rng=False)
-    return chunks
 
 
 def forward(

@@ -27,12 +27,10 @@ from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import AttentionInputs
 from megatron_vl.backends.local.attention import LocalInputs
-from megatron_vl.checkpoint import contents, store
+from megatron_vl.checkpoint.inference import load_for_inference
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.errors import NotFiniteError
-from megatron_vl.model.build import build_model
 from megatron_vl.model.fusion import fuse
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.model.rotary import LongContext
@@ -114,16 +112,10 @@ class Engine:
             CheckpointError: if there is no usable checkpoint at ``path``.
             ConfigError: if its model cannot be split over this layout.
         """
-        saved = store.read_config(store.resolve(path))
-        config = replace(
-            saved,
-            parallel=replace(parallel, sequence_parallel=False, backend="local"),
-            training=TrainingConfig(bf16=bf16),
-        )
-        check_tensor_parallel(config.model, config.parallel)
-        chunks = build_model(config, topology, fresh_weights=False)
-        contents.load(contents.Trained(chunks, None), path, config=config, topology=topology, load_rng=False)
-        return cls(chunks, config, topology)
+        own = replace(parallel, sequence_parallel=False, backend="local")
+        training = TrainingConfig(bf16=bf16)
+        loaded = load_for_inference(path, lambda saved: replace(saved, parallel=own, training=training), topology)
+        return cls(loaded.chunks, loaded.config, topology)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_vl.checkpoint.inference import LoadedModel, load_for_inference
 from megatron_vl.config.batch import model_parallel_size
 from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.config.special_tokens import SpecialTokens
@@ -23,9 +24,10 @@ from megatron_vl.conversion.checkpoints import write_checkpoint
 from megatron_vl.conversion.convert import import_folder
 from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
-from megatron_vl.evaluation.forward import forward, forward_config, load_chunks, outputs_of, run_eval_forward
+from megatron_vl.evaluation.forward import forward, forward_config, outputs_of, run_eval_forward
 from megatron_vl.evaluation.forward_inputs import ForwardInputs
 from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.parallel.topology import Topology
 from tests.helpers.pieces import Piece, take_pieces
 from tests.helpers.ranks import Start
 
@@ -85,20 +87,29 @@ class Outputs:
 def forward_on_rank(start: Start, layout: Layout, inputs: ForwardInputs, checkpoint: Path) -> Outputs:
     """What ``tools/forward.py`` does, and the gradients that it leaves behind."""
     length = inputs.input_ids.shape[1]
-    config = forward_config(checkpoint, layout.config, seq_length=length, bf16=layout.bf16)
-    with start.topology(config.parallel) as topology:
-        chunks = load_chunks(checkpoint, config=config, topology=topology)
-        tensors = forward(chunks, inputs, config=config, topology=topology)
-        gradients = take_pieces(chunks, topology.tp_rank, lambda parameter: getattr(parameter, "main_grad", None))
+    with start.topology(layout.config) as topology:
+        loaded = load(checkpoint, layout, length, topology)
+        tensors = forward(loaded.chunks, inputs, config=loaded.config, topology=topology)
+        gradients = take_pieces(
+            loaded.chunks, topology.tp_rank, lambda parameter: getattr(parameter, "main_grad", None)
+        )
         return Outputs(tensors, gradients if topology.dp_rank == 0 else {})
 
 
 def packed_on_rank(start: Start, layout: Layout, batch: MicroBatch, checkpoint: Path) -> list[Tensor]:
     """Logits of the supervised positions of a micro-batch: this rank's part, where it has the head."""
-    config = forward_config(checkpoint, layout.config, seq_length=len(batch.tokens), bf16=layout.bf16)
-    with start.topology(config.parallel) as topology:
-        chunks = load_chunks(checkpoint, config=config, topology=topology)
-        return run_eval_forward(chunks, [batch], topology=topology).logits
+    with start.topology(layout.config) as topology:
+        loaded = load(checkpoint, layout, len(batch.tokens), topology)
+        return run_eval_forward(loaded.chunks, [batch], topology=topology).logits
+
+
+def load(checkpoint: Path, layout: Layout, length: int, topology: Topology) -> LoadedModel:
+    """The checkpoint at a layout, for rows of a length."""
+    return load_for_inference(
+        checkpoint,
+        lambda saved: forward_config(saved, layout.config, seq_length=length, bf16=layout.bf16),
+        topology,
+    )
 
 
 def packed_batch(segments: Sequence[ForwardInputs]) -> MicroBatch:

@@ -24,6 +24,7 @@ def prepare_process():
     raise Prepared
 
 platform.prepare_process = prepare_process
+import_module("megatron_vl.cli.inference_flags").check_layout = lambda options: None  # there is no checkpoint
 early = {}
 for tool, arguments in json.loads(sys.argv[1]).items():
     module = import_module(f"megatron_vl.cli.{tool}")
