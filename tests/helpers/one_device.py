@@ -1,15 +1,17 @@
 """Several ranks on one GPU, over gloo: NCCL refuses two ranks on a device, and one GPU should still show that layouts
 agree. For equality only, never for timing.
 
-gloo takes CUDA tensors for all-reduce, broadcast, all-gather and, through all-reduce, reduce-scatter. It does not send
-them, so sends and receives go through the CPU here. Without CUDA the same code runs on CPU tensors, which is how it is
-tested.
+gloo has some operations for CUDA tensors and lacks others: it neither sends them nor coalesces their reductions. So
+everything goes through the CPU here, and at once, even where an asynchronous operation was asked for. Without CUDA the
+same code runs on CPU tensors, which is how it is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -88,20 +90,60 @@ def _batch_isend_irecv(operations: list[_Operation]) -> list[_Staged]:
     return [operation.op(operation.tensor, operation.peer, operation.group) for operation in operations]
 
 
+class _Done:
+    """The handle of an operation that has ended."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@contextmanager
+def _one_by_one(*_: Any, **__: Any) -> Iterator[_Done]:
+    """Stands for torch's manager that coalesces operations."""
+    yield _Done()
+
+
+def _through_cpu(collective: Callable[..., Any]) -> Callable[..., _Done]:
+    """The collective on copies in host memory; what it computed goes to its first argument, which is the output."""
+    signature = inspect.signature(collective)
+
+    @functools.wraps(collective)
+    def run(*args: Any, **kwargs: Any) -> _Done:
+        given = signature.bind(*args, **kwargs).arguments | {"async_op": False}
+        staged = {name: _on_cpu(value) for name, value in given.items()}
+        collective(**staged)
+        output = next(iter(given))
+        for tensor, copy in zip(_tensors(given[output]), _tensors(staged[output]), strict=True):
+            tensor.detach().copy_(copy)
+        return _Done()
+
+    return run
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+_COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
 @contextmanager
 def _staged_messages() -> Iterator[None]:
-    """Send and receive through the CPU.
-
-    A group of one rank skips the collectives that gloo cannot run in place, which ``megatron_vl/backends/cpu.py``
-    arranges where there is no CUDA.
-    """
+    """Let everything that ranks exchange go through the CPU."""
     from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.tensor_parallel import layers, mappings, utils
 
-    from megatron_vl.backends import cpu
-
-    names = ("dist_all_gather_func", "dist_reduce_scatter_func")
-    plain = {name: getattr(param_and_grad_buffer, name) for name in names}
-    replaced = {
+    collectives = {name: _through_cpu(getattr(dist, name)) for name in _COLLECTIVES}
+    messages = {
         "isend": _isend,
         "irecv": _irecv,
         "P2POp": _Operation,
@@ -109,11 +151,16 @@ def _staged_messages() -> Iterator[None]:
         "send": lambda *args, **kwargs: _isend(*args, **kwargs).wait(),
         "recv": lambda *args, **kwargs: _irecv(*args, **kwargs).wait(),
     }
-    with mock.patch.multiple(dist, **replaced):
-        if torch.cuda.is_available():
-            cpu._skip_collectives_of_one()
-        try:
-            yield
-        finally:
-            for name, function in plain.items():
-                setattr(param_and_grad_buffer, name, function)
+    # Megatron-Core keeps names of its own for two of them.
+    gather = {"dist_all_gather_func": collectives["all_gather_into_tensor"]}
+    both = gather | {"dist_reduce_scatter_func": collectives["reduce_scatter_tensor"]}
+    with ExitStack() as stack:
+        for module, replaced in (
+            (dist, collectives | messages),
+            (param_and_grad_buffer, both | {"_coalescing_manager": _one_by_one}),
+            (mappings, both),
+            (layers, both),
+            (utils, gather),
+        ):
+            stack.enter_context(mock.patch.multiple(module, **replaced))
+        yield
