@@ -149,7 +149,8 @@ def compared(outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def _utilization(rows: Sequence[Row]) -> float:
-    return next((row.ours for row in rows if ": MFU" in row.name), 0.0)
+    """The best of all sizes of a micro-batch."""
+    return max((row.ours for row in rows if ": MFU" in row.name), default=0.0)
 
 
 def _beside(name: str, ours: float, text: float, goal: float | None) -> Row:

@@ -55,7 +55,7 @@ def ladder(config: RunConfig, work: Work, *, free_bytes: int) -> Iterator[Attemp
     """Sizes from the largest that should fit downwards; full depth also with recomputation.
 
     Args:
-        work: of one micro-batch, which is one row.
+        work: of one micro-batch.
         free_bytes: memory of the device; 0 for no limit.
     """
     vision, language = config.model.vision.num_layers, config.model.language.num_layers
@@ -68,7 +68,7 @@ def ladder(config: RunConfig, work: Work, *, free_bytes: int) -> Iterator[Attemp
 
 
 def step_bytes(config: RunConfig, work: Work) -> float:
-    """Weights, gradients, optimizer and activations of a step with micro-batches of one row, in one process."""
+    """Weights, gradients, optimizer and activations of a step, in one process."""
     rank = parameters_by_rank(config, resolve_layout(config))[0]
     weight = 2 if config.training.bf16 else 4
     master = 4 if config.training.bf16 else 0
@@ -97,7 +97,7 @@ def first_that_fits(attempts: Iterator[Attempt], run: Callable[[Attempt], T]) ->
 def _activation_bytes(config: RunConfig, work: Work) -> float:
     model, training = config.model, config.training
     vision, language = model.vision, model.language
-    positions = config.data.seq_length  # padding takes memory, too
+    positions = config.data.seq_length * training.micro_batch_size  # padding takes memory, too
     patches = max(work.num_images, 1) * model.num_patches
     token = 14 * language.hidden_size + 6 * language.ffn_hidden_size
     patch = 14 * vision.hidden_size + 4 * vision.ffn_hidden_size

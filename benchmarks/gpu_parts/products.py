@@ -60,7 +60,7 @@ def measure_products(report: Report, *, small: bool) -> None:
     """Rates of the products, their time for a row of stage 2, and the copy rate of the memory."""
     stage = STAGES["stage2"]
     config = stage_config(stage, Sizes.of(small=small, backend="local"))
-    work = make_batches(config, SHAPES[stage.shape], rows=1)[0].work
+    work = make_batches(config, SHAPES[stage.shape], count=1)[0].work
     peak, source = peak_flops()
     floor = 0.0
     for product in products_of(config, work):

@@ -36,8 +36,8 @@ SHAPES = {
 }
 
 
-def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0) -> list[MicroBatch]:
-    """Micro-batches of one row each."""
+def make_batches(config: RunConfig, shape: RowShape, *, count: int, rows: int = 1, seed: int = 0) -> list[MicroBatch]:
+    """``count`` micro-batches of ``rows`` rows each."""
     rng = np.random.default_rng(seed)
     model = config.model
     options = CollateOptions(
@@ -48,11 +48,12 @@ def make_batches(config: RunConfig, shape: RowShape, *, rows: int, seed: int = 0
         attention_span=config.data.attention_span,
     )
     batches = []
-    for number in range(rows):
-        row = _row(config, shape, rng)
-        size = (len(row.image_ids), 3, model.image_size, model.image_size)
+    for number in range(count):
+        packed = [_row(config, shape, rng) for _ in range(rows)]
+        size = (sum(len(row.image_ids) for row in packed), 3, model.image_size, model.image_size)
         pixels = rng.integers(0, 256, size, dtype=np.uint8) if shape.with_images else None
-        batches.append(collate([row], pixels, options, names=[f"row {number}"]))
+        names = [f"row {row} of micro-batch {number}" for row in range(rows)]
+        batches.append(collate(packed, pixels, options, names=names))
     return batches
 
 

@@ -65,7 +65,7 @@ def measure_tiny(report: Report, *, small: bool) -> None:
 
 
 def _train(config: RunConfig, stage: TinyStage, before: Path | None, save: Path) -> tuple[list[float], Path]:
-    batches = make_batches(config, SHAPES[stage.shape], rows=ROWS)
+    batches = make_batches(config, SHAPES[stage.shape], count=ROWS)
     with Topology(config.parallel) as topology:
         model = build_parallel_model(config, topology, fresh_weights=before is None)
         if before is not None:

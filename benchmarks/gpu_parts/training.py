@@ -36,6 +36,8 @@ from megatron_vl.planning.flops import Flops, FrozenParts, Work, step_flops, tra
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
 from megatron_vl.training.step import train_step
 
+DATA_PARALLEL = 8
+"""Data-parallel ranks among which the samples of a recipe's step are divided: a node."""
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "qwen_vl"
 
 
@@ -47,10 +49,18 @@ class Stage:
     shape: str
     goal: float
     """Share of the device's peak; the best published text-only figure at 2,048 tokens on an H100 is 0.464."""
+    largest_micro_batch: int = 4
+    """Rows of the largest micro-batch that is timed: 1, 2 or 4."""
+
+    def micro_batches_of_recipe(self, batch: MicroBatch) -> int:
+        """Micro-batches of a rank in a step of the recipe, which is divided among ``DATA_PARALLEL`` ranks."""
+        samples = load_config(RECIPES / self.recipe, []).training.global_batch_samples
+        assert samples is not None
+        return max(1, round(samples / DATA_PARALLEL / batch.num_samples))
 
 
 STAGES = {
-    "stage1": Stage("stage1_pretrain.yaml", "stage1", 0.45),
+    "stage1": Stage("stage1_pretrain.yaml", "stage1", 0.45, 2),
     "stage2": Stage("stage2_multitask.yaml", "stage2", 0.48),
     "stage3": Stage("stage3_sft.yaml", "stage3", 0.50),
     "text": Stage("stage2_multitask.yaml", "text", 0.464),
@@ -61,29 +71,29 @@ STAGES = {
 class Sizes:
     """How much is measured."""
 
-    rows: int
-    """Rows of the long step; the short one has one."""
+    micro_batches: int
+    """Micro-batches of the long step; the short one has one."""
     steps: int
     small: bool
     backend: str
 
     @classmethod
     def of(cls, *, small: bool, backend: str) -> Sizes:
-        return cls(2, 2, small, backend) if small else cls(8, 4, small, backend)
+        return cls(2, 2, small, backend) if small else cls(4, 4, small, backend)
 
 
 @dataclass
 class Trained:
-    """A model that steps on rows of one shape."""
+    """A model that steps on micro-batches of one shape."""
 
     config: RunConfig
     topology: Topology
     model: ParallelModel
     batches: list[MicroBatch]
 
-    def step(self, rows: int) -> None:
-        """One step over the first rows; what is frozen or skipped is the trainer's business."""
-        result = train_step(self.model, self.batches[:rows], config=self.config, topology=self.topology, step=0)
+    def step(self, count: int) -> None:
+        """One step over the first micro-batches; what is frozen or skipped is the trainer's business."""
+        result = train_step(self.model, self.batches[:count], config=self.config, topology=self.topology, step=0)
         assert not result.skipped, "the gradient was not finite"
 
 
@@ -91,7 +101,10 @@ def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
     """The recipe on one device; small: the tiny model with the recipe's everything else."""
     flags = ["--tensor-model-parallel-size", "1", "--no-sequence-parallel", "--backend", sizes.backend]
     config = load_config(RECIPES / stage.recipe, flags)
-    training = replace(config.training, global_batch_samples=None, global_batch_size=sizes.rows)
+    rows = stage.largest_micro_batch
+    training = replace(
+        config.training, micro_batch_size=rows, global_batch_samples=None, global_batch_size=rows * sizes.micro_batches
+    )
     config = replace(config, training=training)
     if sizes.small:
         tiny = PRESETS["tiny"]
@@ -106,26 +119,33 @@ def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
 
 
 def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> None:
-    """Everything about one stage."""
+    """Everything about one stage, at the depth that fits with the largest micro-batch."""
     stage, sizes = STAGES[name], Sizes.of(small=small, backend=backend)
     config = stage_config(stage, sizes)
-    batches = make_batches(config, SHAPES[stage.shape], rows=sizes.rows)
+    rows = stage.largest_micro_batch
+    batches = {
+        size: make_batches(config, SHAPES[stage.shape], count=sizes.micro_batches, rows=size)
+        for size in (1, 2, 4)
+        if size <= rows
+    }
     prepare_process()
     with Topology(config.parallel) as topology:
-        attempts = ladder(config, batches[0].work, free_bytes=memory_bytes())
+        attempts = ladder(config, batches[rows][0].work, free_bytes=memory_bytes())
         if stage.shape == "text":
             attempts = iter(_language_only(attempts))
 
         def run(attempt: Attempt) -> Trained:
-            trained = _build(attempt.applied(config), topology, batches)
-            trained.step(min(2, sizes.rows))
+            trained = _build(attempt.applied(config), topology, batches[rows])
+            trained.step(1)
             return trained
 
         attempt, trained, failed = first_that_fits(attempts, run)
         for line in failed:
             print(f"did not fit: {line}")
         title = f"{name}, {_backend_of(trained)}, {attempt}"
-        _report_steps(trained, stage, report, title=title, sizes=sizes)
+        for size, trained.batches in batches.items():
+            _report_steps(trained, stage, report, title=f"{title}, micro-batch {size}", sizes=sizes)
+        title = f"{title}, micro-batch {rows}"
         _report_parts(trained, report, title=title, sizes=sizes)
         _report_profile(trained, report, title=title)
 
@@ -157,19 +177,26 @@ def _fill(name: str, parameter: Tensor, deviation: float) -> None:
 
 
 def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str, sizes: Sizes) -> None:
-    rows = sizes.rows
-    long = median(seconds_of(lambda: trained.step(rows), repeat=sizes.steps))
-    short = median(seconds_of(lambda: trained.step(1), repeat=sizes.steps))
-    work, frozen = sum((batch.work for batch in trained.batches), Work()), FrozenParts.of(trained.config.training)
-    flops = step_flops(trained.config.model, frozen, work)
+    count = sizes.micro_batches
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    long = median(seconds_of(lambda: trained.step(count), repeat=sizes.steps, warm_up=1))
+    short = median(seconds_of(lambda: trained.step(1), repeat=sizes.steps, warm_up=1))
+    further = (long - short) / (count - 1)
+    beside = max(0.0, short - further)
+    work = trained.batches[0].work
+    flops = step_flops(trained.config.model, FrozenParts.of(trained.config.training), work)
     peak, source = peak_flops()
-    report.cost(f"{title}: ms a row, steps of {rows}", 1e3 * long / rows, 1e3 * flops / (peak * stage.goal) / rows)
-    report.figure(f"{title}: ms a further row", 1e3 * (long - short) / (rows - 1))
-    report.figure(f"{title}: ms a step beside its rows", 1e3 * max(0.0, short - (long - short) / (rows - 1)))
-    report.figure(f"{title}: useful tokens/s", work.num_tokens / long)
-    report.figure(f"{title}: images/s", work.num_images / long)
-    report.figure(f"{title}: TFLOP/s", flops / long / 1e12)
-    report.rate(f"{title}: MFU ({source}, {peak / 1e12:.4g} TFLOP/s)", flops / long / peak, stage.goal)
+    report.figure(f"{title}: ms a further micro-batch", 1e3 * further)
+    report.figure(f"{title}: ms a step beside its micro-batches", 1e3 * beside)
+    # Steps of a recipe have many more micro-batches than those that are timed here; times add up.
+    recipe = stage.micro_batches_of_recipe(trained.batches[0])
+    step = beside + recipe * further
+    report.figure(f"{title}: useful tokens/s", recipe * work.num_tokens / step)
+    report.figure(f"{title}: images/s", recipe * work.num_images / step)
+    report.figure(f"{title}: TFLOP/s", recipe * flops / step / 1e12)
+    told = f"MFU of a step of {recipe} micro-batches ({source}, {peak / 1e12:.4g} TFLOP/s)"
+    report.rate(f"{title}: {told}", recipe * flops / step / peak, stage.goal)
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
         report.share(f"{title}: peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30, whole)
@@ -181,7 +208,7 @@ def _report_parts(trained: Trained, report: Report, *, title: str, sizes: Sizes)
     peak, _ = peak_flops()
     for name, function in _towers(trained):
         milliseconds = median_ms(function, repeat=2 + sizes.steps)
-        report.figure(f"{title}: {name}, ms a row", milliseconds)
+        report.figure(f"{title}: {name}, ms a micro-batch", milliseconds)
         report.rate(f"{title}: {name}, TFLOP/s", flops[name] / milliseconds / 1e9, peak / 1e12, goal=None)
 
 
@@ -259,13 +286,13 @@ def _kept_inputs(chunk: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str,
 
 
 def _report_profile(trained: Trained, report: Report, *, title: str) -> None:
-    rows = min(2, len(trained.batches))
-    trained.step(rows)
-    wall = 1e3 * seconds_of(lambda: trained.step(rows), repeat=1, warm_up=0)[0]
-    profiled = profile_step(lambda: trained.step(rows))
+    count = min(2, len(trained.batches))
+    trained.step(count)
+    wall = 1e3 * seconds_of(lambda: trained.step(count), repeat=1, warm_up=0)[0]
+    profiled = profile_step(lambda: trained.step(count))
     for name, milliseconds in profiled.by_class.items():
-        report.share(f"{title}: kernels of {name}, ms of a step of {rows}", milliseconds, profiled.total)
-    report.share(f"{title}: kernels of a step of {rows} beside its time, ms", profiled.total, wall)
+        report.share(f"{title}: kernels of {name}, ms of a step of {count}", milliseconds, profiled.total)
+    report.share(f"{title}: kernels of a step of {count} beside its time, ms", profiled.total, wall)
     for kernel, milliseconds in profiled.longest:
         print(f"{milliseconds:10.2f} ms  {kernel[:140]}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,9 +42,13 @@ def test_parts_run_at_small_sizes(tmp_path: Path) -> None:
     assert "packages: torch" in done.stdout and "2 of 2 parts ended well" in done.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows and all(set(row) == KEYS for row in rows)
-    found = {row["name"].removeprefix("stage2, local, 3 + 3 layers: ") for row in rows}
-    wanted = {"useful tokens/s", "images/s", "TFLOP/s", "vision, TFLOP/s", "language_model, ms a row", "head, TFLOP/s"}
-    assert wanted <= found and any(name.startswith("MFU") for name in found)
+    found = {row["name"].removeprefix("stage2, local, 3 + 3 layers, micro-batch ") for row in rows}
+    each = {f"{size}: {name}" for size in (1, 2, 4) for name in ("useful tokens/s", "images/s", "TFLOP/s")}
+    wanted = each | {"4: vision, TFLOP/s", "4: language_model, ms a micro-batch", "4: head, TFLOP/s"}
+    assert wanted <= found
+    # 4,096 samples among 8 ranks, 5 in a row.
+    told = [re.search(r"(\d): MFU of a step of (\d+) micro-batches", name) for name in sorted(found)]
+    assert [match.groups() for match in told if match] == [("1", "102"), ("2", "51"), ("4", "26")]
     kernels = {row["name"]: row["ours"] for row in rows if "kernels of matmul" in row["name"]}
     assert len(kernels) == 1 and min(kernels.values()) > 0.0
 
@@ -125,7 +130,7 @@ def test_a_profile_adds_up(module: Any) -> None:
 
 def test_the_rows_are_those_of_the_recipes(module: Any) -> None:
     training, rows = module("gpu_parts.training"), module("gpu_parts.rows")
-    sizes = training.Sizes(rows=1, steps=1, small=False, backend="local")
+    sizes = training.Sizes(micro_batches=1, steps=1, small=False, backend="local")
     stage1, stage2, stage3, text = (training.stage_config(stage, sizes) for stage in training.STAGES.values())
     assert (stage1.model.image_size, stage1.data.attention_span, stage1.training.freeze_language_model) == (
         224, "segment", True,
@@ -135,7 +140,7 @@ def test_the_rows_are_those_of_the_recipes(module: Any) -> None:
     assert (text.model.vision.num_layers, text.model.language.num_layers) == (1, 32)
     works = {}
     for name, config in zip(training.STAGES, (stage1, stage2, stage3, text), strict=True):
-        batches = rows.make_batches(config, rows.SHAPES[name], rows=1)
+        batches = rows.make_batches(config, rows.SHAPES[name], count=1)
         assert len(batches[0].tokens) == 2048
         works[name] = batches[0].work
     # As the log of a training counts them, without padding: 104 positions of stage 1, 3 of stage 2, 2 of stage 3.
@@ -147,13 +152,13 @@ def test_the_rows_are_those_of_the_recipes(module: Any) -> None:
 
 def test_the_ladder_goes_down_until_it_fits(module: Any) -> None:
     training, depth = module("gpu_parts.training"), module("gpu_parts.depth")
-    sizes = training.Sizes(rows=1, steps=1, small=False, backend="local")
+    sizes = training.Sizes(micro_batches=1, steps=1, small=False, backend="local")
     work = Work(5, 2048, 2048.0**2, 680)
     stage1, stage2 = (training.stage_config(training.STAGES[name], sizes) for name in ("stage1", "stage2"))
     first = {name: next(depth.ladder(stage2, work, free_bytes=size)) for name, size in
              (("80", 84_000_000_000), ("141", 150_000_000_000), ("all", 0))}  # fmt: skip
     assert str(first["all"]) == "48 + 32 layers"
-    assert 8 <= first["80"].language_layers < first["141"].language_layers < 32
+    assert 4 <= first["80"].language_layers < first["141"].language_layers < 32
     assert all(2 * size.vision_layers == 3 * size.language_layers for size in first.values())
     whole = next(depth.ladder(stage1, Work(6, 2048, 0.0, 396), free_bytes=84_000_000_000))
     assert (whole.vision_layers, whole.language_layers) == (48, 32), "stage 1 is measured at its full size"
