@@ -70,3 +70,5 @@ def silence_dependency_warnings() -> None:
     for module in (r"torch(\.|$)", r"megatron\.core(\.|$)"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")
+    # Of torch over NCCL, at each save. Each rank has selected its device before.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)

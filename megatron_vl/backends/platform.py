@@ -15,6 +15,6 @@ def prepare_process() -> None:
     Raises:
         ConfigError: if there is no CUDA, and the CPU platform does not support this version of Megatron-Core.
     """
-    presence.hide_broken_transformer_engine()
+    presence.hide_unusable_packages()
     cpu.install()
     core.install()

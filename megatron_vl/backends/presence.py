@@ -1,8 +1,12 @@
-"""Hide a broken Transformer Engine from Megatron-Core.
+"""Hide packages that cannot work here from Megatron-Core.
 
-Megatron-Core uses Transformer Engine if it can be imported, and does without it if it is not installed. A broken
-installation, with a missing library for example, would end the import of Megatron-Core itself, even for runs that do
-not use it. So it is made to seem absent before Megatron-Core is imported, and the log reports that.
+Megatron-Core uses Transformer Engine and Apex wherever they can be imported, and does without them otherwise. Two
+installations must therefore seem absent, before Megatron-Core is imported:
+
+* where there is no CUDA device, both: their optimizers and norms of gradients have no code for the CPU. NVIDIA's image
+  on a machine without GPU is such a place;
+* a broken Transformer Engine, with a missing library for example. It would end the import of Megatron-Core itself, even
+  for runs that do not use it. The log reports that.
 """
 
 from __future__ import annotations
@@ -12,22 +16,34 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
+
 from megatron_vl.log import log_rank_0
 
-_NAME = "transformer_engine"
+_TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch")
+_APEX = ("apex", "amp_C")
 
 
-def hide_broken_transformer_engine() -> None:
-    """Make an installation that cannot be imported seem absent, for this process."""
-    if find_spec(_NAME) is None:
-        return
+def hide_unusable_packages() -> None:
+    """Make packages that cannot work here seem absent, for this process."""
+    if not torch.cuda.is_available():
+        _hide(*_TRANSFORMER_ENGINE, *_APEX)
+    elif find_spec(_TRANSFORMER_ENGINE[0]) is not None:
+        _hide_if_broken()
+
+
+def _hide(*names: str) -> None:
+    for name in names:
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+def _hide_if_broken() -> None:
     try:
-        import_module(f"{_NAME}.pytorch")
+        import_module(_TRANSFORMER_ENGINE[1])
     except ImportError:
         pass  # which Megatron-Core expects
     except (OSError, RuntimeError, AssertionError) as error:
-        for name in (_NAME, f"{_NAME}.pytorch"):
-            sys.modules[name] = None  # type: ignore[assignment]
+        _hide(*_TRANSFORMER_ENGINE)
         log_rank_0(
             f"Transformer Engine is installed but broken, and left out ({' '.join(str(error).split())}). Install it "
             "again as in the Dockerfile, or remove it: pip uninstall transformer-engine",

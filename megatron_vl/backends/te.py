@@ -8,6 +8,7 @@ the norm's own name, so that a checkpoint written by one backend loads in the ot
 from __future__ import annotations
 
 import copy
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -91,7 +92,9 @@ def _check_package() -> None:
         found = Version(version("transformer_engine")).release
     # The meta package without its libraries, a missing library, and libraries of another version, in this order.
     except (ImportError, RuntimeError, OSError, AssertionError) as error:
-        raise _unusable(f"cannot be imported ({error})") from error
+        hidden = sys.modules.get("transformer_engine", error) is None and not torch.cuda.is_available()
+        reason = "needs a CUDA device, and none was found" if hidden else f"cannot be imported ({error})"
+        raise _unusable(reason) from error
     lowest, limit = (".".join(map(str, bound)) for bound in _VERSIONS)
     if not _VERSIONS[0] <= found < _VERSIONS[1]:
         told = ".".join(map(str, found))

@@ -1,18 +1,15 @@
 """The modules of the installed Transformer Engine as the model builds them: names, shapes, weights, marks, checkpoints.
 
-Building needs the package and no GPU, so this runs wherever it can be imported. Nothing is computed.
+Nothing is computed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from megatron_vl.checkpoint import contents
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.backend import select_backend
 from megatron_vl.model.build import build_model
-from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.parameters import model_tensors
 from tests.gpu.parity import MODEL, parity_config, plain_name
 from tests.helpers.ranks import RankPools, Start
@@ -30,9 +26,12 @@ from tests.helpers.ranks import RankPools, Start
 BACKENDS = ("local", "transformer_engine")
 STATE = "_extra_state"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+    ),
+]
 
 
 def _config(number: int, *, tensor_parallel: int = 1) -> RunConfig:
@@ -41,31 +40,6 @@ def _config(number: int, *, tensor_parallel: int = 1) -> RunConfig:
         config.parallel, tensor_model_parallel_size=tensor_parallel, sequence_parallel=tensor_parallel > 1
     )
     return replace(config, parallel=parallel)
-
-
-@contextmanager
-def _topology(start: Start, config: RunConfig) -> Iterator[Topology]:
-    """Transformer Engine asks for CUDA when a module is built; where there is none, it is told that there is."""
-    with start.topology(config.parallel) as topology:
-        if torch.cuda.is_available() or config.parallel.backend == "local":
-            yield topology
-            return
-        from transformer_engine.pytorch.module import base
-
-        cuda = _Over(torch.cuda, is_available=lambda: True)
-        with mock.patch.object(base, "torch", _Over(torch, cuda=cuda)):
-            yield topology
-
-
-class _Over:
-    """A module with some of its attributes replaced, for one importer of it."""
-
-    def __init__(self, module: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def _weights(chunk: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +56,7 @@ def _marks(chunk: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def _built(start: Start, config: RunConfig) -> tuple[dict[str, Tensor], dict[str, tuple[Any, ...]]]:
-    with _topology(start, config) as topology:
+    with start.topology(config.parallel) as topology:
         chunk = build_model(config, topology)[0]
         kinds = {type(module).__module__.split(".")[0] for module in chunk.modules()}
         assert ("transformer_engine" in kinds) == (config.parallel.backend == BACKENDS[1])
@@ -108,13 +82,13 @@ def test_marks_are_the_local_ones(ranks: RankPools) -> None:
 
 
 def _save(start: Start, config: RunConfig, root: Path) -> Path:
-    with _topology(start, config) as topology:
+    with start.topology(config.parallel) as topology:
         trained = contents.Trained(build_model(config, topology), None)
         return contents.save(trained, {"step": 0}, config=config, topology=topology, root=root)
 
 
 def _loaded(start: Start, config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
-    with _topology(start, config) as topology:
+    with start.topology(config.parallel) as topology:
         chunks = build_model(config, topology, fresh_weights=False)
         contents.load(contents.Trained(chunks, None), checkpoint, config=config, topology=topology)
         return _weights(chunks[0])
@@ -142,7 +116,7 @@ class _Hostile:
 def _attack(start: Start, config: RunConfig, root: Path, trap: Path) -> Path:
     """A checkpoint in which every module of Transformer Engine has a state of its own, as the package pickles it."""
     state = torch.frombuffer(bytearray(pickle.dumps(_Hostile(trap))), dtype=torch.uint8)
-    with _topology(start, config) as topology:
+    with start.topology(config.parallel) as topology:
         chunk = build_model(config, topology)[0]
         names = [name for name in chunk.state_dict() if name.endswith(STATE)]
         chunk.load_state_dict(dict.fromkeys(names, state), strict=False)

@@ -1,4 +1,4 @@
-"""A Transformer Engine that is installed but broken disturbs no run that does not ask for it."""
+"""Packages that cannot work here disturb no run that does not ask for them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 BROKEN = "raise FileNotFoundError('Could not find shared object file for Transformer Engine torch lib.')"
-PREPARE = """
+ON_CUDA = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+from megatron_vl.backends.presence import hide_unusable_packages
+hide_unusable_packages()
+print(sys.modules["transformer_engine"])
+"""
+ON_A_CPU = """
 from megatron_vl.backends.platform import prepare_process
 prepare_process()
+from megatron.core.optimizer.clip_grads import l2_norm_impl
+print(l2_norm_impl.__module__)
 from megatron_vl.model.backend import select_backend
 from megatron_vl.errors import ConfigError
-print(select_backend("local").name)
 try:
     select_backend("transformer_engine")
 except ConfigError as error:
     print(error)
+"""
+APEX = """
+def multi_tensor_l2norm(*arguments):
+    raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+multi_tensor_scale = multi_tensor_applier = multi_tensor_l2norm
+class FusedAdam:
+    pass
+FusedSGD = FusedAdam
 """
 
 
@@ -39,11 +55,22 @@ def packages(tmp_path: Path) -> Path:
 
 
 def test_a_broken_one_looks_as_if_it_were_absent(packages: Path) -> None:
-    done = _run(packages, "-c", PREPARE)
-    assert done.returncode == 0, done.stderr
-    local, refusal = done.stdout.splitlines()
-    assert local == "local" and refusal.startswith("parallel.backend: transformer_engine cannot be imported")
+    done = _run(packages, "-c", ON_CUDA)
+    assert done.returncode == 0 and done.stdout == "None\n", done.stderr
     assert done.stderr.count("Transformer Engine is installed but broken, and left out (Could not find") == 1
+
+
+@pytest.mark.parametrize("package", ["transformer_engine/pytorch/optimizers", "apex/multi_tensor_apply", "amp_C"])
+def test_packages_for_cuda_alone_are_not_used_on_a_cpu(tmp_path: Path, package: str) -> None:
+    """NVIDIA's image has them, also on a machine without GPU. There the first step ended with a CUDA error."""
+    place = tmp_path / package
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text(APEX)
+    done = _run(tmp_path, "-c", ON_A_CPU)
+    assert done.returncode == 0, done.stderr
+    norm, refusal = done.stdout.splitlines()
+    assert norm == "megatron.core.utils"
+    assert refusal.startswith("parallel.backend: transformer_engine needs a CUDA device, and none was found")
 
 
 @pytest.mark.parametrize(
