@@ -58,3 +58,11 @@ def test_only_what_dependencies_say_to_their_authors_is_silenced(
         log.silence_dependency_warnings()
         warnings.warn_explicit("message", category, "file.py", 1, module=module)
     assert bool(caught) is heard
+
+
+def test_what_torch_says_of_each_barrier_over_nccl_is_silenced() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log.silence_dependency_warnings()
+        warnings.warn("barrier(): using the device under current context. You can specify", UserWarning, stacklevel=1)
+    assert not caught
