@@ -45,7 +45,7 @@ class Topology:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
-            create_gloo_process_groups=True,  # a save gathers the optimizer over them in host memory
+            create_gloo_process_groups=True,  # a save sends parts of the optimizer over them
         )
         return self
 
