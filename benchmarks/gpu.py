@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--json FILE] [--parts NAME ..] [--minutes 6] [--small] [--log FILE]
 
 Each part is a process of its own with a time limit, so one that fails or hangs costs the others nothing; the rows that
-it had by then are kept. Parts come in order of importance, and those that no time is left for are named. ``--small``
-runs the same parts at tiny sizes, on a CPU as well, which shows that they work and nothing else.
+it had by then are kept. Checks of equality run side by side, then parts that are timed run alone, in order of
+importance. Those that no time is left for are named. ``--small`` runs the same parts at tiny sizes, on a CPU as well,
+which shows that they work and nothing else.
 
 It needs torch, megatron-core, numpy and PyYAML, and psutil for checkpoints. Transformer Engine is used where it is
 installed; a part whose name ends in a backend uses that one. What the rows say: ``docs/results/gpu.md``.
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,21 +40,23 @@ class Part:
     name: str
     limit: float
     says: str
+    timed: bool = False
+    """Whether its seconds are a result, so nothing else may run."""
 
 
 PARTS = (
     Part("machine", 40, "what this is"),
-    Part("runs", 60, "a step in one process over NCCL, beside the CPU's"),
-    Part("stage2", 80, "stage 2 at full width: time, rate, memory, kernels"),
-    Part("stage1", 90, "stage 1 at full size"),
-    Part("parity", 60, "bf16 and Transformer Engine beside fp32, forward and gradients"),
-    Part("products", 40, "ceilings of matrix products at our shapes"),
-    Part("text", 60, "text alone"),
-    Part("stage3", 70, "stage 3 at full width"),
-    Part("layouts", 70, "two ranks on one device: tensor, sequence, pipeline, virtual, data"),
-    Part("resume", 60, "resumes, checkpoints across backends, deterministic mode, AdamW"),
-    Part("tiny", 60, "the tiny model through its four stages, and an answer"),
-    Part("stage2-local", 70, "stage 2 without Transformer Engine"),
+    Part("runs", 120, "a step in one process over NCCL, beside the CPU's"),
+    Part("parity", 120, "bf16 and Transformer Engine beside fp32, forward and gradients"),
+    Part("layouts", 120, "two ranks on one device: tensor, sequence, pipeline, virtual, data"),
+    Part("resume", 120, "resumes, checkpoints across backends, deterministic mode, AdamW"),
+    Part("tiny", 120, "the tiny model through its four stages, and an answer"),
+    Part("stage2", 80, "stage 2 at full width: time, rate, memory, kernels", timed=True),
+    Part("stage1", 90, "stage 1 at full size", timed=True),
+    Part("text", 60, "text alone", timed=True),
+    Part("stage3", 60, "stage 3 at full width", timed=True),
+    Part("stage2-local", 60, "stage 2 without Transformer Engine", timed=True),
+    Part("products", 40, "ceilings of matrix products at our shapes", timed=True),
 )
 
 
@@ -71,20 +75,42 @@ def main() -> int:
     """The command; exit status 1 if a part did not end well."""
     options = _parse()
     deadline = time.monotonic() + 60.0 * options.minutes
-    outcomes = []
-    for part in [part for part in PARTS if part.name in options.parts]:
-        left = deadline - time.monotonic()
-        outcome = run_part(part, seconds=min(part.limit, left), small=options.small)
-        outcomes.append(outcome)
-        print(_ending(outcome), flush=True)
-    rows = [row for outcome in outcomes for row in [*outcome.rows, _row_of(outcome)]] + compared(outcomes)
-    print("\n".join(["", *summary(outcomes, rows)]))
+    outcomes: list[Outcome] = []
+    for parts in in_turn([part for part in PARTS if part.name in options.parts]):
+        for outcome in run_side_by_side(parts, deadline, small=options.small):
+            outcomes.append(outcome)
+            print(_ending(outcome), flush=True)
+            _write(outcomes, options)
+    print("\n".join(["", *summary(outcomes, all_rows(outcomes))]))
+    return 1 if any(outcome.failure for outcome in outcomes) else 0
+
+
+def in_turn(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts that may run together: first the machine, then all checks, then each timed part alone."""
+    checks = [part for part in parts if not part.timed and part.name != PARTS[0].name]
+    alone = [[part] for part in parts if part.timed]
+    return [group for group in ([part for part in parts if part is PARTS[0]], checks, *alone) if group]
+
+
+def run_side_by_side(parts: Sequence[Part], deadline: float, *, small: bool) -> Iterator[Outcome]:
+    """Run parts at the same time, and yield their outcomes in the order of the parts."""
+    left = deadline - time.monotonic()
+    with ThreadPoolExecutor(max_workers=len(parts)) as pool:
+        yield from pool.map(lambda part: run_part(part, seconds=min(part.limit, left), small=small), parts)
+
+
+def all_rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """What the parts have measured, the parts themselves, and what is compared across parts."""
+    return [row for outcome in outcomes for row in [*outcome.rows, _row_of(outcome)]] + compared(outcomes)
+
+
+def _write(outcomes: Sequence[Outcome], options: argparse.Namespace) -> None:
+    """Write what there is so far: the machine may be taken away before the last part."""
     if options.log:
         texts = [f"==== {outcome.part.name}\n{outcome.output}\n" for outcome in outcomes]
         options.log.write_text("".join(texts), encoding="utf-8")
     if options.json:
-        write_rows(options.json, rows)
-    return 1 if any(outcome.failure for outcome in outcomes) else 0
+        write_rows(options.json, all_rows(outcomes))
 
 
 def run_part(part: Part, *, seconds: float, small: bool, command: Sequence[str] = ()) -> Outcome:

@@ -49,8 +49,8 @@ class Stage:
     shape: str
     goal: float
     """Share of the device's peak; the best published text-only figure at 2,048 tokens on an H100 is 0.464."""
-    largest_micro_batch: int = 4
-    """Rows of the largest micro-batch that is timed: 1, 2 or 4."""
+    micro_batch_sizes: tuple[int, ...] = (2,)
+    """Rows of the micro-batches that are timed, the largest last."""
 
     def micro_batches_of_recipe(self, batch: MicroBatch) -> int:
         """Micro-batches of a rank in a step of the recipe, which is divided among ``DATA_PARALLEL`` ranks."""
@@ -60,8 +60,8 @@ class Stage:
 
 
 STAGES = {
-    "stage1": Stage("stage1_pretrain.yaml", "stage1", 0.45, 2),
-    "stage2": Stage("stage2_multitask.yaml", "stage2", 0.48),
+    "stage1": Stage("stage1_pretrain.yaml", "stage1", 0.45, (1, 2)),
+    "stage2": Stage("stage2_multitask.yaml", "stage2", 0.48, (1, 2, 4)),
     "stage3": Stage("stage3_sft.yaml", "stage3", 0.50),
     "text": Stage("stage2_multitask.yaml", "text", 0.464),
 }
@@ -101,7 +101,7 @@ def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
     """The recipe on one device; small: the tiny model with the recipe's everything else."""
     flags = ["--tensor-model-parallel-size", "1", "--no-sequence-parallel", "--backend", sizes.backend]
     config = load_config(RECIPES / stage.recipe, flags)
-    rows = stage.largest_micro_batch
+    rows = max(stage.micro_batch_sizes)
     training = replace(
         config.training, micro_batch_size=rows, global_batch_samples=None, global_batch_size=rows * sizes.micro_batches
     )
@@ -122,20 +122,19 @@ def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> No
     """Everything about one stage, at the depth that fits with the largest micro-batch."""
     stage, sizes = STAGES[name], Sizes.of(small=small, backend=backend)
     config = stage_config(stage, sizes)
-    rows = stage.largest_micro_batch
     batches = {
-        size: make_batches(config, SHAPES[stage.shape], count=sizes.micro_batches, rows=size)
-        for size in (1, 2, 4)
-        if size <= rows
+        rows: make_batches(config, SHAPES[stage.shape], count=sizes.micro_batches, rows=rows)
+        for rows in stage.micro_batch_sizes
     }
+    largest = batches[max(batches)]
     prepare_process()
     with Topology(config.parallel) as topology:
-        attempts = ladder(config, batches[rows][0].work, free_bytes=memory_bytes())
+        attempts = ladder(config, largest[0].work, free_bytes=memory_bytes())
         if stage.shape == "text":
             attempts = iter(_language_only(attempts))
 
         def run(attempt: Attempt) -> Trained:
-            trained = _build(attempt.applied(config), topology, batches[rows])
+            trained = _build(attempt.applied(config), topology, largest)
             trained.step(1)
             return trained
 
@@ -143,9 +142,9 @@ def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> No
         for line in failed:
             print(f"did not fit: {line}")
         title = f"{name}, {_backend_of(trained)}, {attempt}"
-        for size, trained.batches in batches.items():
-            _report_steps(trained, stage, report, title=f"{title}, micro-batch {size}", sizes=sizes)
-        title = f"{title}, micro-batch {rows}"
+        for rows, trained.batches in batches.items():
+            _report_steps(trained, stage, report, title=f"{title}, micro-batch {rows}", sizes=sizes)
+        title = f"{title}, micro-batch {max(batches)}"
         _report_parts(trained, report, title=title, sizes=sizes)
         _report_profile(trained, report, title=title)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-_INTERRUPTED = 130  # ExitStatus.INTERRUPTED, which may not be imported yet
+_INTERRUPTED, _USER_ERROR = 130, 2  # as ExitStatus, which may not be imported yet
 
 
 def run(command: str) -> int:
@@ -15,4 +15,12 @@ def run(command: str) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (error.name or "megatron_vl").startswith("megatron_vl"):
+            raise
+        sys.stderr.write(
+            f"error: Python's package {error.name} is not installed for {sys.executable}: activate the environment of "
+            "examples/quickstart.sh (source .venv/bin/activate), or install what setup.py lists\n"
+        )
+        return _USER_ERROR
     return status

@@ -172,7 +172,7 @@ def test_the_ladder_goes_down_until_it_fits(module: Any) -> None:
         return "ran"
 
     attempt, result, failed = depth.first_that_fits(depth.ladder(stage2, work, free_bytes=0), run)
-    assert result == "ran" and attempt == tried[2] and len(failed) == 2 and tried[1].recompute == "full"
+    assert result == "ran" and attempt == tried[2] and len(failed) == 2
     with pytest.raises(torch.OutOfMemoryError, match="2 layers"):
         depth.first_that_fits(iter(tried[:1]), lambda _: run_out())
 
