@@ -6,6 +6,7 @@ calls. Each call starts and ends its own process group (through :class:`Topology
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -119,8 +120,12 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
+    from megatron_vl.checkpoint import contents  # noqa: F401 - nearly every call needs what this imports
+    from megatron_vl.training import step  # noqa: F401
     from tests.helpers.repeats import repeated_schedules
 
+    gc.collect()
+    gc.freeze()  # each call ends with a collection, which then looks at the objects of that call alone
     while True:
         function, store, args, repeats = pipe.recv()
         start = Start(Launch(rank, world_size, rank), f"file://{store}")
