@@ -143,9 +143,7 @@ class PlainSteps:
 
     def __init__(self, config: RunConfig, batch: MicroBatch, weights: dict[str, Tensor], *, labelled_slot_head: bool):
         self.batch, self.clip = batch, config.optimizer.clip_grad
-        self.model = PlainQwenVL(
-            config.model, seq_length=config.data.seq_length, labelled_slot_head=labelled_slot_head
-        )
+        self.model = PlainQwenVL(config.model, seq_length=config.data.seq_length, labelled_slot_head=labelled_slot_head)
         self.model.load_state_dict(weights)
         parameters, settings = list(self.model.parameters()), config.optimizer
         self.optimizer = torch.optim.AdamW(

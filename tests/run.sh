@@ -23,6 +23,7 @@ done
 
 echo "== ruff"
 python -m ruff check .
+python -m ruff format --check .
 echo "== mypy"
 python -m mypy
 echo "== pytest"

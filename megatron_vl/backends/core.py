@@ -192,9 +192,7 @@ class _Unjoined:
         return None
 
 
-def _write_here(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
-) -> None:
+def _write_here(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
     """Write this rank's part of a checkpoint in this process. Megatron-Core fixes the signature."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 

@@ -90,9 +90,7 @@ class _Agreement:
         return self.by_all(lambda: action() if self.topology.rank == 0 else None)[0]
 
 
-def save(
-    trained: Trained, progress: dict[str, Any], *, config: RunConfig, topology: Topology, root: Path
-) -> Path:
+def save(trained: Trained, progress: dict[str, Any], *, config: RunConfig, topology: Topology, root: Path) -> Path:
     """Write and commit a checkpoint; every rank calls it.
 
     Args:

@@ -63,9 +63,7 @@ def verify_together(checkpoint: Path, topology: Topology) -> Verified:
     looks = _gather(lambda: store.verify_sizes(checkpoint))
     _raise_if_views_differ(looks, checkpoint)
     _raise_first(looks)
-    _raise_first(
-        _gather(lambda: store.verify_contents(checkpoint, rank=topology.rank, world_size=topology.world_size))
-    )
+    _raise_first(_gather(lambda: store.verify_contents(checkpoint, rank=topology.rank, world_size=topology.world_size)))
     return Verified(checkpoint)
 
 

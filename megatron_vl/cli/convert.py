@@ -62,19 +62,11 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_import(commands.add_parser("import", help="a published folder to a checkpoint that every layout loads"))
 
     command = commands.add_parser("export", help="a checkpoint to a published folder")
-    command.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="checkpoint, or directory of them (newest)"
-    )
+    command.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, or directory of them (newest)")
     command.add_argument("folder", type=Path, metavar="HF_DIR", help="folder to write; must not exist")
-    command.add_argument(
-        "--release", choices=("base", "chat"), default="base", help="whose generation defaults"
-    )
-    command.add_argument(
-        "--format", choices=("safetensors", "bin"), default="safetensors", help="of the weights"
-    )
-    command.add_argument(
-        "--reference", type=Path, metavar="DIR", help="imported folder whose code files to copy"
-    )
+    command.add_argument("--release", choices=("base", "chat"), default="base", help="whose generation defaults")
+    command.add_argument("--format", choices=("safetensors", "bin"), default="safetensors", help="of the weights")
+    command.add_argument("--reference", type=Path, metavar="DIR", help="imported folder whose code files to copy")
     command.add_argument(
         "--vocab-file",
         nargs="?",
@@ -132,9 +124,7 @@ def _open_import(options: argparse.Namespace) -> ConvertedModel:
     if options.folder is not None and parts == (None, None):
         return import_folder(options.folder)
     if options.folder is not None or None in parts:
-        raise ConversionError(
-            "import takes either HF_DIR, a folder of Qwen-VL, or both --vision and --language"
-        )
+        raise ConversionError("import takes either HF_DIR, a folder of Qwen-VL, or both --vision and --language")
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
@@ -166,9 +156,7 @@ def _export(options: argparse.Namespace) -> None:
     )
     tensors = open_checkpoint(options.checkpoint)
     with _progress("export", tensors.num_bytes) as progress:
-        size = export_folder(
-            tensors, tensors.model, options.folder, options=export_options, progress=progress
-        )
+        size = export_folder(tensors, tensors.model, options.folder, options=export_options, progress=progress)
     write_line(f"{options.folder}: {size:,} bytes of weights")
 
 

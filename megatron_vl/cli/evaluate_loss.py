@@ -101,9 +101,7 @@ def _configuration(model: ModelConfig, options: argparse.Namespace, world_size: 
         model=model,
         parallel=parallel,
         data=DataConfig(attention_span=options.attention_span, blank_images=options.blank_images),
-        training=TrainingConfig(
-            micro_batch_size=options.micro_batch_size, global_batch_size=rows, bf16=options.bf16
-        ),
+        training=TrainingConfig(micro_batch_size=options.micro_batch_size, global_batch_size=rows, bf16=options.bf16),
     )
 
 

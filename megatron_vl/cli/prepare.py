@@ -43,9 +43,7 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/prepare_data.py my_data.yaml --model-preset tiny --output data/mine",
     )
     parser.add_argument("recipe", type=Path, help="YAML file that lists the sources and how rows are packed")
-    parser.add_argument(
-        "--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)"
-    )
+    parser.add_argument("--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)")
     parser.add_argument(
         "--root", type=Path, help="folder from which relative paths count (default: the recipe's folder)"
     )
@@ -55,9 +53,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_bpe_tokens of this model preset"
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="do not prepare: check the files of a finished data set"
-    )
+    parser.add_argument("--verify", action="store_true", help="do not prepare: check the files of a finished data set")
     parser.add_argument(
         "--keep-parts",
         action="store_true",

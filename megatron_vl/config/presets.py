@@ -14,9 +14,7 @@ TINY = ModelConfig(
     init_method_std=0.08,  # about 1 / sqrt(width); the 0.02 of the big models makes a narrow one start too slowly
     vision=VisionConfig(num_layers=3, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4, position_grid=6),
     resampler=ResamplerConfig(num_queries=16, num_attention_heads=4),
-    language=LanguageConfig(
-        num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, vocab_size=2304
-    ),
+    language=LanguageConfig(num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, vocab_size=2304),
 )
 
 SMALL = ModelConfig(

@@ -207,8 +207,7 @@ def check_backend(config: RunConfig, *, cuda: bool) -> None:
     """Transformer Engine runs on CUDA only."""
     if config.parallel.backend == "transformer_engine" and not cuda:
         raise ConfigError(
-            "parallel.backend is transformer_engine, which needs CUDA, and no CUDA device was found; "
-            "use auto or local"
+            "parallel.backend is transformer_engine, which needs CUDA, and no CUDA device was found; use auto or local"
         )
 
 
@@ -357,8 +356,7 @@ def parse_data_path(items: Sequence[str], *, key: str = "data.data_path") -> lis
     if len(items) % 2:
         first = next(item for item, number in zip(items, numbers, strict=True) if number is not None)
         raise ConfigError(
-            f"{form}. Found {len(items)} items, which do not pair up. A number is a weight (write "
-            f"./{first} for a file)"
+            f"{form}. Found {len(items)} items, which do not pair up. A number is a weight (write ./{first} for a file)"
         )
     pairs: list[tuple[float, str]] = []
     for position in range(0, len(items), 2):

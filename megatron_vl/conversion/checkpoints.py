@@ -27,9 +27,7 @@ from megatron_vl.planning.vocabulary import padded_vocab_size
 _DTYPE_FROM = "language_model.final_layernorm.weight"
 
 
-def write_checkpoint(
-    converted: ConvertedModel, root: Path, *, progress: Callable[[int], None] | None = None
-) -> Path:
+def write_checkpoint(converted: ConvertedModel, root: Path, *, progress: Callable[[int], None] | None = None) -> Path:
     """Write a model as the checkpoint of step 0 in ``root``, and return its directory.
 
     ``progress`` is called with the bytes of each tensor that has been read.

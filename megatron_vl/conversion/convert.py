@@ -159,9 +159,7 @@ def export_folder(
     def read(name: str) -> Sequence[Tensor]:
         return _published(entries[name], state[name], model)
 
-    with write_folder(
-        folder, plan, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes
-    ) as writer:
+    with write_folder(folder, plan, file_format=options.file_format, max_shard_bytes=options.max_shard_bytes) as writer:
         _add_side_files(writer, model, options)
         for name, tensors in read_ahead(list(entries), read):
             for hf_name, tensor in zip(entries[name].hf_names, tensors, strict=True):
@@ -184,9 +182,7 @@ def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     check_finite(tensor, spec.name)
 
 
-def check_model(
-    state: TensorSource, model: ModelConfig, *, progress: Callable[[int], None] | None = None
-) -> None:
+def check_model(state: TensorSource, model: ModelConfig, *, progress: Callable[[int], None] | None = None) -> None:
     """Raise ConversionError unless ``state`` has exactly the model's tensors, each sound."""
     specs = {spec.name: spec for spec in model_tensors(model)}
     check_names(state, set(specs), where="the model", what="its configuration")
@@ -263,6 +259,4 @@ def _check_stored(stored: Mapping[str, StoredTensor], model: ModelConfig, folder
     for entry in correspondences(model):
         dtypes = {stored[name].dtype for name in entry.hf_names}
         if len(dtypes) > 1:
-            raise ConversionError(
-                f"{folder}: {' and '.join(entry.hf_names)} have different types; expected one"
-            )
+            raise ConversionError(f"{folder}: {' and '.join(entry.hf_names)} have different types; expected one")

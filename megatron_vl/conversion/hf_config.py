@@ -48,9 +48,7 @@ def model_config(hf: Mapping[str, Any], source: str) -> ModelConfig:
     """
     visual = hf.get("visual")
     if not isinstance(visual, Mapping):
-        raise ConversionError(
-            f"{source}: no section 'visual'; expected the configuration of Qwen-VL, not of Qwen"
-        )
+        raise ConversionError(f"{source}: no section 'visual'; expected the configuration of Qwen-VL, not of Qwen")
     hidden = _integer(hf, "hidden_size", source)
     width = _integer(visual, "width", source)
     num_bpe_tokens = _integer(visual, "image_start_id", source) - SpecialTokens(0).img_start
@@ -224,11 +222,9 @@ def check_sizes(model: ModelConfig, output_dim: int, source: str) -> None:
     tokens = SpecialTokens(model.num_bpe_tokens).num_tokens
     problems = {
         "output_dim of 'visual' is not hidden_size": output_dim != language.hidden_size,
-        "num_attention_heads does not divide hidden_size": language.hidden_size
-        % language.num_attention_heads,
+        "num_attention_heads does not divide hidden_size": language.hidden_size % language.num_attention_heads,
         "heads of 'visual' do not divide its width": vision.hidden_size % vision.num_attention_heads,
-        "the resampler's heads do not divide hidden_size": language.hidden_size
-        % resampler.num_attention_heads,
+        "the resampler's heads do not divide hidden_size": language.hidden_size % resampler.num_attention_heads,
         "patch_size of 'visual' does not divide its image_size": model.image_size % vision.patch_size,
         "image_start_id leaves fewer than 256 byte-pair tokens": model.num_bpe_tokens < 256,
         f"more than {_MOST_LAYERS} layers": max(language.num_layers, vision.num_layers) > _MOST_LAYERS,

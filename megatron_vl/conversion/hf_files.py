@@ -74,9 +74,7 @@ def _read_shards(folder: Path, index_file: Path) -> dict[str, StoredTensor]:
     names_of: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\\" in file:
-            raise ConversionError(
-                f"{index_file}: {name} is said to be in {file!r}; expected a file of this folder"
-            )
+            raise ConversionError(f"{index_file}: {name} is said to be in {file!r}; expected a file of this folder")
         names_of.setdefault(file, set()).add(name)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(names_of):

@@ -176,9 +176,7 @@ class Engine:
             tokens.to(device), hidden.to(device), slots.to(device), torch.cat(pixels).to(device) if pixels else None
         )
 
-    def _forward(
-        self, step: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]
-    ) -> Tensor:
+    def _forward(self, step: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]) -> Tensor:
         """Run all stages; return int64[b], the next tokens, on every rank."""
         reads_text = next(index for index, stage in enumerate(self.layout.stages) if stage.word_embedding)
         state: Tensor | None = None

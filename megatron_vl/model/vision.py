@@ -87,9 +87,7 @@ class VisionTower(ShardedModule):
                 torch.empty(vision.position_grid**2, vision.hidden_size, dtype=dtype)
             )
             self.ln_pre = nn.LayerNorm(vision.hidden_size, eps=vision.layernorm_epsilon, dtype=dtype)
-        self.layers = build_layers(
-            context, context.backend.vision_layer(), config=config, numbers=stage.vision_layers
-        )
+        self.layers = build_layers(context, context.backend.vision_layer(), config=config, numbers=stage.vision_layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run this stage's part of the tower; return [patches, n, h] (patches / tp under sequence parallelism).

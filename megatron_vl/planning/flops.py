@@ -139,9 +139,7 @@ def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> flo
     keys_values = 2 * patches * 2 * hidden**2
     queries_in = 2 * queries * hidden**2
     output = 2 * queries * hidden**2  # attention's output projection, and again the projection after ln_post
-    per_image = (
-        _passes(weight=own_trained, upstream=tower_trained) * 2 * patches * model.vision.hidden_size * hidden
-    )
+    per_image = _passes(weight=own_trained, upstream=tower_trained) * 2 * patches * model.vision.hidden_size * hidden
     per_image += _passes(weight=own_trained, upstream=own_trained) * queries_in
     per_image += passes * (keys_values + output)
     per_image += (passes - (own_trained and frozen.resampler_output)) * output

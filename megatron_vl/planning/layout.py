@@ -89,9 +89,7 @@ class PipelineLayout:
         return tuple(self.stage(pipeline_rank, chunk) for chunk in range(self.virtual_size))
 
 
-def parse_layout(
-    text: str, *, model: ModelConfig, pipeline_size: int, virtual_size: int = 1
-) -> PipelineLayout:
+def parse_layout(text: str, *, model: ModelConfig, pipeline_size: int, virtual_size: int = 1) -> PipelineLayout:
     """Read the written form of a layout.
 
     Raises:
@@ -115,9 +113,7 @@ def resolve_layout(config: RunConfig) -> PipelineLayout:
     parallel = config.parallel
     sizes = (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1)
     if parallel.pipeline_layout != "auto":
-        return parse_layout(
-            parallel.pipeline_layout, model=config.model, pipeline_size=sizes[0], virtual_size=sizes[1]
-        )
+        return parse_layout(parallel.pipeline_layout, model=config.model, pipeline_size=sizes[0], virtual_size=sizes[1])
     return balanced_layout(
         config.model,
         frozen=FrozenParts.of(config.training),

@@ -84,11 +84,7 @@ def model_tensors(model: ModelConfig) -> list[TensorSpec]:
         *(spec for layer in range(model.vision.num_layers) for spec in _vision_layer(model.vision, layer)),
         *_resampler(model),
         _word_embedding(model.language),
-        *(
-            spec
-            for layer in range(model.language.num_layers)
-            for spec in _language_layer(model.language, layer)
-        ),
+        *(spec for layer in range(model.language.num_layers) for spec in _language_layer(model.language, layer)),
         *_head(model.language),
     ]
 
@@ -155,9 +151,7 @@ def _part(name: str) -> Part:
     return "language_model"
 
 
-def _trained_and_frozen(
-    specs: Iterable[TensorSpec], frozen: FrozenParts, tensor_size: int
-) -> tuple[int, int]:
+def _trained_and_frozen(specs: Iterable[TensorSpec], frozen: FrozenParts, tensor_size: int) -> tuple[int, int]:
     """Return the number of elements of what trains, and of the parameters that do not."""
     sizes = {True: 0, False: 0}
     for spec in specs:

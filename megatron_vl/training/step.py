@@ -145,9 +145,7 @@ def forward_backward(
 ) -> tuple[LossSum, Counts]:
     """Run the schedule over the micro-batches. Sum the losses and counts over all ranks."""
     arrivals = Arrivals(batches, topology, takers=len(chunks))
-    records = run_schedule(
-        chunks, arrivals, forward_step=_forward_step, forward_only=forward_only, topology=topology
-    )
+    records = run_schedule(chunks, arrivals, forward_step=_forward_step, forward_only=forward_only, topology=topology)
     sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)

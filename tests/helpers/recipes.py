@@ -20,9 +20,7 @@ from megatron_vl.data.loading.plan import DataPlan
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {
-    f"{path.parent.name}-{path.stem}": path for path in sorted(ROOT.glob("examples/*/stage*.yaml"))
-}
+RECIPES = {f"{path.parent.name}-{path.stem}": path for path in sorted(ROOT.glob("examples/*/stage*.yaml"))}
 MODEL = replace(tiny.MODEL, vision=replace(tiny.MODEL.vision, position_grid=4))
 """Its images have numbers of patches that two tensor-parallel ranks can split."""
 STEPS = 10

@@ -27,9 +27,7 @@ MODEL = ModelConfig(
     init_method_std=0.1,
     vision=VisionConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, position_grid=3),
     resampler=ResamplerConfig(num_queries=4, num_attention_heads=2),
-    language=LanguageConfig(
-        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=500
-    ),
+    language=LanguageConfig(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=500),
 )
 ODD_MODEL = replace(
     MODEL,

@@ -148,7 +148,7 @@ RULES = (
     # Into another folder than the checkout's, which the result has to equal.
     Rule(
         r"python tests/golden/regenerate\.py",
-        "python -c 'from pathlib import Path; from tests.golden import regenerate as it; it.GOLDEN = Path(\"golden\"); "
+        'python -c \'from pathlib import Path; from tests.golden import regenerate as it; it.GOLDEN = Path("golden"); '
         "it.main()' && diff -r golden tests/golden/recipes && echo the same",
         says="the same",
     ),

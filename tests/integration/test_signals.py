@@ -60,9 +60,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Running:
     """A training in a session of its own."""
 
-    def __init__(
-        self, command: list[str], folder: Path, prefix: str, *, valid: bool = False, **training: Any
-    ) -> None:
+    def __init__(self, command: list[str], folder: Path, prefix: str, *, valid: bool = False, **training: Any) -> None:
         config = tiny_config(
             data={"data_path": (prefix,), "seq_length": SEQ_LENGTH, "valid_data_path": (prefix,) if valid else ()},
             training={"train_iters": 10**6, "micro_batch_size": 1, "global_batch_size": 2} | training,

@@ -71,5 +71,3 @@ def _last_logits(chunk: object, config: RunConfig, tokens: list[int], prompt: Pr
     inputs = language.attention_inputs(PackedLine.of([len(tokens)]))
     hidden = language(embedded.unsqueeze(1), inputs)
     return language.logits(hidden, positions=torch.tensor([len(tokens) - 1]))[0]
-
-

@@ -98,9 +98,7 @@ class IndexedFile:
         self.lengths: npt.NDArray[np.int32] = content[borders[0] : borders[1]].view("<i4")
         """int32[sequences]: items in each sequence."""
         self._pointers: npt.NDArray[np.int64] = content[borders[1] : borders[2]].view("<i8")
-        self.modes: npt.NDArray[np.int8] | None = (
-            content[borders[3] : borders[4]].view(np.int8) if with_modes else None
-        )
+        self.modes: npt.NDArray[np.int8] | None = content[borders[3] : borders[4]].view(np.int8) if with_modes else None
         """int8[sequences], if the file was opened with modes."""
         self._check_pointers()
         self._descriptor = _open_descriptor(self._bin_path)
@@ -128,9 +126,7 @@ class IndexedFile:
         offset = int(self._pointers[index]) + start * self.dtype.itemsize
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
-            raise DataError(
-                f"{self._bin_path}: sequence {index} has {len(data)} of {size} bytes; the file was cut."
-            )
+            raise DataError(f"{self._bin_path}: sequence {index} has {len(data)} of {size} bytes; the file was cut.")
         return data
 
     def close(self) -> None:
@@ -149,9 +145,7 @@ class IndexedFile:
 
     def _header(self, content: npt.NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
         if content.size < _HEADER.size:
-            raise DataError(
-                f"{self._idx_path}: {content.size} bytes are too few for an index; prepare the data again."
-            )
+            raise DataError(f"{self._idx_path}: {content.size} bytes are too few for an index; prepare the data again.")
         magic, version, code, count, documents = _HEADER.unpack(content[: _HEADER.size].tobytes())
         if magic != _MAGIC or version != _VERSION or code not in _TYPES:
             raise DataError(
@@ -164,12 +158,9 @@ class IndexedFile:
     def _check_pointers(self) -> None:
         expected = np.zeros(len(self.lengths), dtype=np.int64)
         np.cumsum(self.lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=expected[1:])
-        if (len(self.lengths) and int(self.lengths.min()) < 0) or not np.array_equal(
-            expected, self._pointers
-        ):
+        if (len(self.lengths) and int(self.lengths.min()) < 0) or not np.array_equal(expected, self._pointers):
             raise DataError(
-                f"{self._idx_path}: offsets and lengths disagree; the file is damaged. Prepare the data "
-                "again."
+                f"{self._idx_path}: offsets and lengths disagree; the file is damaged. Prepare the data again."
             )
 
     def _check_data_size(self) -> None:
@@ -199,15 +190,11 @@ def _open_index(path: Path) -> npt.NDArray[np.uint8]:
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, mode="r", dtype=np.uint8)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?"
-        ) from error
+        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error
 
 
 def _open_descriptor(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?"
-        ) from error
+        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error

@@ -169,9 +169,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise DataError(f"{path}: not JSON ({error}); prepare the data again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again."
-        )
+        raise DataError(f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again.")
     try:
         manifest = Builder(DataError, ours=True).build(Manifest, values, str(path))
     except DataError as error:
@@ -230,6 +228,5 @@ def _check_sizes(prefix: str | Path, manifest: Manifest) -> None:
         if found != entry.size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise DataError(
-                f"{path} {state}, the manifest says {entry.size} bytes. Copy the data set anew or prepare "
-                "it again."
+                f"{path} {state}, the manifest says {entry.size} bytes. Copy the data set anew or prepare it again."
             )

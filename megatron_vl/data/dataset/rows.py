@@ -164,8 +164,7 @@ class RowStore:
         """Return one encoded image. Raises DataError if there is no such image."""
         if not 0 <= index < len(self._images):
             raise DataError(
-                f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data "
-                "again."
+                f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data again."
             )
         return self._images.read_bytes(index)
 

@@ -96,9 +96,7 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise SkipSample("image_too_large", f"{width} x {height} pixels, the limit is {limits.max_pixels}")
     if max(size) > limits.max_aspect_ratio * min(size):
-        raise SkipSample(
-            "image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}"
-        )
+        raise SkipSample("image_too_large", f"{width} x {height}: aspect ratio above {limits.max_aspect_ratio:g}")
 
 
 def to_pixels(

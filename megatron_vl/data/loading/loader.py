@@ -158,9 +158,7 @@ class RowLoader:
         decodes = with_pixels and not config.data.blank_images and bool(self.data_sets.images.any())
         prefixes = [store.prefix for store in self.data_sets.stores]
         self._num_workers = config.data.num_workers
-        self._pool = (
-            DecodePool(prefixes, config.model.image_size, num_workers=self._num_workers) if decodes else None
-        )
+        self._pool = DecodePool(prefixes, config.model.image_size, num_workers=self._num_workers) if decodes else None
 
     @property
     def num_rows(self) -> int:

@@ -46,9 +46,7 @@ class DataPlan:
         return cls.of(config, data_path, [(prefix, read_manifest(prefix)) for _, prefix in pairs])
 
     @classmethod
-    def of(
-        cls, config: RunConfig, data_path: Sequence[str], data_sets: Sequence[tuple[str, Manifest]]
-    ) -> DataPlan:
+    def of(cls, config: RunConfig, data_path: Sequence[str], data_sets: Sequence[tuple[str, Manifest]]) -> DataPlan:
         """Check data sets whose manifests have been read.
 
         Raises:

@@ -132,9 +132,7 @@ def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str
 def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
     options, tasks = recipe.pack, samples.task[chosen]
     limits = PackLimits(recipe.seq_length, options.max_images, options.min_piece)
-    items = Items(
-        samples.length[chosen].astype(np.int64), samples.image_counts[chosen], tasks == TASKS.index("text")
-    )
+    items = Items(samples.length[chosen].astype(np.int64), samples.image_counts[chosen], tasks == TASKS.index("text"))
     if options.mode == "none":
         return one_per_row(items, limits=limits)
     if options.mode == "task":
@@ -142,9 +140,7 @@ def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
     return pack(items, limits=limits, seed=options.seed)
 
 
-def _manifest(
-    recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: RowPlan, stem: Path
-) -> Manifest:
+def _manifest(recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: RowPlan, stem: Path) -> Manifest:
     packing = plan.packing
     files, hashes = file_entries(stem)
     names = [entry.source.name for entry in recipe.sources]

@@ -104,9 +104,7 @@ class DataRecipe:
         return self.max_sample_length or self.seq_length
 
 
-def load_recipe(
-    path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None
-) -> DataRecipe:
+def load_recipe(path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None) -> DataRecipe:
     """Read a recipe. ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset if they are missing.
 
     Relative paths are relative to ``root``, by default the recipe's folder.
@@ -189,9 +187,7 @@ def _sources(
     names = [entry.source.name for entry in built]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(
-                f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique"
-            )
+            raise ConfigError(f"{path}: sources: the name {name!r} occurs twice; sample keys would not be unique")
     amounts = {
         entry["name"]: read_amount(entry["samples"], f"{path}: sources[{i}].samples")
         for i, entry in enumerate(entries)

@@ -175,9 +175,7 @@ def _learn_places(sample: Sample, words: Wording) -> list[Piece]:
 
 
 def _learn_region_text(sample: Sample, words: Wording) -> list[Piece]:
-    return _text(
-        words.blank + _required(sample.text or _first_region(sample).text, "description of the region")
-    )
+    return _text(words.blank + _required(sample.text or _first_region(sample).text, "description of the region"))
 
 
 def _learn_lines(sample: Sample, words: Wording) -> list[Piece]:
@@ -220,12 +218,8 @@ def _spans(sample: Sample) -> list[tuple[Region, int, int]]:
 
 _TEMPLATES: dict[str, _Template] = {
     "caption": _Template(lambda sample, words: _text(words.caption), _learn_text),
-    "vqa": _Template(
-        lambda sample, words: _text(_required(sample.question, "question") + words.answer), _learn_text
-    ),
-    "grounded_caption": _Template(
-        lambda sample, words: _text(words.grounded_caption), _learn_grounded_caption
-    ),
+    "vqa": _Template(lambda sample, words: _text(_required(sample.question, "question") + words.answer), _learn_text),
+    "grounded_caption": _Template(lambda sample, words: _text(words.grounded_caption), _learn_grounded_caption),
     "referring": _Template(
         lambda sample, words: _tagged("ref", _required(sample.question, "expression")), _learn_places
     ),

@@ -170,9 +170,7 @@ def parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise DataError(f"vocabulary {name}, line {line_index + 1}: expected 'base64 rank'.") from error
         if rank != line_index or token in ranks:
-            raise DataError(
-                f"vocabulary {name}, line {line_index + 1}: rank {rank}, expected {line_index}, each once."
-            )
+            raise DataError(f"vocabulary {name}, line {line_index + 1}: rank {rank}, expected {line_index}, each once.")
         ranks[token] = rank
     if set(list(ranks)[:NUM_BYTES]) != {bytes([value]) for value in range(NUM_BYTES)}:
         raise DataError(f"vocabulary {name}: the first {NUM_BYTES} ranks are not the single bytes.")

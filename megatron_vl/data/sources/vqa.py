@@ -157,9 +157,7 @@ class VQA(Source):
         except SkipSample as error:
             return skipped(key, error)
         said = answer.annotators
-        return Sample(
-            key, self.name, "vqa", self.language, (image,), question=question, text=text, annotators=said
-        )
+        return Sample(key, self.name, "vqa", self.language, (image,), question=question, text=text, annotators=said)
 
     def _answer(self, record: Json, answers: Answers | None) -> Answer:
         if answers is None:

@@ -254,9 +254,7 @@ def test_a_manifest_written_before_there_were_digests_is_read(tmp_path: Path) ->
     store.verify(checkpoint)
 
 
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_damaged_manifest_is_named_or_harmless(tmp_path: Path, place: int, bit: int) -> None:
     checkpoint = tmp_path / "iter_0000005"

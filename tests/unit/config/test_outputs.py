@@ -33,9 +33,7 @@ def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         check_outputs(tiny_config(checkpoint={"save": str(tmp_path)}))
 
 
-@pytest.mark.parametrize(
-    ("key", "package"), [("wandb_project", "wandb"), ("tensorboard_dir", "tensorboard")]
-)
+@pytest.mark.parametrize(("key", "package"), [("wandb_project", "wandb"), ("tensorboard_dir", "tensorboard")])
 def test_a_logger_without_its_package_is_refused(
     key: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

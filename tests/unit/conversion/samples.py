@@ -65,6 +65,4 @@ def assert_same_bytes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(
-            found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
-        ), name
+        assert torch.equal(found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name

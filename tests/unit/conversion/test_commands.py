@@ -112,9 +112,7 @@ def test_golden_through_a_checkpoint(workplace: Path, golden_tensors: dict[str, 
     config = json.loads((workplace / "hf/config.json").read_text())
     assert config == json.loads((GOLDEN / "config.json").read_text())
     assert len((workplace / "hf/qwen.tiktoken").read_text().splitlines()) == 386
-    assert (
-        json.loads((workplace / "hf/tokenizer_config.json").read_text())["tokenizer_class"] == "QWenTokenizer"
-    )
+    assert json.loads((workplace / "hf/tokenizer_config.json").read_text())["tokenizer_class"] == "QWenTokenizer"
     assert json.loads((workplace / "hf/generation_config.json").read_text())["chat_format"] == "chatml"
 
 
@@ -122,9 +120,7 @@ def test_vocabulary_padding_of_a_checkpoint_stays_there(workplace: Path) -> None
     assert_same_bytes(dict(import_folder(workplace / "hf_odd")), dict(import_folder(workplace / "odd")))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"), [(["--help"], "export"), (["export", "--help"], "--reference")]
-)
+@pytest.mark.parametrize(("arguments", "word"), [(["--help"], "export"), (["export", "--help"], "--reference")])
 def test_help(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -38,9 +38,7 @@ def test_golden_round_trip(
     total = export_folder(golden, golden.model, tmp_path / "out", options=options, progress=sizes.append)
     assert total == sum(sizes) == golden.num_bytes == 8_699_904
     assert_same_bytes(read_with_libraries(tmp_path / "out"), golden_tensors)
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
-        (GOLDEN / "config.json").read_text()
-    )
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
     again = import_folder(tmp_path / "out")
     assert again.model == golden.model
     assert_same_bytes(dict(again), dict(golden))
@@ -68,9 +66,7 @@ def test_imported_tensors_are_ours(golden: ImportedModel, golden_tensors: dict[s
 def test_other_sizes_and_types(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small_model()
     state = random_state(model, dtype=dtype)
-    export_folder(
-        state, model, tmp_path / "out", options=ExportOptions(file_format="bin", max_shard_bytes=40_000)
-    )
+    export_folder(state, model, tmp_path / "out", options=ExportOptions(file_format="bin", max_shard_bytes=40_000))
     imported = import_folder(tmp_path / "out")
     assert imported.model == model
     assert_same_bytes(dict(imported), state)
@@ -199,9 +195,7 @@ def _quantise(state: State) -> None:
         (_quantise, "resampler.proj is torch.int8"),
     ],
 )
-def test_unsound_model_is_not_exported(
-    tmp_path: Path, damage: Callable[[State], None], message: str
-) -> None:
+def test_unsound_model_is_not_exported(tmp_path: Path, damage: Callable[[State], None], message: str) -> None:
     model = small_model()
     state = random_state(model)
     check_model(state, model)

@@ -32,9 +32,7 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None
     file.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(
-    "file", ["../pytorch_model-00001-of-00002.bin", "/etc/passwd", "..", "a\\b.bin", "", 3]
-)
+@pytest.mark.parametrize("file", ["../pytorch_model-00001-of-00002.bin", "/etc/passwd", "..", "a\\b.bin", "", 3])
 def test_index_that_points_outside(folder: Path, file: object) -> None:
     change_index(folder, lambda weight_map: weight_map.update({"transformer.wte.weight": file}))
     with pytest.raises(ConversionError, match=r"transformer\.wte\.weight is said to be in"):
@@ -43,9 +41,7 @@ def test_index_that_points_outside(folder: Path, file: object) -> None:
 
 def test_index_and_shard_disagree(folder: Path) -> None:
     change_index(folder, lambda weight_map: weight_map.pop("transformer.wte.weight"))
-    with pytest.raises(
-        ConversionError, match=r"00001-of-00002.bin: has the unexpected transformer.wte.weight"
-    ):
+    with pytest.raises(ConversionError, match=r"00001-of-00002.bin: has the unexpected transformer.wte.weight"):
         import_folder(folder)
 
 

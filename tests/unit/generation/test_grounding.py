@@ -31,9 +31,7 @@ def test_quads_are_read_and_swapped_corners_are_kept() -> None:
     parsed = parse_grounding("<ref>EXIT</ref><quad>(0,0),(999,0),(999,999),(0,999)</quad>")
     quad = (0.0005, 0.0005, 0.9995, 0.0005, 0.9995, 0.9995, 0.0005, 0.9995)
     assert parsed.regions == (Region("EXIT", quads=(quad,), span=(0, 4)),)
-    assert parse_grounding("<box>(999,999),(0,0)</box>").regions[0].boxes == (
-        (0.9995, 0.9995, 0.0005, 0.0005),
-    )
+    assert parse_grounding("<box>(999,999),(0,0)</box>").regions[0].boxes == ((0.9995, 0.9995, 0.0005, 0.0005),)
 
 
 def test_a_box_belongs_to_the_phrase_just_before_it_only() -> None:
@@ -43,9 +41,7 @@ def test_a_box_belongs_to_the_phrase_just_before_it_only() -> None:
 
 def test_unreadable_boxes_are_dropped_and_their_phrase_keeps_the_others() -> None:
     unreadable = "<box>(1,2),(3</box><box>(0,0),(5000,999)</box>"
-    parsed = parse_grounding(
-        f"<ref>cup</ref>{unreadable}<box>(0,0),(999,999)</box></box>!<ref>jar</ref>{unreadable}"
-    )
+    parsed = parse_grounding(f"<ref>cup</ref>{unreadable}<box>(0,0),(999,999)</box></box>!<ref>jar</ref>{unreadable}")
     assert parsed.text == "cup!jar"
     assert parsed.regions == (Region("cup", boxes=(WHOLE,), span=(0, 3)),)
     assert parsed.phrases == ("cup", "jar")
@@ -76,9 +72,7 @@ def test_parsing_never_fails_and_leaves_no_markup(pieces: list[str]) -> None:
 
 def test_drawing_marks_the_outline_and_leaves_the_original_alone() -> None:
     image = Image.new("RGB", (100, 100), "white")
-    drawn = draw_regions(
-        image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], color="#ff0000", labels=False
-    )
+    drawn = draw_regions(image, [Region("cup", boxes=((0.2, 0.4, 0.8, 0.9),))], color="#ff0000", labels=False)
     assert drawn.getpixel((50, 40)) == (255, 0, 0)
     assert drawn.getpixel((50, 65)) == (255, 255, 255)
     assert image.getpixel((50, 40)) == (255, 255, 255)

@@ -82,9 +82,7 @@ def test_only_tensors_of_the_device_are_broadcast(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: calls.append("record"))
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: calls.append(f"broadcast {tensor.device}"))
-    topology: Any = SimpleNamespace(
-        tp_size=2, tp_rank=tp_rank, tp_source=0, tp_group=None, device=torch.device("meta")
-    )
+    topology: Any = SimpleNamespace(tp_size=2, tp_rank=tp_rank, tp_source=0, tp_group=None, device=torch.device("meta"))
     for batch in Arrivals(_batches(0), topology):
         calls.append("compute")
         assert {value.device.type for value in tensors_of(batch).values()} == {"meta"}

@@ -41,9 +41,7 @@ def test_forward_of_an_image(image_size: int, vision: float, resampler: float) -
 def test_forward_of_a_row_of_text() -> None:
     linear = forward_flops(QWEN_VL, Work(0, 2048, 0, 0))
     assert 32 * linear.language_layer / TERA == pytest.approx(26.53, abs=5e-3)
-    assert 32 * forward_flops(QWEN_VL, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(
-        1.10, abs=5e-3
-    )
+    assert 32 * forward_flops(QWEN_VL, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(1.10, abs=5e-3)
     assert forward_flops(QWEN_VL, Work(0, 0, 0, 2048)).head / TERA == pytest.approx(2.55, abs=5e-3)
 
 
@@ -56,9 +54,7 @@ def test_forward_of_a_row_of_text() -> None:
         (448, FrozenParts(vision=True), {0: 88.0, 1: 92.5, 2: 96.9, 4: 105.8, 6: 114.6, 7: 119.1}),
     ],
 )
-def test_training_totals_of_the_recipe_stages(
-    image_size: int, frozen: FrozenParts, totals: dict[int, float]
-) -> None:
+def test_training_totals_of_the_recipe_stages(image_size: int, frozen: FrozenParts, totals: dict[int, float]) -> None:
     for num_images, total in totals.items():
         assert step_flops(at(image_size), frozen, row(num_images)) / TERA == pytest.approx(total, abs=0.06)
 
@@ -105,9 +101,7 @@ def test_units_follow_the_line() -> None:
 
 def test_frozen_parts_of_a_run() -> None:
     assert FrozenParts.of(TrainingConfig(freeze_language_model=True)) == FrozenParts(language_model=True)
-    assert FrozenParts.of(TrainingConfig(freeze_vision=True, freeze_resampler=True)) == FrozenParts(
-        True, True
-    )
+    assert FrozenParts.of(TrainingConfig(freeze_vision=True, freeze_resampler=True)) == FrozenParts(True, True)
 
 
 def test_the_released_script_s_frozen_projection_has_no_weight_gradient() -> None:

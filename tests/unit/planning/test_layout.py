@@ -115,9 +115,7 @@ def test_any_cut_keeps_every_unit_once_and_is_read_as_written(
     assert again == layout
 
 
-@pytest.mark.parametrize(
-    "frozen", [FrozenParts(), FrozenParts(vision=True), FrozenParts(language_model=True)]
-)
+@pytest.mark.parametrize("frozen", [FrozenParts(), FrozenParts(vision=True), FrozenParts(language_model=True)])
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
 def test_computed_layout_wastes_little(frozen: FrozenParts, num_stages: int) -> None:
     work = Work(num_images=4, num_tokens=2048, sum_squared_spans=4 * 512**2, num_supervised=2048)
@@ -153,9 +151,7 @@ def test_more_stages_than_units() -> None:
     config = RunConfig(model=TINY, parallel=ParallelConfig(pipeline_model_parallel_size=8))
     assert str(resolve_layout(config)) == "V|V|V|R|L|L|L|"
     config = replace(config, parallel=ParallelConfig(pipeline_model_parallel_size=9))
-    with pytest.raises(
-        ConfigError, match=r"9 x .* 1 = 9 stages, but the model has 8 units to cut: 3 V \+ 1 R \+ 3 L"
-    ):
+    with pytest.raises(ConfigError, match=r"9 x .* 1 = 9 stages, but the model has 8 units to cut: 3 V \+ 1 R \+ 3 L"):
         resolve_layout(config)
 
 

@@ -139,9 +139,7 @@ def log_of_run(start: Start, config: RunConfig) -> list[str]:
     return [line for line in lines if line.startswith("data")]
 
 
-def test_a_run_says_it_once_and_counts_what_was_before_a_resume(
-    prefix: str, ranks: RankPools, tmp_path: Path
-) -> None:
+def test_a_run_says_it_once_and_counts_what_was_before_a_resume(prefix: str, ranks: RankPools, tmp_path: Path) -> None:
     rows = read_manifest(prefix).num_rows
     config = tiny_config(
         data={"data_path": (prefix,), "seq_length": SEQ_LENGTH},

@@ -123,9 +123,7 @@ def _config(folder: Path, **logging: Any) -> RunConfig:
     return tiny_config(logging=fields, training={"train_iters": 5}, checkpoint={"save": str(folder / "run")})
 
 
-def _report(
-    config: RunConfig, *, first: int = 0, last: int = 5, losses: dict[str, float] | None = None
-) -> None:
+def _report(config: RunConfig, *, first: int = 0, last: int = 5, losses: dict[str, float] | None = None) -> None:
     state = TrainState(step=first)
     reporter = Reporter(config, layout=LAYOUT, state=state, active=True)
     for _ in range(first, last):

@@ -124,9 +124,7 @@ def test_a_padded_image_is_refused_in_whatever_form_its_size_is(tmp_path: Path, 
 # Sources without samples
 
 
-def test_a_source_that_gives_nothing_ends_the_preparation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_that_gives_nothing_ends_the_preparation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_raw(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({
         "sources": [{**CAPTIONS, "caption_field": "top_caption"}, DOCUMENTS], "seq_length": 64, "num_queries": 4,

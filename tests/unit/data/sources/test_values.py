@@ -40,7 +40,9 @@ ROWS = "one\thttp://a.ex/1\ntwo\thttp://a.ex/2\n"
 PAIRS = [("one", b"picture 0"), ("two", b"picture 1")]
 
 
-@pytest.mark.parametrize("address", ["//cdn.ex/0.jpg", "cdn.ex/0.jpg", "ftp://a.ex/0", "HTTPS://A.EX/0", "s3://b/0.jpg"])
+@pytest.mark.parametrize(
+    "address", ["//cdn.ex/0.jpg", "cdn.ex/0.jpg", "ftp://a.ex/0", "HTTPS://A.EX/0", "s3://b/0.jpg"]
+)
 def test_a_first_address_of_any_kind_keeps_its_picture(tmp_path: Path, address: str) -> None:
     found = pairs_of(table(tmp_path, f"zero\t{address}\n{ROWS}"))
     assert found == [("zero", b"picture 0"), ("one", b"picture 1"), ("two", b"picture 2")]
