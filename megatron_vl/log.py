@@ -37,11 +37,6 @@ def abandon_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module (pass ``__name__``)."""
-    return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
-
-
 def log_rank_0(message: str, *, level: int = logging.INFO) -> None:
     """Log ``message`` on rank 0 and nowhere else."""
     if read_launch().rank == 0:

@@ -29,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("training", "conversion"),
     ("generation",),
-    ("evaluation", "serving"),
+    ("evaluation",),
     ("report",),
     ("inspector",),
     ("cli",),

@@ -1,7 +1,7 @@
 """The ids of Qwen-VL's special tokens: the one fact that data and model share about the vocabulary.
 
 The special tokens follow the byte-pair tokens in a fixed order (``tokenization_qwen.py`` of the published model), so
-every id follows from the number of ranks that are kept. ``qwen_vl_7b`` keeps all 151,643.
+every id follows from the number of byte-pair tokens that are kept. ``qwen_vl_7b`` keeps all 151,643.
 """
 
 from __future__ import annotations
@@ -38,42 +38,18 @@ class SpecialTokens:
         return self.num_bpe_tokens + 2
 
     @property
-    def ref_start(self) -> int:
-        return self.num_bpe_tokens + 3 + NUM_EXTRA
-
-    @property
-    def ref_end(self) -> int:
-        return self.ref_start + 1
-
-    @property
-    def box_start(self) -> int:
-        return self.ref_start + 2
-
-    @property
-    def box_end(self) -> int:
-        return self.ref_start + 3
-
-    @property
-    def quad_start(self) -> int:
-        return self.ref_start + 4
-
-    @property
-    def quad_end(self) -> int:
-        return self.ref_start + 5
-
-    @property
     def img_start(self) -> int:
-        return self.ref_start + 6
+        return self.im_end + NUM_EXTRA + 7  # after the extras, and two tags each of ref, box and quad
 
     @property
     def img_end(self) -> int:
-        return self.ref_start + 7
+        return self.img_start + 1
 
     @property
     def img_pad(self) -> int:
-        return self.ref_start + 8
+        return self.img_start + 2
 
     @property
     def num_tokens(self) -> int:
-        """Size of the vocabulary: ranks and special tokens."""
-        return self.ref_start + 9
+        """Size of the vocabulary: byte-pair tokens and special tokens."""
+        return self.img_start + 3

@@ -74,16 +74,6 @@ class Flops:
     head: float
 
 
-def forward_flops(model: ModelConfig, work: Work) -> Flops:
-    """Return the operations of forward only; ``vision_layer`` and ``language_layer`` are those of one layer."""
-    return _flops(model, work, FrozenParts(True, True, True))
-
-
-def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
-    """Return forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
-    return _flops(model, work, frozen)
-
-
 def step_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
     """Return the required floating-point operations of training on ``work``, over all ranks together."""
     return sum(unit_flops(model, frozen, work))
@@ -110,7 +100,8 @@ def unit_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> list[floa
     return [*vision, flops.resampler, *[flops.language_layer] * model.language.num_layers, flops.head]
 
 
-def _flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> Flops:
+def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
+    """Return forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
     tower_trained = not frozen.vision
     adapter_trained = tower_trained or not frozen.resampler
     line_trained = adapter_trained or not frozen.language_model

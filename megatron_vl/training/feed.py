@@ -37,7 +37,7 @@ class Feed:
         return self._share(self.loader.one_pass(data_set, max_steps=max_steps) if self.loader else None)
 
     def describe(self, num_rows: int) -> list[str]:
-        """Describe the data sets, and how often a run of ``num_rows`` rows reads each row; empty on ranks that receive."""
+        """Describe the data sets, and how often a run of ``num_rows`` rows reads each; empty on ranks that receive."""
         if self.loader is None:
             return []
         return self.loader.data_sets.plan.describe(num_rows)

@@ -76,7 +76,7 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
 
 
 def find_not_finite(model: ParallelModel, topology: Topology) -> list[str]:
-    """Return the names of weights and moments with values that are not finite on any rank; the same list on all ranks."""
+    """Return the names of weights and moments that are not finite on some rank; the same list on all ranks."""
     named = list(_tensors(model))
     finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist() if named else []
     own = [name for (name, _), good in zip(named, finite, strict=True) if not good]

@@ -82,11 +82,6 @@ class DataSets:
         self.lengths = np.concatenate([store.row_lengths for store in self.stores])
         self.images = np.concatenate([store.row_images for store in self.stores])
 
-    @property
-    def fingerprints(self) -> tuple[str, ...]:
-        """One hash per data set. If the hashes are unchanged, every row is unchanged."""
-        return tuple(store.manifest.fingerprint for store in self.stores)
-
     def read(self, row_id: int) -> tuple[PackedRow, str, npt.NDArray[np.int64]]:
         """Return a row, its name for messages, and its images as int64[n, 2] (data set, image)."""
         if row_id == PADDING_ROW:

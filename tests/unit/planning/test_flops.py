@@ -11,13 +11,14 @@ from megatron_vl.config.schema import ModelConfig, TrainingConfig
 from megatron_vl.planning.flops import (
     FrozenParts,
     Work,
-    forward_flops,
     step_flops,
     training_flops,
     unit_flops,
 )
 
 QWEN_VL = PRESETS["qwen_vl_7b"]
+ALL_FROZEN = FrozenParts(vision=True, resampler=True, language_model=True)
+"""So that only the forward pass is left."""
 TERA = 1e12
 
 
@@ -32,17 +33,19 @@ def at(image_size: int) -> ModelConfig:
 
 @pytest.mark.parametrize(("image_size", "vision", "resampler"), [(448, 4.106, 0.1127), (224, 0.964, 0.0475)])
 def test_forward_of_an_image(image_size: int, vision: float, resampler: float) -> None:
-    flops = forward_flops(at(image_size), Work(1, 0, 0, 0))
+    flops = training_flops(at(image_size), ALL_FROZEN, Work(1, 0, 0, 0))
     assert (48 * flops.vision_layer + flops.patch_embed) / TERA == pytest.approx(vision, abs=5e-4)
     assert flops.resampler / TERA == pytest.approx(resampler, abs=5e-5)
     assert flops.language_layer == flops.head == 0
 
 
 def test_forward_of_a_row_of_text() -> None:
-    linear = forward_flops(QWEN_VL, Work(0, 2048, 0, 0))
+    linear = training_flops(QWEN_VL, ALL_FROZEN, Work(0, 2048, 0, 0))
     assert 32 * linear.language_layer / TERA == pytest.approx(26.53, abs=5e-3)
-    assert 32 * forward_flops(QWEN_VL, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(1.10, abs=5e-3)
-    assert forward_flops(QWEN_VL, Work(0, 0, 0, 2048)).head / TERA == pytest.approx(2.55, abs=5e-3)
+    assert 32 * training_flops(QWEN_VL, ALL_FROZEN, Work(0, 0, 2048**2, 0)).language_layer / TERA == pytest.approx(
+        1.10, abs=5e-3
+    )
+    assert training_flops(QWEN_VL, ALL_FROZEN, Work(0, 0, 0, 2048)).head / TERA == pytest.approx(2.55, abs=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,7 @@ def test_training_totals_of_the_recipe_stages(image_size: int, frozen: FrozenPar
 
 
 def test_backward_of_each_kind_of_part() -> None:
-    forward = forward_flops(QWEN_VL, row(3))
+    forward = training_flops(QWEN_VL, ALL_FROZEN, row(3))
     trained = training_flops(QWEN_VL, FrozenParts(), row(3))
     assert trained.vision_layer == 3 * forward.vision_layer
     assert trained.patch_embed == 2 * forward.patch_embed
@@ -71,17 +74,13 @@ def test_backward_of_each_kind_of_part() -> None:
     kv_proj = 3 * 2 * 1024 * 1664 * 4096
     assert frozen_tower.resampler == 3 * forward.resampler - kv_proj
     passing = training_flops(QWEN_VL, FrozenParts(language_model=True), replace(row(3), sum_squared_spans=0))
-    assert passing.language_layer == 2 * forward_flops(QWEN_VL, Work(0, 2048, 0, 0)).language_layer
+    assert passing.language_layer == 2 * training_flops(QWEN_VL, ALL_FROZEN, Work(0, 2048, 0, 0)).language_layer
     assert passing.head == 2 * forward.head
-
-
-def test_nothing_trained_is_the_forward_pass() -> None:
-    assert training_flops(QWEN_VL, FrozenParts(True, True, True), row(2)) == forward_flops(QWEN_VL, row(2))
 
 
 def test_frozen_language_model_after_frozen_adapter_has_no_backward() -> None:
     frozen = training_flops(QWEN_VL, FrozenParts(vision=True, resampler=True), row(2))
-    forward = forward_flops(QWEN_VL, row(2))
+    forward = training_flops(QWEN_VL, ALL_FROZEN, row(2))
     assert frozen.resampler == forward.resampler and frozen.language_layer == 3 * forward.language_layer
 
 

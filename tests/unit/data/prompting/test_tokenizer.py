@@ -78,7 +78,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character() -> None:
 
 def test_special_tokens_follow_the_ranks(small: QwenTokenizer) -> None:
     assert small.encode_with_specials("<|endoftext|><img><imgpad></img>") == [2048, 2262, 2264, 2263]
-    assert small.encode_with_specials("<|im_end|><ref>", allowed=["<ref>"])[-1] == small.special.ref_start
+    assert small.encode_with_specials("<|im_end|><ref>", allowed=["<ref>"])[-1] == small.special.by_text["<ref>"]
     assert 2050 not in small.encode_with_specials("<|im_end|><ref>", allowed=["<ref>"])
 
 
