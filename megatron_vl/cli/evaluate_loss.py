@@ -1,9 +1,9 @@
-"""``tools/evaluate_loss.py``: the loss of a checkpoint on prepared data sets, also under torchrun with any layout.
+"""``tools/evaluate_loss.py``: measure the loss of a checkpoint on data sets. It also runs under torchrun, at any layout.
 
-Writes a JSON object with one entry for each data set: ``{"PREFIX": {"loss": ..., "num_tokens": ..., ...}}``, where the
-loss is that of a supervised token. Of the checkpoint's configuration only the model counts, not how it was trained.
-What a loss depends on, beside the weights and the rows, stands beside it: the flags of this command, and the model's
-image size, native length and what it does above that.
+It writes a JSON object with one entry for each data set: ``{"PREFIX": {"loss": ..., "num_tokens": ..., ...}}``. The
+loss is the mean over the supervised tokens. The model is that of the checkpoint; how it was trained has no effect. An
+entry also holds every setting on which its loss depends: the flags of this command, the image size, the native length,
+and how the model treats longer sequences.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/evaluate_loss.py --checkpoint runs/mine/stage2 --data-path "
         "runs/quickstart/data/heldout_vqa",
     )
+    add_inference_flags(parser)
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX", help="prepared data sets")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: standard output)")
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="ROWS", help="rows in a forward pass")
@@ -46,10 +47,9 @@ def _build_parser() -> argparse.ArgumentParser:
         "--attention-span",
         choices=("row", "segment"),
         default="segment",
-        help="what a token may look back at (default: its own sample, whatever shares the row)",
+        help="tokens that a token attends to: all earlier ones of its row, or of its own sample (default)",
     )
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
-    add_inference_flags(parser)
     return parser
 
 

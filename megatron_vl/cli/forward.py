@@ -1,4 +1,4 @@
-"""``tools/forward.py``: what a checkpoint computes on given tokens, to compare with another implementation.
+"""``tools/forward.py``: compute with a checkpoint on given tokens, to compare it with another implementation.
 
 Reads a safetensors file:
 
@@ -16,9 +16,9 @@ and writes one:
     grad_norm_total, grad_norm.<published name of the tensor>
                     float32[1], with labels: norms of the gradient of that loss, of every tensor that trains
 
-Logits and visual_output are those of evaluation, loss and gradients those of training. The two differ for rows longer
-than the native length (2048 tokens), where Qwen's attention is stretched in evaluation only. Runs also under torchrun,
-at any layout.
+Logits and visual_output are computed as in evaluation, loss and gradients as in training. The two differ for rows longer
+than the native length (2048 tokens), for which Qwen changes its attention in evaluation only. The tool also runs under
+torchrun, at any layout.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/forward.py --checkpoint runs/mine/golden --inputs inputs.safetensors --output "
         "ours.safetensors",
     )
+    add_inference_flags(parser)
     parser.add_argument("--inputs", type=Path, required=True, help="safetensors file to read")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    add_inference_flags(parser)
     return parser
 
 

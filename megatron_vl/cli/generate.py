@@ -1,14 +1,16 @@
-"""``tools/generate.py``: answers of a checkpoint to a file of questions, also under torchrun with any layout.
+"""``tools/generate.py``: answer a file of questions with a checkpoint. It also runs under torchrun, at any layout.
 
-A question is a JSON line ``{"key", "task", "image", "prompt", "reference"}``: ``image`` is a path (relative to the
-file) or a list of them, ``prompt`` is the text, in which ``<ref>``, ``<box>`` and ``<quad>`` markers count as such. The
-output has the same lines with ``prediction`` added, in the same order. A question whose image cannot be used, or
-without anything to read, has ``prediction`` null and the reason as ``skipped``; the command's last line counts them.
+Each line of the input is a JSON object with the fields key, task, image, prompt and reference. Only prompt is required.
+image is a path relative to the file, or a list of paths. prompt is text, and may contain the tags <ref>, <box> and
+<quad>. The output has the same lines in the same order, with the field prediction. If an image cannot be read, or a
+question is empty, prediction is null and the field skipped holds the reason. The last line that is printed counts the
+skipped questions.
 
-``--chat-format raw`` puts the images before the prompt and goes on from there, as a base model does. ``chatml`` makes a
-dialogue of it: a line may have ``system`` and ``history``, a list of ``[query, reply]``; ``<img>PATH</img>`` in a query
-is an image; ``prompt`` may be a list of ``{"image": path}``, ``{"text": words}`` and ``{"ref": phrase, "box": [[x1, y1,
-x2, y2]]}``. Images of ``image`` and ``prompt`` are called ``Picture k``, counted on from those of the history.
+With --chat-format raw, the model continues the text of the images and the prompt, as a base model does. With
+--chat-format chatml, the prompt is a turn of a dialogue. A line may then have system, a text, and history, a list of
+[query, reply]. A query may contain images as <img>PATH</img>. prompt may also be a list of {"image": path}, {"text":
+words} and {"ref": phrase, "box": [[x1, y1, x2, y2]]}. Images are numbered Picture 1, Picture 2, ... through the
+dialogue.
 """
 
 from __future__ import annotations
@@ -53,9 +55,10 @@ def _build_parser() -> argparse.ArgumentParser:
         example="python tools/generate.py --checkpoint runs/quickstart/sighted/stage2 --inputs "
         "runs/quickstart/eval/questions.jsonl --output runs/mine/answers.jsonl",
     )
+    add_inference_flags(parser)
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is put")
+    parser.add_argument("--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is presented to the model")
     parser.add_argument(
         "--max-window-size",
         type=int,
@@ -67,7 +70,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered together")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
-    add_inference_flags(parser)
     return parser
 
 

@@ -1,7 +1,7 @@
-"""``tools/tokenize_text.py``: tokens, labels and chat prompts of given texts, to be compared with anybody's own.
+"""``tools/tokenize_text.py``: compute tokens, labels and chat prompts of given texts, to compare them with others.
 
-The input is a JSON object with up to three lists. Each case comes back with the values behind its arrow; if it had them
-already, they are not looked at. Whatever else the file holds stays.
+The input is a JSON object with up to three lists of cases. The tool sets in each case the values that are named after
+the arrow. It copies everything else unchanged.
 
   tokenize  {"text"}                                               -> ids_rle
   sft       {"conversations": [{"from", "value"}],
@@ -9,10 +9,10 @@ already, they are not looked at. Whatever else the file holds stays.
   chat      {"query", optional "history": [[query, reply]],
              "system", "max_window_size"}                          -> raw_text, ids_rle
 
-Ids are run-length encoded as [value, count]; labels are not shifted, and -100 is not supervised. An image is
-<img>PATH</img>; an image tag that belongs to none is an error. In "tokenize" the surface forms of all special tokens
-count, in dialogues those of grounding. A sample of sft is cut at "max_length" even within an image, as the released
-script does; training leaves such a sample out instead.
+Ids are run-length encoded as [value, count]. Labels are not shifted, and -100 marks a token that is not supervised. An
+image is written <img>PATH</img>; an image tag without its partner is an error. In "tokenize" the name of any special
+token becomes that token. In dialogues only the grounding tags do. "sft" cuts a sample at "max_length", even within an
+image, as the released script does. Training leaves out such a sample.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "runs/text.json --label-style released",
     )
     published = PRESETS["qwen_vl_7b"]
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="the cases, as JSON")
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="JSON file of cases")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--label-style",
@@ -71,10 +71,10 @@ def _build_parser() -> argparse.ArgumentParser:
         type=int,
         default=published.num_bpe_tokens,
         metavar="N",
-        help="byte-pair tokens that are kept (all)",
+        help="byte-pair tokens that the vocabulary keeps",
     )
     parser.add_argument(
-        "--num-queries", type=int, default=published.resampler.num_queries, metavar="N", help="slots of an image (256)"
+        "--num-queries", type=int, default=published.resampler.num_queries, metavar="N", help="slots of an image"
     )
     return parser
 
