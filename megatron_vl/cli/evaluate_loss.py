@@ -1,4 +1,4 @@
-"""``tools/evaluate_loss.py``: measure the loss of a checkpoint on data sets. It also runs under torchrun, at any layout.
+"""``tools/evaluate_loss.py``: measure the loss of a checkpoint on data sets. It also runs under torchrun.
 
 It writes a JSON object with one entry for each data set: ``{"PREFIX": {"loss": ..., "num_tokens": ..., ...}}``. The
 loss is the mean over the supervised tokens. The model is that of the checkpoint; how it was trained has no effect. An
@@ -56,9 +56,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
     check_at_least("--micro-batch-size", options.micro_batch_size, 1)
-    check_layout(options)
     if options.output is not None:
         check_writable(options.output)
+    check_layout(options)
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()

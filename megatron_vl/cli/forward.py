@@ -16,9 +16,9 @@ and writes one:
     grad_norm_total, grad_norm.<published name of the tensor>
                     float32[1], with labels: norms of the gradient of that loss, of every tensor that trains
 
-Logits and visual_output are computed as in evaluation, loss and gradients as in training. The two differ for rows longer
-than the native length (2048 tokens), for which Qwen changes its attention in evaluation only. The tool also runs under
-torchrun, at any layout.
+Logits and visual_output are computed as in evaluation, loss and gradients as in training. The two differ for rows
+longer than the native length (2048 tokens), for which Qwen changes its attention in evaluation only. The tool also runs
+under torchrun, at any layout.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
-    check_layout(options)
     check_writable(options.output)
+    check_layout(options)
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()

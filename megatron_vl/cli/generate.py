@@ -58,7 +58,9 @@ def _build_parser() -> argparse.ArgumentParser:
     add_inference_flags(parser)
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is presented to the model")
+    parser.add_argument(
+        "--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is presented to the model"
+    )
     parser.add_argument(
         "--max-window-size",
         type=int,
@@ -78,9 +80,9 @@ def _run(options: argparse.Namespace) -> None:
     check_at_least("--max-new-tokens", options.max_new_tokens, 1)
     check_at_least("--batch-size", options.batch_size, 1)
     check_at_least("--max-window-size", options.max_window_size, 0)
+    check_writable(options.output)
     check_layout(options)
     questions = read_questions(options.inputs, options.chat_format)
-    check_writable(options.output)
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()

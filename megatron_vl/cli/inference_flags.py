@@ -20,7 +20,9 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout", "how the model is spread over the ranks that torchrun started")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks of a layer")
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages")
-    group.add_argument("--pipeline-layout", default="auto", help="layers of each stage, for example V*48RL*12|L*20, or auto")
+    group.add_argument(
+        "--pipeline-layout", default="auto", help="layers of each stage, for example V*48RL*12|L*20, or auto"
+    )
 
 
 def parallel_config(options: argparse.Namespace) -> ParallelConfig:
