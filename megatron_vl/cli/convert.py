@@ -54,7 +54,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "tools/convert_checkpoint.py",
         __doc__,
-        example="python tools/convert_checkpoint.py export runs/quickstart/sighted/stage3 runs/mine/hf --release "
+        example="python tools/convert_checkpoint.py export runs/quickstart/model/stage3 runs/mine/hf --release "
         "chat --vocab-file",
     )
     commands = parser.add_subparsers(dest="command", required=True)

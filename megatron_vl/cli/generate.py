@@ -52,7 +52,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "tools/generate.py",
         __doc__,
-        example="python tools/generate.py --checkpoint runs/quickstart/sighted/stage2 --inputs "
+        example="python tools/generate.py --checkpoint runs/quickstart/model/stage2 --inputs "
         "runs/quickstart/eval/questions.jsonl --output runs/mine/answers.jsonl",
     )
     add_inference_flags(parser)

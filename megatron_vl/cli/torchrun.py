@@ -19,7 +19,7 @@ _OF_SIGNAL = {signal.SIGTERM: ExitStatus.STOPPED, signal.SIGINT: ExitStatus.INTE
 _SHELL_SIGNAL_BASE = 128
 _EXAMPLE = (
     "python tools/torchrun.py --nproc-per-node 2 tools/train.py examples/tiny/stage1_pretrain.yaml --data-path "
-    "runs/quickstart/data/stage1_pretrain --pretrained-checkpoint runs/quickstart/sighted/stage0 --save "
+    "runs/quickstart/data/stage1_pretrain --pretrained-checkpoint runs/quickstart/model/stage0 --save "
     "runs/mine/watched --auto-resume"
 )
 _TIME_TO_SAVE_S = 600

@@ -21,7 +21,7 @@ from megatron_vl.errors import ConfigError
 TINY_COMMANDS = (
     "To see a run from raw data to scores on this machine: bash examples/quickstart.sh\n"
     "or, once that has prepared its data: python tools/train.py examples/tiny/stage1_pretrain.yaml "
-    "--data-path runs/quickstart/data/stage1_pretrain --pretrained-checkpoint runs/quickstart/sighted/stage0"
+    "--data-path runs/quickstart/data/stage1_pretrain --pretrained-checkpoint runs/quickstart/model/stage0"
 )
 MAX_PARAMETERS_ON_CPU = 1_000_000_000
 

@@ -4,7 +4,7 @@
     timings.jsonl            one line per attempt at a step                     -> StepTime
     <stage folder>/metrics.jsonl   one line per logged training step            -> TrainingRecord
     data/<set>.json          packed data sets (:mod:`megatron_vl.data.dataset.manifest`)
-    eval/predictions_{sighted,blind}.jsonl     (:mod:`megatron_vl.evaluation.predictions`)
+    eval/predictions_{model,blind}.jsonl     (:mod:`megatron_vl.evaluation.predictions`)
     eval/replies.jsonl       of the model after stage 3, in dialogues; the same
     eval/losses.json         held-out losses                                    -> HeldOutLoss
     eval/checks.json         yes-or-no findings                                 -> Check
@@ -24,7 +24,7 @@ from typing import Literal
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.json_records import make_record, read_json, read_json_lines
 
-Model = Literal["sighted", "blind"]
+Model = Literal["model", "blind"]
 """The model that is trained with images and the blind model, as the folders and files of a run call them."""
 
 

@@ -172,7 +172,7 @@ def _manifest_paths(run_dir: Path) -> list[Path]:
 
 def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
     folder = run_dir / "eval"
-    models: tuple[Model, ...] = ("sighted", "blind")
+    models: tuple[Model, ...] = ("model", "blind")
     predictions = {model: load_predictions(folder / f"predictions_{model}.jsonl") for model in models}
     _check_questions(folder, predictions)
     return predictions
@@ -198,7 +198,7 @@ def _check_questions(folder: Path, predictions: Mapping[Model, Sequence[Predicti
 def _score_rows(scores: Mapping[Model, Mapping[str, Score]]) -> tuple[ScoreRow, ...]:
     rows = []
     for task in SCORERS:
-        with_images, without_images = scores["sighted"].get(task), scores["blind"].get(task)
+        with_images, without_images = scores["model"].get(task), scores["blind"].get(task)
         if with_images is not None:
             above = "–" if without_images is None else "yes" if with_images.value > without_images.value else "no"
             shown = _percent(with_images), _percent(without_images)
@@ -213,7 +213,7 @@ def _percent(score: Score | None) -> str:
 def _loss_rows(losses: Sequence[HeldOutLoss]) -> tuple[LossRow, ...]:
     rows = []
     for stage, task in dict.fromkeys((loss.stage, loss.task) for loss in losses):
-        with_images, without_images = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+        with_images, without_images = (find_loss(losses, stage, model, task) for model in ("model", "blind"))
         below = "–"
         if with_images is not None and without_images is not None:
             below = "yes" if with_images < without_images else "no"
@@ -243,7 +243,7 @@ def _stage_layouts(run_dir: Path, stage: StageInfo) -> tuple[LayoutRow, ...]:
 def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tuple[ExampleCard, ...]]:
     without_images = {prediction.key: prediction for prediction in predictions["blind"]}
     found = {
-        task: make_examples(predictions["sighted"], without_images=without_images, task=task, count=EXAMPLES_PER_TASK)
+        task: make_examples(predictions["model"], without_images=without_images, task=task, count=EXAMPLES_PER_TASK)
         for task in EXAMPLE_TASKS
     }
     return {task: cards for task, cards in found.items() if cards}

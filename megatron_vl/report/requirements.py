@@ -71,7 +71,7 @@ def find_loss(losses: Iterable[HeldOutLoss], stage: str, model: Model, task: str
 
 
 def _loss_requirement(stage: str, task: str, losses: Sequence[HeldOutLoss]) -> Requirement:
-    with_images, without_images = (find_loss(losses, stage, model, task) for model in ("sighted", "blind"))
+    with_images, without_images = (find_loss(losses, stage, model, task) for model in ("model", "blind"))
     return Requirement(
         what=f"Held-out loss on {task} after stage {stage.removeprefix('stage')}",
         required="below the blind model's" + ("" if without_images is None else f" {without_images:.3f}"),
@@ -81,7 +81,7 @@ def _loss_requirement(stage: str, task: str, losses: Sequence[HeldOutLoss]) -> R
 
 
 def _vqa_requirement(findings: Findings) -> Requirement:
-    scores = [findings.scores.get(model, {}).get("vqa") for model in ("sighted", "blind")]
+    scores = [findings.scores.get(model, {}).get("vqa") for model in ("model", "blind")]
     with_images, without_images = (None if score is None else score.value for score in scores)
     metric = next((score.metric for score in scores if score), VQA_ACCURACY)
     required = f"at least {100 * VQA_MARGIN:.0f} points above the blind model"
@@ -94,7 +94,7 @@ def _vqa_requirement(findings: Findings) -> Requirement:
 
 
 def _goal_requirement(task: str, goal: float, scores: Mapping[Model, Mapping[str, Score]]) -> Requirement:
-    score = scores.get("sighted", {}).get(task)
+    score = scores.get("model", {}).get(task)
     return Requirement(
         what=f"Score on {task}" + (f" ({score.metric})" if score else ""),
         required=f"at least {100 * goal:.0f} %",

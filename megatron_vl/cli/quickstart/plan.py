@@ -96,11 +96,11 @@ class Evaluation:
 
 
 EVALUATIONS = (
-    Evaluation("sighted", "stage1", ("caption",)),
+    Evaluation("model", "stage1", ("caption",)),
     Evaluation("blind", "stage1", ("caption",)),
-    Evaluation("sighted", "stage2", (*LOSS_TASKS, "chat")),
+    Evaluation("model", "stage2", (*LOSS_TASKS, "chat")),
     Evaluation("blind", "stage2", LOSS_TASKS),
-    Evaluation("sighted", "stage3", ("chat",)),
+    Evaluation("model", "stage3", ("chat",)),
 )
 EXPORTED_STAGES = (STAGES[0], STAGES[1], STAGES[3])
 """Stages 0 and 1 to compare their language models; stage 3 is the result."""
@@ -116,9 +116,9 @@ class Plan:
 
     def groups(self) -> list[list[Step]]:
         """Return all steps; a group may begin when the previous one has ended."""
-        training = [[self._train("sighted", stage)] for stage in STAGES]
+        training = [[self._train("model", stage)] for stage in STAGES]
         control = [[self._train("blind", stage)] for stage in BLIND_STAGES]
-        answers = [self._answer("sighted"), self._answer("blind"), self._reply()]
+        answers = [self._answer("model"), self._answer("blind"), self._reply()]
         losses = [self._losses(evaluation) for evaluation in EVALUATIONS]
         exports = [self._export(stage) for stage in EXPORTED_STAGES]
         return [[self._raw()], self._data(), [self._inspect()], *training, *control, [*answers, *losses, *exports]]
@@ -131,7 +131,7 @@ class Plan:
                 title=stage.title,
                 trains=stage.trains,
                 starts_from="random weights" if stage.number == 0 else f"stage {stage.number - 1}",
-                folder=f"sighted/{stage.name}",
+                folder=f"model/{stage.name}",
                 recipe=str(stage.recipe_path),
                 blind_folder=f"blind/{stage.name}" if stage in BLIND_STAGES else None,
             )
@@ -140,7 +140,7 @@ class Plan:
 
     def checkpoints(self, model: Model, stage: Stage) -> Path:
         """Return the directory where a stage saves; stage 0 is common to both models."""
-        return self.run_dir / ("sighted" if stage.number == 0 else model) / stage.name
+        return self.run_dir / ("model" if stage.number == 0 else model) / stage.name
 
     def losses_path(self, evaluation: Evaluation) -> Path:
         """Return the file of the held-out losses of a checkpoint."""
@@ -263,11 +263,11 @@ class Plan:
     def _reply(self) -> Step:
         output = self.run_dir / "eval" / "replies.jsonl"
         command: Command = (
-            *("python", "tools/generate.py", "--checkpoint", str(self.checkpoints("sighted", STAGES[3]))),
+            *("python", "tools/generate.py", "--checkpoint", str(self.checkpoints("model", STAGES[3]))),
             *("--inputs", str(self.run_dir / "eval" / "dialogues.jsonl"), "--output", str(output)),
             *("--chat-format", "chatml"),
         )
-        after = ("held-out dialogues", _step_name("sighted", STAGES[3]))
+        after = ("held-out dialogues", _step_name("model", STAGES[3]))
         return Step("replies", (command,), outputs=(output,), after=after)
 
     def _losses(self, evaluation: Evaluation) -> Step:
@@ -290,15 +290,15 @@ class Plan:
         release = ("--release", "chat", "--vocab-file") if stage.number == 3 else ()
         command: Command = (
             *("python", "tools/convert_checkpoint.py", "export"),
-            *(str(self.checkpoints("sighted", stage)), str(self.exported(stage)), *release),
+            *(str(self.checkpoints("model", stage)), str(self.exported(stage)), *release),
         )
         return Step(
-            f"Hugging Face folder, {_step_name('sighted', stage)}",
+            f"Hugging Face folder, {_step_name('model', stage)}",
             (command,),
             outputs=(self.exported(stage),),
-            after=(_step_name("sighted", stage),),
+            after=(_step_name("model", stage),),
         )
 
 
 def _step_name(model: Model, stage: Stage) -> str:
-    return f"stage {stage.number}" if model == "sighted" or stage.number == 0 else f"blind stage {stage.number}"
+    return f"stage {stage.number}" if model == "model" or stage.number == 0 else f"blind stage {stage.number}"

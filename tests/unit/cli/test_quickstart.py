@@ -186,10 +186,10 @@ def test_commands_name_files_of_the_checkout_that_exist(plan: Plan) -> None:
 def test_blind_run_differs_only_by_blank_images(plan: Plan) -> None:
     steps = {step.name: step for group in plan.groups() for step in group}
     for number in (1, 2):
-        sighted, blind = steps[f"stage {number}"].commands, steps[f"blind stage {number}"].commands
-        whole = [word.replace("blind/", "sighted/") for word in blind[-1] if word != "--blank-images"]
+        full, blind = steps[f"stage {number}"].commands, steps[f"blind stage {number}"].commands
+        whole = [word.replace("blind/", "model/") for word in blind[-1] if word != "--blank-images"]
         assert "--blank-images" in blind[-1]
-        assert list(sighted[-1][4 : -len(STAGES[number].second_layout)]) == whole[4:]
+        assert list(full[-1][4 : -len(STAGES[number].second_layout)]) == whole[4:]
 
 
 def test_each_stage_hands_over_at_another_layout_for_its_last_steps(plan: Plan) -> None:

@@ -39,7 +39,7 @@ def write_fake_run(run_dir: Path, *, num_steps: int = 200, samples_per_task: int
     """Fill ``run_dir`` and return it."""
     _write_json(run_dir / "run.json", _run_info())
     for stage in TITLES:
-        _write_metrics(run_dir / "sighted" / stage, LAYOUTS[stage], num_steps, floor=0.4)
+        _write_metrics(run_dir / "model" / stage, LAYOUTS[stage], num_steps, floor=0.4)
     for stage in ("stage1", "stage2"):
         _write_metrics(run_dir / "blind" / stage, (LAYOUTS[stage][0], None), num_steps, floor=1.3)
     (run_dir / "data").mkdir()
@@ -61,7 +61,7 @@ def _run_info() -> dict[str, Any]:
             "title": title,
             "trains": trains,
             "starts_from": starts_from,
-            "folder": f"sighted/{name}",
+            "folder": f"model/{name}",
             "recipe": f"examples/tiny/{name}.yaml",
             "blind_folder": f"blind/{name}" if name in ("stage1", "stage2") else None,
         }
@@ -102,15 +102,15 @@ def _write_metrics(folder: Path, layouts: tuple[str, str | None], num_steps: int
 
 
 def _write_predictions(folder: Path, samples_per_task: int) -> None:
-    sighted, blind = [], []
+    seeing, blind = [], []
     for index in range(samples_per_task):
         for task in TASKS:
             question = _question(folder, task, index)
-            sighted.append(question)
+            seeing.append(question)
             blind.append({**question, "prediction": "<box>(100,100),(900,900)</box>"})
-    replies = [{**line, "task": "chat", "prompt": "Find it."} for line in sighted if line["task"] == "referring"]
+    replies = [{**line, "task": "chat", "prompt": "Find it."} for line in seeing if line["task"] == "referring"]
     _write_lines(folder / "replies.jsonl", replies)
-    _write_lines(folder / "predictions_sighted.jsonl", sighted)
+    _write_lines(folder / "predictions_model.jsonl", seeing)
     _write_lines(folder / "predictions_blind.jsonl", blind)
 
 
@@ -156,7 +156,7 @@ def _write_findings(folder: Path) -> None:
         {"stage": stage, "model": model, "task": task, "loss": loss, "num_tokens": 4000}
         for stage, tasks in (("stage1", ("caption",)), ("stage2", TASKS))
         for task in tasks
-        for model, loss in (("sighted", 0.52), ("blind", 1.41))
+        for model, loss in (("model", 0.52), ("blind", 1.41))
     ]
     _write_json(folder / "losses.json", losses)
     detail = "39 of 39 tensors bit-identical"

@@ -108,7 +108,7 @@ def test_a_score_that_looking_did_not_raise_is_said_beside_what_was_met(tmp_path
     run_dir = write_fake_run(tmp_path, num_steps=20, samples_per_task=2)
     assert read_report(run_dir).remarks == ()
     eval_dir = run_dir / "eval"
-    lines = [json.loads(line) for line in (eval_dir / "predictions_sighted.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (eval_dir / "predictions_model.jsonl").read_text().splitlines()]
     blind = [line if line["task"] == "ocr" else {**line, "prediction": ""} for line in lines]
     (eval_dir / "predictions_blind.jsonl").write_text("".join(json.dumps(line) + "\n" for line in blind))
     report = read_report(run_dir)
@@ -166,7 +166,7 @@ def test_a_page_that_cannot_be_written_is_an_error_before_the_work(
     ("name", "maker"),
     [
         ("run.json", "quickstart"),
-        ("sighted/stage2/metrics.jsonl", "tools/train.py"),
+        ("model/stage2/metrics.jsonl", "tools/train.py"),
         ("eval/predictions_blind.jsonl", "tools/generate.py"),
         ("eval/losses.json", "evaluation"),
     ],
@@ -195,7 +195,7 @@ def test_both_models_must_have_answered_the_same_questions_each_once(tmp_path: P
     with pytest.raises(DataError, match=r"blind\.jsonl: 1 questions .*ocr-1 is not answered"):
         read_report(tmp_path)
     path.write_text("".join(lines).replace("What color", "Which color"))
-    with pytest.raises(DataError, match=r"sighted\.jsonl: 2 questions .*vqa-0 is not answered"):
+    with pytest.raises(DataError, match=r"model\.jsonl: 2 questions .*vqa-0 is not answered"):
         read_report(tmp_path)
 
 

@@ -11,14 +11,14 @@ def _findings(
     vqa_with_images: float, vqa_without_images: float, loss_with_images: float, *, unchanged: bool = True
 ) -> Findings:
     losses = [
-        HeldOutLoss("stage1", "sighted", "caption", 1.0, 10),
+        HeldOutLoss("stage1", "model", "caption", 1.0, 10),
         HeldOutLoss("stage1", "blind", "caption", 1.5, 10),
     ]
     for task in ("caption", "vqa", "referring", "ocr"):
-        losses.append(HeldOutLoss("stage2", "sighted", task, loss_with_images, 10))
+        losses.append(HeldOutLoss("stage2", "model", task, loss_with_images, 10))
         losses.append(HeldOutLoss("stage2", "blind", task, 1.0, 10))
     scores = {
-        "sighted": {"vqa": Score("vqa", "VQA accuracy", vqa_with_images, 10)},
+        "model": {"vqa": Score("vqa", "VQA accuracy", vqa_with_images, 10)},
         "blind": {"vqa": Score("vqa", "VQA accuracy", vqa_without_images, 10)},
     }
     return Findings(scores, losses, [Check(LANGUAGE_MODEL_UNCHANGED, unchanged, "39 of 39 tensors equal")])
