@@ -23,6 +23,8 @@ RECIPES = Path("examples/tiny")
 PRESET = "tiny"
 FAST_RANKS = 2
 INSPECTED_ROWS = 30
+ANSWER_TOKENS = 96
+"""Enough for the longest answer, a page of two lines with their corners."""
 Command = tuple[str, ...]
 
 
@@ -252,6 +254,7 @@ class Plan:
         command: Command = (
             *("python", "tools/generate.py", "--checkpoint", str(self.checkpoints(model, STAGES[2]))),
             *("--inputs", str(self.run_dir / "eval" / "questions.jsonl"), "--output", str(output)),
+            *("--max-new-tokens", str(ANSWER_TOKENS)),
         )
         return Step(
             f"answers, {model}",
