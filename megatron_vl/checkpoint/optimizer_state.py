@@ -8,15 +8,16 @@ For each parameter X that trains there are the tensors
 in the shape of X, and for all of them together the number of updates. Learning rates, betas, epsilon and weight decay
 are not stored. They come from the configuration of the run.
 
-The sharded optimizer concatenates all parameters, and gives each data-parallel rank a range of them. So each rank holds
-most parameters whole or not at all. A parameter is stored by the rank that holds most of it, and the ranks that hold
-the rest send it their values over gloo. A rank loads the parameters of which it holds anything. Hence a save and a load
-divide their work among the data-parallel ranks, and need host memory for a rank's own share only. Megatron-Core's own
-way gathers the state of all ranks on one of them, which took 26 to 36 bytes a parameter there.
+The sharded optimizer concatenates parameters, and gives each data-parallel rank a range of them. One of the ranks that
+hold a large part of a parameter is its owner. The owner stores and loads the whole parameter. The other ranks send it
+their parts, or receive them from it, over gloo. Owners are chosen so that all ranks own about the same amount. Hence a
+save and a load divide their work among the data-parallel ranks, and need host memory for a rank's own amount only.
+Megatron-Core's own way gathers the state of all ranks on one of them, which took 26 to 36 bytes a parameter there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_vl.errors import CheckpointError
+from megatron_vl.parallel import agreement
 
 _STATE = "optimizer.state"
 _MASTER = f"{_STATE}.fp32_param"
@@ -63,13 +65,25 @@ class _Placed:
     parameter: Tensor
     shares: tuple[_Share, ...]
     """In the order of ranks. An optimizer that is not sharded has one share, which all ranks hold."""
+    owner: int
+    """The data-parallel rank that stores it."""
     described: ShardedBase
     """What is stored of its weight."""
 
     @property
-    def stored_by(self) -> int:
-        """The data-parallel rank that stores it: the one that holds most of it."""
-        return max(self.shares, key=lambda share: share.size).rank
+    def rank(self) -> int:
+        """This rank's number among those that hold the same part of the model."""
+        return int(self.described.replica_id[-1])
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.member, DistributedOptimizer)
+
+    @property
+    def own_share(self) -> _Share | None:
+        """What this rank holds of it."""
+        held = [share for share in self.shares if share.rank == self.rank or not self.is_sharded]
+        return held[0] if held else None
 
     @property
     def names(self) -> list[str]:
@@ -77,16 +91,26 @@ class _Placed:
         return [name for name in _KEYS if name != "param" or not _is_fp32(self.described)]
 
     def values(self) -> dict[str, Tensor]:
-        """Return what this rank holds, flattened."""
-        if isinstance(self.member, DistributedOptimizer):
+        """Return this rank's share of its tensors, flattened."""
+        share = self.own_share
+        assert share is not None
+        if self.is_sharded:
             held = self.member._get_main_param_and_optimizer_states(self.parameter)
         else:
             main = getattr(self.parameter, "main_param", self.parameter)
             held = {"param": main, **self.member.optimizer.state[main]}
+        assert all(held[name].numel() == share.size for name in self.names)
         return {name: held[name].detach().view(-1) for name in self.names}
 
-    def entry(self, name: str, whole: Tensor, *, replica: int) -> ShardedBase:
-        """Describe one of its stored tensors; of several ranks that describe it, the one with replica 0 counts."""
+    def key(self, name: str, stored: Collection[str]) -> str:
+        """Return the key of a stored tensor in a checkpoint with these keys."""
+        if name == "param":  # a run in fp32 has stored no master beside the weight
+            return _key_of_master(self.described.key, stored)
+        return f"{_KEYS[name]}.{self.described.key}"
+
+    def entry(self, name: str, whole: Tensor) -> ShardedBase:
+        """Describe one of its stored tensors. Of several ranks that describe it, the one with replica 0 counts."""
+        replica = 0 if self.is_sharded else self.rank
         described = replace(self.described, replica_id=(*self.described.replica_id[:-1], replica))
         return make_sharded_optimizer_tensor(described, whole.view(self.parameter.shape), _KEYS[name])
 
@@ -105,37 +129,39 @@ def describe(optimizer: ChainedOptimizer, model: _Sharded, *, step: int) -> _Sha
     _make_ready(optimizer, step)
     state = {}
     for placed in _placed(optimizer, model):
-        for name, whole in _whole_values(placed).items():
-            entry = placed.entry(name, whole, replica=0)
+        for name, whole in _collect(placed).items():
+            entry = placed.entry(name, whole)
             state[entry.key] = entry
-    return {"state": state, "param_groups": [{"step": step}]}
+    # Without an empty dictionary: Megatron-Core would take it for a setting in which the ranks differ.
+    return {"param_groups": [{"step": step}]} | ({"state": state} if state else {})
 
 
 def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None:
-    """Load moments, masters and the step of a checkpoint into an optimizer of any kind.
+    """Load moments, masters and the step of a checkpoint into an optimizer of any kind; all ranks call it.
 
     Args:
         model: the sharded state of this rank's chunks.
 
     Raises:
-        CheckpointError: if the checkpoint lacks the state of a parameter that trains.
+        CheckpointError: on all ranks, if the checkpoint lacks the state of a parameter that trains on any of them.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).keys()
     _make_ready(optimizer, 0)
-    here = [(placed, *own) for placed in _placed(optimizer, model) if (own := _own_share(placed)) is not None]
+    every = _placed(optimizer, model)
+    needed = [placed.key(name, stored) for placed in every for name in placed.names]
+    agreement.together(lambda: _check_stored(needed, stored, checkpoint))
     wanted: _Sharded = {}
-    for number, (placed, _, replica) in enumerate(here):
-        for name in placed.names:
-            entry = placed.entry(name, torch.empty(placed.parameter.shape, dtype=torch.float32), replica=replica)
-            if name == "param":  # a run in fp32 has stored no master beside the weight
-                entry.key = _key_of_master(placed.described.key, stored)
+    for number, placed in enumerate(every):
+        for name in placed.names if placed.rank == placed.owner or not placed.is_sharded else ():
+            entry = placed.entry(name, torch.empty(placed.parameter.shape, dtype=torch.float32))
+            entry.key = placed.key(name, stored)
             wanted[f"{number} {name}"] = entry
-    _check_stored([entry.key for entry in wanted.values()], stored, checkpoint)
     loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint))
-    for number, (placed, share, _) in enumerate(here):
-        for name, held in placed.values().items():
-            held.copy_(loaded["wanted"][f"{number} {name}"].flatten()[share.start : share.end])
-    _make_ready(optimizer, _stored_step(loaded["optimizer"], checkpoint))
+    step = _stored_step(loaded["optimizer"], checkpoint)
+    for number, placed in enumerate(every):
+        for name in placed.names:
+            _distribute(placed, name, loaded.get("wanted", {}).get(f"{number} {name}"))
+    _make_ready(optimizer, step)
 
 
 def use_masters(model: _Sharded, checkpoint: Path) -> None:
@@ -155,18 +181,36 @@ def _make_ready(optimizer: ChainedOptimizer, step: int) -> None:
         group["step"] = step
 
 
-def _placed(optimizer: ChainedOptimizer, model: _Sharded) -> Iterator[_Placed]:
-    """Yield the parameters that train, in the same order on all data-parallel ranks."""
+def _placed(optimizer: ChainedOptimizer, model: _Sharded) -> list[_Placed]:
+    """Return the parameters that train, in the same order and with the same owners on all data-parallel ranks."""
     described = {id(entry.data): entry for entry in model.values()}
+    owned: Counter[int] = Counter()
+    placed = []
     for member in optimizer.chained_optimizers:
-        for buffer in member.buffers if isinstance(member, DistributedOptimizer) else ():
+        for parameter, shares in _divided(member, model):
+            owner = _owner(shares, owned)
+            owned[owner] += parameter.numel()
+            placed.append(_Placed(member, parameter, shares, owner, described[id(parameter)]))
+    return placed
+
+
+def _divided(member: Any, model: _Sharded) -> Iterator[tuple[Tensor, tuple[_Share, ...]]]:
+    """Yield the parameters of one optimizer, and who holds their state."""
+    if isinstance(member, DistributedOptimizer):
+        for buffer in getattr(member, "buffers", ()):  # there are none where nothing trains
             for parameter in buffer.param_index_map:
-                yield _Placed(member, parameter, _shares(buffer, parameter), described[id(parameter)])
-        if not isinstance(member, DistributedOptimizer):
-            mains = {id(main) for group in member.param_groups for main in group["params"]}
-            for entry in model.values():
-                if id(getattr(entry.data, "main_param", entry.data)) in mains:
-                    yield _Placed(member, entry.data, (_Share(0, 0, entry.data.numel()),), entry)
+                yield parameter, _shares(buffer, parameter)
+    else:
+        mains = {id(main) for group in member.param_groups for main in group["params"]}
+        for entry in model.values():
+            if id(getattr(entry.data, "main_param", entry.data)) in mains:
+                yield entry.data, (_Share(0, 0, entry.data.numel()),)
+
+
+def _owner(shares: tuple[_Share, ...], owned: Counter[int]) -> int:
+    """Choose, among the ranks that hold a large part, the one that owns least so far."""
+    largest = max(share.size for share in shares)
+    return min((share.rank for share in shares if 2 * share.size >= largest), key=lambda rank: (owned[rank], rank))
 
 
 def _shares(buffer: Any, parameter: Tensor) -> tuple[_Share, ...]:
@@ -181,43 +225,55 @@ def _shares(buffer: Any, parameter: Tensor) -> tuple[_Share, ...]:
     )
 
 
-def _own_share(placed: _Placed) -> tuple[_Share, int] | None:
-    """Return this rank's share and its number among the shares, or None if it holds nothing."""
-    if not isinstance(placed.member, DistributedOptimizer):
-        return placed.shares[0], _data_parallel_rank(placed)
-    own = [(share, number) for number, share in enumerate(placed.shares) if share.rank == _data_parallel_rank(placed)]
-    return own[0] if own else None
-
-
-def _data_parallel_rank(placed: _Placed) -> int:
-    """Return this rank's number among those that hold the same part of the model."""
-    return int(placed.described.replica_id[-1])
-
-
-def _whole_values(placed: _Placed) -> dict[str, Tensor]:
-    """Return the flattened tensors of a parameter on the rank that stores it, and nothing on the other ranks."""
-    own = _own_share(placed)
-    owner = placed.stored_by
-    if own is None or (len(placed.shares) == 1 and owner != _data_parallel_rank(placed)):
+def _collect(placed: _Placed) -> dict[str, Tensor]:
+    """Return the flattened tensors of a parameter on its owner, and nothing on the other ranks."""
+    own = placed.own_share
+    if own is None or (not placed.is_sharded and placed.rank != placed.owner):
         return {}
     values = placed.values()
     if len(placed.shares) == 1:
         return values
-    group = placed.member.data_parallel_group_gloo
-    ranks = dist.get_process_group_ranks(group)
-    if owner != own[0].rank:
+    group, ranks = _group(placed)
+    if placed.rank != placed.owner:
         for value in values.values():
-            dist.send(value.cpu(), ranks[owner], group=group)
+            dist.send(value.cpu(), ranks[placed.owner], group=group)
         return {}
     whole = {name: torch.empty(placed.parameter.numel(), dtype=torch.float32) for name in values}
     for share in placed.shares:
         for name, value in values.items():
             place = whole[name][share.start : share.end]
-            if share == own[0]:
+            if share == own:
                 place.copy_(value)
             else:
                 dist.recv(place, ranks[share.rank], group=group)
     return whole
+
+
+def _distribute(placed: _Placed, name: str, whole: Tensor | None) -> None:
+    """Copy one tensor of a parameter from its owner, which has it whole, to all ranks that hold a share of it."""
+    own = placed.own_share
+    if own is None:
+        return
+    held = placed.values()[name]
+    if whole is None:
+        group, ranks = _group(placed)
+        part = torch.empty(own.size, dtype=torch.float32)
+        dist.recv(part, ranks[placed.owner], group=group)
+        held.copy_(part)
+        return
+    for share in placed.shares:
+        part = whole.flatten()[share.start : share.end]
+        if share == own:
+            held.copy_(part)
+        else:
+            group, ranks = _group(placed)
+            dist.send(part, ranks[share.rank], group=group)
+
+
+def _group(placed: _Placed) -> tuple[Any, list[int]]:
+    """Return the data-parallel ranks as a group over gloo, and their numbers in the world."""
+    group = placed.member.data_parallel_group_gloo
+    return group, dist.get_process_group_ranks(group)
 
 
 def _is_fp32(entry: ShardedBase) -> bool:

@@ -41,7 +41,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 """A lock in a directory of checkpoints, held by the process that saves there."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DIGEST = "digest"
 _THREADS = 4
 """Number of files that a process hashes at a time."""

@@ -139,23 +139,32 @@ def test_the_extra_state_of_a_file_is_never_unpickled(ranks: RankPools, tmp_path
     assert ours == ["norm.weight"] and len(hostile) == 2
 
 
-def _stored_of_the_optimizer(start: Start, config: RunConfig) -> dict[str, int]:
+def _stored_of_the_optimizer(start: Start, config: RunConfig, bucket_size: int | None) -> dict[str, int]:
     """The optimizer's tensors that this rank describes for a save, and their elements."""
+    from functools import partial
+
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    with start.topology(config.parallel) as topology:
+    from megatron_vl.training import parallel_model
+
+    few = partial(parallel_model.DistributedDataParallelConfig, bucket_size=bucket_size)
+    with (
+        mock.patch.object(parallel_model, "DistributedDataParallelConfig", few),
+        start.topology(config.parallel) as topology,
+    ):
         model = build_parallel_model(config, topology)
         train_step(model, micro_batches(config.model, 1), config=config, topology=topology, step=0)
         state = contents._tensors(contents.Trained(model.chunks, model.optimizer), topology)["optimizer"]
         return {value.key: value.data.numel() for value in nested_values(state) if isinstance(value, ShardedBase)}
 
 
-def test_data_parallel_ranks_share_the_optimizer_of_a_save(ranks: RankPools) -> None:
-    """Each stores other parameters, whole, and about as much as the others. The largest parameter is a tenth of all."""
-    config = tiny_config(parallel={"use_distributed_optimizer": True})
-    alone = ranks(1).run(_stored_of_the_optimizer, config)[0]
-    first, second = ranks(2).run(_stored_of_the_optimizer, config)
+@pytest.mark.parametrize("bucket_size", [None, 3000])
+def test_data_parallel_ranks_share_the_optimizer_of_a_save(ranks: RankPools, bucket_size: int | None) -> None:
+    """Each stores other parameters, whole, and about as much as the others, also where each parameter is divided."""
+    config = tiny_config(parallel={"use_distributed_optimizer": True, "overlap_grad_reduce": bucket_size is not None})
+    alone = ranks(1).run(_stored_of_the_optimizer, config, bucket_size)[0]
+    first, second = ranks(2).run(_stored_of_the_optimizer, config, bucket_size)
     assert len(alone) > 100 and first | second == alone and not first.keys() & second.keys()
     assert max(sum(first.values()), sum(second.values())) <= 0.55 * sum(alone.values())
 

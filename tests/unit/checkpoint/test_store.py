@@ -280,9 +280,9 @@ def test_a_damaged_manifest_is_named_or_harmless(tmp_path: Path, place: int, bit
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format_version": 1}', "format_version 1, expected 2: written by another version"),
+        ('{"format_version": 2}', "format_version 2, expected 3: written by another version"),
         ("[]", "is not what was written"),
-        ('{"format_version": 2, "files": {"a": 3}}', "lists no files with their sizes and hashes"),
+        ('{"format_version": 3, "files": {"a": 3}}', "lists no files with their sizes and hashes"),
         ("{", "cannot be read"),
     ],
 )
