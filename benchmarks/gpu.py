@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +94,10 @@ def in_turn(parts: Sequence[Part]) -> list[list[Part]]:
 
 def run_side_by_side(parts: Sequence[Part], deadline: float, *, small: bool) -> Iterator[Outcome]:
     """Run parts at the same time, and yield their outcomes in the order of the parts."""
-    left = deadline - time.monotonic()
-    with ThreadPoolExecutor(max_workers=len(parts)) as pool:
-        yield from pool.map(lambda part: run_part(part, seconds=min(part.limit, left), small=small), parts)
+    with ExitStack() as stack:
+        running = [stack.enter_context(started(part, small=small)) for part in parts]
+        for each in running:
+            yield each.wait(deadline)
 
 
 def all_rows(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -113,36 +114,53 @@ def _write(outcomes: Sequence[Outcome], options: argparse.Namespace) -> None:
         write_rows(options.json, all_rows(outcomes))
 
 
-def run_part(part: Part, *, seconds: float, small: bool, command: Sequence[str] = ()) -> Outcome:
-    """Run a part in a session of its own, and end all of it when its time is over."""
-    if seconds < 2.0:
-        return Outcome(part, [], 0.0, "no time was left for it")
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows, log = Path(folder, "rows.json"), Path(folder, "log")
-        arguments = [part.name, "--rows", str(rows), *(["--small"] if small else [])]
+@dataclass(frozen=True)
+class Running:
+    """A part whose process runs in a session of its own."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    folder: Path
+    began: float
+
+    def wait(self, deadline: float) -> Outcome:
+        """Wait for its end, its own limit or the deadline, and end all of its session."""
+        seconds = min(self.part.limit, deadline - self.began)
+        if seconds < 2.0:
+            return Outcome(self.part, [], 0.0, "no time was left for it")
+        failure = ""
+        try:
+            status = self.process.wait(timeout=max(0.0, self.began + seconds - time.monotonic()))
+            failure = f"exit status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            failure = f"it took longer than {seconds:.0f} s"
+        end(self.process)
+        output = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+        return Outcome(self.part, read_rows(self.folder / "rows.json"), time.monotonic() - self.began, failure, output)
+
+
+@contextmanager
+def started(part: Part, *, small: bool, command: Sequence[str] = ()) -> Iterator[Running]:
+    """Start a part; nothing of it is left afterwards, also after Ctrl-C."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         argv = list(command) or [sys.executable, "-m", "gpu_parts.part"]
-        with log.open("wb") as stream:
+        argv += [part.name, "--rows", str(folder / "rows.json"), *(["--small"] if small else [])]
+        with (folder / "log").open("wb") as stream:
             process = subprocess.Popen(
-                [*argv, *arguments], cwd=ROOT, env=_environment(), stdout=stream, stderr=stream, start_new_session=True
+                argv, cwd=ROOT, env=_environment(), stdout=stream, stderr=stream, start_new_session=True
             )
-            failure = _wait(process, seconds)
-        output = log.read_text(encoding="utf-8", errors="replace")
-        return Outcome(part, read_rows(rows), time.monotonic() - began, failure, output)
+        try:
+            yield Running(part, process, folder, time.monotonic())
+        finally:
+            end(process)
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """Why it failed, or nothing; its whole session is ended."""
-    try:
-        status = process.wait(timeout=seconds)
-        failure = f"exit status {status}" if status else ""
-    except subprocess.TimeoutExpired:
-        failure = f"it took longer than {seconds:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return failure
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its whole session."""
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _environment() -> dict[str, str]:

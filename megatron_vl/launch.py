@@ -83,7 +83,10 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             own = _number(env, rank, below=world_size)
             place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
             here = _number(env, local, below=world_size, default=0)
-            return Launch(own, world_size, here, missing, place, shows_all_devices="LOCAL_WORLD_SIZE" in env)
+            # A wrapper of torchrun may have given each rank the device of its own number.
+            is_torchrun = rank == "RANK" and "LOCAL_WORLD_SIZE" in env
+            shows_all = is_torchrun and env.get("CUDA_VISIBLE_DEVICES") != str(here)
+            return Launch(own, world_size, here, missing, place, shows_all)
     return Launch(0, 1, 0)
 
 

@@ -40,10 +40,14 @@ def parallel_config(options: argparse.Namespace) -> ParallelConfig:
 def check_layout(options: argparse.Namespace) -> None:
     """Check that the ranks hold whole replicas of the checkpoint's model, before torch is imported.
 
+    Only rank 0 looks at the checkpoint, which it also chooses later for all: a training may save a newer one meanwhile.
+
     Raises:
         CheckpointError: if there is no checkpoint.
         ConfigError: if the number of ranks is no multiple of one replica, or the model cannot be split so.
     """
     parallel = parallel_config(options)
-    data_parallel_size(parallel, read_launch().world_size)
-    check_tensor_parallel(store.read_config(store.resolve(options.checkpoint)).model, parallel)
+    launch = read_launch()
+    data_parallel_size(parallel, launch.world_size)
+    if launch.rank == 0:
+        check_tensor_parallel(store.read_config(store.resolve(options.checkpoint)).model, parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 
 _INTERRUPTED, _USER_ERROR = 130, 2  # as ExitStatus, which may not be imported yet
@@ -16,10 +17,11 @@ def run(command: str) -> int:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
     except ModuleNotFoundError as error:
-        if (error.name or "megatron_vl").startswith("megatron_vl"):
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package) is not None:  # it is there, and lacks a module
             raise
         sys.stderr.write(
-            f"error: Python's package {error.name} is not installed for {sys.executable}: activate the environment of "
+            f"error: Python's package {package} is not installed for {sys.executable}: activate the environment of "
             "examples/quickstart.sh (source .venv/bin/activate), or install what setup.py lists\n"
         )
         return _USER_ERROR

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def test_every_part_has_something_that_runs_it(module: Any) -> None:
 def test_a_part_that_fails_or_hangs_keeps_its_rows(module: Any, ending: str, seconds: float, failure: str) -> None:
     gpu = module("gpu")
     command = [sys.executable, "-c", FAKE.format(ending=ending)]
-    outcome = gpu.run_part(gpu.PARTS[0], seconds=seconds, small=True, command=command)
+    with gpu.started(gpu.PARTS[0], small=True, command=command) as running:
+        outcome = running.wait(time.monotonic() + seconds)
     assert failure in outcome.failure and bool(failure) == bool(outcome.failure)
     assert [row.name for row in outcome.rows] == ["first"] and "so far so good" in outcome.output
     assert gpu._row_of(outcome).met is not bool(failure)
@@ -78,7 +80,8 @@ def test_a_part_that_fails_or_hangs_keeps_its_rows(module: Any, ending: str, sec
 
 def test_a_part_without_time_is_named(module: Any) -> None:
     gpu = module("gpu")
-    outcome = gpu.run_part(gpu.PARTS[0], seconds=1.0, small=True)
+    with gpu.started(gpu.PARTS[0], small=True) as running:
+        outcome = running.wait(time.monotonic() + 1.0)
     assert outcome.failure == "no time was left for it" and not outcome.rows
 
 

@@ -81,6 +81,12 @@ def test_two_ranks_of_torchrun_do_not_share_the_only_device() -> None:
         second.device_index(1)
 
 
+def test_a_wrapper_of_torchrun_may_give_each_rank_its_device() -> None:
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    assert read_launch(ranks | meeting | {"CUDA_VISIBLE_DEVICES": "1"}).device_index(1) == 0
+
+
 @pytest.mark.parametrize("tensor_parallel", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_libraries_of_a_gpu_are_told_and_what_is_set_stays(tensor_parallel: bool, deterministic: bool) -> None:

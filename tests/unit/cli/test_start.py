@@ -21,13 +21,16 @@ def test_a_package_that_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is what happens to a tool outside its environment."""
-    _importing_fails(monkeypatch, ModuleNotFoundError("No module named 'tqdm'", name="tqdm"))
+    _importing_fails(monkeypatch, ModuleNotFoundError("No module named 'nowhere.x'", name="nowhere.x"))
     assert start.run("prepare") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: Python's package tqdm is not installed for ") and "source .venv/bin/activate" in said
+    assert (
+        said.startswith("error: Python's package nowhere is not installed for ") and "source .venv/bin/activate" in said
+    )
 
 
-def test_a_module_of_ours_that_is_missing_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    _importing_fails(monkeypatch, ModuleNotFoundError("No module", name="megatron_vl.cli.nothing"))
+@pytest.mark.parametrize("name", ["megatron_vl.cli.nothing", "torch.of.another.version", None])
+def test_a_missing_part_of_a_package_is_a_bug(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    _importing_fails(monkeypatch, ModuleNotFoundError("No module", name=name))
     with pytest.raises(ModuleNotFoundError):
         start.run("nothing")
