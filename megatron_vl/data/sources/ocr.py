@@ -1,10 +1,10 @@
 """Pages in the format of SynthDoG: images and a metadata.jsonl, with or without the positions of the lines.
 
 SynthDoG (of Donut) writes ``{"file_name", "ground_truth"}``. Here ``ground_truth`` is a JSON string that holds all the
-text in one and drops the positions. Such a page cannot teach reading with positions. Given a ``question``, it becomes a
-question whose answer is its text. The extended format, which the generator of this package writes, adds ``size``
-([width, height] in pixels) and ``lines``. Each line has ``text`` and ``quad`` (four points in pixels, clockwise from
-the top-left corner). Such a page becomes a sample of the OCR task.
+text in one and drops the positions. Such a page cannot teach reading with positions. The extended format, which the
+generator of this package writes, adds ``size`` ([width, height] in pixels) and ``lines``. Each line has ``text`` and
+``quad`` (four points in pixels, clockwise from the top-left corner). Such a page becomes a sample of the OCR task.
+Given a ``question``, a page of either format becomes a question whose answer is its text.
 
 SynthDoG appends to its metadata. A second run into the same folder overwrites the images of the first run and leaves
 their old lines in place. So a file in which a name occurs twice is refused.
@@ -45,7 +45,7 @@ class OCR(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the pages. A record's own ``lang`` overrides it."""
     question: str = ""
-    """Question about a page whose lines have no positions. By default such a page is skipped."""
+    """Question about every page, whose answer is its text. By default a page without positions is skipped."""
     records_per_shard: int = 10_000
     """Pages in a unit of work."""
 
@@ -70,31 +70,35 @@ class OCR(Source):
     def _sample(self, record: Json, key: str) -> Sample:
         name = field(record, "file_name", str)
         language = language_of(record, self.language)
-        if "lines" not in record:
-            return self._plain_sample(record, Sample(key, self.name, "vqa", language, question=self.question))
-        sides = field(record, "size", list)
-        if len(sides) != 2:
-            raise SkipSample("bad_size", f"{name}: size is {sides!r:.40}, expected [width, height]")
-        size = size_of(sides[0], sides[1], "the two of 'size'")
-        regions = []
-        for line in field(record, "lines", list):
-            text = clean_text(words_in(line, "text"), "text of a line")
-            regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
-        if not regions:
-            raise SkipSample("no_lines", f"{name}: 'lines' is empty")
-        image = read_image(self._root, name, size)
-        text = " ".join(region.text for region in regions)
-        return Sample(key, self.name, "ocr", language, (image,), text=text, regions=tuple(regions))
+        size, regions = _lines(record, name) if "lines" in record else (None, ())
+        text = " ".join(region.text for region in regions) or _whole_text(record)
+        if not self.question and not regions:
+            raise SkipSample("no_lines", f"{name}: no 'lines' with quads, and no 'question' to ask instead")
+        sample = Sample(key, self.name, "ocr", language, (read_image(self._root, name, size),), text=text)
+        if self.question:
+            return replace(sample, task="vqa", question=self.question)
+        return replace(sample, regions=regions)
 
-    def _plain_sample(self, record: Json, sample: Sample) -> Sample:
-        """Return the question about a page without positions."""
-        truth = _ground_truth(field(record, "ground_truth", str))
-        text = clean_text(words_in(field(truth, "gt_parse", dict), "text_sequence"), "text_sequence")
-        if not self.question:
-            raise SkipSample(
-                "no_lines", f"{record['file_name']}: no 'lines' with quads, and no 'question' to ask instead"
-            )
-        return replace(sample, images=(read_image(self._root, record["file_name"]),), text=text)
+
+def _lines(record: Json, name: str) -> tuple[tuple[int, int], tuple[Region, ...]]:
+    """Return the size of a page and its lines. Raises SkipSample."""
+    sides = field(record, "size", list)
+    if len(sides) != 2:
+        raise SkipSample("bad_size", f"{name}: size is {sides!r:.40}, expected [width, height]")
+    size = size_of(sides[0], sides[1], "the two of 'size'")
+    regions = []
+    for line in field(record, "lines", list):
+        text = clean_text(words_in(line, "text"), "text of a line")
+        regions.append(Region(text, quads=(quad_from_points(field(line, "quad", list), *size),)))
+    if not regions:
+        raise SkipSample("no_lines", f"{name}: 'lines' is empty")
+    return size, tuple(regions)
+
+
+def _whole_text(record: Json) -> str:
+    """Return the text of a page without positions. Raises SkipSample."""
+    truth = _ground_truth(field(record, "ground_truth", str))
+    return clean_text(words_in(field(truth, "gt_parse", dict), "text_sequence"), "text_sequence")
 
 
 def _ground_truth(text: str) -> Json:

@@ -130,6 +130,14 @@ def test_ocr_asks_about_plain_synthdog_on_request(tmp_path: Path) -> None:
     assert reasons(items) == {"bad_json": 1, "missing_field": 1, "empty_text": 1}
 
 
+def test_ocr_asks_about_pages_with_positions_too(tmp_path: Path) -> None:
+    quad = [[0, 0], [50, 0], [50, 20], [0, 20]]
+    lines = [{"text": "one", "quad": quad}, {"text": "two", "quad": quad}]
+    write_metadata(tmp_path, [{"file_name": "image_1.jpg", "size": [100, 40], "lines": lines}])
+    (sample,) = kept(read_all(OCR("s", tmp_path, question="What is written?")))
+    assert (sample.task, sample.question, sample.text, sample.regions) == ("vqa", "What is written?", "one two", ())
+
+
 def test_ocr_refuses_the_metadata_of_two_runs(tmp_path: Path) -> None:
     write_metadata(tmp_path, [plain_page(f"image_{i}.jpg", "x") for i in (0, 1, 2, 1)])
     with pytest.raises(DataError, match=r"metadata\.jsonl: lines 2 and 4 both name 'image_1\.jpg'; the generator app"):
