@@ -216,7 +216,7 @@ class Engine:
         self, chunk: QwenVL, step: _Pass, state: Tensor | None, *, cache: StaticInferenceContext
     ) -> Tensor | None:
         if step.pixels is not None:
-            state = _see(chunk, state, step.pixels)
+            state = chunk.see(state, step.pixels)
         language = chunk.language_model
         if language is None:
             return state
@@ -266,10 +266,3 @@ def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
             del answer[-len(stop) :]
             return True
     return False
-
-
-def _see(chunk: QwenVL, state: Tensor | None, pixels: Tensor) -> Tensor | None:
-    """Run the vision part of a stage."""
-    if chunk.vision is not None:
-        state = chunk.vision(pixels if chunk.vision.has_patch_embed else state)
-    return state if chunk.resampler is None else chunk.resampler(state)

@@ -78,25 +78,21 @@ class QwenVL(MegatronModule):
             On the last stage float32[m], the loss of each supervised position; elsewhere the input of the next stage.
         """
         hidden, release = self._take_input()
-        hidden = self._see(hidden, batch)
+        hidden = self.see(hidden, batch.pixels)
         if self.language_model is not None:
             hidden = self._read(self.language_model, hidden, batch)
         release()
         return hidden if self.stage.head else _ready_to_send(hidden)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """Return image features of a chunk that holds the whole vision part: [n, 3, H, W] -> [queries, n, h]."""
-        assert self.vision is not None and self.resampler is not None
-        features: Tensor = self.resampler(self.vision(pixels))
-        return features
-
-    def _see(self, hidden: Tensor | None, batch: MicroBatch) -> Any:
+    def see(self, hidden: Tensor | None, pixels: Tensor | None) -> Tensor:
+        """Run the vision part of the stage, steps 2 and 3, on pixels or on what the previous stage sent."""
         if self.vision is not None:
             with _graph_unless(self.frozen_vision):
-                hidden = self.vision(batch.pixels if self.vision.has_patch_embed else hidden)
+                hidden = self.vision(pixels if self.vision.has_patch_embed else hidden)
         if self.resampler is not None:
             with _graph_unless(self.frozen_resampler):
                 hidden = self.resampler(hidden)
+        assert hidden is not None
         return hidden
 
     def _read(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:

@@ -6,7 +6,7 @@
     data/<set>.json          packed data sets (:mod:`megatron_vl.data.dataset.manifest`)
     eval/predictions_{model,blind}.jsonl     (:mod:`megatron_vl.evaluation.predictions`)
     eval/replies.jsonl       of the model after stage 3, in dialogues; the same
-    eval/losses.json         held-out losses                                    -> HeldOutLoss
+    eval/losses/{model,blind}_<stage>.json   by tools/evaluate_loss.py          -> HeldOutLoss
     eval/checks.json         yes-or-no findings                                 -> Check
 
 Everything else (scores, requirements, tables) is computed from these, so no two files of a run can disagree. A
@@ -26,6 +26,14 @@ from megatron_vl.evaluation.json_records import make_record, read_json, read_jso
 
 Model = Literal["model", "blind"]
 """The model that is trained with images and the blind model, as the folders and files of a run call them."""
+_EVALUATED = (
+    ("model", "stage1"),
+    ("blind", "stage1"),
+    ("model", "stage2"),
+    ("blind", "stage2"),
+    ("model", "stage3"),
+)
+"""Checkpoints whose held-out losses a run has."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +146,16 @@ def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
     return tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
 
 
-def load_losses(path: Path) -> tuple[HeldOutLoss, ...]:
-    """Read the list of held-out losses."""
-    entries = read_json(path, written_by="the evaluation steps of the quickstart")
-    return tuple(make_record(HeldOutLoss, entry, path, f"entry {i}") for i, entry in enumerate(entries))
+def load_losses(folder: Path) -> tuple[HeldOutLoss, ...]:
+    """Read the held-out losses, in the order of stages; a data set is named ``heldout_<task>``."""
+    losses = []
+    for model, stage in _EVALUATED:
+        path = folder / f"{model}_{stage}.json"
+        for prefix, entry in read_json(path, written_by="tools/evaluate_loss.py").items():
+            task = Path(prefix).name.removeprefix("heldout_")
+            values = {**entry, "stage": stage, "model": model, "task": task}
+            losses.append(make_record(HeldOutLoss, values, path, prefix))
+    return tuple(losses)
 
 
 def load_checks(path: Path) -> tuple[Check, ...]:

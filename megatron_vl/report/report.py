@@ -122,7 +122,7 @@ def read_report(run_dir: Path) -> Report:
     timings = load_timings(run_dir)
     predictions = _read_predictions(run_dir)
     scores = {model: score_predictions(found) for model, found in predictions.items()}
-    losses = load_losses(run_dir / "eval" / "losses.json")
+    losses = load_losses(run_dir / "eval" / "losses")
     checks = load_checks(run_dir / "eval" / "checks.json")
     return Report(
         run=run,

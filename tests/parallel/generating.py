@@ -67,7 +67,7 @@ def _last_logits(chunk: object, config: RunConfig, tokens: list[int], prompt: Pr
     if prompt.pixels is not None:
         slots = torch.nonzero(line == SpecialTokens(config.model.num_bpe_tokens).img_pad).flatten()
         spans = torch.arange(len(prompt.pixels))
-        embedded = fuse(embedded, chunk.features(prompt.pixels), slots=slots, span_images=spans)
+        embedded = fuse(embedded, chunk.see(None, prompt.pixels), slots=slots, span_images=spans)
     inputs = language.attention_inputs(PackedLine.of([len(tokens)]))
     hidden = language(embedded.unsqueeze(1), inputs)
     return language.logits(hidden, positions=torch.tensor([len(tokens) - 1]))[0]

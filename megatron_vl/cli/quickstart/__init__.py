@@ -1,5 +1,5 @@
-"""The quickstart: raw data to a scored model, as a plan of public commands and a runner that can resume.
+"""Run the steps that ``examples/quickstart.sh`` lists: skip what is done, record the time, and report.
 
-``plan`` defines the steps (every step is a command that a user could type). ``runner`` runs them and records which are
-done. ``findings`` gathers the results of the steps, and ``profiles`` holds the sizes.
+``steps`` reads the list. ``runner`` runs it, and ``ledger`` records which steps are done. ``findings`` gathers the
+results for the report.
 """

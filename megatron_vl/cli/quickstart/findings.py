@@ -1,4 +1,4 @@
-"""Gather the results of the steps into the files that the report reads, and record what was run on what machine."""
+"""Record what is run on what machine, and what the weights of the finished stages show."""
 
 from __future__ import annotations
 
@@ -13,45 +13,62 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.cli.quickstart.plan import EVALUATIONS, PRESET, STAGES, Plan
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.files import write_whole
 from megatron_vl.planning.parameters import count_parameters
-from megatron_vl.report.records import HeldOutLoss, RunInfo
+from megatron_vl.report.records import RunInfo, StageInfo
+
+PRESET = "tiny"
+TITLES = {
+    "smoke": "Smoke test of the quickstart",
+    "quickstart": "Quickstart: a tiny Qwen-VL through its three stages",
+    "learn": "A tiny Qwen-VL that learns to see",
+}
+STAGES = tuple(
+    StageInfo(
+        name=f"stage{number}",
+        title=f"Stage {number}: {title}",
+        trains=trains,
+        starts_from=f"stage {number - 1}" if number else "random weights",
+        folder=f"model/stage{number}",
+        recipe=f"examples/tiny/{recipe}.yaml",
+        blind_folder=f"blind/stage{number}" if number in (1, 2) else None,
+    )
+    for number, (recipe, title, trains) in enumerate(
+        (
+            ("stage0_text", "text alone", "the language model"),
+            ("stage1_pretrain", "pre-training", "vision tower and resampler"),
+            ("stage2_multitask", "multi-task pre-training", "everything"),
+            ("stage3_sft", "supervised fine-tuning", "language model and resampler"),
+        )
+    )
+)
 
 
-def write_run_info(plan: Plan, command: str) -> None:
+def write_run_info(run_dir: Path, profile: str, command: str) -> None:
     """Write ``run.json``; a resumed run keeps the date of its start."""
-    path = plan.run_dir / "run.json"
+    path = run_dir / "run.json"
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     date = json.loads(path.read_text(encoding="utf-8")).get("date", now) if path.exists() else now
     info = RunInfo(
-        title=plan.profile.title,
-        profile=plan.profile.name,
+        title=TITLES[profile],
+        profile=profile,
         command=command,
         date=date,
-        commit=_commit(plan.root),
+        commit=_commit(),
         machine=_machine(),
         model=_model(),
-        stages=plan.stage_infos(),
+        stages=STAGES,
     )
     _write_json(path, asdict(info))
 
 
-def gather_findings(plan: Plan) -> None:
-    """Write ``eval/losses.json`` and ``eval/checks.json`` from the output of the evaluation steps."""
+def gather_findings(run_dir: Path) -> None:
+    """Write ``eval/checks.json``: what the exported folders say of the frozen language model."""
     from megatron_vl.report.checks import compare_language_models
 
-    losses = []
-    for evaluation in EVALUATIONS:
-        found = json.loads(plan.losses_path(evaluation).read_text(encoding="utf-8"))
-        for task in evaluation.tasks:
-            entry = found[str(plan.heldout_prefix(task))]
-            loss = HeldOutLoss(evaluation.stage, evaluation.model, task, entry["loss"], entry["num_tokens"])
-            losses.append(asdict(loss))
-    check = compare_language_models(plan.exported(STAGES[0]), plan.exported(STAGES[1]))
-    _write_json(plan.run_dir / "eval" / "losses.json", losses)
-    _write_json(plan.run_dir / "eval" / "checks.json", [asdict(check)])
+    check = compare_language_models(run_dir / "hf" / "stage0", run_dir / "hf" / "stage1")
+    _write_json(run_dir / "eval" / "checks.json", [asdict(check)])
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -59,13 +76,11 @@ def _write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _commit(root: Path) -> str:
+def _commit() -> str:
     """Return the commit of the checkout, with a + if files differ from it; a dash without git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")

@@ -1,10 +1,11 @@
-"""``examples/quickstart.sh``: run the plan, then report."""
+"""Run the steps that ``examples/quickstart.sh`` writes to standard input, then report.
+
+Each step is a list of words that end with a zero byte (``steps.py``).
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import signal
 import sys
 import time
@@ -14,17 +15,15 @@ from types import FrameType
 
 from megatron_vl.cli.output import write_whole
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.cli.quickstart.findings import gather_findings, write_run_info
+from megatron_vl.cli.quickstart.findings import TITLES, gather_findings, write_run_info
 from megatron_vl.cli.quickstart.ledger import Ledger
-from megatron_vl.cli.quickstart.plan import STAGES, Plan
-from megatron_vl.cli.quickstart.profiles import PROFILES
 from megatron_vl.cli.quickstart.runner import Runner
-from megatron_vl.errors import MegatronVLError
+from megatron_vl.cli.quickstart.steps import read_steps
+from megatron_vl.errors import ExitStatus, MegatronVLError
 from megatron_vl.log import escape_what_terminals_cannot_show, write_line
 from megatron_vl.report.records import StepTime
 
 EXIT_FAILED = 1
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,59 +37,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegatronVLError as error:
         write_line(f"error: {error}", error=True)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        write_line("interrupted: the same command goes on where it stopped", error=True)
+        return ExitStatus.INTERRUPTED
     return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        "examples/quickstart.sh",
-        "From raw data to a scored tiny Qwen-VL on two cores, and a report. Started again, it goes on where it stopped "
-        "and reuses what is there.",
-        example="bash examples/quickstart.sh --smoke",
+        "python -m megatron_vl.cli.quickstart", __doc__, example="bash examples/quickstart.sh --smoke"
     )
-    parser.add_argument("--smoke", action="store_true", help="three minutes: everything runs, nothing is learned")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run directory (default: runs/PROFILE)")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="quickstart", help="how much is done")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="for example runs/quickstart")
+    parser.add_argument("--profile", choices=sorted(TITLES), default="quickstart", help="title and requirements")
     parser.add_argument("--results", type=Path, metavar="DIR", help="also write the results as JSON and Markdown")
-    parser.add_argument("--setup-seconds", type=float, default=0.0, metavar="S", help=argparse.SUPPRESS)
-    parser.add_argument("--started-as", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--started-as", default="", help="the command for the report")
+    parser.add_argument("--setup-seconds", type=float, default=0.0, metavar="S", help="time of the set-up")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-    profile = PROFILES["smoke" if options.smoke else options.profile]
-    run_dir = (options.output or ROOT / "runs" / profile.name).resolve()
-    results = options.results.resolve() if options.results else None
-    # Commands are shown as a user would type them in the checkout.
-    os.chdir(ROOT)
-    plan = Plan(profile, run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir, ROOT)
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    write_run_info(plan, options.started_as or shlex.join(["python", "-m", "megatron_vl.cli.quickstart"]))
-    ledger = Ledger(plan.run_dir)
+    run_dir: Path = options.run_dir
+    words = sys.stdin.read().split("\0")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_run_info(run_dir, options.profile, options.started_as)
+    ledger = Ledger(run_dir)
     if options.setup_seconds >= 1 or not any(timing.step == "set-up" for timing in ledger.times()):
         began = time.time() - options.setup_seconds
         ledger.add_time(StepTime("set-up", options.setup_seconds, began))
-    write_line(f"{profile.title}, in {plan.run_dir}. Every command runs with OMP_NUM_THREADS=1.")
-    runner = Runner(ledger, ROOT, write_line)
-    for group in plan.groups():
-        runner.run_group(group)
-    _report(plan, results)
+    write_line(f"{TITLES[options.profile]}, in {run_dir}. Every command runs with OMP_NUM_THREADS=1.")
+    Runner(ledger, Path.cwd(), write_line).run(read_steps(words))
+    _report(run_dir, options.profile, options.results)
 
 
-def _report(plan: Plan, results: Path | None) -> None:
+def _report(run_dir: Path, profile: str, results: Path | None) -> None:
     from megatron_vl.report.report import read_report, render_page, render_text
     from megatron_vl.report.results import write_results
 
-    gather_findings(plan)
-    report = read_report(plan.run_dir)
-    write_whole(plan.run_dir / "report.html", render_page(report, plan.run_dir))
+    gather_findings(run_dir)
+    report = read_report(run_dir)
+    write_whole(run_dir / "report.html", render_page(report, run_dir))
     write_line()
     write_line(render_text(report))
     if results is not None:
-        write_results(report, results / plan.profile.name)
-        write_line(f"Results: {results / plan.profile.name}.json and .md")
-    write_line(f"Report: {plan.run_dir / 'report.html'}")
-    write_line(f"Hugging Face folder: {plan.exported(STAGES[3])}")
+        write_results(report, results / profile)
+        write_line(f"Results: {results / profile}.json and .md")
+    write_line(f"Report: {run_dir / 'report.html'}")
+    write_line(f"Hugging Face folder: {run_dir / 'hf' / 'stage3'}")
 
 
 def leave_on_terminate() -> None:

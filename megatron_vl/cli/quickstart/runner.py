@@ -1,9 +1,12 @@
 """Run the steps that have no results yet, and show their commands and progress.
 
-A step's key is a hash of its commands, of the files of the checkout that they read, and of the keys of the steps on
-which it depends. A step that is done under its key is not run again. Outputs of another key are removed first, and so
-are those of an interrupted attempt that cannot resume. So a run directory never mixes two plans, and a second start
-does only what is missing.
+A step's key is a hash of its commands, of the recipes that they name, and of the keys of the steps that it needs. A
+step that is done under its key is not run again. Outputs of another key are removed first, and so are those of an
+interrupted attempt that cannot resume. So a run directory never mixes two plans, and a second start does only what is
+missing.
+
+Steps start in their order. Two may run together unless one needs the other. A training runs alone, as it uses every
+core.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
+from megatron_vl.cli.quickstart.steps import Step
 from megatron_vl.errors import MegatronVLError
 from megatron_vl.files import sha256_of_file
 from megatron_vl.report.records import StepTime
@@ -31,27 +35,11 @@ from megatron_vl.report.tables import show_duration
 _PROGRESS = re.compile(r"iteration +(\d+)/ *(\d+) .*lm loss: (\S+) .*tokens/s: (\d+)")
 _TAIL_LINES = 25
 _SECONDS_TO_STOP = 60
+_AT_ONCE = 2
 
 
 class StepFailed(MegatronVLError):
     """A command of a step ended with an error; the message holds the reason, or the end of its log."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Commands that belong together, their inputs and their outputs."""
-
-    name: str
-    commands: tuple[tuple[str, ...], ...]
-    """Command lines; ``python`` and ``torchrun`` mean those of the running interpreter."""
-    outputs: tuple[Path, ...] = ()
-    """Files and folders that the step makes."""
-    reads: tuple[Path, ...] = ()
-    """Files of the checkout whose contents matter."""
-    after: tuple[str, ...] = ()
-    """Earlier steps whose results it uses."""
-    resumes: bool = False
-    """Whether the commands resume an interrupted attempt, so its outputs stay."""
 
 
 @dataclass
@@ -64,42 +52,51 @@ class Runner:
     say: Callable[[str], None]
     _started: float = field(default_factory=time.monotonic, init=False)
     _keys: dict[str, str] = field(default_factory=dict, init=False)
+    _running: dict[Future[None], Step] = field(default_factory=dict, init=False)
+    _processes: list[subprocess.Popen[str]] = field(default_factory=list, init=False)
 
-    def run_group(self, steps: Sequence[Step]) -> None:
-        """Run steps that do not depend on each other, two at a time.
+    def run(self, steps: Sequence[Step]) -> None:
+        """Run the steps in their order. After a failure start no more, and let the one beside it end.
 
         Raises:
             StepFailed: for the first step that fails.
         """
-        todo = []
-        for step in steps:
-            self._keys[step.name] = self._key(step)
-            self.ledger.settle(step.name)
-            if self._is_done(step):
-                self.say(f"{self._clock()} {step.name}: done before")
-            else:
-                self._clear(step)
-                todo.append(step)
-        if len(todo) == 1:
-            self._run(todo[0])
-        elif todo:
-            self._run_side_by_side(todo)
+        with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+            try:
+                for number, step in enumerate(steps):
+                    needed = [other.name for other in steps[:number] if step.needs(other)]
+                    self._keys[step.name] = self._key(step, needed)
+                    self.ledger.settle(step.name)
+                    if self._is_done(step):
+                        self.say(f"{self._clock()} {step.name}: done before")
+                        continue
+                    while self._must_wait(step):
+                        self._await_one()
+                    self._clear(step)
+                    self._running[pool.submit(self._run, step)] = step
+                while self._running:
+                    self._await_one()
+            except (KeyboardInterrupt, SystemExit):
+                for process in self._processes:
+                    _end(process)
+                raise
 
-    def _run_side_by_side(self, steps: Sequence[Step]) -> None:
-        """Run two steps at a time; after a failure start no more."""
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            outcomes = [pool.submit(self._run, step, label=f"[{step.name}] ") for step in steps]
-            wait(outcomes, return_when=FIRST_EXCEPTION)
-            pool.shutdown(wait=True, cancel_futures=True)
-        for outcome in outcomes:
-            if not outcome.cancelled():
-                outcome.result()
+    def _must_wait(self, step: Step) -> bool:
+        others = self._running.values()
+        return len(others) == _AT_ONCE or any(step.needs(other) or step.trains or other.trains for other in others)
 
-    def _key(self, step: Step) -> str:
+    def _await_one(self) -> None:
+        """Wait until a running step ends, and raise its error."""
+        ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for outcome in ended:
+            del self._running[outcome]
+            outcome.result()
+
+    def _key(self, step: Step, needed: Sequence[str]) -> str:
         digest = hashlib.sha256(json.dumps(step.commands).encode())
-        for path in step.reads:
-            digest.update(sha256_of_file(path).encode())
-        for name in step.after:
+        for path in step.recipes:
+            digest.update(sha256_of_file(self.root / path).encode())
+        for name in needed:
             digest.update(self._keys[name].encode())
         return digest.hexdigest()
 
@@ -124,7 +121,7 @@ class Runner:
         for path in step.outputs:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def _run(self, step: Step, *, label: str = "") -> None:
+    def _run(self, step: Step) -> None:
         key = self._keys[step.name]
         began = time.time()
         self.ledger.write(step.name, StepState(key, running_since=began))
@@ -133,7 +130,7 @@ class Runner:
         finished = False
         try:
             for command in step.commands:
-                self._execute(step, command, label)
+                self._execute(step, command)
             finished = True
         finally:
             seconds = time.monotonic() - clock
@@ -141,9 +138,10 @@ class Runner:
             self.ledger.write(step.name, StepState(key, done=finished))
         self.say(f"{self._clock()} {step.name}: finished in {show_duration(seconds)}")
 
-    def _execute(self, step: Step, command: Sequence[str], label: str) -> None:
+    def _execute(self, step: Step, command: Sequence[str]) -> None:
         """Run one command. Show and log its standard output; log its standard error."""
         shown = shlex.join(command)
+        label = "" if step.trains else f"[{step.name}] "
         self.say(f"    {label}$ {shown}")
         log = self.ledger.log_path(step.name)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -160,15 +158,14 @@ class Runner:
                 text=True,
                 errors="replace",
             )
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    stream.write(line)
-                    stream.flush()
-                    self.say(f"    {label}{condense(line)}")
-                process.wait()
-            finally:
-                _end(process)
+            self._processes.append(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                stream.write(line)
+                stream.flush()
+                self.say(f"    {label}{condense(line)}")
+            process.wait()
+            self._processes.remove(process)
         if process.returncode != 0:
             raise StepFailed(_explain(step, shown, process.returncode, log))
 

@@ -1,4 +1,4 @@
-"""The quickstart's runner (what is done again, what is not, what is counted) and its plan."""
+"""The quickstart: what its script lists, and its runner (what is done again, what is not, what is counted)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
-from megatron_vl.cli.quickstart.plan import STAGES, Plan
-from megatron_vl.cli.quickstart.profiles import PROFILES
-from megatron_vl.cli.quickstart.runner import Runner, Step, StepFailed, condense
+from megatron_vl.cli.quickstart.runner import Runner, StepFailed, condense
+from megatron_vl.cli.quickstart.steps import Step, read_steps
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,22 +27,23 @@ class _Bench:
         self.ledger.run_dir.mkdir()
         self.said: list[str] = []
 
-    def step(self, name: str, code: str = "", **fields: object) -> Step:
+    def output(self, name: str) -> Path:
+        """The file that a step makes."""
+        return self.folder / f"{name}.txt"
+
+    def step(self, name: str, code: str = "", words: Sequence[str] = ()) -> Step:
         """A step that adds a line to its output and then runs ``code``."""
-        output = self.folder / f"{name}.txt"
+        output = self.output(name)
         script = f"open({str(output)!r}, 'a').write('ran\\n'); {code}"
-        step = Step(name, (("python", "-c", script),), outputs=(output,))
-        return replace(step, **fields)
+        return Step(name, (("python", "-c", script, *words),), (output,))
 
     def run(self, *steps: Step) -> None:
-        """Run each step as a group, in a new runner."""
-        runner = Runner(self.ledger, self.folder, self.said.append)
-        for step in steps:
-            runner.run_group([step])
+        """Run the steps in a new runner."""
+        Runner(self.ledger, self.folder, self.said.append).run(steps)
 
     def lines(self, name: str) -> int:
         """How often a step ran since its output was last removed."""
-        return len((self.folder / f"{name}.txt").read_text().splitlines())
+        return len(self.output(name).read_text().splitlines())
 
     def ran(self, name: str) -> bool:
         """Whether the last runs said that the step finished."""
@@ -65,12 +65,12 @@ def test_a_finished_step_is_not_run_again(bench: _Bench) -> None:
     assert [timing.step for timing in bench.ledger.times()] == ["a"]
 
 
-def test_changed_commands_files_or_predecessors_start_a_step_over(bench: _Bench) -> None:
+def test_changed_commands_recipes_or_predecessors_start_a_step_over(bench: _Bench) -> None:
     recipe = bench.folder / "recipe.yaml"
     recipe.write_text("x: 1")
-    first, second = bench.step("a", reads=(recipe,)), bench.step("b", after=("a",))
+    first, second = bench.step("a", words=["recipe.yaml"]), bench.step("b", words=[str(bench.output("a"))])
     bench.run(first, second)
-    bench.run(bench.step("a", reads=(recipe,)), second)
+    bench.run(first, second)
     assert (bench.lines("a"), bench.lines("b")) == (1, 1)
     bench.ran("a")
     recipe.write_text("x: 2")
@@ -79,6 +79,9 @@ def test_changed_commands_files_or_predecessors_start_a_step_over(bench: _Bench)
     assert bench.ran("b")
     assert (bench.lines("a"), bench.lines("b")) == (1, 1)
     assert [timing.step for timing in bench.ledger.times()] == ["a", "b"]
+    bench.run(first, bench.step("b", "pass", words=[str(bench.output("a"))]))
+    assert "a: done before" in str(bench.said)
+    assert bench.ran("b")
 
 
 def test_a_removed_output_is_made_again(bench: _Bench) -> None:
@@ -91,7 +94,7 @@ def test_a_removed_output_is_made_again(bench: _Bench) -> None:
 @pytest.mark.parametrize(("resumes", "lines"), [(False, 1), (True, 2)])
 def test_after_a_failure_outputs_are_removed_or_gone_on_with(bench: _Bench, resumes: bool, lines: int) -> None:
     code = f"import os; os.path.exists({str(bench.folder / 'go')!r}) or exit('error: no go')"
-    step = bench.step("a", code, resumes=resumes)
+    step = bench.step("a", code, words=["--auto-resume"] if resumes else [])
     with pytest.raises(StepFailed, match=r"(?s)a: exit status 1 of.*error: no go"):
         bench.run(step)
     (bench.folder / "go").touch()
@@ -106,10 +109,9 @@ def test_steps_side_by_side_stop_beginning_after_a_failure(bench: _Bench) -> Non
     wait = f"import os, time\nwhile not os.path.exists({str(recorded)!r}): time.sleep(0.01)\ntime.sleep(0.5)"
     steps = [bench.step("bad", "exit(3)"), *(bench.step(f"s{i}", wait) for i in range(6))]
     with pytest.raises(StepFailed, match="bad: exit status 3"):
-        Runner(bench.ledger, bench.folder, bench.said.append).run_group(steps)
-    # Two run at a time. The worker that ran the failed step may take one more before the runner hears of the failure.
-    assert 2 <= len(bench.ledger.times()) <= 3
-    Runner(bench.ledger, bench.folder, bench.said.append).run_group(steps[1:])
+        bench.run(*steps)
+    assert [timing.step for timing in bench.ledger.times()] == ["bad", "s0"], "two run at a time"
+    bench.run(*steps[1:])
     assert all(bench.lines(f"s{i}") == 1 for i in range(6))
 
 
@@ -132,10 +134,11 @@ def test_a_terminated_quickstart_stops_its_command_and_counts_the_time(tmp_path:
         "from pathlib import Path\n"
         "from megatron_vl.cli.quickstart.ledger import Ledger\n"
         "from megatron_vl.cli.quickstart.main import leave_on_terminate\n"
-        "from megatron_vl.cli.quickstart.runner import Runner, Step\n"
+        "from megatron_vl.cli.quickstart.runner import Runner\n"
+        "from megatron_vl.cli.quickstart.steps import Step\n"
         "leave_on_terminate()\n"
         "step = Step('sleep', (('python', '-c', 'import time; print(\"up\", flush=True); time.sleep(60)'),))\n"
-        "Runner(Ledger(Path(sys.argv[1])), Path(sys.argv[1]), lambda line: print(line, flush=True)).run_group([step])\n"
+        "Runner(Ledger(Path(sys.argv[1])), Path(sys.argv[1]), lambda line: print(line, flush=True)).run([step])\n"
     )
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
@@ -145,7 +148,7 @@ def test_a_terminated_quickstart_stops_its_command_and_counts_the_time(tmp_path:
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip() == "up":
+        if line.strip().endswith("up"):
             break
     process.terminate()
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
@@ -162,47 +165,92 @@ def test_training_lines_are_shortened_and_others_kept() -> None:
     assert condense("prepared it\n") == "prepared it"
 
 
-@pytest.fixture(params=sorted(PROFILES))
-def plan(request: pytest.FixtureRequest) -> Plan:
-    return Plan(PROFILES[request.param], Path("runs/x"), ROOT)
+def test_steps_run_together_unless_one_needs_the_other_or_trains(bench: _Bench) -> None:
+    """Each step notes when it begins and when it ends."""
+    notes = bench.folder / "notes"
+    code = (
+        f"import sys, time; note = lambda what: open({str(notes)!r}, 'a').write(sys.argv[1] + what + ' '); note('+'); "
+        "time.sleep(0.5); note('-')"
+    )
+    steps = [bench.step(name, code, [name]) for name in "abc"]
+    steps.append(bench.step("d", code, ["d", str(bench.output("c"))]))
+    bench.run(*steps)
+    order = notes.read_text().split()
+    assert set(order[:2]) == {"a+", "b+"}
+    assert order.index("c-") < order.index("d+")
+    bench.said.clear()
+    bench.run(bench.step("f"), Step("training", (("torchrun", "--help"),)), bench.step("g"))
+    said = [line.partition("] ")[2].partition(" in ")[0] for line in bench.said if line.startswith("[")]
+    assert said == ["f", "f: finished", "training", "training: finished", "g", "g: finished"]
 
 
-def test_every_step_comes_after_what_it_uses(plan: Plan) -> None:
-    done: set[str] = set()
-    for group in plan.groups():
-        assert all(name in done for step in group for name in step.after)
-        done |= {step.name for step in group}
-    outputs = [path for group in plan.groups() for step in group for path in step.outputs]
-    assert len(outputs) == len(set(outputs))
+@pytest.fixture(params=["smoke", "quickstart", "learn"], scope="module")
+def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
+    """The steps that the script lists: a stand-in for the interpreter keeps them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("examples", "setup.py", "constraints-cpu.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text(f"PATH={programs}:$PATH")
+    (programs / "python").write_text(f"#!/bin/sh\ncase $* in *cli.quickstart*) cat > {folder}/steps; esac\n")
+    (programs / "python").chmod(0o755)
+    options = [] if request.param == "quickstart" else [f"--{request.param}"]
+    command = ["bash", str(folder / "examples" / "quickstart.sh"), *options, "--output", str(folder / "a run")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return {step.name: step for step in read_steps((folder / "steps").read_text().split("\0"))}
 
 
-def test_commands_name_files_of_the_checkout_that_exist(plan: Plan) -> None:
-    commands = [command for group in plan.groups() for step in group for command in step.commands]
-    named = [word for command in commands for word in command if word.startswith(("tools/", "examples/"))]
+def test_what_a_step_uses_was_made_before(plan: dict[str, Step]) -> None:
+    made: set[Path] = set()
+    for step in plan.values():
+        assert made.isdisjoint(step.outputs)
+        made |= set(step.outputs) | {path.with_suffix("") for path in step.outputs if path.suffix == ".json"}
+        words = [Path(word) for command in step.commands for word in command if word.startswith("a run/")]
+        assert words
+        assert not [path for path in words if path not in made]
+
+
+def test_commands_name_files_of_the_checkout_that_exist(plan: dict[str, Step]) -> None:
+    words = [word for step in plan.values() for command in step.commands for word in command]
+    named = [word for word in words if word.startswith(("tools/", "examples/"))]
     assert len(named) > 40
     assert not [word for word in named if not (ROOT / word).is_file()]
 
 
-def test_blind_run_differs_only_by_blank_images(plan: Plan) -> None:
-    steps = {step.name: step for group in plan.groups() for step in group}
+def test_blind_run_differs_only_by_blank_images(plan: dict[str, Step]) -> None:
     for number in (1, 2):
-        full, blind = steps[f"stage {number}"].commands, steps[f"blind stage {number}"].commands
-        whole = [word.replace("blind/", "model/") for word in blind[-1] if word != "--blank-images"]
-        assert "--blank-images" in blind[-1]
-        assert list(full[-1][4 : -len(STAGES[number].second_layout)]) == whole[4:]
+        full, blind = plan[f"stage {number}"].commands[-1], plan[f"blind stage {number}"].commands[-1]
+        assert "--blank-images" in blind
+        others = {word.replace("/blind/", "/model/") for word in blind} - set(full)
+        assert others <= {"--blank-images", "2"}, "two ranks, with which the other begins"
+        assert _value(full, "--train-iters") == _value(blind, "--train-iters")
 
 
-def test_each_stage_hands_over_at_another_layout_for_its_last_steps(plan: Plan) -> None:
-    steps = {step.name: step for group in plan.groups() for step in group}
+def test_each_stage_hands_over_at_another_layout_for_its_last_steps(plan: dict[str, Step]) -> None:
     for number in (1, 2, 3):
-        first, second = steps[f"stage {number}"].commands
-        total = plan.profile.stage_steps[number]
-        assert _value(first, "--train-iters") == total - plan.profile.hand_over
-        assert _value(first, "--lr-decay-iters") == _value(second, "--train-iters") == total
-        assert second[-len(STAGES[number].second_layout) :] == STAGES[number].second_layout
-    if plan.profile.name != "smoke":
-        assert plan.profile.hand_over >= 30
+        first, second = plan[f"stage {number}"].commands
+        total = _value(second, "--train-iters")
+        assert _value(first, "--lr-decay-iters") == total
+        assert _value(first, "--train-iters") < total
+        assert not any("parallel-size" in word for word in first)
+        assert any("parallel-size" in word for word in second)
 
 
 def _value(command: tuple[str, ...], flag: str) -> int:
     return int(command[command.index(flag) + 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--help"], 0, "bash examples/quickstart.sh [--smoke | --learn] [--output DIR]"),
+        (["--smok"], 2, "error: --smok is not a known option; known are --smoke, --learn, --output DIR and --help"),
+        (["--output"], 2, "error: --output needs a folder"),
+    ],
+)
+def test_options_are_read_before_anything_is_installed(options: list[str], status: int, says: str) -> None:
+    command = ["bash", str(ROOT / "examples" / "quickstart.sh"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == status
+    assert says in done.stdout + done.stderr

@@ -152,13 +152,11 @@ def _draw_scene(path: Path, left: int) -> None:
 
 
 def _write_findings(folder: Path) -> None:
-    losses = [
-        {"stage": stage, "model": model, "task": task, "loss": loss, "num_tokens": 4000}
-        for stage, tasks in (("stage1", ("caption",)), ("stage2", TASKS))
-        for task in tasks
-        for model, loss in (("model", 0.52), ("blind", 1.41))
-    ]
-    _write_json(folder / "losses.json", losses)
+    (folder / "losses").mkdir()
+    for stage, tasks in (("stage1", ("caption",)), ("stage2", TASKS), ("stage3", ("chat",))):
+        for model, loss in (("model", 0.52), ("blind", 1.41)):
+            losses = {f"data/heldout_{task}": {"loss": loss, "num_tokens": 4000} for task in tasks}
+            _write_json(folder / "losses" / f"{model}_{stage}.json", losses)
     detail = "39 of 39 tensors bit-identical"
     _write_json(folder / "checks.json", [{"name": "language_model_unchanged", "passed": True, "detail": detail}])
 

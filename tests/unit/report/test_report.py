@@ -168,7 +168,7 @@ def test_a_page_that_cannot_be_written_is_an_error_before_the_work(
         ("run.json", "quickstart"),
         ("model/stage2/metrics.jsonl", "tools/train.py"),
         ("eval/predictions_blind.jsonl", "tools/generate.py"),
-        ("eval/losses.json", "evaluation"),
+        ("eval/losses/blind_stage2.json", "tools/evaluate_loss.py"),
     ],
 )
 def test_a_missing_file_is_named_with_its_maker(
