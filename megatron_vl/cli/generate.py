@@ -2,7 +2,7 @@
 
 Each line of the input is a JSON object with the fields key, task, image, prompt and reference. Only prompt is required.
 image is a path relative to the file, or a list of paths. prompt is text, and may contain the tags <ref>, <box> and
-<quad>. The output has the same lines in the same order, with the field prediction. If an image cannot be read, or a
+<quad>. The output has the same questions in the same order, with the field prediction. If an image cannot be read, or a
 question is empty, prediction is null and the field skipped holds the reason. The last line that is printed counts the
 skipped questions.
 
@@ -16,9 +16,8 @@ dialogue.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +32,12 @@ from megatron_vl.data.prompting.tasks import Piece
 from megatron_vl.data.prompting.tokenize import encode_pieces
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.errors import DataError, SkipSample
-from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, read_history, stop_sequences
+from megatron_vl.evaluation.questions import Prediction, Question, read_questions, to_lines
+from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, stop_sequences
 from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
 
 if TYPE_CHECKING:
     from megatron_vl.generation.engine import Prompt
-
-Json = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     check_at_least("--max-window-size", options.max_window_size, 0)
     check_writable(options.output)
     check_layout(options)
-    questions = read_questions(options.inputs, options.chat_format)
+    questions = _read(options.inputs, options.chat_format)
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
@@ -91,104 +89,50 @@ def _run(options: argparse.Namespace) -> None:
     with Topology(parallel_config(options)) as topology:
         answers = _answers(questions, options, topology)
         if topology.rank == 0:
-            lines = [
-                json.dumps({**question.asked, **answer}, ensure_ascii=False)
-                for question, answer in zip(questions, answers, strict=True)
-            ]
-            write_whole(options.output, "\n".join(lines) + "\n")
-            write_line(f"{options.output}: {_summary(questions, answers)}")
+            write_whole(options.output, to_lines(answers))
+            write_line(f"{options.output}: {_summary(answers)}")
 
 
-def _summary(questions: list[Question], answers: list[Json]) -> str:
-    skipped = [f"{q.name}, {a['skipped']}" for q, a in zip(questions, answers, strict=True) if "skipped" in a]
+def _summary(answers: Sequence[Prediction]) -> str:
+    skipped = [f"{answer.name}, {answer.skipped}" for answer in answers if answer.skipped is not None]
     said = f"{len(answers) - len(skipped)} answers"
     return f"{said}; skipped {len(skipped)} of {len(answers)} questions: {'; '.join(skipped[:3])}" if skipped else said
 
 
-def _answers(questions: list[Question], options: argparse.Namespace, topology: Any) -> list[Json]:
-    """Return what is added to each question, the same on every rank."""
+def _answers(questions: Sequence[Question], options: argparse.Namespace, topology: Any) -> list[Prediction]:
+    """Answer each question, the same on every rank."""
     from megatron_vl.generation.engine import Engine, GenerationOptions
 
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
     tokenizer = QwenTokenizer(engine.model.num_bpe_tokens, options.vocab_file)
     prompts: list[Prompt] = []
-    answers: list[Json] = []
+    answers: list[Prediction] = []
     for question in questions:
         try:
             prompts.append(_prompt(question, tokenizer, engine.model, options))
-            answers.append({"prediction": ""})
+            answers.append(Prediction(**vars(question)))
         except SkipSample as error:
-            answers.append({"prediction": None, "skipped": str(error)})
+            answers.append(Prediction(**vars(question), skipped=str(error)))
     limits = GenerationOptions(
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         stop_sequences=stop_sequences(options.chat_format, tokenizer),
     )
-    answered = [answer for answer in answers if "skipped" not in answer]
-    for answer, tokens in zip(answered, engine.generate(prompts, limits), strict=True):
-        answer["prediction"] = tokenizer.decode(tokens).strip()
-    return answers
+    replies = iter(engine.generate(prompts, limits))
+    return [
+        replace(item, prediction=tokenizer.decode(next(replies)).strip()) if item.skipped is None else item
+        for item in answers
+    ]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A line of the file."""
-
-    line: int
-    content: Json
-
-    @property
-    def asked(self) -> Json:
-        """The question without the fields of an earlier answer: this tool may have written the file."""
-        return {key: value for key, value in self.content.items() if key not in ("prediction", "skipped")}
-
-    @property
-    def name(self) -> str:
-        """The line number, and the key if there is one, for messages."""
-        key = self.content.get("key")
-        return f"line {self.line}" + ("" if key is None else f" ({key})")
-
-
-def read_questions(path: Path, chat_format: str = "raw") -> list[Question]:
-    """Read the lines of a file of questions; skip blank lines.
-
-    Raises:
-        DataError: if the file cannot be read, or a line is not a question; names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--inputs {path}: cannot be read ({error}); expected JSON lines with a prompt") from error
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-        try:
-            _check_question(question, chat_format)
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}; found {line[:80]!r}") from error
-        questions.append(Question(number, question))
+def _read(path: Path, chat_format: str) -> tuple[Question, ...]:
+    """Read the questions. The parts of a prompt are checked when it is assembled."""
+    questions = read_questions(path)
+    for item in questions if chat_format == "raw" else ():
+        if item.history or item.system or not isinstance(item.prompt, str):
+            raise DataError(f"{path}, {item.name}: 'history', 'system' and a list of parts need --chat-format chatml")
     return questions
-
-
-def _check_question(question: Any, chat_format: str) -> None:
-    """Raise DataError for a line that is no question. The parts of a prompt are checked when it is assembled."""
-    prompts = (str, list) if chat_format == "chatml" else str
-    if not isinstance(question, dict) or not isinstance(question.get("prompt"), prompts):
-        raise DataError("expected an object with a text 'prompt' (a list of parts needs --chat-format chatml)")
-    images = question.get("image") or []
-    if not isinstance(images, str) and not (isinstance(images, list) and all(isinstance(item, str) for item in images)):
-        raise DataError("'image' should be a path or a list of them")
-    if chat_format == "raw" and (question.get("history") or question.get("system")):
-        raise DataError("'history' and 'system' need --chat-format chatml")
-    if not isinstance(question.get("system") or "", str):
-        raise DataError("'system' should be a text")
-    read_history(question.get("history"))
 
 
 def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, options: argparse.Namespace) -> Prompt:
@@ -198,13 +142,12 @@ def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, op
     from megatron_vl.data.images.pixels import blank_pixels
     from megatron_vl.generation.engine import Prompt
 
-    images = question.content.get("image") or []
-    paths = [images] if isinstance(images, str) else list(images)
+    paths = question.images
     if options.chat_format == "chatml":
         encoder = ChatEncoder(tokenizer, model.resampler.num_queries, options.max_window_size)
-        tokens, paths = _chat(question, paths, encoder)
+        tokens, paths = _chat(question, encoder)
     else:
-        pieces = [Piece("image")] * len(paths) + parse_markup(question.content["prompt"], images=False)
+        pieces = [Piece("image")] * len(paths) + parse_markup(question.text, images=False)
         tokens = tuple(encode_pieces(pieces, tokenizer, num_queries=model.resampler.num_queries).tokens.tolist())
     if not tokens:
         raise SkipSample("empty_prompt", "neither text nor an image")
@@ -212,26 +155,26 @@ def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, op
         return Prompt(tokens)
     if options.blank_images:
         return Prompt(tokens, torch.from_numpy(blank_pixels(len(paths), model.image_size)))
-    pixels = [_pixels(options.inputs.parent / path, model.image_size) for path in paths]
+    pixels = [_pixels(question.file.parent / path, model.image_size) for path in paths]
     return Prompt(tokens, torch.from_numpy(np.stack(pixels)))
 
 
-def _chat(question: Question, paths: list[str], encoder: ChatEncoder) -> tuple[tuple[int, ...], list[str]]:
+def _chat(question: Question, encoder: ChatEncoder) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the tokens of a dialogue, and the paths of the images in it."""
-    asked = question.content
-    text, system, history = asked["prompt"], asked.get("system"), read_history(asked.get("history"))
-    parts = [*({"image": path} for path in paths), *([{"text": text}] if isinstance(text, str) else text)]
+    text = question.prompt
+    parts = [*({"image": path} for path in question.images), *([{"text": text}] if isinstance(text, str) else text)]
     try:
-        query = join_parts(parts, images_before=sum(count_images(earlier) for earlier, _ in history))
+        query = join_parts(parts, images_before=sum(count_images(earlier) for earlier, _ in question.history))
     except DataError as error:
         raise DataError(f"--inputs, {question.name}: {error}") from error
-    prompt = encoder.prompt(Dialogue(query, history, DEFAULT_SYSTEM if system is None else system))
+    system = DEFAULT_SYSTEM if question.system is None else question.system
+    prompt = encoder.prompt(Dialogue(query, question.history, system))
     if prompt.left_out:
         log_rank_0(
-            f"--inputs, {question.name}: the oldest {prompt.left_out} of {len(history)} exchanges do not fit "
+            f"--inputs, {question.name}: the oldest {prompt.left_out} of {len(question.history)} exchanges do not fit "
             f"--max-window-size {encoder.max_window_size}",
         )
-    return prompt.tokens, list(prompt.images)
+    return prompt.tokens, prompt.images
 
 
 def _pixels(path: Path, image_size: int) -> Any:

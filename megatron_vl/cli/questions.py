@@ -24,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     check_at_least("--limit", options.limit, 1)
     from megatron_vl.data.prepare.recipe import load_recipe
-    from megatron_vl.evaluation.questions import write_questions
+    from megatron_vl.evaluation.asking import make_questions
 
     preset = PRESETS[options.model_preset]
     defaults = {"num_queries": preset.resampler.num_queries, "num_bpe_tokens": preset.num_bpe_tokens}
     recipe = load_recipe(options.recipe, defaults, root=options.root)
-    counts, left_out = write_questions(recipe, options.output, limit=options.limit)
+    counts, left_out = make_questions(recipe, options.output, limit=options.limit)
     write_line(f"{options.output}: " + ", ".join(f"{count} {task}" for task, count in counts.items()))
     if left_out:
         write_line("left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))

@@ -23,9 +23,9 @@ def make_record(kind: type[T], values: Any, path: Path, where: str) -> T:
 
 def _read_text(path: Path, written_by: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; it is written by {written_by}") from None
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); it is written by {written_by}") from error
 
 
 def read_json(path: Path, *, written_by: str) -> Any:
@@ -36,17 +36,17 @@ def read_json(path: Path, *, written_by: str) -> Any:
         raise DataError(f"{path}: not JSON ({error}); it is written by {written_by}, run that again") from None
 
 
-def read_json_lines(path: Path, *, written_by: str) -> list[dict[str, Any]]:
-    """Parse JSON lines; a torn last line (a killed writer) is left out, any other damage is an error."""
+def read_json_lines(path: Path, *, written_by: str, is_log: bool = False) -> dict[int, Any]:
+    """Return the values of JSON lines by their numbers; a torn last line of a log (a killed writer) is left out."""
     lines = _read_text(path, written_by).split("\n")
-    records = []
-    for i, line in enumerate(lines, 1):
+    records = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records[number] = json.loads(line)
         except json.JSONDecodeError as error:
-            if i == len(lines):
+            if is_log and number == len(lines):
                 break
-            raise DataError(f"{path}, line {i}: not JSON ({error}); it is written by {written_by}") from None
+            raise DataError(f"{path}, line {number}: not JSON ({error}); it is written by {written_by}") from None
     return records

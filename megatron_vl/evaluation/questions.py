@@ -1,158 +1,153 @@
-"""Write questions for ``tools/generate.py`` from raw data: the prompts of training, with the answers kept apart.
+"""Files of questions and of predictions: one JSON object a line, as ``tools/generate.py --help`` describes it.
 
-One JSON line a question, with the keys
-
-* ``key`` and ``task``;
-* ``image``: a file beside the questions, put before the prompt;
-* ``prompt``: the task's own, with the markers of grounding written out;
-* ``reference``: the supervised text, without the closing token;
-* ``annotators``, if several have answered;
-* ``system``: the text of a dialogue's system turn.
-
-Three kinds of samples are left out and counted. The first are those that preparation itself leaves out (filters of
-single samples, images that cannot be used). The second have no question. The third have grounding markers as words of
-the data, which generation would take for markers.
+A line of predictions is its question, and the answer. So it can be asked again: the old answer is left out.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from megatron_vl.data.prompting.markup import join_parts
+from megatron_vl.errors import DataError
+from megatron_vl.evaluation.json_records import read_json_lines
+from megatron_vl.generation.chat import read_history
 
-from megatron_vl.data.filters.rules import SampleFilter
-from megatron_vl.data.formats.shard import Skipped
-from megatron_vl.data.images.decode import check_image
-from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
-from megatron_vl.data.prompting.markup import parse_markup
-from megatron_vl.data.prompting.tasks import END, render, render_prompt
-from megatron_vl.data.sample import Sample
-from megatron_vl.data.sources.base import Source
-from megatron_vl.errors import DataError, SkipSample
+Json = dict[str, Any]
+_FIELDS = ("key", "task", "image", "prompt", "reference", "annotators", "system", "history", "prediction", "skipped")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt with its image, and the true answer."""
+    """A prompt with its images, and the true answer if it is known."""
 
-    key: str
-    task: str
-    prompt: str
-    """The text after the image."""
-    reference: str
-    image: bytes
+    prompt: str | list[Json]
+    key: str | int | None = None
+    task: str = ""
+    images: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    """The true answer, or several that are equally right, in the model's own markup."""
     annotators: tuple[str, ...] = ()
+    """For VQA, the answers of two or more annotators; then the references are not used for scoring."""
     system: str | None = None
-    """The system turn of a dialogue, if it has one."""
+    history: tuple[tuple[str, str], ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """The user's own fields."""
+    file: Path = Path()
+    """Where it was read; paths of images count from its folder."""
+    line: int = 0
+
+    @property
+    def name(self) -> str:
+        """The line number, and the key if there is one, for messages."""
+        return f"line {self.line}" + ("" if self.key is None else f" ({self.key})")
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text."""
+        return self.prompt if isinstance(self.prompt, str) else join_parts(self.prompt)
+
+    @property
+    def fields(self) -> Json:
+        """The object of its line, without empty fields."""
+        fields = {
+            "key": self.key,
+            "task": self.task or None,
+            "image": self.images[0] if len(self.images) == 1 else self.images or None,
+            "prompt": self.prompt,
+            "reference": self.references[0] if len(self.references) == 1 else self.references or None,
+            "annotators": self.annotators or None,
+            "system": self.system,
+            "history": self.history or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None} | dict(self.others)
 
 
-_FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Question):
+    """A question and the model's answer."""
+
+    prediction: str = ""
+    skipped: str | None = None
+    """Why there is no answer."""
+
+    @property
+    def fields(self) -> Json:
+        said = {"prediction": self.prediction}
+        return super().fields | (said if self.skipped is None else {"prediction": None, "skipped": self.skipped})
 
 
-def ask(sample: Sample) -> Question | None:
-    """Return the question of a sample; None for documents, and for dialogues that do not begin with their only image.
-
-    Raises:
-        SkipSample: ``markup_in_text``, or the reason why there is no prompt.
-    """
-    if sample.task in ("text", "interleaved"):
-        return None
-    if sample.task == "chat":
-        return _ask_in_dialogue(sample)
-    pieces = [piece for piece in render_prompt(sample) if piece.kind != "image"]
-    prompt = unicodedata.normalize("NFC", "".join(piece.text for piece in pieces))
-    if [piece.kind for piece in parse_markup(prompt, images=False)] != [piece.kind for piece in pieces]:
-        raise SkipSample("markup_in_text", f"{prompt:.60}")
-    answer = "".join(piece.text for piece in render(sample) if piece.supervised)
-    key = f"{sample.source}/{sample.key}"
-    return Question(key, sample.task, prompt, answer.removesuffix(END), sample.images[0].data, sample.annotators)
+def to_lines(questions: Iterable[Question]) -> str:
+    """Return the text of a file of questions or predictions."""
+    return "".join(json.dumps(question.fields, ensure_ascii=False) + "\n" for question in questions)
 
 
-def _ask_in_dialogue(sample: Sample) -> Question | None:
-    """Return the first exchange of a dialogue, for ``generate.py --chat-format chatml``; that adds ``Picture 1``."""
-    exchange = [turn for turn in sample.turns if turn.role != "system"][:2]
-    if [turn.role for turn in exchange] != ["user", "assistant"] or len(sample.images) != 1:
-        return None
-    query, num_pictures = _FIRST_PICTURE.subn("", exchange[0].text)
-    if num_pictures != 1 or _FIRST_PICTURE.match(exchange[0].text) is None:
-        return None
-    question = Question(f"{sample.source}/{sample.key}", "chat", query, exchange[1].text, sample.images[0].data)
-    return replace(question, system=next((turn.text for turn in sample.turns if turn.role == "system"), None))
+def read_questions(path: Path) -> tuple[Question, ...]:
+    """Read a file of questions. Raises DataError, which names the line."""
+    lines = read_json_lines(path, written_by="tools/make_questions.py or by hand")
+    return tuple(_question(fields, path, number) for number, fields in lines.items())
 
 
-def write_questions(recipe: DataRecipe, path: Path, *, limit: int) -> tuple[Counter[str], Counter[str]]:
-    """Write the first ``limit`` questions of each source of a recipe, or as many as the source's own ``limit`` allows.
-
-    Images are written to a folder beside ``path``, named after it.
-
-    Returns:
-        The number of questions of each task, and the number of records before them that were left out, by reason.
-
-    Raises:
-        DataError: if there is no question.
-    """
-    folder = path.with_name(f"{path.stem}_images")
-    folder.mkdir(parents=True, exist_ok=True)
-    counts, left_out = Counter[str](), Counter[str]()
-    lines: list[str] = []
-    for entry in recipe.sources:
-        for question in itertools.islice(_questions(entry, left_out), min(limit, entry.limit or limit)):
-            name = f"{folder.name}/{len(lines):06d}"
-            lines.append(json.dumps(_line(question, path.parent, name), ensure_ascii=False) + "\n")
-            counts[question.task] += 1
-    if not lines:
-        lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        why = f"left out: {lost}" if lost else "are they empty, or text alone?"
-        raise DataError(f"{path}: the sources gave no question; {why}")
-    path.write_text("".join(lines), encoding="utf-8")
-    return counts, left_out
+def read_predictions(path: Path) -> tuple[Prediction, ...]:
+    """Read a file of predictions for scoring. Raises DataError, which names the line."""
+    lines = read_json_lines(path, written_by="tools/generate.py")
+    return tuple(_prediction(_question(fields, path, number), fields) for number, fields in lines.items())
 
 
-def _questions(entry: SourceEntry, left_out: Counter[str]) -> Iterator[Question]:
-    """Yield the questions of a source; count what is left out in ``left_out``."""
-    cleaning = SampleFilter(entry.filters)
-    for shard in entry.source.shards():
-        for item in entry.source.read(shard):
-            try:
-                if isinstance(item, Skipped):
-                    raise SkipSample(item.reason)
-                question = ask(_as_prepared(item, entry.source, cleaning))
-                if question is None:
-                    raise SkipSample("no_question")
-            except SkipSample as error:
-                left_out[error.reason] += 1
-            else:
-                yield question
+def _question(fields: Any, file: Path, line: int) -> Question:
+    try:
+        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str | list):
+            raise DataError(f"found {fields!r:.80}, expected an object with a 'prompt', a text or a list of parts")
+        return Question(
+            prompt=fields["prompt"],
+            key=_typed(fields, "key", str | int, "a text or an integer"),
+            task=_typed(fields, "task", str, "a text") or "",
+            images=_texts({"image": fields.get("image") or None}, "image", "a path or a list of them"),
+            references=_texts(fields, "reference", "the true answer, or a list of true answers"),
+            annotators=_texts(fields, "annotators", "a list of two or more texts, or nothing", least=2),
+            system=_typed(fields, "system", str, "a text"),
+            history=read_history(fields.get("history")),
+            others={name: value for name, value in fields.items() if name not in _FIELDS},
+            file=file,
+            line=line,
+        )
+    except DataError as error:
+        raise DataError(f"{file}, line {line}: {error}") from error
 
 
-def _as_prepared(sample: Sample, source: Source, cleaning: SampleFilter) -> Sample:
-    """Return the sample as preparation stores it. Raises SkipSample if preparation leaves it out."""
-    sample = cleaning.apply(sample)
-    images = tuple(source.settle(image) for image in sample.images)
-    for image in images:
-        cleaning.check_image(check_image(image.data))
-    return replace(sample, images=images)
+def _prediction(question: Question, fields: Json) -> Prediction:
+    where, said = f"{question.file}, line {question.line}", fields.get("prediction")
+    if said is None and "skipped" in fields:
+        raise DataError(
+            f"{where}: was not answered ({fields['skipped']}), so there is no score of the whole file; mend or remove "
+            "the question and generate again"
+        )
+    for name, found, expected in (
+        ("key", question.key is not None, "a name of the question"),
+        ("task", question.task, "a task"),
+        ("reference", question.references, "the true answer, or a list of true answers"),
+        ("prediction", isinstance(said, str), "the model's answer, a text"),
+    ):
+        if not found:
+            raise DataError(f"{where}: {name!r} is {fields.get(name)!r:.80}, expected {expected}")
+    return Prediction(**vars(question), prediction=fields["prediction"])
 
 
-def _line(question: Question, folder: Path, name: str) -> dict[str, str | tuple[str, ...]]:
-    """Return the JSON of a question; its image is stored as ``name`` with the suffix of its format."""
-    with Image.open(io.BytesIO(question.image)) as image:
-        name += f".{(image.format or 'png').lower()}"
-    (folder / name).write_bytes(question.image)
-    return {
-        "key": question.key,
-        "task": question.task,
-        "image": name,
-        "prompt": question.prompt,
-        "reference": question.reference,
-        **({"annotators": question.annotators} if question.annotators else {}),
-        **({} if question.system is None else {"system": question.system}),
-    }
+def _texts(fields: Json, name: str, expected: str, *, least: int = 1) -> tuple[str, ...]:
+    """Return a list of texts, or a text as a list of one. It is empty, or has at least ``least``."""
+    found = fields.get(name)
+    texts = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or 0 < len(texts) < least:
+        raise DataError(f"{name!r} is {found!r:.80}, expected {expected}")
+    return tuple(texts)
+
+
+def _typed(fields: Json, name: str, kind: Any, expected: str) -> Any:
+    """Return a field, or None if it is absent."""
+    found = fields.get(name)
+    if found is not None and not isinstance(found, kind):
+        raise DataError(f"{name!r} is {found!r:.80}, expected {expected}")
+    return found

@@ -16,7 +16,7 @@ from megatron_vl.errors import DataError
 from megatron_vl.evaluation.metrics.answers import exact_match, vqa_accuracy
 from megatron_vl.evaluation.metrics.boxes import box_hit, box_iou
 from megatron_vl.evaluation.metrics.texts import caption_match
-from megatron_vl.evaluation.predictions import Prediction
+from megatron_vl.evaluation.questions import Prediction
 from megatron_vl.generation.grounding import first_cells, parse_grounding
 
 

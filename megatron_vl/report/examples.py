@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_vl.data.images.decode import decode_image
 from megatron_vl.data.sample import Region
 from megatron_vl.errors import DataError, SkipSample
-from megatron_vl.evaluation.predictions import Prediction
+from megatron_vl.evaluation.questions import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
 from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
 
@@ -43,7 +43,7 @@ class ExampleCard:
 
 
 def make_examples(
-    predictions: Sequence[Prediction], *, without_images: Mapping[str, Prediction], task: str, count: int
+    predictions: Sequence[Prediction], *, without_images: Mapping[str | int | None, Prediction], task: str, count: int
 ) -> tuple[ExampleCard, ...]:
     """Make cards of the first ``count`` predictions of a task, in the order of the file, without selection.
 
@@ -59,7 +59,7 @@ def make_examples(
 def _make_example(prediction: Prediction, without_images: Prediction | None) -> ExampleCard:
     verdict, good = _verdict(prediction)
     return ExampleCard(
-        question=readable(prediction.prompt),
+        question=readable(prediction.text),
         truth=_answer(prediction.task, prediction.references[0]),
         said=_answer(prediction.task, prediction.prediction),
         said_without_images="" if without_images is None else _answer(prediction.task, without_images.prediction),
@@ -97,12 +97,13 @@ def _verdict(prediction: Prediction) -> tuple[str, bool]:
 
 def _draw(prediction: Prediction) -> str:
     """Return the image of a prediction as a data URI, true shapes in green and predicted ones in red."""
-    if prediction.image is None:
+    if not prediction.images:
         return ""
+    path = prediction.file.parent / prediction.images[0]
     try:
-        image = decode_image(prediction.image.read_bytes())
+        image = decode_image(path.read_bytes())
     except (OSError, SkipSample) as error:
-        raise DataError(f"{prediction.image}: cannot read the image of prediction {prediction.key}: {error}") from None
+        raise DataError(f"{path}: cannot read the image of prediction {prediction.key}: {error}") from None
     scale = max(1.0, _MIN_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     if prediction.task in ("referring", "ocr", "grounded_caption"):

@@ -124,8 +124,8 @@ def load_run_info(run_dir: Path) -> RunInfo:
 def load_timings(run_dir: Path) -> tuple[StepTime, ...]:
     """Read ``timings.jsonl``, one record per attempt, in order."""
     path = run_dir / "timings.jsonl"
-    lines = read_json_lines(path, written_by="the quickstart, as each step ends")
-    return tuple(make_record(StepTime, line, path, f"line {i}") for i, line in enumerate(lines, 1))
+    lines = read_json_lines(path, written_by="the quickstart, as each step ends", is_log=True)
+    return tuple(make_record(StepTime, line, path, f"line {i}") for i, line in lines.items())
 
 
 def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
@@ -137,7 +137,7 @@ def load_training(folder: Path) -> tuple[TrainingRecord, ...]:
     """
     path = folder / "metrics.jsonl"
     by_iteration: dict[int, TrainingRecord] = {}
-    for i, line in enumerate(read_json_lines(path, written_by="tools/train.py"), 1):
+    for i, line in read_json_lines(path, written_by="tools/train.py", is_log=True).items():
         if line.get("lm_loss") is not None:
             record = make_record(TrainingRecord, line, path, f"line {i}")
             by_iteration[record.iteration] = record

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.predictions import Prediction, load_predictions
+from megatron_vl.evaluation.questions import Prediction, read_predictions
 from megatron_vl.evaluation.scoring import SCORERS, Score, score_predictions
 from megatron_vl.report.examples import ExampleCard, make_examples
 from megatron_vl.report.figures import loss_figure
@@ -173,7 +173,7 @@ def _manifest_paths(run_dir: Path) -> list[Path]:
 def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
     folder = run_dir / "eval"
     models: tuple[Model, ...] = ("model", "blind")
-    predictions = {model: load_predictions(folder / f"predictions_{model}.jsonl") for model in models}
+    predictions = {model: read_predictions(folder / f"predictions_{model}.jsonl") for model in models}
     _check_questions(folder, predictions)
     return predictions
 
@@ -181,7 +181,7 @@ def _read_predictions(run_dir: Path) -> dict[Model, tuple[Prediction, ...]]:
 def _check_questions(folder: Path, predictions: Mapping[Model, Sequence[Prediction]]) -> None:
     """Check that both models have answered the same questions, each once, since their scores are compared."""
     asked = {
-        model: Counter((item.key, item.task, item.prompt, item.references, item.annotators) for item in found)
+        model: Counter((item.key, item.task, item.text, item.references, item.annotators) for item in found)
         for model, found in predictions.items()
     }
     every = [question for questions in asked.values() for question in questions]
@@ -252,7 +252,7 @@ def _examples(predictions: Mapping[Model, Sequence[Prediction]]) -> dict[str, tu
 def _replies(run_dir: Path) -> dict[str, tuple[ExampleCard, ...]]:
     """Return the dialogues of the model after stage 3; none in a run of a version without dialogues."""
     path = run_dir / "eval" / "replies.jsonl"
-    replies = load_predictions(path) if path.exists() else ()
+    replies = read_predictions(path) if path.exists() else ()
     cards = make_examples(replies, without_images={}, task="chat", count=EXAMPLES_PER_TASK)
     return {"chat": cards} if cards else {}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megatron_vl.data.prompting.coordinates import format_points
+from megatron_vl.data.sample import Turn
 from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene, SceneObject
 
@@ -46,14 +47,6 @@ class Question:
     kind: str
     text: str
     answer: str
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A turn of a dialogue."""
-
-    role: str
-    text: str
 
 
 def position(item: SceneObject, image_size: int) -> str:
@@ -153,7 +146,7 @@ def ask_several(scene: Scene, rng: Random, config: SceneConfig) -> list[Question
     return list(questions.values())
 
 
-def converse(scene: Scene, image: str, rng: Random) -> list[Utterance]:
+def converse(scene: Scene, image: str, rng: Random) -> list[Turn]:
     """Return one to three questions of a user about the image at path ``image``, each with a true answer."""
     item = rng.choice(scene.objects)
     box = box_text(item, scene.image_size)
@@ -164,10 +157,10 @@ def converse(scene: Scene, image: str, rng: Random) -> list[Utterance]:
         (f"What is in <box>{box}</box>?", f"a {item.size} {name(item)}"),
         ("How many objects are there?", str(len(scene.objects))),
     ]
-    turns: list[Utterance] = []
+    turns: list[Turn] = []
     for question, answer in rng.sample(exchanges, rng.randint(1, 3)):
         prefix = "" if turns else f"Picture 1: <img>{image}</img>\n"
-        turns += [Utterance("user", prefix + question), Utterance("assistant", answer)]
+        turns += [Turn("user", prefix + question), Turn("assistant", answer)]
     return turns
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from megatron_vl.cli import generate
-from megatron_vl.cli.generate import Question, read_questions
 from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.errors import DataError
+from megatron_vl.evaluation.questions import Prediction, read_questions, to_lines
 from megatron_vl.generation.engine import Engine, GenerationOptions
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import RankError, RankPools, Start
@@ -21,7 +21,7 @@ from tests.helpers.tiny import tiny_config
 from tests.parallel.generating import prompts
 from tests.parallel.saving import save_fresh_weights
 
-DIALOGUE = {"prompt": [{"text": "a"}], "history": [["b", "c"]], "system": "d", "image": ["e.png"]}
+DIALOGUE = {"image": ["e.png", "f.png"], "prompt": [{"text": "a"}], "system": "d", "history": [["b", "c"]]}
 
 
 def write(folder: Path, *questions: Any) -> Path:
@@ -30,10 +30,12 @@ def write(folder: Path, *questions: Any) -> Path:
     return path
 
 
-def test_questions_come_as_they_are(tmp_path: Path) -> None:
-    plain = {"prompt": "a", "image": "b.png", "mine": [1]}
-    assert read_questions(write(tmp_path, plain)) == [Question(1, plain)]
-    assert read_questions(write(tmp_path, plain, DIALOGUE), "chatml") == [Question(1, plain), Question(2, DIALOGUE)]
+def test_questions_are_written_as_they_were_read(tmp_path: Path) -> None:
+    plain = {"key": 1, "image": "b.png", "prompt": "a", "reference": ["c", "d"], "mine": [1]}
+    path = write(tmp_path, plain, DIALOGUE)
+    questions = read_questions(path)
+    assert to_lines(questions) == path.read_text(encoding="utf-8")
+    assert [question.line for question in questions] == [1, 2] and questions[0].others == {"mine": [1]}
 
 
 def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
@@ -41,10 +43,10 @@ def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     lines = [json.dumps({"prompt": f"a{mark}b"}, ensure_ascii=False) for mark in "\u2028\u2029\x85"]
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
-    assert [question.content["prompt"] for question in read_questions(path)] == [f"a{m}b" for m in "\u2028\u2029\x85"]
+    assert [question.prompt for question in read_questions(path)] == [f"a{m}b" for m in "\u2028\u2029\x85"]
 
 
-def answers(start: Start, arguments: list[str]) -> list[dict[str, Any]]:
+def answers(start: Start, arguments: list[str]) -> list[Prediction]:
     options = generate._build_parser().parse_args(arguments)
     with start.topology(generate.parallel_config(options)) as topology:
         return generate._answers(read_questions(options.inputs), options, topology)
@@ -59,18 +61,18 @@ def test_what_cannot_be_asked_is_skipped_and_counted(ranks: RankPools, tmp_path:
     inputs = write(tmp_path, good, *wrong, good)
     arguments = ["--checkpoint", str(checkpoint), "--inputs", str(inputs), "--output", "-", "--max-new-tokens", "2"]
     found = ranks(1).run(answers, arguments)[0]
-    assert found[0] == found[4] and isinstance(found[0]["prediction"], str)
-    reasons = [answer["skipped"].partition(":")[0] for answer in found[1:4]]
+    assert found[0].prediction == found[4].prediction and found[0].skipped is None
+    reasons = [str(answer.skipped).partition(":")[0] for answer in found[1:4]]
     assert reasons == ["unreadable_image", "empty_prompt", "missing_image"]
-    said = generate._summary(read_questions(inputs), found)
+    said = generate._summary(found)
     assert said.startswith("2 answers; skipped 3 of 5 questions: line 2 (k), unreadable_image: ")
     assert "line 3, empty_prompt" in said
 
 
-def test_an_answer_replaces_what_an_earlier_one_left() -> None:
+def test_an_answer_replaces_what_an_earlier_one_left(tmp_path: Path) -> None:
     """The output of one run may be the input of the next, when the image that was missing is there."""
     before = {"key": 1, "prompt": "a", "prediction": None, "skipped": "missing_image: a.png"}
-    assert Question(1, before).asked == {"key": 1, "prompt": "a"}
+    assert read_questions(write(tmp_path, before))[0].fields == {"key": 1, "prompt": "a"}
 
 
 @pytest.mark.parametrize(
@@ -116,29 +118,29 @@ def test_weights_that_are_no_numbers_give_no_answers(ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "chat_format", "message"),
+    ("question", "message"),
     [
-        ("a", "raw", "a text 'prompt'"),
-        ({}, "chatml", "a text 'prompt'"),
-        ({"prompt": [{"text": "a"}]}, "raw", "needs --chat-format chatml"),
-        ({"prompt": "a", "history": [["b", "c"]]}, "raw", "'history' and 'system' need --chat-format chatml"),
-        ({"prompt": "a", "system": "b"}, "raw", "'history' and 'system' need --chat-format chatml"),
-        ({"prompt": "a", "image": [1]}, "raw", "'image' should be a path"),
-        ({"prompt": "a", "history": [["b"]]}, "chatml", "exchange 1 of history"),
-        ({"prompt": "a", "system": 1}, "chatml", "'system' should be a text"),
+        ("a", "expected an object with a 'prompt'"),
+        ({}, "expected an object with a 'prompt'"),
+        ({"prompt": "a", "image": [1]}, r"'image' is \[1\], expected a path"),
+        ({"prompt": "a", "reference": 1}, "'reference' is 1, expected the true answer"),
+        ({"prompt": "a", "history": [["b"]]}, "exchange 1 of history"),
+        ({"prompt": "a", "system": 1}, "'system' is 1, expected a text"),
+        ({"prompt": [{"text": "a"}]}, "need --chat-format chatml"),
+        ({"prompt": "a", "history": [["b", "c"]]}, "'history', 'system' and .* need --chat-format chatml"),
+        ({"prompt": "a", "system": "b"}, "'history', 'system' and .* need --chat-format chatml"),
     ],
 )
-def test_what_is_no_question_is_refused_by_its_line(
-    tmp_path: Path, question: Any, chat_format: str, message: str
-) -> None:
-    with pytest.raises(DataError, match="line 2") as error:
-        read_questions(write(tmp_path, {"prompt": "a"}, question), chat_format)
-    assert message in str(error.value)
+def test_what_is_no_question_is_refused_by_its_line(tmp_path: Path, question: Any, message: str) -> None:
+    with pytest.raises(DataError, match=rf"questions\.jsonl, line 2: .*{message}"):
+        generate._read(write(tmp_path, {"prompt": "a"}, question), "raw")
 
 
 def test_a_file_that_is_not_json_lines_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken").write_text('{"prompt": "a"}\n{', encoding="utf-8")
     with pytest.raises(DataError, match="line 2: not JSON"):
         read_questions(tmp_path / "broken")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="absent: cannot be read .*make_questions.py or by hand"):
         read_questions(tmp_path / "absent")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_questions(tmp_path)

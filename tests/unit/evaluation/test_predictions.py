@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.predictions import load_predictions
+from megatron_vl.evaluation.questions import read_predictions
 
 
 def test_references_are_one_text_or_several(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "image": "x.png"}
     path.write_text("".join(json.dumps({**line, "reference": truth}) + "\n" for truth in ("a", ["a", "b"])))
-    first, second = load_predictions(path)
+    first, second = read_predictions(path)
     assert (first.references, second.references) == (("a",), ("a", "b"))
-    assert first.image == tmp_path / "x.png"
+    assert first.images == ("x.png",) and first.file == path
 
 
 @pytest.mark.parametrize("reference", [None, [], ["a", None], 3])
@@ -27,7 +27,7 @@ def test_a_reference_that_is_no_text_is_an_error(tmp_path: Path, reference: Any)
     line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": reference}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match="line 1: 'reference' is .*expected the true answer"):
-        load_predictions(path)
+        read_predictions(path)
 
 
 def test_a_question_that_was_skipped_has_no_score(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_question_that_was_skipped_has_no_score(tmp_path: Path) -> None:
     line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": None, "reference": "a", "skipped": "empty_prompt"}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"line 1: was not answered \(empty_prompt\)"):
-        load_predictions(path)
+        read_predictions(path)
 
 
 @pytest.mark.parametrize("annotators", ["red", ["red"], ["red", 1]])
@@ -44,4 +44,4 @@ def test_annotators_that_cannot_vote_are_an_error(tmp_path: Path, annotators: An
     line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "reference": "a", "annotators": annotators}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match="line 1: 'annotators' is .*two or more"):
-        load_predictions(path)
+        read_predictions(path)

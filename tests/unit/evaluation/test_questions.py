@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_vl.cli.generate import Question, _chat
+from megatron_vl.cli.generate import _chat
 from megatron_vl.cli.questions import main
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.formats.shard import Shard, Skipped
@@ -21,8 +20,8 @@ from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
 from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.predictions import Prediction
-from megatron_vl.evaluation.questions import ask, write_questions
+from megatron_vl.evaluation.asking import ask, make_questions
+from megatron_vl.evaluation.questions import Prediction, Question, read_questions
 from megatron_vl.evaluation.scoring import score_predictions
 from megatron_vl.generation.chat import ChatEncoder
 
@@ -50,7 +49,7 @@ def test_a_dialogue_is_asked_by_its_first_exchange() -> None:
 
     question = ask(chat("Picture 1: <img>a.png</img>\nFind <ref>it</ref>.", "Here.", "And?", "No."))
     assert question is not None
-    assert (question.prompt, question.reference) == ("Find <ref>it</ref>.", "Here.")
+    assert (question.prompt, question.references) == ("Find <ref>it</ref>.", ("Here.",))
     first = ask(chat("<img>a.png</img>What?", "That."))
     assert first is not None and first.prompt == "What?"
     assert ask(chat("Hi", "Hello", images=())) is None
@@ -65,9 +64,8 @@ def test_a_dialogue_is_asked_under_the_system_turn_that_it_was_learned_with(tmp_
     tokenizer = QwenTokenizer(2048)
     spoken = (Turn("user", "Picture 1: <img>a.jpg</img>\nWhat is it?"), Turn("assistant", "A ball."))
     turns = spoken if system is None else (Turn("system", system), *spoken)
-    (line,) = _write(tmp_path / "q.jsonl", Sample("d", "s", "chat", images=IMAGES, turns=turns))
-    asked = Question(1, line)
-    tokens, _ = _chat(asked, [line["image"]], ChatEncoder(tokenizer, 16))
+    (asked,) = _write(tmp_path / "q.jsonl", Sample("d", "s", "chat", images=IMAGES, turns=turns))
+    tokens, _ = _chat(asked, ChatEncoder(tokenizer, 16))
     learned = tokenize_sample(Sample("d", "s", "chat", images=IMAGES, turns=turns), tokenizer, TokenizeOptions(16, 512))
     assert list(tokens) == learned.tokens.tolist()[: len(tokens)]
     assert tokenizer.decode(learned.tokens[len(tokens) :].tolist()) == "A ball.<|im_end|>\n"
@@ -88,22 +86,23 @@ def _recipe(*samples: Sample | Skipped) -> DataRecipe:
     return DataRecipe((SourceEntry(_Fixed("s", samples)),), num_queries=16, num_bpe_tokens=2048)
 
 
-def _write(path: Path, *samples: Sample | Skipped, limit: int = 10) -> list[dict[str, str]]:
-    write_questions(_recipe(*samples), path, limit=limit)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _write(path: Path, *samples: Sample | Skipped, limit: int = 10) -> tuple[Question, ...]:
+    make_questions(_recipe(*samples), path, limit=limit)
+    return read_questions(path)
 
 
 def test_each_task_asks_as_in_training(tmp_path: Path) -> None:
     lines = _write(tmp_path / "q.jsonl", *SAMPLES)
-    assert [line["prompt"] for line in lines] == [
+    assert [line.prompt for line in lines] == [
         "Generate the caption in English:",
         "What color? Answer:",
         "<ref>ball</ref>",
         "OCR with grounding:",
     ]
-    assert [line["reference"] for line in lines[:3]] == [" a red ball", " red", "<box>(100,200),(300,400)</box>"]
-    assert [line.get("annotators") for line in lines] == [None, ["red", "red", "pink"], None, None]
-    assert (tmp_path / lines[0]["image"]).read_bytes() == IMAGES[0].data
+    answers = [" a red ball", " red", "<box>(100,200),(300,400)</box>"]
+    assert [line.references for line in lines[:3]] == [(answer,) for answer in answers]
+    assert [line.annotators for line in lines] == [(), ("red", "red", "pink"), (), ()]
+    assert (tmp_path / lines[0].images[0]).read_bytes() == IMAGES[0].data
 
 
 def test_what_generation_would_read_otherwise_than_training_is_not_asked(tmp_path: Path) -> None:
@@ -114,15 +113,13 @@ def test_what_generation_would_read_otherwise_than_training_is_not_asked(tmp_pat
     )
     marks = Sample("m", "s", "region_caption", images=IMAGES, text="a ball", regions=(ball,))
     lines = _write(tmp_path / "q.jsonl", *words, marks, *SAMPLES)
-    assert [line["key"] for line in lines] == ["s/m", *(f"s/{sample.key}" for sample in SAMPLES)]
-    assert write_questions(_recipe(*words, marks), tmp_path / "q.jsonl", limit=9)[1] == {"markup_in_text": 2}
+    assert [line.key for line in lines] == ["s/m", *(f"s/{sample.key}" for sample in SAMPLES)]
+    assert make_questions(_recipe(*words, marks), tmp_path / "q.jsonl", limit=9)[1] == {"markup_in_text": 2}
 
 
 def test_the_reference_itself_scores_full_marks(tmp_path: Path) -> None:
-    predictions = [
-        Prediction(line["key"], line["task"], line["prompt"], (line["reference"],), line["reference"])
-        for line in _write(tmp_path / "q.jsonl", *SAMPLES)
-    ]
+    lines = [replace(line, annotators=()) for line in _write(tmp_path / "q.jsonl", *SAMPLES)]
+    predictions = [Prediction(**vars(line), prediction=line.references[0]) for line in lines]
     assert {task: score.value for task, score in score_predictions(predictions).items()} == dict.fromkeys(
         ("caption", "vqa", "referring", "ocr"), 1.0
     )
@@ -131,7 +128,7 @@ def test_the_reference_itself_scores_full_marks(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_left_out_and_the_limit_counts_questions(tmp_path: Path) -> None:
     text = Sample("t", "s", "text", text="once")
     lines = _write(tmp_path / "q.jsonl", text, Skipped("x", "no_image"), *SAMPLES, limit=2)
-    assert [line["task"] for line in lines] == ["caption", "vqa"]
+    assert [line.task for line in lines] == ["caption", "vqa"]
     assert ask(Sample("d", "s", "chat", turns=(Turn("user", "Hi"), Turn("assistant", "Hello")))) is None
     with pytest.raises(DataError, match="no question"):
         _write(tmp_path / "q.jsonl", text)
@@ -141,7 +138,7 @@ def test_what_has_no_question_is_counted_and_a_source_has_a_limit_of_its_own(tmp
     text = Sample("t", "s", "text", text="once")
     first = SourceEntry(_Fixed("a", (text, *SAMPLES)), limit=1)
     recipe = DataRecipe((first, SourceEntry(_Fixed("b", SAMPLES))), num_queries=16, num_bpe_tokens=2048)
-    counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=3)
+    counts, left_out = make_questions(recipe, tmp_path / "q.jsonl", limit=3)
     assert counts == {"caption": 2, "vqa": 1, "referring": 1} and left_out == {"no_question": 1}
 
 
@@ -165,10 +162,10 @@ def test_what_preparation_leaves_out_is_not_asked_and_counted(tmp_path: Path) ->
     )
     entry = SourceEntry(_Fixed("s", samples), filters=FilterOptions(drop_special_tags=True))
     recipe = DataRecipe((entry,), num_queries=16, num_bpe_tokens=2048)
-    counts, left_out = write_questions(recipe, tmp_path / "q.jsonl", limit=9)
+    counts, left_out = make_questions(recipe, tmp_path / "q.jsonl", limit=9)
     assert counts == {"caption": 1}
     reasons = ("missing_image", "unreadable_image", "size_mismatch", "empty_text", "special_tag")
     assert left_out == dict(zip(reasons, (1, 2, 1, 1, 1), strict=True))
     broken = replace(recipe, sources=(replace(entry, source=_Fixed("s", samples[:3])),))
     with pytest.raises(DataError, match="no question; left out: 1 missing_image, 2 unreadable_image"):
-        write_questions(broken, tmp_path / "q.jsonl", limit=9)
+        make_questions(broken, tmp_path / "q.jsonl", limit=9)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.predictions import Prediction
+from megatron_vl.evaluation.questions import Prediction
 from megatron_vl.evaluation.scoring import reference_iou, score_predictions
 
 

@@ -192,6 +192,9 @@ def test_both_models_must_have_answered_the_same_questions_each_once(tmp_path: P
     with pytest.raises(DataError, match=r"blind\.jsonl: 1 questions .*vqa-0 is answered more than once"):
         read_report(tmp_path)
     path.write_text("".join(lines[:-1]) + lines[-1][:40])  # as a copy that was cut
+    with pytest.raises(DataError, match=r"blind\.jsonl, line 8: not JSON"):
+        read_report(tmp_path)
+    path.write_text("".join(lines[:-1]))
     with pytest.raises(DataError, match=r"blind\.jsonl: 1 questions .*ocr-1 is not answered"):
         read_report(tmp_path)
     path.write_text("".join(lines).replace("What color", "Which color"))
