@@ -4,11 +4,11 @@ A row is one int32 sequence of ``<prefix>.tokens``:
 
     number of segments | number of images | length of each segment | id of each image | tokens
 
-A token that is a target is stored as its bitwise complement, which is negative. So ids and supervision are stored
-together, without a second file. The mode byte of the sequence holds the number of images, so that rows can be dealt
-evenly over ranks using only the index. ``<prefix>.images`` holds each encoded image once, as bytes. ``<prefix>.keys``
-holds a JSON list for each row, with one entry ``[source, task, key, start, stop]`` per segment: the sample of the
-segment, and the range of its tokens.
+A token that is a target is stored as its bitwise complement, which is negative. So ids and supervision stay together
+where a row is cut, and need no second file. Only ``join_tokens`` and ``split_tokens`` know of it. The mode byte of the
+sequence holds the number of images, so that rows can be dealt evenly over ranks using only the index.
+``<prefix>.images`` holds each encoded image once, as bytes. ``<prefix>.keys`` holds a JSON list for each row, with one
+entry ``[source, task, key, start, stop]`` per segment: the sample of the segment, and the range of its tokens.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ def join_tokens(tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_]
     return np.where(supervised, ~tokens, tokens)
 
 
+def split_tokens(joined: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Return the token ids int32[length] and whether they are targets, bool[length]: undo ``join_tokens``."""
+    supervised = joined < 0
+    return np.where(supervised, ~joined, joined), supervised
+
+
 def encode_row(segments: Sequence[npt.NDArray[np.int32]], image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Return the stored form of a row as int32[items].
 
@@ -86,9 +92,10 @@ def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
             f"{len(joined)}; "
             "the data set is damaged. Prepare it again."
         )
+    tokens, supervised = split_tokens(joined)
     return PackedRow(
-        tokens=joined ^ (joined >> 31),  # undoes the complement of negative entries, keeps the others
-        supervised=joined < 0,
+        tokens=tokens,
+        supervised=supervised,
         segment_lengths=segment_lengths,
         image_ids=stored[first_image:first_token].astype(np.int64),
     )

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from megatron_vl.data.dataset.columns import Columns, load_columns, store_columns
 from megatron_vl.data.dataset.manifest import NUM_EXAMPLES
+from megatron_vl.data.dataset.rows import split_tokens
 from megatron_vl.data.formats.shard import Skipped
 from megatron_vl.files import whole_file
 
@@ -148,7 +149,7 @@ class PartWriter:
             image_counts=len(images),
         )  # fmt: skip
         self._columns["image_ids"].extend(images)
-        self._largest_token = max(self._largest_token, int((joined ^ (joined >> 31)).max(initial=-1)))
+        self._largest_token = max(self._largest_token, int(split_tokens(joined)[0].max(initial=-1)))
         self._file.write(joined.astype("<i4").data)
         self._file.write(stored_key)
 

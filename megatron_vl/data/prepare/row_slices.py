@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from megatron_vl.data.dataset.columns import load_columns, store_columns
 from megatron_vl.data.dataset.indexed import FileRange
-from megatron_vl.data.dataset.rows import SegmentKey, encode_keys, encode_row
+from megatron_vl.data.dataset.rows import SegmentKey, encode_keys, encode_row, split_tokens
 from megatron_vl.data.prepare.part_reader import PartReader
 from megatron_vl.data.sample import TASKS
 from megatron_vl.files import HashedWriter, sync
@@ -179,5 +179,5 @@ def _read_piece(work: RowSlice, piece: int, reader: PartReader) -> tuple[npt.NDA
     joined = np.frombuffer(data, dtype="<i4")
     if start > 0:
         joined = joined.copy()
-        joined[0] ^= joined[0] >> 31
+        joined[0] = split_tokens(joined[:1])[0][0]
     return joined, SegmentKey(work.names[work.source[piece]], TASKS[work.task[piece]], key, start, stop)
