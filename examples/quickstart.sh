@@ -5,32 +5,32 @@
 #
 # About 15 minutes. --smoke takes 3: everything runs and nothing is learned. --learn takes 33 or more: it learns to see.
 # Started again, it skips steps that are done and goes on where it stopped. A step runs again if its command, its recipe
-# or a step before it has changed. The result is runs/quickstart/report.html.
+# or a step before it has changed; code that has changed repeats nothing. The result is report.html in the run
+# directory: runs/quickstart, runs/smoke or runs/learn. --learn also writes docs/results/learn.json and learn.md.
 
-# Each step below is a command that you can type yourself. The last line runs them all, in this order. A training has the
-# machine to itself; other steps run two at a time where one does not need the other.
+# Each step below is a command that you can type yourself. The last line runs them all, in this order. A training has
+# the machine to itself; other steps run two at a time where one does not need the other.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$root/examples/tiny/steps.sh"
+source "$root/examples/run_steps.sh"
 read_options "$@"
 
-#              scenes for           steps of stages             steps at a     checkpoint  questions
-#              training    tests    0     1     2     3         second layout  every       of a task
+#              scenes                       steps of the stages               those at a  questions
+#              to train on   held out       0      1      2       3           2nd layout  of each task
 case "$profile" in
-    smoke)      drawn=1500  new=300  s0=30  s1=40  s2=40   s3=40   last=10        every=1000  questions=16 ;;
-    quickstart) drawn=20000 new=1000 s0=400 s1=300 s2=700  s3=80   last=30        every=1000  questions=150 ;;
-    learn)      drawn=60000 new=3000 s0=800 s1=600 s2=6500 s3=150  last=50        every=100   questions=400 ;;
+    smoke)      scenes=1500   heldout=300    s0=30  s1=40  s2=40   s3=40       second=10   questions=16 ;;
+    quickstart) scenes=20000  heldout=1000   s0=400 s1=300 s2=700  s3=80       second=30   questions=150 ;;
+    learn)      scenes=60000  heldout=3000   s0=800 s1=600 s2=6500 s3=150      second=50   questions=400 ;;
 esac
 recipes=examples/tiny
 two=(torchrun --standalone --nproc-per-node 2 tools/train.py)
 four=(torchrun --standalone --nproc-per-node 4 tools/train.py)
-saving=(--auto-resume --save-interval "$every" --keep-last 2)
 
 # Data. Scenes and pages are drawn, and written in the formats of published data sets.
 draw=(python tools/make_synthetic_data.py --num-workers 2 --no-progress)
 step "raw data" "$run/raw/train" "$run/raw/heldout" -- \
-    "${draw[@]}" "$run/raw/train" --split train --seed 1 --num-scenes "$drawn" \
-    --then "${draw[@]}" "$run/raw/heldout" --split heldout --seed 2 --num-scenes "$new"
+    "${draw[@]}" "$run/raw/train" --split train --seed 1 --num-scenes "$scenes" \
+    --then "${draw[@]}" "$run/raw/heldout" --split heldout --seed 2 --num-scenes "$heldout"
 
 # They are tokenized and packed into rows of 512 tokens: four training sets, and a held-out set for each task.
 prepare() {  # prepare NAME SPLIT
@@ -53,30 +53,30 @@ done
 # Stage 0 trains the language model on text alone. It stands for Qwen-7B, with which the paper begins.
 step "stage 0" "$run/model/stage0" -- \
     "${two[@]}" "$recipes/stage0_text.yaml" --data-path "$run/data/stage0_text" --save "$run/model/stage0" \
-    "${saving[@]}" --train-iters "$s0"
+    --auto-resume --train-iters "$s0"
 
 # Stage 1, pre-training: vision tower and resampler learn from captions, and the language model is frozen. The stages of
 # the paper begin with two data-parallel ranks. Their last steps go on from the checkpoint at another layout.
-stage1=("$recipes/stage1_pretrain.yaml" --data-path "$run/data/stage1_pretrain" "${saving[@]}"
+stage1=("$recipes/stage1_pretrain.yaml" --data-path "$run/data/stage1_pretrain" --auto-resume
     --pretrained-checkpoint "$run/model/stage0")
 step "stage 1" "$run/model/stage1" -- \
-    "${two[@]}" "${stage1[@]}" --save "$run/model/stage1" --train-iters $((s1 - last)) --lr-decay-iters "$s1" \
+    "${two[@]}" "${stage1[@]}" --save "$run/model/stage1" --train-iters $((s1 - second)) --lr-decay-iters "$s1" \
     --then "${four[@]}" "${stage1[@]}" --save "$run/model/stage1" --train-iters "$s1" \
     --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
 # Stage 2, multi-task pre-training: everything learns from captions, boxes, questions, pages and text.
-stage2=("$recipes/stage2_multitask.yaml" --data-path "$run/data/stage2_multitask" "${saving[@]}")
+stage2=("$recipes/stage2_multitask.yaml" --data-path "$run/data/stage2_multitask" --auto-resume)
 step "stage 2" "$run/model/stage2" -- \
     "${two[@]}" "${stage2[@]}" --pretrained-checkpoint "$run/model/stage1" --save "$run/model/stage2" \
-    --train-iters $((s2 - last)) --lr-decay-iters "$s2" \
+    --train-iters $((s2 - second)) --lr-decay-iters "$s2" \
     --then "${four[@]}" "${stage2[@]}" --pretrained-checkpoint "$run/model/stage1" --save "$run/model/stage2" \
     --train-iters "$s2" --pipeline-model-parallel-size 2
 
 # Stage 3, supervised fine-tuning: language model and resampler learn from dialogues, and the vision tower is frozen.
-stage3=("$recipes/stage3_sft.yaml" --data-path "$run/data/stage3_sft" "${saving[@]}"
+stage3=("$recipes/stage3_sft.yaml" --data-path "$run/data/stage3_sft" --auto-resume
     --pretrained-checkpoint "$run/model/stage2" --save "$run/model/stage3")
 step "stage 3" "$run/model/stage3" -- \
-    "${two[@]}" "${stage3[@]}" --train-iters $((s3 - last)) --lr-decay-iters "$s3" \
+    "${two[@]}" "${stage3[@]}" --train-iters $((s3 - second)) --lr-decay-iters "$s3" \
     --then "${two[@]}" "${stage3[@]}" --train-iters "$s3" \
     --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2
 
@@ -88,7 +88,7 @@ step "blind stage 2" "$run/blind/stage2" -- \
     --train-iters "$s2" --blank-images
 
 # Answers of both models to held-out questions, and replies of the last stage in held-out dialogues.
-answer=(python tools/generate.py --inputs "$run/eval/questions.jsonl" --max-new-tokens 96)  # a page of two lines: 90
+answer=(python tools/generate.py --inputs "$run/eval/questions.jsonl" --max-new-tokens 96)  # two lines of a page: 90
 step "answers" "$run/eval/predictions_model.jsonl" -- \
     "${answer[@]}" --checkpoint "$run/model/stage2" --output "$run/eval/predictions_model.jsonl"
 step "blind answers" "$run/eval/predictions_blind.jsonl" -- \
@@ -114,8 +114,7 @@ export_stage() {  # export_stage STAGE [FLAGS]
     step "export, $1" "$run/hf/$1" -- \
         python tools/convert_checkpoint.py export "$run/model/$1" "$run/hf/$1" "${@:2}"
 }
-export_stage stage0
-export_stage stage1
+export_stage stage0; export_stage stage1
 export_stage stage3 --release chat --vocab-file
 
 run_steps

@@ -111,7 +111,7 @@ def discard(staging: Path) -> None:
 
 
 def steps_in(root: Path) -> list[int]:
-    """Return the steps of the committed checkpoints of a directory, in order."""
+    """Return the steps of the checkpoints of a directory that have a manifest, so were committed, in order."""
     return [step for step in steps_named(root) if (directory_of(root, step) / MANIFEST).is_file()]
 
 
@@ -134,6 +134,14 @@ def resolve(path: Path) -> Path:
         what = "does not exist" if not path.exists() else "holds no committed checkpoint (iter_*/manifest.json)"
         raise CheckpointError(f"{path} {what}; give the directory that --save wrote to, or one iter_* directory in it")
     return directory_of(path, steps_named(path)[-1])
+
+
+def choose(path: Path) -> Path:
+    """Return the checkpoint at a path as :func:`resolve` does; warn if the tracker of a directory names another one."""
+    checkpoint = resolve(path)
+    if checkpoint != path:
+        warn_of_tracker(path, steps_named(path)[-1])
+    return checkpoint
 
 
 def warn_of_tracker(root: Path, newest: int) -> None:

@@ -121,8 +121,6 @@ def open_checkpoint(path: Path) -> CheckpointTensors:
     Raises:
         CheckpointError: if there is none, or a file is not what was written.
     """
-    checkpoint = store.resolve(path)
-    if checkpoint != path:
-        store.warn_of_tracker(path, store.steps_named(path)[-1])
+    checkpoint = store.choose(path)
     store.verify(checkpoint)
     return CheckpointTensors(checkpoint)

@@ -42,14 +42,7 @@ def choose_together(path: Path, topology: Topology) -> Verified:
     Raises:
         CheckpointError: on all ranks, if there is none, or under the conditions of :func:`verify_together`.
     """
-    return verify_together(on_rank_0(lambda: _choose(path)), topology)
-
-
-def _choose(path: Path) -> Path:
-    checkpoint = store.resolve(path)
-    if checkpoint != path:
-        store.warn_of_tracker(path, store.steps_named(path)[-1])
-    return checkpoint
+    return verify_together(by_rank_0(lambda: store.choose(path)), topology)
 
 
 def verify_together(checkpoint: Path, topology: Topology) -> Verified:
@@ -65,25 +58,6 @@ def verify_together(checkpoint: Path, topology: Topology) -> Verified:
     _raise_first(looks)
     _raise_first(_gather(lambda: store.verify_contents(checkpoint, rank=topology.rank, world_size=topology.world_size)))
     return Verified(checkpoint)
-
-
-def on_rank_0(action: Callable[[], T]) -> T:
-    """Return the result of an action on rank 0, on all ranks. All ranks fail if it does.
-
-    Raises:
-        CheckpointError: on all ranks with the same message, if the action was refused.
-    """
-
-    def attempt() -> tuple[T | None, str]:
-        try:
-            return action(), ""
-        except (CheckpointError, OSError) as error:
-            return None, str(error)
-
-    value, refused = by_rank_0(attempt)
-    if refused:
-        raise CheckpointError(refused)
-    return value  # type: ignore[return-value]
 
 
 def _gather(look: Callable[[], str | None]) -> list[_Finding]:

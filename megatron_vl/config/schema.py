@@ -2,9 +2,8 @@
 
 A run is a :class:`RunConfig`, filled in this order: the defaults below, the size preset (``model.preset``), the YAML
 recipe, the command line. Fields carry Megatron-LM's own names, so that ``training.train_iters`` in a recipe is
-``--train-iters`` on the command line; a name occurs once in the whole tree and means one thing. The sizes of the
-vision tower and of the resampler get the prefixes ``--vision-`` and ``--resampler-``, since their field names repeat
-those of the language model.
+``--train-iters`` on the command line. Only sizes of the vision tower and of the resampler repeat names of the language
+model; their flags have the prefixes ``--vision-`` and ``--resampler-``.
 
 Derived values (micro-batches per step, special token ids, patches per image) are properties or live where they are
 used; they are never stored, so no two fields can disagree. Each field is documented by the string under it, which is
@@ -121,7 +120,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass has begun (distributed optimizer only)."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of the layers; auto takes Transformer Engine where CUDA and the package are present."""
+    """Implementation of the layers; auto takes Transformer Engine for bf16 on CUDA if it is installed."""
     distributed_timeout_minutes: int = 10
     """Collectives that take longer than this end the run."""
 

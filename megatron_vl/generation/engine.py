@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
@@ -34,6 +33,7 @@ from megatron_vl.errors import NotFiniteError
 from megatron_vl.model.fusion import fuse
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.model.rotary import LongContext
+from megatron_vl.parallel.agreement import by_all
 from megatron_vl.parallel.collectives import from_last_stage, receive, send
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.layout import PipelineLayout, resolve_layout
@@ -66,8 +66,8 @@ class GenerationOptions:
 class _PaddedBatch:
     tokens: Tensor
     """int64[b, longest], padded on the left."""
-    hidden: Tensor
-    """bool[b, longest]: padding."""
+    padding: Tensor
+    """bool[b, longest]."""
     slots: Tensor
     """int64[images * queries]: positions of image slots in the flattened batch."""
     pixels: Tensor | None
@@ -119,21 +119,28 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
-        """Return the new tokens of each prompt, in the order of the prompts, on every rank."""
+        """Return the new tokens of each prompt, in the order of the prompts, on every rank.
+
+        Raises:
+            NotFiniteError: on every rank, if the logits of a prompt are not numbers.
+        """
+        gathered = by_all(lambda: self._answer_own(prompts, options))
+        merged = {index: tokens for own in gathered for index, tokens in own.items()}
+        return [merged[index] for index in range(len(prompts))]
+
+    def _answer_own(self, prompts: Sequence[Prompt], options: GenerationOptions) -> dict[int, list[int]]:
+        """Return the answers to the prompts of this data-parallel rank, by index. All ranks of a replica fail alike."""
         answers: dict[int, list[int]] = {}
         for indices in self._batches(prompts, options.batch_size):
             batch = self._answer([prompts[index] for index in indices], options)
             answers.update(zip(indices, batch, strict=True))
-        gathered: list[dict[int, list[int]]] = [{} for _ in range(self.topology.dp_size)]
-        dist.all_gather_object(gathered, answers, group=self.topology.dp_group)
-        merged = {index: tokens for part in gathered for index, tokens in part.items()}
-        return [merged[index] for index in range(len(prompts))]
+        return answers
 
     def _batches(self, prompts: Sequence[Prompt], size: int) -> list[list[int]]:
         """Return this rank's prompts by their index, batched by length so that there is little padding.
 
-        A prompt whose length changes the rotary base is in a batch of its own, so its answer does not depend on other
-        prompts.
+        A prompt whose length changes the rotary base (those above some length) is in a batch of its own, so its answer
+        does not depend on other prompts.
         """
         mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
         by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
@@ -148,8 +155,8 @@ class Engine:
         caches = [StaticInferenceContext(number, length + options.max_new_tokens) for _ in self.chunks]
         answers: list[list[int]] = [[] for _ in range(number)]
         finished = [False] * number
-        hidden = batch.hidden
-        first = _Pass(batch.tokens, self._attention_inputs(length, hidden, prompt=length), batch)
+        padding = batch.padding
+        first = _Pass(batch.tokens, self._attention_inputs(length, padding, prompt=length), batch)
         newest = self._forward(first, caches, banned_ids=options.banned_ids)
         for produced in range(1, options.max_new_tokens + 1):
             for index, token in enumerate(newest.tolist()):
@@ -158,40 +165,40 @@ class Engine:
                     finished[index] = _cut_stop(answers[index], stops)
             if all(finished) or produced == options.max_new_tokens:
                 break
-            hidden = torch.cat([hidden, hidden.new_zeros(number, 1)], dim=1)
-            one_more = _Pass(newest[:, None], self._attention_inputs(1, hidden, prompt=length), None)
+            padding = torch.cat([padding, padding.new_zeros(number, 1)], dim=1)
+            one_more = _Pass(newest[:, None], self._attention_inputs(1, padding, prompt=length), None)
             newest = self._forward(one_more, caches, banned_ids=options.banned_ids)
         return answers
 
     def _pad(self, prompts: Sequence[Prompt]) -> _PaddedBatch:
         longest, device = max(len(prompt.tokens) for prompt in prompts), self.topology.device
         tokens = torch.full((len(prompts), longest), self.special.endoftext, dtype=torch.int64)
-        hidden = torch.ones_like(tokens, dtype=torch.bool)
+        padding = torch.ones_like(tokens, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-            hidden[row, longest - len(prompt.tokens) :] = False
+            padding[row, longest - len(prompt.tokens) :] = False
         slots = torch.nonzero(tokens.flatten() == self.special.img_pad).flatten()
         pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
         return _PaddedBatch(
-            tokens.to(device), hidden.to(device), slots.to(device), torch.cat(pixels).to(device) if pixels else None
+            tokens.to(device), padding.to(device), slots.to(device), torch.cat(pixels).to(device) if pixels else None
         )
 
-    def _forward(self, step: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]) -> Tensor:
+    def _forward(self, this: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]) -> Tensor:
         """Run all stages; return int64[b], the next tokens, on every rank."""
         reads_text = next(index for index, stage in enumerate(self.layout.stages) if stage.word_embedding)
         state: Tensor | None = None
-        for index in range(0 if step.pixels is not None else reads_text, len(self.layout.stages)):
+        for index in range(0 if this.pixels is not None else reads_text, len(self.layout.stages)):
             owner = index % self.layout.pipeline_size
             if owner == self.topology.pp_rank:
-                number = index // self.layout.pipeline_size
-                state = self._run_stage(self.chunks[number], step, state, cache=caches[number])
+                chunk = index // self.layout.pipeline_size
+                state = self._run_stage(self.chunks[chunk], this, state, cache=caches[chunk])
             if index + 1 < len(self.layout.stages):
                 state = self._hand_over(state, owner, (index + 1) % self.layout.pipeline_size)
-        number, length = step.tokens.shape
+        number, length = this.tokens.shape
         for cache in caches:
             cache.sequence_len_offset += length
             cache.enable_decode_mode()
-        newest = torch.zeros(number, dtype=torch.int64, device=step.tokens.device)
+        newest = torch.zeros(number, dtype=torch.int64, device=this.tokens.device)
         if self.topology.on_last_stage:
             assert state is not None
             state[:, list(banned_ids)] = float("-inf")
@@ -213,47 +220,47 @@ class Engine:
         return None
 
     def _run_stage(
-        self, chunk: QwenVL, step: _Pass, state: Tensor | None, *, cache: StaticInferenceContext
+        self, chunk: QwenVL, this: _Pass, state: Tensor | None, *, cache: StaticInferenceContext
     ) -> Tensor | None:
-        if step.pixels is not None:
-            state = chunk.see(state, step.pixels)
+        if this.pixels is not None:
+            state = chunk.see(state, this.pixels)
         language = chunk.language_model
         if language is None:
             return state
-        number, length = step.tokens.shape
-        everyone = torch.arange(number, device=step.tokens.device)
+        number, length = this.tokens.shape
         if chunk.stage.word_embedding:
-            line = language.embed(step.tokens.flatten())
-            if step.prompts is not None and state is not None:
+            line = language.embed(this.tokens.flatten())
+            if this.prompts is not None and state is not None:
                 images = torch.arange(state.shape[1], device=line.device)
-                line = fuse(line, state, slots=step.prompts.slots, span_images=images)
+                line = fuse(line, state, slots=this.prompts.slots, span_images=images)
             state = line.view(number, length, -1).transpose(0, 1).contiguous()
-        state = language(state, step.inputs, inference=cache)
+        state = language(state, this.inputs, inference=cache)
         if chunk.stage.head:
+            everyone = torch.arange(number, device=state.device)
             logits = language.logits(state[-1:].transpose(0, 1), positions=everyone)
             state = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return state
 
-    def _attention_inputs(self, new: int, hidden_keys: Tensor, *, prompt: int) -> AttentionInputs:
+    def _attention_inputs(self, new: int, padding: Tensor, *, prompt: int) -> AttentionInputs:
         """Return the mask of ``new`` queries over all keys so far, and the angles of all positions.
 
         The length of the ``prompt`` sets the rotary base, also for the tokens that follow it. The scale of a query
         depends on its index in its own sequence, without padding.
 
         Args:
-            hidden_keys: bool[b, keys]: padding.
+            padding: bool[b, keys]: padding.
         """
-        keys = hidden_keys.shape[1]
-        future = torch.ones(new, keys, dtype=torch.bool, device=hidden_keys.device).triu(keys - new + 1)
-        mask = future | hidden_keys[:, None, None, :]
+        keys = padding.shape[1]
+        future = torch.ones(new, keys, dtype=torch.bool, device=padding.device).triu(keys - new + 1)
+        mask = future | padding[:, None, None, :]
         # A padding query would attend to nothing, and its softmax would be NaN: let it attend to itself.
-        itself = torch.eye(new, dtype=torch.bool, device=hidden_keys.device)
+        itself = torch.eye(new, dtype=torch.bool, device=padding.device)
         mask[..., keys - new :] &= ~itself
         language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
-        rotary = None if language is None else language.angles(keys, hidden_keys.device, read=prompt)
+        rotary = None if language is None else language.angles(keys, padding.device, read=prompt)
         packed = None
         if self._long_context.needed(keys):
-            indices = torch.arange(keys - new, keys, device=hidden_keys.device)[:, None] - hidden_keys.sum(1)
+            indices = torch.arange(keys - new, keys, device=padding.device)[:, None] - padding.sum(1)
             scale = self._long_context.query_scale(indices)
             packed = LocalInputs(query_scale=None if scale is None else scale[..., None, None])
         return AttentionInputs(mask=mask, rotary=rotary, packed=packed)

@@ -4,9 +4,9 @@ A chunk holds the consecutive units that its :class:`StageLayout` names and noth
 three-dimensional, so that Megatron-Core's schedules can send it: patches [p, n, w], features [q, n, h], or the packed
 sequence [t, 1, h].
 
-Frozen units at the start of the pipeline (stage 3 freezes the vision tower) run without an autograd graph. A stage
-after them owes its predecessor no gradient, but the schedule always sends one. It is set in advance to a single zero,
-so the memory of the input is free at once and the message has a few bytes.
+Frozen units at the start of the pipeline (recipe stage 3 freezes the vision tower) run without an autograd graph. A
+pipeline stage after them owes its predecessor no gradient, but the schedule always sends one. It is set in advance to a
+single zero, so the memory of the input is free at once and the message has a few bytes.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class QwenVL(MegatronModule):
         self.resampler = Resampler(context) if stage.resampler else None
         has_language = stage.word_embedding or stage.language_layers or stage.head
         self.language_model = LanguageModel(context, stage) if has_language else None
+        # What ``model/freeze.py`` sets:
         self.frozen_before = False
         """Whether nothing before this stage trains, so its input needs no gradient."""
         self.frozen_vision = False
-        """Whether the vision tower, and all before it, is frozen."""
+        """Whether the vision tower is frozen."""
         self.frozen_resampler = False
         """Whether the resampler, and all before it, is frozen."""
         self.make_weights_whole: Callable[[], None] = lambda: None
@@ -80,7 +81,7 @@ class QwenVL(MegatronModule):
         hidden, release = self._take_input()
         hidden = self.see(hidden, batch.pixels)
         if self.language_model is not None:
-            hidden = self._read(self.language_model, hidden, batch)
+            hidden = self._run_language(self.language_model, hidden, batch)
         release()
         return hidden if self.stage.head else _ready_to_send(hidden)
 
@@ -95,7 +96,7 @@ class QwenVL(MegatronModule):
         assert hidden is not None
         return hidden
 
-    def _read(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    def _run_language(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
         if self.stage.word_embedding:
             embedded = language.embed(batch.tokens)
             hidden = language.scatter(fuse(embedded, hidden, slots=batch.slots, span_images=batch.span_images))
@@ -106,7 +107,7 @@ class QwenVL(MegatronModule):
             hidden = language.token_losses(hidden, positions=batch.supervised, targets=batch.targets)
         return hidden
 
-    def _take_input(self) -> tuple[Tensor | None, Any]:
+    def _take_input(self) -> tuple[Tensor | None, Callable[[], None]]:
         """Return the received tensor, and a function that frees its memory; call it after the last use."""
         received = self._received
         if received is None or not (self.frozen_before and received.requires_grad and torch.is_grad_enabled()):

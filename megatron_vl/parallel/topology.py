@@ -2,7 +2,7 @@
 
 A :class:`Topology` is a context manager. It starts ``torch.distributed`` from the variables of the launcher (torchrun,
 Slurm, MPI, or none: a world of one). It builds Megatron-Core's groups, and destroys both at the end. Model and trainer
-receive the groups from it; no other code asks for its rank.
+receive the groups and their ranks from it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def check_progress(state: TrainState, config: RunConfig) -> None:
     if count < limit and not nothing_learned:
         return
     save = config.checkpoint.save
-    saved = f"the checkpoints in {save} are older than these steps" if save else "nothing is saved"
+    saved = f"the weights in {save} are those before these steps" if save else "nothing is saved"
     raise NotFiniteError(
         f"step {state.step}: loss or gradient was not finite in {count} steps in a row, all of which were skipped "
         f"(training.max_skipped_steps is {limit}); {saved}. {_HINT}"

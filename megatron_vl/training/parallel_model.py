@@ -77,7 +77,11 @@ def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
 
 
 def _connect(schedule: Any, *, config: RunConfig, wrapped: list[DistributedDataParallel]) -> None:
-    """Tell the schedules when to reduce gradients. fp32 and bf16 have no loss scale."""
+    """Tell the schedules when and how to reduce gradients. fp32 and bf16 have no loss scale.
+
+    ``finalize_model_grads`` also divides them, by the supervised tokens of the global batch (``model/configs.py``:
+    ``calculate_per_token_loss``).
+    """
     schedule.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]

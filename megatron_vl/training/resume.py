@@ -17,11 +17,11 @@ from pathlib import Path
 
 from megatron_vl import folder_lock
 from megatron_vl.checkpoint import contents, store
-from megatron_vl.checkpoint.verification import Verified, choose_together, on_rank_0, verify_together
+from megatron_vl.checkpoint.verification import Verified, choose_together, verify_together
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError, FolderInUseError
 from megatron_vl.log import log_rank_0
-from megatron_vl.parallel.agreement import by_all
+from megatron_vl.parallel.agreement import by_all, by_rank_0
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.parameters import model_tensors, trains
@@ -46,12 +46,12 @@ def find_start(config: RunConfig, topology: Topology) -> VerifiedStart | None:
         CheckpointError: under the conditions of :func:`megatron_vl.training.start.choose_start`, or if the checkpoint
             is damaged.
     """
-    start: Start | None = on_rank_0(lambda: choose_start(config))
+    start: Start | None = by_rank_0(lambda: choose_start(config))
     if start is None:
         return None
     if not start.may_fall_back:
         return VerifiedStart(start, _named(start.path, topology))
-    steps: list[int] = on_rank_0(lambda: store.steps_named(start.path))
+    steps: list[int] = by_rank_0(lambda: store.steps_named(start.path))
     return VerifiedStart(start, _newest_whole(start.path, steps, topology))
 
 
@@ -60,14 +60,13 @@ def hold_save_directory(config: RunConfig) -> Iterator[None]:
     """Create the save directory and hold its lock on rank 0, so that no second training writes to it.
 
     Raises:
-        CheckpointError: on all ranks, if another training holds the lock, the directory cannot be created or written
-            to,
-            or some ranks do not see it.
+        CheckpointError: on all ranks, if another training holds the lock, if the directory cannot be created or
+            written to, or if some ranks do not see it.
     """
     save = config.checkpoint.save
     with ExitStack() as held:
         if save:
-            on_rank_0(lambda: _hold(Path(save), held))
+            by_rank_0(lambda: _hold(Path(save), held))
             _check_seen_by_all(Path(save))
         yield
 
@@ -92,9 +91,9 @@ def _check_seen_by_all(root: Path) -> None:
 
     The test file has a new name, so no machine can have cached that it is absent.
     """
-    mark: str = on_rank_0(lambda: _leave_mark(root))
+    mark: str = by_rank_0(lambda: _leave_mark(root))
     seen = by_all((root / mark).is_file)
-    on_rank_0(lambda: (root / mark).unlink(missing_ok=True))
+    by_rank_0(lambda: (root / mark).unlink(missing_ok=True))
     if blind := [rank for rank, sees in enumerate(seen) if not sees]:
         named = ", ".join(map(str, blind[:8])) + (", ..." if len(blind) > 8 else "")
         raise CheckpointError(
@@ -154,7 +153,8 @@ def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
             continue
         for other, reason in damaged:
             _set_aside(other, reason, goes_on_from=step)
-        store.warn_of_tracker(root, steps[-1])
+        if not damaged:
+            store.warn_of_tracker(root, step)
         return verified
     reasons = "; ".join(reason for _, reason in damaged)
     raise CheckpointError(
@@ -165,7 +165,7 @@ def _newest_whole(root: Path, steps: list[int], topology: Topology) -> Verified:
 
 def _set_aside(path: Path, reason: str, *, goes_on_from: int) -> None:
     """Rename a damaged checkpoint, and report it."""
-    renamed = on_rank_0(lambda: store.set_aside(path))
+    renamed = by_rank_0(lambda: store.set_aside(path))
     log_rank_0(
         f"DAMAGED CHECKPOINT {path}: {reason}. It is now {renamed}, for you to look at or remove; this run goes on "
         f"from step {goes_on_from} and does the steps after it again",
@@ -182,7 +182,7 @@ def _named(path: Path, topology: Topology) -> Verified:
     try:
         return choose_together(path, topology)
     except DamagedCheckpointError as error:
-        checkpoint: Path = on_rank_0(lambda: store.resolve(path))
+        checkpoint: Path = by_rank_0(lambda: store.resolve(path))
         steps = store.steps_in(checkpoint.parent)
         others = [str(store.directory_of(checkpoint.parent, step)) for step in steps]
         beside = [other for other in others if other != str(checkpoint)]

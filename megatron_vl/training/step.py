@@ -1,8 +1,8 @@
 """One training step: forward and backward of all micro-batches, division by the global token count, clipping, update.
 
-The loss is summed over supervised tokens and divided once, by their number in the global batch over all ranks. So a
-token has the same weight in any micro-batch, row or rank. Rows without images do not dilute the gradients of the vision
-tower.
+The loss is summed over supervised tokens. Megatron-Core divides its gradients once, at the end of the schedule, by the
+number of these tokens in the global batch over all ranks (``training/parallel_model.py``). So a token has the same
+weight in any micro-batch, row or rank. Rows without images do not dilute the gradients of the vision tower.
 """
 
 from __future__ import annotations

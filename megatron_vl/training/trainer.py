@@ -112,7 +112,7 @@ class Trainer:
                 self.advance(next(steps))
                 self.validate_if_due(stop)
                 early = stop.check(self.state.step) if self.state.step < last else None
-                if self._checkpoint_due() or early or self.state.step == last:
+                if self._checkpoint_due() or early or self._at_end():
                     with self.reporter.not_training():
                         self.save()
                 if early:
@@ -176,14 +176,14 @@ class Trainer:
         self.reporter.close()
 
     def _checkpoint_due(self) -> bool:
-        """Return whether an interval has ended since the last checkpoint. After a skipped step, wait for a good one."""
+        """Return whether an interval has ended since the last checkpoint and the last step was not skipped."""
         interval = self.config.checkpoint.save_interval
         if not interval or self.state.step // interval == self.saved_step // interval:
             return False
         return self.state.skipped_in_a_row == 0
 
     def _due(self, interval: int | None) -> bool:
-        return bool(interval) and self.state.step % (interval or 1) == 0
+        return interval is not None and interval > 0 and self.state.step % interval == 0
 
     def _at_end(self) -> bool:
         return self.state.step == self.config.training.train_iters

@@ -140,7 +140,7 @@ RULES = (
         r"(bash examples/(?:quickstart|tiny/learn)\.sh.*)",
         r"\1",
         says="-m megatron_vl.cli.quickstart",
-        help="python -m megatron_vl.cli.quickstart --help",
+        help="bash examples/quickstart.sh --help",
     ),
     Rule(r"(bash tests/run\.sh.*)", r"\1", says="-m pytest"),
     Rule(r"(python benchmarks/\w+\.py).*", r"\1 --help", says="usage:", help=r"\1 --help"),

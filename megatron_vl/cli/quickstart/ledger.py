@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from megatron_vl.files import write_whole
 from megatron_vl.report.records import StepTime
@@ -31,6 +33,8 @@ class Ledger:
     """The record of one run directory."""
 
     run_dir: Path
+    _lock: Lock = field(default_factory=Lock)
+    """Held while the times are replaced: two steps may end together."""
 
     def log_path(self, step: str) -> Path:
         """Return the file for the output of a step's commands."""
@@ -61,8 +65,8 @@ class Ledger:
 
     def add_time(self, timing: StepTime) -> None:
         """Append an attempt."""
-        with self._timings.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(timing)) + "\n")
+        with self._lock:
+            self._write_times([*self.times(), timing])
 
     def times(self) -> list[StepTime]:
         """Return all attempts, in order."""
@@ -73,10 +77,11 @@ class Ledger:
 
     def forget_times(self, step: str) -> None:
         """Remove a step's attempts: its inputs have changed, so they do not belong to this run."""
-        kept = [timing for timing in self.times() if timing.step != step]
-        self._timings.unlink(missing_ok=True)
-        for timing in kept:
-            self.add_time(timing)
+        with self._lock:
+            self._write_times([timing for timing in self.times() if timing.step != step])
+
+    def _write_times(self, times: Sequence[StepTime]) -> None:
+        write_whole(self._timings, "".join(json.dumps(asdict(timing)) + "\n" for timing in times))
 
     @property
     def _timings(self) -> Path:

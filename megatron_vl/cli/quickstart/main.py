@@ -1,6 +1,6 @@
 """Run the steps that ``examples/quickstart.sh`` writes to standard input, then report.
 
-Each step is a list of words that end with a zero byte (``steps.py``).
+Each word of a step ends with a zero byte (``steps.py``).
 """
 
 from __future__ import annotations
@@ -13,34 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_vl.cli.output import write_whole
+from megatron_vl.cli.command import exit_status
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.cli.quickstart.findings import TITLES, gather_findings, write_run_info
 from megatron_vl.cli.quickstart.ledger import Ledger
+from megatron_vl.cli.quickstart.run_info import TITLES, gather_findings, write_run_info
 from megatron_vl.cli.quickstart.runner import Runner
 from megatron_vl.cli.quickstart.steps import read_steps
-from megatron_vl.errors import ExitStatus, MegatronVLError
-from megatron_vl.log import escape_what_terminals_cannot_show, write_line
+from megatron_vl.files import write_whole
+from megatron_vl.log import write_line
 from megatron_vl.report.records import StepTime
-
-EXIT_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 1 if a step failed."""
-    arguments = sys.argv[1:] if argv is None else argv
-    options = _build_parser().parse_args(arguments)
+    """Run the command and return its exit status: 0, or 2 if a step failed."""
     leave_on_terminate()
-    escape_what_terminals_cannot_show()
-    try:
-        _run(options)
-    except MegatronVLError as error:
-        write_line(f"error: {error}", error=True)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        write_line("interrupted: the same command goes on where it stopped", error=True)
-        return ExitStatus.INTERRUPTED
-    return 0
+    again = "interrupted: the same command goes on where it stopped"
+    return exit_status(lambda: _run(_build_parser().parse_args(argv)), if_interrupted=again)
 
 
 def _build_parser() -> argparse.ArgumentParser:

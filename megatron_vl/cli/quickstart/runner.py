@@ -76,9 +76,10 @@ class Runner:
                     self._running[pool.submit(self._run, step)] = step
                 while self._running:
                     self._await_one()
-            except (KeyboardInterrupt, SystemExit):
-                for process in self._processes:
-                    _end(process)
+            except StepFailed:
+                raise
+            except BaseException:  # a signal, or a terminal that has gone
+                _end(list(self._processes))
                 raise
 
     def _must_wait(self, step: Step) -> bool:
@@ -107,10 +108,17 @@ class Runner:
         return state.done and all(path.exists() for path in step.outputs)
 
     def _clear(self, step: Step) -> None:
-        """Remove earlier outputs of the step unless it resumes from them, and make their folders."""
+        """Remove earlier outputs of the step unless it resumes from them, and make their folders.
+
+        Raises:
+            StepFailed: if an output exists that no step of this run has made.
+        """
         state = self.ledger.read(step.name)
+        foreign = [path for path in step.outputs if path.exists()] if state is None else []
+        if foreign:
+            raise StepFailed(f"{step.name}: {foreign[0]} is not of this run; move it away, or choose another --output")
         same = state is not None and state.key == self._keys[step.name]
-        if not same:
+        if state is not None and not same:
             self.ledger.forget_times(step.name)
         if not (same and step.resumes):
             for path in step.outputs:
@@ -189,10 +197,11 @@ def _resolve(command: Sequence[str]) -> list[str]:
     return [*programs[command[0]], *command[1:]]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ask a process that is still running to stop (a trainer then saves), and wait for it."""
-    if process.poll() is None:
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Ask processes to stop (a trainer then saves), and wait for them."""
+    for process in processes:
         process.terminate()
+    for process in processes:
         try:
             process.wait(timeout=_SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:

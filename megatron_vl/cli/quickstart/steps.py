@@ -40,7 +40,10 @@ class Step:
         return tuple(Path(word) for word in self._words() if word.endswith(".yaml"))
 
     def needs(self, other: Step) -> bool:
-        """Return whether a command names what ``other`` makes, or a file in it."""
+        """Return whether a command names what ``other`` makes, or a file in it.
+
+        A prepared data set is made as PREFIX.json and named as PREFIX.
+        """
         made = set(other.outputs) | {path.with_suffix("") for path in other.outputs if path.suffix == ".json"}
         named = {place for word in self._words() for place in (Path(word), *Path(word).parents)}
         return not made.isdisjoint(named)

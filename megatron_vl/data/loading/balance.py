@@ -1,7 +1,7 @@
 """Distribution of the rows of a global batch over ranks: equal numbers of rows, nearly equal work.
 
-Rows differ in work. All are padded to one length, but the vision tower runs once per image, and the output layer runs
-once per label. If rows are dealt in their order, 16 per rank, the most loaded of 64 ranks has 8 % more work than the
+Rows differ in work. All are padded to one length, but the vision tower runs once per image, and rows hold more or fewer
+tokens. If rows are dealt in their order, 16 per rank, the most loaded of 64 ranks has 8 % more work than the
 average, and all other ranks wait for it. So rows are dealt to ranks, and the rows of a rank to micro-batches, in two
 phases:
 
@@ -28,9 +28,9 @@ _TOLERANCE = 2048
 
 
 def row_costs(lengths: npt.NDArray[np.integer], images: npt.NDArray[np.integer], *, image_cost: float) -> IntArray:
-    """Return the work of each row in labels, int64[rows]; ``lengths`` and ``images`` are integers[rows].
+    """Return the work of each row in tokens, int64[rows]; ``lengths`` and ``images`` are integers[rows].
 
-    A row costs one label per token, and ``image_cost`` labels per image, rounded.
+    A row costs its length, and ``image_cost`` tokens per image, rounded.
     """
     return lengths.astype(np.int64) + np.rint(image_cost * images).astype(np.int64)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
+from megatron_vl.cli.quickstart.run_info import STAGES
 from megatron_vl.cli.quickstart.runner import Runner, StepFailed, condense
 from megatron_vl.cli.quickstart.steps import Step, read_steps
 
@@ -156,6 +157,45 @@ def test_a_terminated_quickstart_stops_its_command_and_counts_the_time(tmp_path:
     assert not timing.finished
 
 
+def test_a_signal_ends_both_steps_that_run(tmp_path: Path) -> None:
+    """The first one to end leaves the list of those that run while the others are still to be told."""
+    script = tmp_path / "drive.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from megatron_vl.cli.quickstart.ledger import Ledger\n"
+        "from megatron_vl.cli.quickstart.main import leave_on_terminate\n"
+        "from megatron_vl.cli.quickstart.runner import Runner\n"
+        "from megatron_vl.cli.quickstart.steps import Step\n"
+        "leave_on_terminate()\n"
+        'code = \'import time; print("up", flush=True); time.sleep(60); open("worked", "w")\'\n'
+        "steps = [Step(name, (('python', '-c', code),)) for name in 'ab']\n"
+        "Runner(Ledger(Path(sys.argv[1])), Path(sys.argv[1]), lambda line: print(line, flush=True)).run(steps)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    seen: set[str] = set()
+    while len(seen) < 2:
+        line = process.stdout.readline().strip()
+        seen |= {line} if line.endswith("up") else set()
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert [timing.finished for timing in Ledger(tmp_path).times()] == [False, False]
+    assert not (tmp_path / "worked").exists()
+
+
+def test_what_others_have_made_is_not_removed(bench: _Bench) -> None:
+    bench.output("a").write_text("mine\n")
+    with pytest.raises(StepFailed, match=r"a: .*a\.txt is not of this run; move it away, or choose another --output"):
+        bench.run(bench.step("a"))
+    assert bench.output("a").read_text() == "mine\n"
+
+
 def test_training_lines_are_shortened_and_others_kept() -> None:
     line = (
         " [2026-11-23 08:33:42.5] iteration       10/      60 | consumed samples:         2291 | "
@@ -209,6 +249,16 @@ def test_what_a_step_uses_was_made_before(plan: dict[str, Step]) -> None:
         words = [Path(word) for command in step.commands for word in command if word.startswith("a run/")]
         assert words
         assert not [path for path in words if path not in made]
+
+
+def test_the_report_describes_the_stages_of_the_plan(plan: dict[str, Step]) -> None:
+    for stage in STAGES:
+        number = stage.name.removeprefix("stage")
+        (output,) = plan[f"stage {number}"].outputs
+        assert output == Path("a run", stage.folder)
+        assert plan[f"stage {number}"].recipes[0] == Path(stage.recipe)
+        blind = plan.get(f"blind stage {number}")
+        assert (blind.outputs[0] if blind else None) == (stage.blind_folder and Path("a run", stage.blind_folder))
 
 
 def test_commands_name_files_of_the_checkout_that_exist(plan: dict[str, Step]) -> None:

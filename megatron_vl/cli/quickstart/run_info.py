@@ -46,16 +46,18 @@ STAGES = tuple(
 
 
 def write_run_info(run_dir: Path, profile: str, command: str) -> None:
-    """Write ``run.json``; a resumed run keeps the date of its start."""
+    """Write ``run.json``; a resumed run keeps the date of its start, and names the commits of all starts."""
     path = run_dir / "run.json"
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    date = json.loads(path.read_text(encoding="utf-8")).get("date", now) if path.exists() else now
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    commits = before.get("commit", "").split(", ") if before else []
+    if (commit := _commit()) not in commits:
+        commits.append(commit)
     info = RunInfo(
         title=TITLES[profile],
         profile=profile,
         command=command,
-        date=date,
-        commit=_commit(),
+        date=before.get("date", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        commit=", ".join(commits),
         machine=_machine(),
         model=_model(),
         stages=STAGES,

@@ -1,4 +1,4 @@
-# Sourced by examples/quickstart.sh: options, the environment, and the list of steps.
+# Sourced by examples/quickstart.sh: its options, the environment, and the functions that add and run steps.
 #
 #   step NAME OUTPUT... -- COMMAND [--then COMMAND]   adds a step: its name, what it makes, and how
 #   run_steps                                         runs the steps that have no result yet, then writes the report
@@ -10,7 +10,7 @@ read_options() {  # sets profile and run, makes or reuses the environment, and e
     started_as="bash examples/quickstart.sh${*:+ $*}" profile=quickstart run="" results=()
     while (($#)); do
         case "$1" in
-            --smoke) profile=smoke ;;
+            --smoke) profile=smoke results=() ;;
             --learn) profile=learn results=(--results docs/results) ;;
             --output)
                 shift
@@ -18,7 +18,10 @@ read_options() {  # sets profile and run, makes or reuses the environment, and e
                 run="$1"
                 ;;
             -h | --help) sed -n '2,/^$/{s/^# \{0,1\}//p}' "$root/examples/quickstart.sh"; exit 0 ;;
-            *) echo "error: $1 is not a known option; known are --smoke, --learn, --output DIR and --help" >&2; exit 2 ;;
+            *)
+                echo "error: $1 is not a known option; known are --smoke, --learn, --output DIR and --help" >&2
+                exit 2
+                ;;
         esac
         shift
     done
@@ -32,6 +35,6 @@ read_options() {  # sets profile and run, makes or reuses the environment, and e
 }
 
 run_steps() {
-    printf '%s\0' "${plan[@]}" | python -m megatron_vl.cli.quickstart "$run" --profile "$profile" \
-        --started-as "$started_as" --setup-seconds "$setup_seconds" "${results[@]}"
+    python -m megatron_vl.cli.quickstart "$run" --profile "$profile" --started-as "$started_as" \
+        --setup-seconds "$setup_seconds" "${results[@]}" < <(printf '%s\0' "${plan[@]}")
 }
