@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -21,15 +20,13 @@ from megatron_vl.data.filters.rules import SampleFilter
 from megatron_vl.data.formats.shard import Skipped
 from megatron_vl.data.images.decode import check_image
 from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
-from megatron_vl.data.prompting.markup import parse_markup
+from megatron_vl.data.prompting.markup import parse_markup, without_picture
 from megatron_vl.data.prompting.tasks import END, render, render_prompt
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.evaluation.questions import Question, to_lines
 from megatron_vl.files import write_whole
-
-_FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
 
 
 def ask(sample: Sample) -> Question | None:
@@ -56,8 +53,8 @@ def _ask_in_dialogue(sample: Sample) -> Question | None:
     exchange = [turn for turn in sample.turns if turn.role != "system"][:2]
     if [turn.role for turn in exchange] != ["user", "assistant"] or len(sample.images) != 1:
         return None
-    query, num_pictures = _FIRST_PICTURE.subn("", exchange[0].text)
-    if num_pictures != 1 or _FIRST_PICTURE.match(exchange[0].text) is None:
+    query = without_picture(exchange[0].text)
+    if query is None:
         return None
     system = next((turn.text for turn in sample.turns if turn.role == "system"), None)
     key, references = f"{sample.source}/{sample.key}", (exchange[1].text,)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_vl.data.prompting.coordinates import first_cells
+from megatron_vl.data.prompting.grounding import parse_grounding
 from megatron_vl.errors import DataError
 from megatron_vl.evaluation.metrics.answers import exact_match, vqa_accuracy
 from megatron_vl.evaluation.metrics.boxes import box_hit, box_iou
 from megatron_vl.evaluation.metrics.texts import caption_match
 from megatron_vl.evaluation.questions import Prediction
-from megatron_vl.generation.grounding import first_cells, parse_grounding
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.data.dataset.rows import SegmentKey
-from megatron_vl.data.prompting.coordinates import parse_points
+from megatron_vl.data.prompting.coordinates import outline, parse_points
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.inspector.opening import Vocabulary
 from megatron_vl.inspector.text import Mark, make_marks, printable
@@ -227,7 +227,7 @@ def _with_shapes(runs: list[TokenRun]) -> tuple[TokenRun, ...]:
             label = text
         elif run.name in _SHAPES and closed is not None:
             number += 1
-            shape = Shape(number, _corners(parse_points(text, _SHAPES[run.name]) or ()), label)
+            shape = Shape(number, outline(parse_points(text, _SHAPES[run.name]) or ()), label)
             runs[position + 1 : closed] = [replace(run, kind="coordinates") for run in runs[position + 1 : closed]]
             runs[closed] = replace(runs[closed], shape=shape)
             before = [place for place in pictures if place < position] or pictures[:1]
@@ -248,11 +248,3 @@ def _between(runs: Sequence[TokenRun], position: int) -> tuple[str, int | None]:
     if stop == len(runs) or runs[stop].name != closing:
         return "", None
     return "".join(mark.text for run in runs[position + 1 : stop] for mark in run.marks).strip(), stop
-
-
-def _corners(points: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the four corners of a box given by two of them; a quad unchanged."""
-    if len(points) != 4:
-        return points
-    x1, y1, x2, y2 = points
-    return x1, y1, x2, y1, x2, y2, x1, y2

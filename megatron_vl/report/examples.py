@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 from megatron_vl.data.images.decode import decode_image
+from megatron_vl.data.prompting.grounding import first_box, parse_grounding
 from megatron_vl.data.sample import Region
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.evaluation.questions import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
-from megatron_vl.generation.grounding import draw_regions, first_box, parse_grounding
+from megatron_vl.report.drawing import draw_regions
 
 TRUTH_COLOR = "#1a7f37"
 PREDICTION_COLOR = "#d1242f"
@@ -111,7 +112,7 @@ def _draw(prediction: Prediction) -> str:
             (prediction.references[0], TRUTH_COLOR),
             (prediction.prediction, PREDICTION_COLOR),
         ):
-            image = draw_regions(image, _regions(text), color=color, width=3, labels=False)
+            image = draw_regions(image, _regions(text), color)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -15,6 +15,7 @@ GRID = 1000
 _POINT = r"\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)"
 _POINT_PATTERN = re.compile(_POINT)
 _POINTS_PATTERN = re.compile(rf"\s*{_POINT}(?:\s*,\s*{_POINT})*\s*")
+_CORNERS_PATTERN = re.compile(rf"{_POINT}\s*,\s*{_POINT}")
 
 
 def to_cell(value: float) -> int:
@@ -41,17 +42,24 @@ def format_points(coordinates: Sequence[float]) -> str:
     return ",".join(["(%d,%d)"] * (len(cells) // 2)) % cells
 
 
-def parse_cells(text: str, num_points: int) -> tuple[int, ...] | None:
-    """Return the flat cells of exactly ``num_points`` points, or None for any other text."""
-    if not _POINTS_PATTERN.fullmatch(text):
-        return None
-    points = _POINT_PATTERN.findall(text)
-    if len(points) != num_points:
-        return None
-    return tuple(int(value) for point in points for value in point)
-
-
 def parse_points(text: str, num_points: int) -> tuple[float, ...] | None:
     """Return the flat coordinates in [0, 1] of exactly ``num_points`` points, or None for any other text."""
-    cells = parse_cells(text, num_points)
-    return None if cells is None else tuple(map(from_cell, cells))
+    points = _POINT_PATTERN.findall(text) if _POINTS_PATTERN.fullmatch(text) else []
+    return tuple(from_cell(int(value)) for point in points for value in point) if len(points) == num_points else None
+
+
+def first_cells(text: str) -> tuple[int, int, int, int] | None:
+    """Return the first ``(x1,y1),(x2,y2)`` of a text, in tags or not, in cells; None if there is none."""
+    found = _CORNERS_PATTERN.search(text)
+    if found is None:
+        return None
+    x1, y1, x2, y2 = map(int, found.groups())
+    return x1, y1, x2, y2
+
+
+def outline(points: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the four corners of a box given by two of them; a quad unchanged."""
+    if len(points) != 4:
+        return points
+    x1, y1, x2, y2 = points
+    return x1, y1, x2, y1, x2, y2, x1, y2

@@ -24,6 +24,8 @@ _IN_PATH = rf"(?!{'|'.join(GROUNDING + IMAGE_TAGS)})."
 _IMAGE = re.compile(rf"<img>((?:{_IN_PATH})*)</img>", re.DOTALL)
 _GROUNDING = re.compile("|".join(GROUNDING))
 _IMAGE_OR_GROUNDING = re.compile(f"{_IMAGE.pattern}|{_GROUNDING.pattern}", re.DOTALL)
+_MARK = re.compile("</?(?:img|ref|box|quad)>")
+_FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
 _BOX_SIZE = 4
 
 
@@ -53,6 +55,34 @@ def stray_image_tag(text: str) -> str | None:
     return next((tag for stretch in stretches for tag in IMAGE_TAGS if tag in stretch), None)
 
 
+def find_mark(text: str) -> str | None:
+    """Return the first tag in a text that would be taken for an image or grounding, complete or not."""
+    found = _MARK.search(text)
+    return found and found[0]
+
+
+def in_tags(text: str, tag: str) -> list[str] | None:
+    """Return what stands between each ``<tag>`` and ``</tag>``; None if they do not match."""
+    found: list[str] = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return found if text.count(f"<{tag}>") == text.count(f"</{tag}>") == len(found) else None
+
+
+def without_picture(text: str) -> str | None:
+    """Return a text without the picture that it begins with; None if that is not its only one."""
+    rest, num_pictures = _FIRST_PICTURE.subn("", text)
+    return rest if num_pictures == 1 and _FIRST_PICTURE.match(text) else None
+
+
+def tagged(tag: str, text: str) -> str:
+    """Write a text in tags."""
+    return f"<{tag}>{text}</{tag}>"
+
+
+def write_picture(number: int, path: str) -> str:
+    """Write an image of a dialogue, which has ``number`` of them so far."""
+    return f"Picture {number}: {tagged('img', path)}\n"
+
+
 def join_parts(parts: Sequence[Any], *, images_before: int = 0) -> str:
     """Join Qwen-VL's list of parts into one text.
 
@@ -70,23 +100,22 @@ def join_parts(parts: Sequence[Any], *, images_before: int = 0) -> str:
             raise DataError(f"{where}: expected an object with 'image', 'text' or 'box'")
         if isinstance(part.get("image"), str):
             images_before += 1
-            text += f"Picture {images_before}: {_image(part['image'], where)}\n"
+            _check_path(part["image"], where)
+            text += write_picture(images_before, part["image"])
         elif isinstance(part.get("text"), str):
             images_before += count_images(part["text"])
             text += part["text"]
         elif isinstance(part.get("box"), Sequence) and isinstance(part.get("ref", ""), str):
-            text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
+            text += tagged("ref", part["ref"]) if "ref" in part else ""
             text += "".join(_box(box, where) for box in part["box"])
         else:
             raise DataError(f"{where}: expected 'image' or 'text', a text, or 'box', a list, with 'ref', a text")
     return text
 
 
-def _image(path: str, where: str) -> str:
-    image = f"<img>{path}</img>"
-    if not _IMAGE.fullmatch(unicodedata.normalize("NFC", image)):
+def _check_path(path: str, where: str) -> None:
+    if not _IMAGE.fullmatch(unicodedata.normalize("NFC", tagged("img", path))):
         raise DataError(f"{where}: the path holds one of {', '.join(GROUNDING + IMAGE_TAGS)}; rename the file")
-    return image
 
 
 def _box(box: Any, where: str) -> str:
@@ -94,7 +123,7 @@ def _box(box: Any, where: str) -> str:
     if len(cells) != _BOX_SIZE or not all(isinstance(cell, int) and 0 <= cell < GRID for cell in cells):
         raise DataError(f"{where}: a box is four integers from 0 to {GRID - 1}: x1, y1, x2, y2")
     x1, y1, x2, y2 = cells
-    return f"<box>({x1},{y1}),({x2},{y2})</box>"
+    return tagged("box", f"({x1},{y1}),({x2},{y2})")
 
 
 def _plain(text: str) -> list[Piece]:

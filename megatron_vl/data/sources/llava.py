@@ -15,12 +15,14 @@ number just beyond the square, several images), the dialogue is skipped as ``amb
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
 from megatron_vl.data.formats.values import NUMBER, Json
 from megatron_vl.data.images.decode import check_image
 from megatron_vl.data.prompting.coordinates import format_points
+from megatron_vl.data.prompting.markup import find_mark, tagged, write_picture
 from megatron_vl.data.sample import Sample, Turn
 from megatron_vl.data.sources.boxes import box_from_corners
 from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
@@ -28,7 +30,6 @@ from megatron_vl.errors import SkipSample
 
 PLACE = "<image>"
 BOX = re.compile(rf"\[\s*({NUMBER})\s*,\s*({NUMBER})\s*,\s*({NUMBER})\s*,\s*({NUMBER})\s*\]")
-MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class LLaVA(Dialogues):
 
     def _sample(self, record: Json, key: str) -> Sample:
         turns = dialogue_turns(record, {"human": "user", "gpt": "assistant"})
-        if markup := MARKUP.search("".join(turn.text for turn in turns)):
-            raise SkipSample("markup_in_text", f"{markup[0]} would be taken for markup of ours")
+        if mark := find_mark("".join(turn.text for turn in turns)):
+            raise SkipSample("markup_in_text", f"{mark} would be taken for markup of ours")
         names = _image_names(record)
         places = sum(turn.text.count(PLACE) for turn in turns)
         if places != len(names):
@@ -64,7 +65,7 @@ def _image_names(record: Json) -> list[str]:
 
 def _with_pictures(turns: list[Turn], names: list[str]) -> tuple[Turn, ...]:
     """Replace the marks by Qwen-VL's picture lines, numbered through the dialogue."""
-    pictures = iter([f"Picture {number}: <img>{name}</img>\n" for number, name in enumerate(names, start=1)])
+    pictures = itertools.starmap(write_picture, enumerate(names, start=1))
     found = []
     for turn in turns:
         text = turn.text
@@ -99,6 +100,6 @@ def _with_boxes(text: str, size: tuple[int, int]) -> str:
             return match[0]
         x1, y1, x2, y2 = (float(number) * side for number in match.groups())
         corners = box_from_corners((x1 - left, y1 - top, x2 - left, y2 - top), width, height)
-        return f"<box>{format_points(corners)}</box>"
+        return tagged("box", format_points(corners))
 
     return BOX.sub(box, text)

@@ -8,17 +8,15 @@ parsed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.data.formats.values import Json
 from megatron_vl.data.prompting.coordinates import GRID, parse_points
+from megatron_vl.data.prompting.markup import in_tags
 from megatron_vl.data.sample import Sample
 from megatron_vl.data.sources.dialogues import Dialogues, dialogue_turns, media_of
 from megatron_vl.errors import SkipSample
-
-IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class QwenVLChat(Dialogues):
         turns = dialogue_turns(record, {"user": "user", "assistant": "assistant"})
         names: list[str] = []
         for turn in turns:
-            found = IMAGE.findall(turn.text)
-            if turn.text.count("<img>") != len(found) or turn.text.count("</img>") != len(found):
+            found = in_tags(turn.text, "img")
+            if found is None:
                 raise SkipSample("unbalanced_image_tag", turn.text[:80])
             names += found
         if len(media_of(record)) not in (0, len(names)):
@@ -59,11 +57,10 @@ def check_boxes(text: str) -> None:
 
 def _misplaced(text: str, tag: str, num_points: int) -> str | None:
     """Return the first place in a text that is not a valid <box> or <quad>, if there is one."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    found = re.findall(f"{opening}(.*?){closing}", text, re.DOTALL)
-    if text.count(opening) != len(found) or text.count(closing) != len(found):
-        return f"{opening} and {closing} do not match"
-    for content in found:
+    contents = in_tags(text, tag)
+    if contents is None:
+        return f"<{tag}> and </{tag}> do not match"
+    for content in contents:
         points = parse_points(content, num_points)
         if points is None or not _has_order(points):
             return f"{content!r:.60}; expected {num_points} points of integers from 0 to {GRID - 1}" + (

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megatron_vl.data.prompting.coordinates import format_points
+from megatron_vl.data.prompting.markup import tagged, write_picture
 from megatron_vl.data.sample import Turn
 from megatron_vl.data.synthetic.config import SceneConfig
 from megatron_vl.data.synthetic.scene import Scene, SceneObject
@@ -153,13 +154,13 @@ def converse(scene: Scene, image: str, rng: Random) -> list[Turn]:
     exchanges = [
         ("Describe the image.", describe(scene).text),
         (f"Where is the {name(item)}?", f"at the {position(item, scene.image_size)}"),
-        (f"Find the {name(item)}.", f"<ref>the {name(item)}</ref><box>{box}</box>"),
-        (f"What is in <box>{box}</box>?", f"a {item.size} {name(item)}"),
+        (f"Find the {name(item)}.", tagged("ref", f"the {name(item)}") + tagged("box", box)),
+        (f"What is in {tagged('box', box)}?", f"a {item.size} {name(item)}"),
         ("How many objects are there?", str(len(scene.objects))),
     ]
     turns: list[Turn] = []
     for question, answer in rng.sample(exchanges, rng.randint(1, 3)):
-        prefix = "" if turns else f"Picture 1: <img>{image}</img>\n"
+        prefix = "" if turns else write_picture(1, image)
         turns += [Turn("user", prefix + question), Turn("assistant", answer)]
     return turns
 
