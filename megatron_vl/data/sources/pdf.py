@@ -5,6 +5,8 @@ gap wider than ``GAP`` times its height (columns, tables). The quadrilateral of 
 characters, from ascender to descender, and is rotated with the text. PDFium's own map from the page to a bitmap
 converts positions to pixels. So rotated pages, crop boxes and the upward axis need no special code here.
 
+pdfplumber gives upright boxes, reverses text that is turned around, and does not know which text is invisible.
+
 Invisible text (which scanners put behind their image) is left out unless it is requested. A document that cannot be
 opened is one skipped record. Otherwise a record is a page.
 """
