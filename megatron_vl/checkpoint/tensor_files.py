@@ -18,6 +18,7 @@ import mmap
 import os
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -166,9 +167,12 @@ def _index_archive(file: Path) -> dict[str, StoredTensor]:
 
 def _check_archive(file: Path) -> None:
     """Refuse archives whose bytes are not the tensors': compressed ones, and those of a big-endian machine."""
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        orders = {archive.read(record) for record in records if record.filename.endswith("/byteorder")}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            orders = {archive.read(record) for record in records if record.filename.endswith("/byteorder")}
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ConversionError(f"{file}: a damaged archive ({error}); download it again") from error
     if any(record.compress_type != zipfile.ZIP_STORED for record in records) or orders - {b"little"}:
         raise ConversionError(
             f"{file}: is compressed, or was written by a big-endian machine; load it with torch and save it again here"

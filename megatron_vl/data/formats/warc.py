@@ -1,13 +1,15 @@
 """Responses of a web crawl in WARC files as published by Common Crawl (.warc.gz, one gzip member per record).
 
 Only HTML responses are pages. Requests, metadata and crawl information are ignored. A response of another status or
-type is a skipped record. A truncated or damaged file gives the pages before the damage, and one more skipped record
-that reports it.
+type is a skipped record. So is one whose body is still compressed or in chunks, as crawlers other than Common Crawl
+store it: shown as a page, it would be read as noise. A truncated or damaged file gives the pages before the damage, and
+one more skipped record that reports it.
 """
 
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,9 @@ from megatron_vl.data.formats.shard import Skipped, require_file
 WARC_SUFFIXES = (".warc", ".warc.gz")
 MAX_HEADER_BYTES = 2**16
 BLANK_LINES = (b"\r\n", b"\n")
+_GZIP = b"\x1f\x8b"
+_CHUNK = re.compile(rb"[0-9a-fA-F]{1,8}(?:;[^\r\n]*)?\r\n")
+_PROBED_BYTES = 1024
 
 
 def read_warc(path: Path) -> Iterator[Document | Skipped]:
@@ -77,8 +82,22 @@ def _response(key: str, stream: IO[bytes], size: int) -> Document | Skipped:
     content_type = fields.get("content-type", "")
     if status.split()[1:2] != ["200"] or "html" not in content_type.lower():
         return Skipped(key, "no_html", f"{status[:40]}, {content_type[:40] or 'no type'}")
+    if _is_encoded(body, fields):
+        return Skipped(
+            key, "encoded_body", "compressed, or in chunks; expected the decoded body, as Common Crawl stores it"
+        )
     _, semicolon, options = content_type.partition(";")
     return Document(key, body, f"text/html{semicolon}{options}")  # also for XHTML, because few pages are well-formed
+
+
+def _is_encoded(body: bytes, fields: dict[str, str]) -> bool:
+    """Return whether a body is encoded. Old files of Common Crawl keep the fields of bodies that they have decoded."""
+    if body.startswith(_GZIP):
+        return True
+    if "chunked" in fields.get("transfer-encoding", "").lower():
+        return _CHUNK.match(body) is not None
+    coding = fields.get("content-encoding", "identity").lower()
+    return coding in ("br", "deflate", "zstd") and b"<" not in body[:_PROBED_BYTES]
 
 
 def _pass_over(stream: IO[bytes], size: int) -> None:

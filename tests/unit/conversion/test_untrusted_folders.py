@@ -136,6 +136,17 @@ def test_archives_whose_bytes_are_not_the_tensors(folder: Path, compression: int
         import_folder(folder)
 
 
+def test_an_archive_with_a_damaged_directory(folder: Path) -> None:
+    """The end of the file says that it is an archive, and the entries that it points to are not there."""
+    file = folder / "pytorch_model-00001-of-00002.bin"
+    data = bytearray(file.read_bytes())
+    begin = data.index(b"PK\x01\x02")
+    data[begin : begin + 4] = bytes(4)
+    file.write_bytes(bytes(data))
+    with pytest.raises(ConversionError, match=rf"{file.name}: a damaged archive \(.*\); download it again"):
+        import_folder(folder)
+
+
 @pytest.mark.parametrize("other", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 def test_weights_that_are_there_twice(folder: Path, other: str) -> None:
     """Which of them is meant, nobody knows: what other programs read first is not what was written last."""

@@ -245,6 +245,25 @@ def test_a_warc_gives_its_html_responses(tmp_path: Path) -> None:
     assert len(list(read_warc(tmp_path / "b.warc"))) == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "body", "encoded"),
+    [
+        ("", gzip.compress(b"<p>a</p>"), True),
+        ("Content-Encoding: gzip", gzip.compress(b"<p>a</p>"), True),
+        ("Content-Encoding: gzip", b"<p>a</p>", False),
+        ("Transfer-Encoding: chunked", b"8\r\n<p>a</p>\r\n0\r\n\r\n", True),
+        ("Transfer-Encoding: chunked", b"<p>a</p>", False),
+        ("Content-Encoding: br", b"\x8b\x03\x80\x00\x01", True),
+        ("Content-Encoding: br", b"<p>a</p>", False),
+    ],
+)
+def test_encoded_bodies_of_a_warc_are_not_pages(tmp_path: Path, fields: str, body: bytes, encoded: bool) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{fields}\r\n\r\n".replace("\r\n\r\n\r\n", "\r\n\r\n")
+    (tmp_path / "a.warc").write_bytes(gzip.decompress(record("response", head.encode() + body)))
+    (item,) = read_warc(tmp_path / "a.warc")
+    assert (isinstance(item, Skipped) and item.reason == "encoded_body") == encoded
+
+
 @pytest.mark.parametrize("cut", range(1, len(CRAWL), 61))
 def test_a_warc_cut_anywhere_keeps_what_came_before(tmp_path: Path, cut: int) -> None:
     (tmp_path / "a.warc.gz").write_bytes(CRAWL[:cut])
