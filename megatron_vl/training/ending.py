@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a refused run does not need torch
 NAME = "last_run.json"
 
 
-def warn_of_loss(config: RunConfig, state: TrainState) -> None:
+def warn_of_unsaved_steps(config: RunConfig, state: TrainState) -> None:
     """Warn, at the start and at the end of a run, that it will lose what it trains."""
     if config.checkpoint.save is None:
         steps = config.training.train_iters - state.step

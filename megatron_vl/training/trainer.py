@@ -105,7 +105,7 @@ class Trainer:
         if first >= last:
             log_rank_0(f"nothing left to do: step {first} is done, and --train-iters is {last}")
             return Stop("nothing was left to do", ExitStatus.DONE)
-        ending.warn_of_loss(self.config, self.state)
+        ending.warn_of_unsaved_steps(self.config, self.state)
         with StopRequest(self.config.training, self.topology) as stop:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
@@ -118,7 +118,7 @@ class Trainer:
                 if early:
                     log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
                     break
-        ending.warn_of_loss(self.config, self.state)
+        ending.warn_of_unsaved_steps(self.config, self.state)
         return early or Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
