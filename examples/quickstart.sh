@@ -5,13 +5,13 @@
 #
 # About 15 minutes. --smoke takes 3: everything runs and nothing is learned. --learn takes 33 or more: it learns to see.
 # Started again, it skips steps that are done and goes on where it stopped. A step runs again if its command, its recipe
-# or a step before it has changed; code that has changed repeats nothing. The result is report.html in the run
+# or a step that it needs has changed; code that has changed repeats nothing. The result is report.html in the run
 # directory: runs/quickstart, runs/smoke or runs/learn. --learn also writes docs/results/learn.json and learn.md.
 
 # Each step below is a command that you can type yourself. The last line runs them all, in this order. A training has
 # the machine to itself; other steps run two at a time where one does not need the other.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 source "$root/examples/run_steps.sh"
 read_options "$@"
 
@@ -37,7 +37,7 @@ prepare() {  # prepare NAME SPLIT
     step "data, $1" "$run/data/$1.json" -- python tools/prepare_data.py "$recipes/data/$1.yaml" --model-preset tiny \
         --root "$run/raw/$2" --output "$run/data/$1" --quiet
 }
-for name in stage2_multitask stage0_text stage1_pretrain stage3_sft; do prepare "$name" train; done
+for name in stage0_text stage1_pretrain stage2_multitask stage3_sft; do prepare "$name" train; done
 for task in caption vqa referring ocr chat; do prepare "heldout_$task" heldout; done
 ask=(python tools/make_questions.py --model-preset tiny --root "$run/raw/heldout" --limit "$questions")
 step "questions" "$run/eval/questions.jsonl" -- \
@@ -88,7 +88,7 @@ step "blind stage 2" "$run/blind/stage2" -- \
     --train-iters "$s2" --blank-images
 
 # Answers of both models to held-out questions, and replies of the last stage in held-out dialogues.
-answer=(python tools/generate.py --inputs "$run/eval/questions.jsonl" --max-new-tokens 96)  # two lines of a page: 90
+answer=(python tools/generate.py --inputs "$run/eval/questions.jsonl" --max-new-tokens 96)  # a page has up to 90
 step "answers" "$run/eval/predictions_model.jsonl" -- \
     "${answer[@]}" --checkpoint "$run/model/stage2" --output "$run/eval/predictions_model.jsonl"
 step "blind answers" "$run/eval/predictions_blind.jsonl" -- \

@@ -35,6 +35,6 @@ read_options() {  # sets profile and run, makes or reuses the environment, and e
 }
 
 run_steps() {
-    python -m megatron_vl.cli.quickstart "$run" --profile "$profile" --started-as "$started_as" \
+    exec python -m megatron_vl.cli.quickstart "$run" --profile "$profile" --started-as "$started_as" \
         --setup-seconds "$setup_seconds" "${results[@]}" < <(printf '%s\0' "${plan[@]}")
 }

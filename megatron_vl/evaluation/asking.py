@@ -30,7 +30,7 @@ from megatron_vl.files import write_whole
 
 
 def ask(sample: Sample) -> Question | None:
-    """Return the question of a sample; None for documents, and for dialogues that do not begin with their only image.
+    """Return the question of a sample; None for documents, and for dialogues that do not begin with ``Picture 1``.
 
     Raises:
         SkipSample: ``markup_in_text``, or the reason why there is no prompt.
@@ -49,7 +49,11 @@ def ask(sample: Sample) -> Question | None:
 
 
 def _ask_in_dialogue(sample: Sample) -> Question | None:
-    """Return the first exchange of a dialogue, for ``generate.py --chat-format chatml``; that adds ``Picture 1``."""
+    """Return the first exchange of a dialogue, for ``generate.py --chat-format chatml``.
+
+    That writes ``Picture 1`` before the prompt. A dialogue with its only image in another form would be asked in other
+    words than it was trained in, so it has no question.
+    """
     exchange = [turn for turn in sample.turns if turn.role != "system"][:2]
     if [turn.role for turn in exchange] != ["user", "assistant"] or len(sample.images) != 1:
         return None

@@ -105,7 +105,7 @@ def _question(fields: Any, file: Path, line: int) -> Question:
             prompt=fields["prompt"],
             key=_typed(fields, "key", str | int, "a text or an integer"),
             task=_typed(fields, "task", str, "a text") or "",
-            images=_texts({"image": fields.get("image") or None}, "image", "a path or a list of them"),
+            images=() if fields.get("image") == "" else _texts(fields, "image", "a path or a list of them"),
             references=_texts(fields, "reference", "the true answer, or a list of true answers"),
             annotators=_texts(fields, "annotators", "a list of two or more texts, or nothing", least=2),
             system=_typed(fields, "system", str, "a text"),
@@ -128,7 +128,7 @@ def _prediction(question: Question, fields: Json) -> Prediction:
     for name, found, expected in (
         ("key", question.key is not None, "a name of the question"),
         ("task", question.task, "a task"),
-        ("reference", question.references, "the true answer, or a list of true answers"),
+        ("reference", question.references or question.annotators, "the true answer, or a list of true answers"),
         ("prediction", isinstance(said, str), "the model's answer, a text"),
     ):
         if not found:

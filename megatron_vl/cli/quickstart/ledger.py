@@ -1,7 +1,8 @@
 """Record the steps of a run directory: the inputs of their results, and the duration of each attempt.
 
 ``.steps/NAME.json`` holds the key of the step's current outputs, whether the step is done, and, while it runs, its
-start time. ``timings.jsonl`` has a line for every attempt. A killed attempt ends when its log was last written to.
+start time. ``timings.jsonl`` has a line for every attempt under that key. A killed attempt ends when its log was last
+written to.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def write_run_info(run_dir: Path, profile: str, command: str) -> None:
     _write_json(path, asdict(info))
 
 
-def gather_findings(run_dir: Path) -> None:
+def write_checks(run_dir: Path) -> None:
     """Write ``eval/checks.json``: what the exported folders say of the frozen language model."""
     from megatron_vl.report.checks import compare_language_models
 

@@ -63,24 +63,33 @@ class Runner:
         """
         with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
             try:
-                for number, step in enumerate(steps):
-                    needed = [other.name for other in steps[:number] if step.needs(other)]
-                    self._keys[step.name] = self._key(step, needed)
-                    self.ledger.settle(step.name)
-                    if self._is_done(step):
-                        self.say(f"{self._clock()} {step.name}: done before")
-                        continue
-                    while self._must_wait(step):
-                        self._await_one()
-                    self._clear(step)
-                    self._running[pool.submit(self._run, step)] = step
-                while self._running:
-                    self._await_one()
+                self._run_in(pool, steps)
             except StepFailed:
                 raise
             except BaseException:  # a signal, or a terminal that has gone
                 _end(list(self._processes))
                 raise
+
+    def _run_in(self, pool: ThreadPoolExecutor, steps: Sequence[Step]) -> None:
+        try:
+            for number, step in enumerate(steps):
+                needed = [other.name for other in steps[:number] if step.needs(other)]
+                self._keys[step.name] = self._key(step, needed)
+                self.ledger.settle(step.name)
+                if self._is_done(step):
+                    self.say(f"{self._clock()} {step.name}: done before")
+                    continue
+                while self._must_wait(step):
+                    self._await_one()
+                self._clear(step)
+                self._running[pool.submit(self._run, step)] = step
+            while self._running:
+                self._await_one()
+        except StepFailed:
+            for other in wait(self._running).done:
+                if (failure := other.exception()) is not None:
+                    self.say(f"error: {failure}")
+            raise
 
     def _must_wait(self, step: Step) -> bool:
         others = self._running.values()
@@ -194,7 +203,7 @@ def condense(line: str) -> str:
 def _resolve(command: Sequence[str]) -> list[str]:
     """Return the command with the running interpreter in the place of ``python`` and ``torchrun``."""
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    return [*programs[command[0]], *command[1:]]
+    return [*programs.get(command[0], [command[0]]), *command[1:]]
 
 
 def _end(processes: Sequence[subprocess.Popen[str]]) -> None:

@@ -34,10 +34,10 @@ class GroundedText:
 def parse_grounding(text: str) -> GroundedText:
     """Split a model's text into plain text and regions with coordinates in [0, 1].
 
-    A box without a phrase before it makes a region with an empty text. A phrase without a readable box makes no region.
+    Boxes without a phrase before them make one region with an empty text. A phrase without a readable box makes none.
     """
     plain, end = "", 0
-    phrase: Region | None = None
+    region: Region | None = None
     regions: list[Region | None] = []
     phrases: list[str] = []
     for piece in _PIECES.finditer(text):
@@ -45,24 +45,24 @@ def parse_grounding(text: str) -> GroundedText:
         end = piece.end()
         plain += between
         if between.strip() or piece["ref"] is not None:
-            regions.append(phrase)
-            phrase = None
+            regions.append(region)
+            region = None
         if piece["ref"] is not None:
             words = _LEFT_OVER_TAG.sub("", piece["ref"])
             start = len(plain) + len(words) - len(words.lstrip())
             plain += words
             phrases.append(words.strip())
-            phrase = Region(text=words.strip(), span=(start, start + len(words.strip())))
+            region = Region(text=words.strip(), span=(start, start + len(words.strip())))
         else:
-            phrase = _with_shape(phrase or Region(text=""), piece)
-    regions.append(phrase)
+            region = _with_shape(region or Region(text=""), piece)
+    regions.append(region)
     plain += _LEFT_OVER_TAG.sub("", text[end:])
-    kept = tuple(region for region in regions if region is not None and (region.boxes or region.quads))
+    kept = tuple(found for found in regions if found is not None and (found.boxes or found.quads))
     return GroundedText(plain, kept, tuple(phrases))
 
 
 def first_box(text: str) -> tuple[float, float, float, float] | None:
-    """Return the same as coordinates in [0, 1]."""
+    """Return the cells of :func:`first_cells` as coordinates in [0, 1]."""
     cells = first_cells(text)
     return None if cells is None else _as_box(tuple(map(from_cell, cells)))
 

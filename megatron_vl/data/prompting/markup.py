@@ -3,7 +3,7 @@
 Only a complete ``<img>PATH</img>``, without other marks in its path, is an image. A single ``<img>``, ``</img>`` or
 ``<imgpad>`` has no meaning. So no text can open an image span without closing it, or use a slot. Grounding marks count
 individually, closed or not, as in the original, whose prompts may end in an open ``<box>``. The surface form of any
-other special token is ordinary text. Marks are searched in the NFC form, as in the original, because a character after
+other special token is ordinary text. A text is split in its NFC form, as in the original, because a character after
 ``>`` can compose with it.
 """
 
@@ -25,8 +25,9 @@ _IMAGE = re.compile(rf"<img>((?:{_IN_PATH})*)</img>", re.DOTALL)
 _GROUNDING = re.compile("|".join(GROUNDING))
 _IMAGE_OR_GROUNDING = re.compile(f"{_IMAGE.pattern}|{_GROUNDING.pattern}", re.DOTALL)
 _MARK = re.compile("</?(?:img|ref|box|quad)>")
-_FIRST_PICTURE = re.compile(r"(?:Picture 1: *)?<img>[^<]*</img>\s*")
+_FIRST_PICTURE = re.compile(f"Picture 1: {_IMAGE.pattern}\n", re.DOTALL)
 _BOX_SIZE = 4
+_PARTS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
 
 
 def parse_markup(text: str, *, images: bool = True) -> list[Piece]:
@@ -56,7 +57,7 @@ def stray_image_tag(text: str) -> str | None:
 
 
 def find_mark(text: str) -> str | None:
-    """Return the first tag in a text that would be taken for an image or grounding, complete or not."""
+    """Return the first tag of an image or of grounding in a text, complete or not."""
     found = _MARK.search(text)
     return found and found[0]
 
@@ -68,9 +69,13 @@ def in_tags(text: str, tag: str) -> list[str] | None:
 
 
 def without_picture(text: str) -> str | None:
-    """Return a text without the picture that it begins with; None if that is not its only one."""
-    rest, num_pictures = _FIRST_PICTURE.subn("", text)
-    return rest if num_pictures == 1 and _FIRST_PICTURE.match(text) else None
+    """Return a text without the picture that it begins with, in the form of :func:`write_picture`.
+
+    None if it does not begin so, or has other pictures.
+    """
+    first = _FIRST_PICTURE.match(text)
+    rest = text[first.end() :] if first else text
+    return rest if first and not count_images(rest) else None
 
 
 def tagged(tag: str, text: str) -> str:
@@ -96,8 +101,8 @@ def join_parts(parts: Sequence[Any], *, images_before: int = 0) -> str:
     text = ""
     for number, part in enumerate(parts, 1):
         where = f"part {number} of the text, {str(part)[:80]}"
-        if not isinstance(part, Mapping):
-            raise DataError(f"{where}: expected an object with 'image', 'text' or 'box'")
+        if not isinstance(part, Mapping) or part.keys() not in _PARTS:
+            raise DataError(f"{where}: expected an object with 'image', with 'text', or with 'box' and perhaps 'ref'")
         if isinstance(part.get("image"), str):
             images_before += 1
             _check_path(part["image"], where)
@@ -120,7 +125,7 @@ def _check_path(path: str, where: str) -> None:
 
 def _box(box: Any, where: str) -> str:
     cells = list(box) if isinstance(box, Sequence) else []
-    if len(cells) != _BOX_SIZE or not all(isinstance(cell, int) and 0 <= cell < GRID for cell in cells):
+    if len(cells) != _BOX_SIZE or not all(type(cell) is int and 0 <= cell < GRID for cell in cells):
         raise DataError(f"{where}: a box is four integers from 0 to {GRID - 1}: x1, y1, x2, y2")
     x1, y1, x2, y2 = cells
     return tagged("box", f"({x1},{y1}),({x2},{y2})")

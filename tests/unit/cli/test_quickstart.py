@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vl import folder_lock
 from megatron_vl.cli.quickstart.ledger import Ledger, StepState
+from megatron_vl.cli.quickstart.main import main
 from megatron_vl.cli.quickstart.run_info import STAGES
 from megatron_vl.cli.quickstart.runner import Runner, StepFailed, condense
 from megatron_vl.cli.quickstart.steps import Step, read_steps
@@ -187,6 +190,15 @@ def test_a_signal_ends_both_steps_that_run(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert [timing.finished for timing in Ledger(tmp_path).times()] == [False, False]
     assert not (tmp_path / "worked").exists()
+
+
+def test_a_second_start_into_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with folder_lock.hold(tmp_path, ".lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO(""))
+        patch.setattr("signal.signal", lambda *_: None)
+        assert main([str(tmp_path)]) == 2
+    assert f"error: {tmp_path}: another quickstart runs here (process " in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_what_others_have_made_is_not_removed(bench: _Bench) -> None:

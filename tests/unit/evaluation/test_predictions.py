@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.questions import read_predictions
+from megatron_vl.evaluation.questions import read_predictions, read_questions
 
 
 def test_references_are_one_text_or_several(tmp_path: Path) -> None:
@@ -19,6 +19,22 @@ def test_references_are_one_text_or_several(tmp_path: Path) -> None:
     first, second = read_predictions(path)
     assert (first.references, second.references) == (("a",), ("a", "b"))
     assert first.images == ("x.png",) and first.file == path
+
+
+def test_annotators_need_no_reference(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    line = {"key": "k", "task": "vqa", "prompt": "?", "prediction": "a", "annotators": ["a", "b"]}
+    path.write_text(json.dumps(line) + "\n")
+    (prediction,) = read_predictions(path)
+    assert (prediction.references, prediction.annotators) == ((), ("a", "b"))
+
+
+@pytest.mark.parametrize("image", [0, False, {}, ["a.png", 1]])
+def test_an_image_that_is_no_path_is_an_error(tmp_path: Path, image: Any) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"prompt": "?", "image": image}) + "\n")
+    with pytest.raises(DataError, match="line 1: 'image' is .*expected a path or a list of them"):
+        read_questions(path)
 
 
 @pytest.mark.parametrize("reference", [None, [], ["a", None], 3])

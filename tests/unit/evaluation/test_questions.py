@@ -50,13 +50,14 @@ def test_a_dialogue_is_asked_by_its_first_exchange() -> None:
     question = ask(chat("Picture 1: <img>a.png</img>\nFind <ref>it</ref>.", "Here.", "And?", "No."))
     assert question is not None
     assert (question.prompt, question.references) == ("Find <ref>it</ref>.", ("Here.",))
-    first = ask(chat("<img>a.png</img>What?", "That."))
-    assert first is not None and first.prompt == "What?"
+    marked = ask(chat("Picture 1: <img>a<b.png</img>\n\nWhat?", "That."))
+    assert marked is not None and marked.prompt == "\nWhat?"
+    assert ask(chat("<img>a.png</img>What?", "That.")) is None, "generation would write Picture 1 before it"
     assert ask(chat("Hi", "Hello", images=())) is None
     assert ask(chat("Look: <img>a.png</img> What?", "That.")) is None
-    assert ask(chat("<img>a</img><img>b</img>What?", "That.", images=IMAGES * 2)) is None
-    assert ask(chat("Hi", "Hello", "<img>a.png</img>What?", "That.")) is None
-    assert ask(chat("<img>a.png</img>What?")) is None
+    assert ask(chat("Picture 1: <img>a</img>\n<img>b</img>What?", "That.", images=IMAGES * 2)) is None
+    assert ask(chat("Hi", "Hello", "Picture 1: <img>a.png</img>\nWhat?", "That.")) is None
+    assert ask(chat("Picture 1: <img>a.png</img>\nWhat?")) is None
 
 
 @pytest.mark.parametrize("system", [None, "Answer in one word.", ""])

@@ -141,7 +141,8 @@ def test_parts_become_numbered_pictures_words_and_boxes() -> None:
 @pytest.mark.parametrize(
     "part",
     ["words", {}, {"image": 1}, {"image": "a</img>"}, {"ref": 1, "box": []}]
-    + [{"box": box} for box in ("1,2,3,4", [[1, 2, 3]], [[1, 2, 3, ""]], [[1, 2, 3, 1000]])],
+    + [{"image": "a.png", "text": "What?"}, {"text": "Where?", "box": []}, {"ref": "it"}]
+    + [{"box": box} for box in ("1,2,3,4", [[1, 2, 3]], [[1, 2, 3, ""]], [[1, 2, 3, 1000]], [[True, 0, 5, 5]])],
 )
 def test_a_part_of_another_kind_is_refused_by_its_place(part: Any) -> None:
     with pytest.raises(DataError, match="part 2"):
