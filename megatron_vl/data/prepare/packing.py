@@ -39,16 +39,16 @@ class PackLimits:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as lists of pieces. A piece is tokens [start, stop) of a sample; only text documents are split."""
+    """Rows as lists of segments. A segment is tokens [start, stop) of a sample; only text documents are split."""
 
     samples: IntArray
-    """int64[pieces]: index of the sample."""
+    """int64[segments]: index of the sample."""
     starts: IntArray
-    """int64[pieces]: first token of the piece in the sample."""
+    """int64[segments]: first token of the segment in the sample."""
     stops: IntArray
-    """int64[pieces]: end of the piece in the sample, exclusive."""
+    """int64[segments]: end of the segment in the sample, exclusive."""
     row_splits: IntArray
-    """int64[rows + 1]: row r has the pieces row_splits[r] to row_splits[r + 1]."""
+    """int64[rows + 1]: row r has the segments row_splits[r] to row_splits[r + 1]."""
 
     @property
     def num_rows(self) -> int:
@@ -84,8 +84,8 @@ def pack(items: Items, *, limits: PackLimits, seed: int) -> Packing:
     lengths = items.lengths[whole]
     filled = np.bincount(rows, weights=lengths).astype(np.int64)
     filler = _lay_text(documents, items.lengths[documents], limits.tokens - filled, limits=limits)
-    pieces = (rows, whole, np.zeros_like(whole), lengths)
-    return _by_row(*(np.concatenate(columns) for columns in zip(pieces, filler, strict=True)), bits=bits)
+    segments = (rows, whole, np.zeros_like(whole), lengths)
+    return _by_row(*(np.concatenate(columns) for columns in zip(segments, filler, strict=True)), bits=bits)
 
 
 def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: int) -> Packing:
@@ -100,9 +100,9 @@ def pack_by_group(items: Items, groups: IntArray, *, limits: PackLimits, seed: i
 
 def one_per_row(items: Items, *, limits: PackLimits) -> Packing:
     """Put one sample into each row, in the given order. A text document takes as many rows as it needs."""
-    num_pieces = np.maximum(-(-items.lengths // limits.tokens), 1)
-    samples = np.repeat(np.arange(len(items)), num_pieces)
-    first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    num_segments = np.maximum(-(-items.lengths // limits.tokens), 1)
+    samples = np.repeat(np.arange(len(items)), num_segments)
+    first = np.repeat(np.cumsum(num_segments) - num_segments, num_segments)
     starts = (np.arange(len(samples)) - first) * limits.tokens
     stops = np.minimum(starts + limits.tokens, items.lengths[samples])
     return Packing(samples, starts, stops, np.arange(len(samples) + 1))
@@ -184,7 +184,7 @@ def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits:
     """Lay the documents as one stream over the gaps (largest first), then over new rows.
 
     ``documents`` and ``lengths`` are int64[documents], ``gaps`` int64[rows]. Return row, document, start and stop of
-    every piece, int64[pieces] each.
+    every segment, int64[segments] each.
     """
     total = int(lengths.sum())
     slots = np.flatnonzero(gaps >= limits.min_piece)
@@ -203,9 +203,9 @@ def _lay_text(documents: IntArray, lengths: IntArray, gaps: IntArray, *, limits:
 
 
 def _by_row(rows: IntArray, samples: IntArray, starts: IntArray, stops: IntArray, *, bits: np.random.PCG64) -> Packing:
-    """Sort pieces by row, and shuffle them within the row, so that the longest sample is not always first.
+    """Sort segments by row, and shuffle them within the row, so that the longest sample is not always first.
 
-    All arrays are int64[pieces].
+    All arrays are int64[segments].
     """
     order = _shuffled_order(rows, bits)
     splits = np.concatenate([[0], np.cumsum(np.bincount(rows))])

@@ -26,7 +26,7 @@ IntArray = npt.NDArray[np.int64]
 SLICE_BYTES = 256 * 2**20
 """Size in bytes of rows and images at which a slice ends: large enough to hand out, small enough to repeat."""
 SLICE_PIECES = 200_000
-"""Number of pieces at which a slice ends. Handing out one piece takes some 45 bytes."""
+"""Number of segments at which a slice ends. Handing out one segment takes some 45 bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class RowPlan:
     samples: Samples
     images: Images
     packing: Packing
-    pieces: IntArray
-    """int64[pieces]: the sample of each piece of the packing."""
+    segments: IntArray
+    """int64[segments]: the sample of each segment of the packing."""
     lengths: IntArray
     """int64[rows]: items of each stored row."""
     image_splits: IntArray
@@ -72,22 +72,22 @@ class RowPlan:
 
 def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Images) -> RowPlan:
     """Return the plan of a packing whose samples are positions in ``chosen``, int64[n]."""
-    pieces = chosen[packing.samples]
-    counts = samples.image_splits[pieces + 1] - samples.image_splits[pieces]
-    piece_splits = _splits(counts)
-    places = np.repeat(samples.image_splits[pieces] - piece_splits[:-1], counts) + np.arange(piece_splits[-1])
+    segments = chosen[packing.samples]
+    counts = samples.image_splits[segments + 1] - samples.image_splits[segments]
+    segment_splits = _splits(counts)
+    places = np.repeat(samples.image_splits[segments] - segment_splits[:-1], counts) + np.arange(segment_splits[-1])
     uses = samples.image_ids[places]
     used, first_use, inverse = np.unique(uses, return_index=True, return_inverse=True)
     order = np.argsort(first_use)
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.arange(len(order))
-    image_splits = piece_splits[packing.row_splits]
+    image_splits = segment_splits[packing.row_splits]
     tokens = _splits(packing.stops - packing.starts)[packing.row_splits]
     return RowPlan(
         samples=samples,
         images=images,
         packing=packing,
-        pieces=pieces,
+        segments=segments,
         lengths=row_lengths(np.diff(packing.row_splits), np.diff(image_splits), np.diff(tokens)),
         image_splits=image_splits,
         image_numbers=number[inverse],
@@ -109,28 +109,28 @@ def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
 def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple[int, int]) -> RowSlice:
     """Return rows [first, last) with the necessary facts about samples, images and parts."""
     samples, images, splits = plan.samples, plan.images, plan.packing.row_splits
-    piece_range = slice(int(splits[first]), int(splits[last]))
+    segment_range = slice(int(splits[first]), int(splits[last]))
     use_range = slice(int(plan.image_splits[first]), int(plan.image_splits[last]))
-    pieces = plan.pieces[piece_range]
+    segments = plan.segments[segment_range]
     fresh = plan.stored[plan.first_stored[first] : plan.first_stored[last]]
-    parts, numbers = np.unique(np.concatenate([samples.part[pieces], images.part[fresh]]), return_inverse=True)
+    parts, numbers = np.unique(np.concatenate([samples.part[segments], images.part[fresh]]), return_inverse=True)
     return RowSlice(
         token_begin=begins[0],
         image_begin=begins[1],
         paths=tuple(origins.paths[part] for part in parts.tolist()),
         names=origins.names,
         row_splits=splits[first : last + 1] - splits[first],
-        part=numbers[: len(pieces)],
-        offset=samples.offset[pieces],
-        length=samples.length[pieces],
-        key_size=samples.key_size[pieces],
-        source=samples.source[pieces],
-        task=samples.task[pieces],
-        start=plan.packing.starts[piece_range],
-        stop=plan.packing.stops[piece_range],
+        part=numbers[: len(segments)],
+        offset=samples.offset[segments],
+        length=samples.length[segments],
+        key_size=samples.key_size[segments],
+        source=samples.source[segments],
+        task=samples.task[segments],
+        start=plan.packing.starts[segment_range],
+        stop=plan.packing.stops[segment_range],
         image_splits=plan.image_splits[first : last + 1] - plan.image_splits[first],
         image_numbers=plan.image_numbers[use_range],
-        image_part=numbers[len(pieces) :],
+        image_part=numbers[len(segments) :],
         image_offset=images.offset[fresh],
         image_size=images.size[fresh],
     )

@@ -49,18 +49,18 @@ class RowSlice:
     names: tuple[str, ...]
     """Names of the sources."""
     row_splits: IntArray
-    """int64[rows + 1]: row r has the pieces row_splits[r] to row_splits[r + 1]."""
+    """int64[rows + 1]: row r has the segments row_splits[r] to row_splits[r + 1]."""
     part: IntArray
-    """int64[pieces]: index into ``paths``."""
+    """int64[segments]: index into ``paths``."""
     offset: IntArray
-    """int64[pieces]: first byte of the sample's tokens."""
+    """int64[segments]: first byte of the sample's tokens."""
     length: npt.NDArray[np.int32]
-    """int32[pieces]: tokens of the sample. Its key follows them."""
+    """int32[segments]: tokens of the sample. Its key follows them."""
     key_size: npt.NDArray[np.int32]
     source: npt.NDArray[np.int16]
     task: npt.NDArray[np.int8]
     start: IntArray
-    """int64[pieces]: the piece is tokens [start, stop) of the sample."""
+    """int64[segments]: the segment is tokens [start, stop) of the sample."""
     stop: IntArray
     image_splits: IntArray
     """int64[rows + 1]: row r has the images image_numbers[image_splits[r] : image_splits[r + 1]]."""
@@ -159,25 +159,26 @@ def _stretch(path: Path, begin: int) -> Iterator[HashedWriter]:
 
 def _write_row(work: RowSlice, row: int, reader: PartReader, tokens: HashedWriter) -> bytes:
     """Write one row; return its keys in their stored form."""
-    pieces = [_read_piece(work, piece, reader) for piece in range(work.row_splits[row], work.row_splits[row + 1])]
+    numbers = range(work.row_splits[row], work.row_splits[row + 1])
+    segments = [_read_segment(work, number, reader) for number in numbers]
     images = work.image_numbers[work.image_splits[row] : work.image_splits[row + 1]]
-    tokens.write(encode_row([piece for piece, _ in pieces], images).astype("<i4").tobytes())
-    return encode_keys([key for _, key in pieces])
+    tokens.write(encode_row([segment for segment, _ in segments], images).astype("<i4").tobytes())
+    return encode_keys([key for _, key in segments])
 
 
-def _read_piece(work: RowSlice, piece: int, reader: PartReader) -> tuple[npt.NDArray[np.int32], SegmentKey]:
-    """Return the stored tokens of a piece, int32[tokens], and its origin.
+def _read_segment(work: RowSlice, segment: int, reader: PartReader) -> tuple[npt.NDArray[np.int32], SegmentKey]:
+    """Return the stored tokens of a segment, int32[tokens], and its origin.
 
-    If the piece continues a text document, its first token is not a target, because another segment precedes it in the
-    row.
+    If the segment continues a text document, its first token is not a target, because another segment precedes it in
+    the row.
     """
-    part, offset = int(work.part[piece]), int(work.offset[piece])
-    start, stop = int(work.start[piece]), int(work.stop[piece])
-    length, key_size = int(work.length[piece]), int(work.key_size[piece])
+    part, offset = int(work.part[segment]), int(work.offset[segment])
+    start, stop = int(work.start[segment]), int(work.stop[segment])
+    length, key_size = int(work.length[segment]), int(work.key_size[segment])
     data = reader.read(part, offset + 4 * start, 4 * (stop - start))
     key = reader.read(part, offset + 4 * length, key_size).decode("utf-8", "surrogatepass")
     joined = np.frombuffer(data, dtype="<i4")
     if start > 0:
         joined = joined.copy()
         joined[0] = split_tokens(joined[:1])[0][0]
-    return joined, SegmentKey(work.names[work.source[piece]], TASKS[work.task[piece]], key, start, stop)
+    return joined, SegmentKey(work.names[work.source[segment]], TASKS[work.task[segment]], key, start, stop)
