@@ -53,9 +53,9 @@ def verify_together(checkpoint: Path, topology: Topology) -> Verified:
         CheckpointError: on all ranks, if a file cannot be read, is of another version, or is not seen alike by all
             ranks. Such a checkpoint may be undamaged.
     """
-    looks = _gather(lambda: store.verify_sizes(checkpoint))
-    _raise_if_views_differ(looks, checkpoint)
-    _raise_first(looks)
+    findings = _gather(lambda: store.verify_sizes(checkpoint))
+    _raise_if_views_differ(findings, checkpoint)
+    _raise_first(findings)
     _raise_first(_gather(lambda: store.verify_contents(checkpoint, rank=topology.rank, world_size=topology.world_size)))
     return Verified(checkpoint)
 
@@ -72,7 +72,7 @@ def _gather(look: Callable[[], str | None]) -> list[_Finding]:
     return by_all(attempt)
 
 
-def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:
+def _raise_if_views_differ(findings: list[_Finding], checkpoint: Path) -> None:
     """Refuse a checkpoint that ranks see differently.
 
     Damage on one disk is the same for all who read it. Otherwise they read different disks, or see one at different
@@ -81,11 +81,11 @@ def _raise_if_views_differ(looks: list[_Finding], checkpoint: Path) -> None:
     Raises:
         CheckpointError: names a rank that finds damage where another finds none, or another checkpoint.
     """
-    sound = [rank for rank, look in enumerate(looks) if look.error is None]
-    others = [rank for rank, look in enumerate(looks) if look.error is DamagedCheckpointError]
-    others += [rank for rank in sound if looks[rank].value != looks[sound[0]].value]
+    sound = [rank for rank, finding in enumerate(findings) if finding.error is None]
+    others = [rank for rank, finding in enumerate(findings) if finding.error is DamagedCheckpointError]
+    others += [rank for rank in sound if findings[rank].value != findings[sound[0]].value]
     if sound and others:
-        found = looks[others[0]].text or "a sound checkpoint that is another one"
+        found = findings[others[0]].text or "a sound checkpoint that is another one"
         raise CheckpointError(
             f"{checkpoint}: rank {others[0]} finds {found}; rank {sound[0]} finds it sound. Their machines do not see "
             "the same files there: mount one file system on all of them, or wait until it shows them the same"

@@ -66,8 +66,8 @@ class SampleFilter:
         if not self._cleaners or not sample.text or sample.task == "ocr":
             return sample
         # A pattern could match the mark of an image as part of a URL, of a comment, or of a run of marks.
-        stretches = sample.text.split(IMAGE_MARK) if sample.task == "interleaved" else [sample.text]
-        text = IMAGE_MARK.join(map(self._clean_text, stretches))
+        texts = sample.text.split(IMAGE_MARK) if sample.task == "interleaved" else [sample.text]
+        text = IMAGE_MARK.join(map(self._clean_text, texts))
         if text == sample.text.strip():
             return sample
         if any(region.span for region in sample.regions):

@@ -52,8 +52,8 @@ def count_images(text: str) -> int:
 
 def stray_image_tag(text: str) -> str | None:
     """Return the first <img>, </img> or <imgpad> that does not belong to an image, or None."""
-    stretches = _IMAGE.split(unicodedata.normalize("NFC", text))[::2]
-    return next((tag for stretch in stretches for tag in IMAGE_TAGS if tag in stretch), None)
+    between = _IMAGE.split(unicodedata.normalize("NFC", text))[::2]
+    return next((tag for words in between for tag in IMAGE_TAGS if tag in words), None)
 
 
 def find_mark(text: str) -> str | None:

@@ -48,7 +48,7 @@ class AI2D(Source):
     with_options: bool = True
     """List the options after the question."""
     records_per_shard: int = 1000
-    """Diagrams in a unit of work."""
+    """Diagrams in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.path)

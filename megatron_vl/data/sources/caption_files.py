@@ -58,7 +58,7 @@ class CaptionFiles(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the captions. A record's own ``lang`` overrides it."""
     records_per_shard: int = 20_000
-    """Pairs in a unit of work."""
+    """Pairs in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

@@ -35,7 +35,7 @@ class Dialogues(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the dialogues."""
     records_per_shard: int = 10_000
-    """Dialogues in a unit of work."""
+    """Dialogues in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

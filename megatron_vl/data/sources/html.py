@@ -115,7 +115,7 @@ class HTML(PageSource):
     page_seconds: float = 30.0
     """Time limit per page in seconds. A page that takes longer is left out."""
     records_per_shard: int = 500
-    """Pages in a unit of work (a WARC file is one unit)."""
+    """Pages in a shard (a WARC file is one shard)."""
 
     def shards(self) -> list[Shard]:
         find_browser(self.browser)

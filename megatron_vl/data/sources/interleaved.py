@@ -39,7 +39,7 @@ class Interleaved(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the documents."""
     records_per_shard: int = 10_000
-    """Documents in a unit of work."""
+    """Documents in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

@@ -38,7 +38,7 @@ class Karpathy(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the captions."""
     records_per_shard: int = 20_000
-    """Images in a unit of work."""
+    """Images in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

@@ -47,7 +47,7 @@ class OCR(Source):
     question: str = ""
     """Question about every page, whose answer is its text. By default a page without positions is skipped."""
     records_per_shard: int = 10_000
-    """Pages in a unit of work."""
+    """Pages in a shard."""
 
     def shards(self) -> list[Shard]:
         require_folder(self._root, "the folder of the pages (image_root)")

@@ -56,7 +56,7 @@ class PDF(PageSource):
     invisible_text: bool = False
     """Include invisible text, such as that of scanned pages."""
     records_per_shard: int = 100
-    """Documents in a unit of work."""
+    """Documents in a shard."""
 
     def shards(self) -> list[Shard]:
         _load_pdfium()

@@ -44,7 +44,7 @@ class RefCOCO(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the expressions."""
     records_per_shard: int = 50_000
-    """References in a unit of work. Each unit reads both files."""
+    """References in a shard. Each shard reads both files."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

@@ -35,7 +35,7 @@ class RefExp(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the expressions."""
     records_per_shard: int = 50_000
-    """Expressions in a unit of work. Each unit reads the file."""
+    """Expressions in a shard. Each shard reads the file."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

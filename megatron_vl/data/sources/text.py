@@ -25,7 +25,7 @@ class Text(Source):
     language: Literal["en", "zh"] = "en"
     """Language of the documents. A record's own ``lang`` overrides it."""
     records_per_shard: int = 100_000
-    """Documents in a unit of work."""
+    """Documents in a shard."""
 
     def shards(self) -> list[Shard]:
         return folder_shards(self.path, self.records_per_shard)

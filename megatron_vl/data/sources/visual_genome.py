@@ -62,7 +62,7 @@ class VisualGenome(Source):
     refcoco_root: Path | None = None
     """Folder with refcoco, refcoco+ and refcocog. Images of their splits other than train are left out."""
     records_per_shard: int = 2_000
-    """Images in a unit of work."""
+    """Images in a shard."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)

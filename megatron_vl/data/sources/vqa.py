@@ -81,7 +81,7 @@ class VQA(Source):
     language: Literal["en", "zh"] = "en"
     """Language of questions and answers."""
     records_per_shard: int = 100_000
-    """Records in a unit of work. Each unit reads the annotations."""
+    """Records in a shard. Each shard reads the annotations."""
 
     def shards(self) -> list[Shard]:
         require_images(self.image_root)
