@@ -140,9 +140,10 @@ def test_a_bug_of_one_rank_ends_both(ranks: RankPools, tmp_path: Path, place: st
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".staging")] == []
 
 
-def test_a_refusal_of_rank_0_has_the_same_words_everywhere(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_refusal_of_rank_0_is_passed_on_with_its_words(ranks: RankPools, tmp_path: Path) -> None:
     found = ranks(2).run(_refused, tiny_config(checkpoint={"load": str(tmp_path / "nothing")}))
-    assert found[0] == found[1] and "nothing" in found[0]
+    assert "nothing" in found[0]
+    assert found[1] == f"rank 0: {found[0]}"
 
 
 def _refused(start: Start, config: RunConfig) -> str:
