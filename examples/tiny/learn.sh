@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart with more steps, so that the tiny model learns to see: 33 minutes or more on two cores.
+# The quickstart with more steps, so that the tiny model learns to see: more than an hour on two cores.
 #
 #   bash examples/tiny/learn.sh [--output DIR]
 #
