@@ -131,38 +131,9 @@ def test_the_time_of_a_killed_attempt_is_counted_up_to_its_last_word(bench: _Ben
     assert (timing.seconds, timing.began, timing.finished) == (60.0, 940.0, False)
 
 
-def test_a_terminated_quickstart_stops_its_command_and_counts_the_time(tmp_path: Path) -> None:
-    script = tmp_path / "drive.py"
-    script.write_text(
-        "import signal, sys\n"
-        "from pathlib import Path\n"
-        "from megatron_vl.cli.quickstart.ledger import Ledger\n"
-        "from megatron_vl.cli.quickstart.main import leave_on_terminate\n"
-        "from megatron_vl.cli.quickstart.runner import Runner\n"
-        "from megatron_vl.cli.quickstart.steps import Step\n"
-        "leave_on_terminate()\n"
-        "step = Step('sleep', (('python', '-c', 'import time; print(\"up\", flush=True); time.sleep(60)'),))\n"
-        "Runner(Ledger(Path(sys.argv[1])), Path(sys.argv[1]), lambda line: print(line, flush=True)).run([step])\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip().endswith("up"):
-            break
-    process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    (timing,) = Ledger(tmp_path).times()
-    assert not timing.finished
-
-
-def test_a_signal_ends_both_steps_that_run(tmp_path: Path) -> None:
-    """The first one to end leaves the list of those that run while the others are still to be told."""
-    script = tmp_path / "drive.py"
+def _start_runner(folder: Path, code: str, names: str) -> subprocess.Popen[str]:
+    """Start a runner with a step for each letter of ``names``, in a process of its own."""
+    script = folder / "drive.py"
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
@@ -171,24 +142,27 @@ def test_a_signal_ends_both_steps_that_run(tmp_path: Path) -> None:
         "from megatron_vl.cli.quickstart.runner import Runner\n"
         "from megatron_vl.cli.quickstart.steps import Step\n"
         "leave_on_terminate()\n"
-        'code = \'import time; print("up", flush=True); time.sleep(60); open("worked", "w")\'\n'
-        "steps = [Step(name, (('python', '-c', code),)) for name in 'ab']\n"
+        f"steps = [Step(name, (('python', '-c', {code!r}),)) for name in {names!r}]\n"
         "Runner(Ledger(Path(sys.argv[1])), Path(sys.argv[1]), lambda line: print(line, flush=True)).run(steps)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
+    command = [sys.executable, str(script), str(folder)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_signal_ends_the_steps_that_run_and_their_time_counts(tmp_path: Path, names: str) -> None:
+    """The first one to end leaves the list of those that run while the others are still to be told."""
+    process = _start_runner(
+        tmp_path, "import time; print('up', flush=True); time.sleep(60); open('worked', 'w')", names
     )
     assert process.stdout is not None
     seen: set[str] = set()
-    while len(seen) < 2:
+    while len(seen) < len(names):
         line = process.stdout.readline().strip()
         seen |= {line} if line.endswith("up") else set()
     process.terminate()
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert [timing.finished for timing in Ledger(tmp_path).times()] == [False, False]
+    assert [timing.finished for timing in Ledger(tmp_path).times()] == [False] * len(names)
     assert not (tmp_path / "worked").exists()
 
 
