@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import exit_status
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
@@ -22,6 +23,9 @@ from megatron_vl.errors import ConfigError, DataError, ExitStatus
 from megatron_vl.launch import has_cuda_device, read_launch, set_device_environment
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 from megatron_vl.training.ending import recording_refusals
+
+if TYPE_CHECKING:
+    from megatron_vl.planning.layout import PipelineLayout
 
 _LESS_MEMORY = (
     "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
@@ -47,8 +51,10 @@ def _run(argv: Sequence[str]) -> ExitStatus:
     config = resolve(Path(words[0]) if words else None, options)
     if options.world_size is not None and not (options.dry_run or options.check):
         raise ConfigError("command line: --world-size is for --dry-run and --check; a run takes it from its launcher")
+    if options.gpu is not None and not options.dry_run:
+        raise ConfigError("command line: --gpu is for --dry-run; a run takes the GPUs that are here")
     if options.dry_run:
-        _dry_run(config, options.world_size or model_parallel_size(config.parallel))
+        _dry_run(config, options.world_size or model_parallel_size(config.parallel), options.gpu)
         return ExitStatus.DONE
     if options.check:
         _refuse_early(config, options.world_size or launch.world_size)
@@ -71,6 +77,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print configuration, layout and parameters, and stop")
     parser.add_argument("--check", action="store_true", help="check configuration, data and device, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run and --check assume")
+    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run, refuse what this GPU cannot hold, such as h100")
     add_flags(parser)
     return parser
 
@@ -127,7 +134,7 @@ def _start(config: RunConfig) -> ExitStatus:
     return train(config)
 
 
-def _dry_run(config: RunConfig, world_size: int) -> None:
+def _dry_run(config: RunConfig, world_size: int, gpu: str | None) -> None:
     """Print what ``world_size`` ranks would do. The output is itself a recipe, since all additions are comments."""
     from megatron_vl.planning.layout import resolve_layout
     from megatron_vl.planning.parameters import parameters_by_rank
@@ -151,6 +158,38 @@ def _dry_run(config: RunConfig, world_size: int) -> None:
     for rank in parameters_by_rank(config, layout):
         write_line(
             f"# {rank.pipeline_rank:13}   {rank.tensor_rank:11}   {rank.trained:14,}   {rank.frozen:14,}   {rank.units}"
+        )
+    _describe_memory(counted, layout, world_size, gpu)
+
+
+def _describe_memory(config: RunConfig, layout: PipelineLayout, world_size: int, gpu: str | None) -> None:
+    """Print the calculated memory of each pipeline rank on a GPU; raises ``ConfigError`` if ``gpu`` cannot hold it."""
+    from megatron_vl.planning.gpus import find_gpu
+    from megatron_vl.planning.memory import USABLE, Layout, rank_memories
+    from megatron_vl.planning.rows import assumed_row
+    from megatron_vl.planning.summary import memory_line
+
+    data_parallel, training = data_parallel_size(config.parallel, world_size), config.training
+    # Samples are not counted in rows without their data; a step then has enough micro-batches to fill the pipeline.
+    unknown = training.global_batch_samples is not None
+    micro_batches = 3 * layout.pipeline_size if unknown else num_microbatches(training, data_parallel)
+    row = assumed_row(config)
+    memories = rank_memories(
+        config,
+        Layout.of(config, layout),
+        row.work(training.micro_batch_size),
+        world_size=world_size,
+        micro_batches=micro_batches,
+    )
+    write_line("#")
+    write_line(f"# memory of a GPU, calculated for data-parallel size {data_parallel}; rows {row.source}")
+    for number, memory in enumerate(memories):
+        write_line(f"# {memory_line(number, memory)}")
+    fullest = max(memory.total for memory in memories)
+    if gpu is not None and fullest > USABLE * find_gpu(gpu).memory:
+        raise ConfigError(
+            f"--gpu {gpu} has {find_gpu(gpu).memory / 1e9:.0f} GB, of which a run may use {USABLE:.0%}, and the "
+            f"fullest rank needs {fullest / 1e9:.1f} GB; tools/plan.py finds layouts that fit"
         )
 
 

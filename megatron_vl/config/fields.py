@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -51,6 +52,16 @@ class FieldSpec:
 
 def iterate_fields(section: type = RunConfig, path: tuple[str, ...] = ()) -> Iterator[FieldSpec]:
     """Yield every leaf under ``section`` in the order of declaration."""
+    yield from _leaves(section, path)
+
+
+@functools.cache
+def _leaves(section: type, path: tuple[str, ...]) -> tuple[FieldSpec, ...]:
+    """Return the leaves under ``section``. A planner validates thousands of configurations."""
+    return tuple(_read_leaves(section, path))
+
+
+def _read_leaves(section: type, path: tuple[str, ...]) -> Iterator[FieldSpec]:
     hints = typing.get_type_hints(section)
     for item in dataclasses.fields(section):
         kind = hints[item.name]

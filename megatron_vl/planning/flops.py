@@ -15,7 +15,7 @@ Everything depends on the :class:`Work` of the actual rows, not on averages, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_vl.config.schema import ModelConfig, TrainingConfig
 
@@ -43,15 +43,18 @@ class FrozenParts:
 
 @dataclass(frozen=True)
 class Work:
-    """The required work, summed over any number of rows. ``MicroBatch.work`` returns it for rows, without padding."""
+    """The required work, summed over any number of rows. ``MicroBatch.work`` returns it for rows, without padding.
 
-    num_images: int = 0
+    The work of a mean row has fractions.
+    """
+
+    num_images: float = 0
     """Images that the vision tower encodes."""
-    num_tokens: int = 0
+    num_tokens: float = 0
     """Positions that the language model reads."""
     sum_squared_spans: float = 0.0
     """Sum of the squared lengths of the spans inside which tokens attend to each other (rows or segments)."""
-    num_supervised: int = 0
+    num_supervised: float = 0
     """Supervised positions, on which the output layer runs."""
 
     def __add__(self, other: Work) -> Work:
@@ -72,6 +75,20 @@ class Flops:
     resampler: float
     language_layer: float
     head: float
+
+    def __add__(self, other: Flops) -> Flops:
+        return self._each(other, 1)
+
+    def __sub__(self, other: Flops) -> Flops:
+        return self._each(other, -1)
+
+    def _each(self, other: Flops, sign: int) -> Flops:
+        names = [item.name for item in fields(self)]
+        return Flops(**{name: getattr(self, name) + sign * getattr(other, name) for name in names})
+
+
+FORWARD = FrozenParts(vision=True, resampler=True, language_model=True)
+"""With everything frozen, only the forward pass is required."""
 
 
 def step_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
@@ -102,6 +119,11 @@ def unit_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> list[floa
 
 def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
     """Return forward and required backward; ``vision_layer`` and ``language_layer`` are those of one layer."""
+    return weight_flops(model, frozen, work) + attention_flops(model, frozen, work)
+
+
+def weight_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
+    """Return the share of :func:`training_flops` that are products with weights."""
     tower_trained = not frozen.vision
     adapter_trained = tower_trained or not frozen.resampler
     line_trained = adapter_trained or not frozen.language_model
@@ -114,16 +136,30 @@ def training_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops
     language_passes = _passes(weight=not frozen.language_model, upstream=line_trained)
     return Flops(
         patch_embed=_passes(weight=tower_trained, upstream=False) * 2 * patches * patch_values * width,
-        vision_layer=_passes(weight=tower_trained, upstream=tower_trained) * 2 * patches * vision_weights
-        + _attention_passes(tower_trained) * 4 * patches * model.num_patches * width,
-        resampler=_resampler_flops(model, work, frozen),
-        language_layer=language_passes * 2 * tokens * language_weights
-        + _attention_passes(line_trained) * 2 * work.sum_squared_spans * hidden,
+        vision_layer=_passes(weight=tower_trained, upstream=tower_trained) * 2 * patches * vision_weights,
+        resampler=_resampler_weights(model, work, frozen),
+        language_layer=language_passes * 2 * tokens * language_weights,
         head=language_passes * 2 * work.num_supervised * hidden * language.vocab_size,
     )
 
 
-def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> float:
+def attention_flops(model: ModelConfig, frozen: FrozenParts, work: Work) -> Flops:
+    """Return the share of :func:`training_flops` that are products of queries, keys and values."""
+    tower_trained = not frozen.vision
+    adapter_trained = tower_trained or not frozen.resampler
+    line_trained = adapter_trained or not frozen.language_model
+    hidden, patches = model.language.hidden_size, work.num_images * model.num_patches
+    across = 4 * model.resampler.num_queries * patches * hidden
+    return Flops(
+        patch_embed=0,
+        vision_layer=_attention_passes(tower_trained) * 4 * patches * model.num_patches * model.vision.hidden_size,
+        resampler=_attention_passes(adapter_trained) * across,
+        language_layer=_attention_passes(line_trained) * 2 * work.sum_squared_spans * hidden,
+        head=0,
+    )
+
+
+def _resampler_weights(model: ModelConfig, work: Work, frozen: FrozenParts) -> float:
     hidden, queries, patches = model.language.hidden_size, model.resampler.num_queries, model.num_patches
     tower_trained, own_trained = not frozen.vision, not frozen.resampler
     passes = _passes(weight=own_trained, upstream=tower_trained or own_trained)
@@ -134,7 +170,6 @@ def _resampler_flops(model: ModelConfig, work: Work, frozen: FrozenParts) -> flo
     per_image += _passes(weight=own_trained, upstream=own_trained) * queries_in
     per_image += passes * (keys_values + output)
     per_image += (passes - (own_trained and frozen.resampler_output)) * output
-    per_image += _attention_passes(tower_trained or own_trained) * 4 * queries * patches * hidden
     return work.num_images * per_image
 
 

@@ -90,6 +90,7 @@ RULES = (
     Rule(r"(python tools/inspect_data\.py .* --summary)", r"\1", says="left out"),
     Rule(r"(python tools/make_questions\.py .*)", r"\1 --limit 2"),
     Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
+    Rule(r"(python tools/plan\.py .*)", r"\1", says="combinations fit"),
     Rule(r"(python tools/train\.py .*--data-path .*--dry-run)", r"\1", says="the run takes each row"),
     Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
     # Several ranks take seconds to start: test_training_under_torchrun does, here one process trains a step.

@@ -27,7 +27,7 @@ from tests.test_architecture import ORDER
 from tests.unit.report.fake_run import write_fake_run
 
 COMMANDS = documented_commands()
-LINKED = ("examples", "tools", "tests", "benchmarks", "megatron_vl", "setup.py", "constraints-cpu.txt")
+LINKED = ("examples", "tools", "tests", "benchmarks", "docs", "megatron_vl", "setup.py", "constraints-cpu.txt")
 TOOLS = tuple(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))
 RAW = "python tools/make_synthetic_data.py runs/quickstart/raw/{} --split {} --num-scenes 60 --no-progress"
 BEFORE = (

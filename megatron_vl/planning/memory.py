@@ -1,0 +1,177 @@
+"""The memory that each rank of a run needs, part by part.
+
+Weights, gradients and optimizer are exact counts of ``parameters.py``, without the padding of buckets. In bf16 a
+parameter that trains takes 2 bytes, 4 for its fp32 gradient, 4 for its master and 8 for its moments; a frozen one takes
+2. The distributed optimizer divides masters and moments by the data-parallel size. In fp32 there are no masters.
+
+Activations follow ``activations.py`` for each chunk, and the schedule for how many micro-batches are held at once
+(``held_at_most`` of ``schedule.py``): min(m, p - i) on rank i of plain 1F1B, more with virtual stages.
+
+Besides, while a micro-batch is computed, a rank needs the larger of the logits and the working memory of a layer, and
+the gradient of one weight before it is added. Not counted are the CUDA context, NCCL's buffers, fragments of the
+allocator, and temporary memory of the optimizer, which runs when the activations are gone. They need the share of the
+memory that a plan leaves free (:data:`USABLE`), and the difference between a data sheet's GB and what a device shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron_vl.config.batch import data_parallel_size
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.activations import (
+    Keeping,
+    boundary_bytes,
+    chunk_bytes,
+    logits_bytes,
+    working_bytes,
+)
+from megatron_vl.planning.flops import FrozenParts, Work
+from megatron_vl.planning.layout import PipelineLayout, StageLayout
+from megatron_vl.planning.parameters import RankParameters, parameters_by_rank, stage_tensors, trains
+from megatron_vl.planning.schedule import Pipeline, held_at_most
+
+USABLE = 0.92
+"""Share of a GPU's memory that a plan may use."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of the GPU memory of one rank at its fullest moment."""
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    activations: float
+    logits: float
+    working: float
+    """Of a layer, where it is more than the logits; and the gradient of one weight."""
+    communication: float
+    """Messages between stages, and gathered inputs under sequence parallelism."""
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, item.name) for item in fields(self)))
+
+    @property
+    def optimizer(self) -> float:
+        """Masters and moments."""
+        return self.masters + self.moments
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a run, and what is known of each rank of it."""
+
+    stages: PipelineLayout
+    ranks: tuple[RankParameters, ...]
+    """By pipeline rank. Tensor-parallel ranks hold the same amounts."""
+    largest: tuple[float, ...]
+    """Elements of the largest tensor that trains, in each stage, on one tensor-parallel rank."""
+    trained: tuple[float, ...]
+    """Elements of all tensors that train there."""
+
+    @classmethod
+    def of(cls, config: RunConfig, stages: PipelineLayout) -> Layout:
+        """Count the parameters of each rank; raises ``ConfigError`` if tensor parallelism cannot split them."""
+        frozen, tensor = FrozenParts.of(config.training), config.parallel.tensor_model_parallel_size
+
+        def sizes(stage: StageLayout) -> list[int]:
+            specs = stage_tensors(config.model, stage)
+            return [spec.local_size(tensor) for spec in specs if trains(spec.name, frozen)]
+
+        ranks = [rank for rank in parameters_by_rank(config, stages) if rank.tensor_rank == 0]
+        trained = [sizes(stage) for stage in stages.stages]
+        return cls(stages, tuple(ranks), tuple(max(own, default=0) for own in trained), tuple(map(sum, trained)))
+
+
+def rank_memories(
+    config: RunConfig, layout: Layout, work: Work, *, world_size: int, micro_batches: int
+) -> tuple[RankMemory, ...]:
+    """Return the memory of each pipeline rank.
+
+    Args:
+        work: of one micro-batch.
+        micro_batches: of a data-parallel rank in a step.
+    """
+    keeping = Keeping.of(config)
+    data_parallel = data_parallel_size(config.parallel, world_size)
+    pipeline = Pipeline(layout.stages.pipeline_size, layout.stages.virtual_size, micro_batches)
+    return tuple(
+        RankMemory(
+            **state_bytes(config, layout.ranks[rank], data_parallel),
+            **_held(config, layout, work, keeping, (pipeline, rank)),
+            communication=_communication(config, layout.stages, rank, work, keeping),
+        )
+        for rank in range(pipeline.size)
+    )
+
+
+def state_bytes(config: RunConfig, rank: RankParameters, data_parallel: int) -> dict[str, float]:
+    """Return the bytes of weights, gradients, masters and moments of a rank, by name."""
+    bf16 = config.training.bf16
+    shared = data_parallel if config.parallel.use_distributed_optimizer else 1
+    return {
+        "weights": (rank.trained + rank.frozen) * (2 if bf16 else 4),
+        "gradients": rank.trained * 4,
+        "masters": rank.trained * (4 if bf16 else 0) / shared,
+        "moments": rank.trained * 8 / shared,
+    }
+
+
+def checkpoint_host_bytes(config: RunConfig, layout: Layout, data_parallel: int) -> float:
+    """Return the host memory that a save gathers on the rank that needs most.
+
+    With the distributed optimizer each data-parallel rank owns its part of masters and moments (12 bytes a parameter in
+    bf16); without it the first rank stores everything. The first one also stores the weights
+    (``checkpoint/optimizer_owners.py``).
+    """
+
+    def of(rank: RankParameters) -> float:
+        state = state_bytes(config, rank, data_parallel)
+        return state["masters"] + state["moments"] + state["weights"]
+
+    return max(map(of, layout.ranks))
+
+
+def _held(
+    config: RunConfig, layout: Layout, work: Work, keeping: Keeping, where: tuple[Pipeline, int]
+) -> dict[str, float]:
+    """Return activations, logits and working memory of one rank at the moment when their sum is largest."""
+    pipeline, rank = where
+    chunks = layout.stages.stages_of_rank(rank)
+    kept = [chunk_bytes(config, chunk, work, keeping) for chunk in chunks]
+    logits = [logits_bytes(config, work, keeping) if chunk.head else 0.0 for chunk in chunks]
+    layers = [working_bytes(config, chunk, work, keeping) for chunk in chunks]
+    weights = [keeping.element * size for size in layout.largest[rank :: pipeline.size]]
+    besides = [max(pair) + weight for *pair, weight in zip(logits, layers, weights, strict=True)]
+    held, most = held_at_most(pipeline, rank, kept, besides)
+    shown = min(max(logits), most)
+    return {"activations": held, "logits": shown, "working": most - shown}
+
+
+def _communication(config: RunConfig, stages: PipelineLayout, rank: int, work: Work, keeping: Keeping) -> float:
+    """Return the bytes of messages and gathered inputs.
+
+    A rank holds an output until it is sent, and receives one; with virtual stages one more of each is on its way. Under
+    sequence parallelism the input of a product is gathered, and again for the gradient of its weight.
+    """
+    total = 0.0
+    if stages.pipeline_size > 1:
+        numbers = [stages.stage_index(rank, chunk) for chunk in range(stages.virtual_size)]
+        near = {number for own in numbers for number in (own - 1, own)} & set(range(len(stages.stages) - 1))
+        largest = max(boundary_bytes(config, stages.stages[number], work, keeping) for number in near)
+        total += largest * (4 if stages.virtual_size > 1 else 2)
+    if keeping.sequence:
+        total += 2 * _gathered_input(config, stages.stages_of_rank(rank), work, keeping)
+    return total
+
+
+def _gathered_input(config: RunConfig, chunks: Sequence[StageLayout], work: Work, keeping: Keeping) -> float:
+    model = config.model
+    tokens = config.data.seq_length * config.training.micro_batch_size * model.language.hidden_size
+    patches = work.num_images * model.num_patches * model.vision.hidden_size
+    sizes = [tokens for chunk in chunks if chunk.language_layers] + [patches for chunk in chunks if chunk.vision_layers]
+    return keeping.element * max(sizes, default=0)

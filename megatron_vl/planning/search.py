@@ -1,0 +1,372 @@
+"""Find the layouts of a run that fit a number of GPUs, and order them by their time.
+
+Every combination of tensor size (up to 8 and within a node), pipeline size, virtual size, micro-batch size,
+recomputation and optimizer sharding is a ``RunConfig``. ``config/validate.py`` and ``layout.py`` say which are valid,
+``memory.py`` which fit, ``step_time.py`` how long a step takes. A field that the user has given on the command line
+keeps its value.
+
+A *family* is the combinations with the same tensor size, pipeline size and recomputation. The plans that are shown are
+the best of their families, since neighbors within a family differ little. Only combinations whose lower bound may still
+be among the best are simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_vl.config.batch import ROUNDING, data_parallel_size, num_microbatches, with_rows
+from megatron_vl.config.load import Overrides
+from megatron_vl.config.schema import RunConfig, TrainingConfig
+from megatron_vl.config.validate import validate
+from megatron_vl.errors import ConfigError
+from megatron_vl.planning.gpus import GPUS, Gpu
+from megatron_vl.planning.layout import resolve_layout
+from megatron_vl.planning.memory import USABLE, Layout, RankMemory, checkpoint_host_bytes, rank_memories, state_bytes
+from megatron_vl.planning.rows import Row
+from megatron_vl.planning.step_time import StepTime, fastest_possible, step_time
+
+_TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+_VIRTUAL, _SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
+_SHARDED, _RECOMPUTE = "parallel.use_distributed_optimizer", "training.recompute_granularity"
+_MICRO = "training.micro_batch_size"
+_OVERLAP_REDUCE, _OVERLAP_GATHER = "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"
+_TENSOR_SIZES, _MICRO_BATCHES, _VIRTUAL_SIZES = (1, 2, 4, 8), (1, 2, 4, 8), (None, 2, 3, 4)
+_RECOMPUTATIONS = (None, "selective", "full")
+NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned, and for which machine."""
+
+    config: RunConfig
+    row: Row
+    gpu: Gpu
+    num_gpus: int
+    fixed: frozenset[str] = frozenset()
+    """Dotted names of the fields that keep the value of ``config``."""
+    usable: float = USABLE
+    """Share of the memory that a plan may use."""
+    tolerance: float = ROUNDING
+    """Share by which the samples of a step may differ from the recipe's."""
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may need."""
+        return self.usable * self.gpu.memory
+
+
+@dataclass(frozen=True)
+class Family:
+    """Combinations that differ only in details."""
+
+    tensor: int
+    pipeline: int
+    recomputes_all: bool
+    """Whether whole layers are recomputed. Selective recomputation saves so little that it makes no family."""
+
+    def __str__(self) -> str:
+        recompute = "full recomputation" if self.recomputes_all else "no full recomputation"
+        return f"tensor {self.tensor}, pipeline {self.pipeline}, {recompute}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A valid combination and its memory."""
+
+    config: RunConfig
+    """With the global batch in rows."""
+    layout: Layout
+    memory: tuple[RankMemory, ...]
+    """By pipeline rank."""
+    num_gpus: int
+
+    def at(self, config: RunConfig) -> Candidate:
+        """Return this combination with another choice of what data-parallel ranks divide."""
+        states = [state_bytes(config, rank, self.data_parallel) for rank in self.layout.ranks]
+        memory = tuple(replace(own, **state) for own, state in zip(self.memory, states, strict=True))
+        return replace(self, config=config, memory=memory)
+
+    @property
+    def family(self) -> Family:
+        parallel = self.config.parallel
+        everything = self.config.training.recompute_granularity == "full"
+        return Family(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, everything)
+
+    @property
+    def data_parallel(self) -> int:
+        return data_parallel_size(self.config.parallel, self.num_gpus)
+
+    @property
+    def micro_batches(self) -> int:
+        return num_microbatches(self.config.training, self.data_parallel)
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The memory of the rank that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    @property
+    def host_bytes(self) -> float:
+        """Host memory that a save gathers on the rank that needs most."""
+        return checkpoint_host_bytes(self.config, self.layout, self.data_parallel)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A combination that fits, and its time."""
+
+    candidate: Candidate
+    time: StepTime
+    gpu: Gpu
+
+    @property
+    def seconds_per_row(self) -> float:
+        return self.time.seconds / self.candidate.config.training.global_batch_size
+
+    @property
+    def tokens_per_gpu(self) -> float:
+        """Tokens per second and GPU."""
+        return self.time.tokens / self.time.seconds / self.candidate.num_gpus
+
+    @property
+    def mfu(self) -> float:
+        """Required operations as a share of the peak."""
+        return self.time.required / self.time.seconds / self.candidate.num_gpus / self.gpu.peak
+
+    @property
+    def hours(self) -> float:
+        """Hours of all ``train_iters`` steps."""
+        return self.time.seconds * self.candidate.config.training.train_iters / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.candidate.num_gpus
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search has found."""
+
+    plans: tuple[Plan, ...]
+    """The best of each family, the fastest first; at most ``NUM_SHOWN``."""
+    rejected: tuple[str, ...]
+    """A line for each family of which nothing is valid or fits."""
+    num_valid: int
+    num_fitting: int
+    num_fitting_families: int
+
+
+def search(question: Question) -> Answer:
+    """Return the best plans.
+
+    Raises:
+        ConfigError: if no combination is valid, or none fits; with the arithmetic and what would help.
+    """
+    survey = _Survey(question)
+    survey.look()
+    if not survey.valid:
+        lines = "\n".join(f"  {line}" for line in survey.invalid.values())
+        raise ConfigError(f"no layout of {question.num_gpus} GPUs is valid for this run:\n{lines}")
+    fitting = [one for one in survey.valid if one.fullest.total <= question.limit]
+    if not fitting:
+        raise ConfigError(_nothing_fits(question, survey.valid))
+    return Answer(
+        plans=tuple(_best(question, fitting)),
+        rejected=(*survey.invalid.values(), *_too_large(question, survey.valid)),
+        num_valid=len(survey.valid),
+        num_fitting=len(fitting),
+        num_fitting_families=len({one.family for one in fitting}),
+    )
+
+
+def describe(question: Question, config: RunConfig) -> Candidate:
+    """Return one combination with its memory, whether it fits or not; raises ``ConfigError`` if it is not valid."""
+    counted = _counted(question, config)
+    layout = Layout.of(counted, resolve_layout(counted))
+    return _candidate(question, counted, layout)
+
+
+@dataclass
+class _Survey:
+    """All combinations of a question."""
+
+    question: Question
+    valid: list[Candidate] = field(default_factory=list)
+    invalid: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Why no combination of a tensor and a pipeline size is valid."""
+
+    def look(self) -> None:
+        """Try every combination."""
+        for tensor in self._options(_TENSOR, _TENSOR_SIZES):
+            for pipeline in self._pipelines(int(tensor or 1)):
+                sizes = {_TENSOR: tensor, _PIPELINE: pipeline, **self._sequence(int(tensor or 1))}
+                why: list[str] = []
+                before = len(self.valid)
+                for virtual in self._virtual(int(pipeline or 1)):
+                    self._look_at(sizes | {_VIRTUAL: virtual}, why)
+                if len(self.valid) == before:
+                    name = f"tensor {tensor}, pipeline {pipeline}"
+                    self.invalid[int(tensor or 1), int(pipeline or 1)] = f"{name}: {why[0]}"
+
+    def _look_at(self, sizes: Overrides, why: list[str]) -> None:
+        """Add the valid combinations of these sizes; or what is wrong with the first one."""
+        question = self.question
+        layout = None
+        for micro in self._options(_MICRO, _MICRO_BATCHES):
+            try:
+                config = _counted(question, _applied(question.config, {**sizes, _MICRO: micro}))
+                layout = layout or Layout.of(config, resolve_layout(config))
+            except ConfigError as error:
+                why.append(str(error))
+                continue
+            for recompute in self._options(_RECOMPUTE, _RECOMPUTATIONS):
+                self.valid += self._with_and_without_sharding(config, layout, {_RECOMPUTE: recompute})
+
+    def _with_and_without_sharding(self, config: RunConfig, layout: Layout, values: Overrides) -> Iterator[Candidate]:
+        known: Candidate | None = None
+        for sharded in self._options(_SHARDED, (True, False)):
+            detailed = _overlapped(self.question, config, {**values, _SHARDED: sharded})
+            known = _candidate(self.question, detailed, layout) if known is None else known.at(detailed)
+            yield known
+
+    def _pipelines(self, tensor: int) -> Sequence[int | str | None]:
+        rest = self.question.num_gpus // tensor
+        longest = min(rest, self._num_units)
+        sizes = [size for size in range(1, longest + 1) if self.question.num_gpus % (tensor * size) == 0]
+        return self._options(_PIPELINE, sizes or (1,))
+
+    def _virtual(self, pipeline: int) -> Sequence[int | str | None]:
+        longest = self._num_units
+        sizes = [size for size in _VIRTUAL_SIZES if size is None or (pipeline > 1 and pipeline * size <= longest)]
+        return self._options(_VIRTUAL, sizes)
+
+    @property
+    def _num_units(self) -> int:
+        """The units of the model, which is the largest number of stages."""
+        model = self.question.config.model
+        return model.vision.num_layers + 1 + model.language.num_layers + 1
+
+    def _sequence(self, tensor: int) -> Overrides:
+        """Divide the sequence wherever that is possible: it costs no traffic and saves memory."""
+        model, parallel = self.question.config.model, self.question.config.parallel
+        if _SEQUENCE in self.question.fixed:
+            return {_SEQUENCE: parallel.sequence_parallel}
+        sizes = (model.num_patches, self.question.config.data.seq_length)
+        return {_SEQUENCE: tensor > 1 and all(size % tensor == 0 for size in sizes)}
+
+    def _options(self, name: str, options: Sequence[int | str | None]) -> Sequence[int | str | None]:
+        """Return the values that are tried of a field: those of the search, or the one that the user has given."""
+        if name not in self.question.fixed:
+            if name == _TENSOR:
+                return [size for size in options if self.question.num_gpus % int(size or 1) == 0]
+            return options
+        section, leaf = name.split(".")
+        value: int | str | None = getattr(getattr(self.question.config, section), leaf)
+        return (value,)
+
+
+def _counted(question: Question, config: RunConfig) -> RunConfig:
+    """Return a valid configuration with its batch in rows; raises ``ConfigError`` if it is not valid."""
+    counted = with_rows(config, question.row.samples, question.num_gpus)
+    validate(counted, world_size=question.num_gpus, cuda=True)
+    samples = config.training.global_batch_samples
+    if samples is not None:
+        rows = counted.training.global_batch_size
+        off = rows * question.row.samples / samples - 1
+        if abs(off) > question.tolerance + 1e-9:
+            data = data_parallel_size(config.parallel, question.num_gpus)
+            raise ConfigError(
+                f"the nearest step that divides over data {data} x micro-batch {config.training.micro_batch_size} is "
+                f"{rows} rows x {question.row.samples:g} samples = {rows * question.row.samples:,.0f}, which is "
+                f"{off:+.0%} of the recipe's {samples:,}; {question.tolerance:.0%} are allowed (--batch-tolerance)"
+            )
+    return counted
+
+
+def _overlapped(question: Question, config: RunConfig, values: Overrides) -> RunConfig:
+    """Return ``config`` with ``values``, and with the data-parallel exchange hidden where it can be."""
+    many = data_parallel_size(config.parallel, question.num_gpus) > 1
+    overlap = {_OVERLAP_REDUCE: many, _OVERLAP_GATHER: many and bool(values[_SHARDED])}
+    free = {name: value for name, value in overlap.items() if name not in question.fixed}
+    return _applied(config, {**values, **free})
+
+
+def _applied(config: RunConfig, values: Overrides) -> RunConfig:
+    """Return ``config`` with values of its parallel and training sections."""
+
+    def of(section: str) -> dict[str, Any]:
+        return {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+
+    parallel, training = replace(config.parallel, **of("parallel")), replace(config.training, **of("training"))
+    return replace(config, parallel=parallel, training=training)
+
+
+def _candidate(question: Question, config: RunConfig, layout: Layout) -> Candidate:
+    data_parallel = data_parallel_size(config.parallel, question.num_gpus)
+    micro_batches = num_microbatches(config.training, data_parallel)
+    work = question.row.work(config.training.micro_batch_size)
+    memory = rank_memories(config, layout, work, world_size=question.num_gpus, micro_batches=micro_batches)
+    return Candidate(config, layout, memory, question.num_gpus)
+
+
+def _best(question: Question, fitting: Sequence[Candidate]) -> list[Plan]:
+    """Return the best plan of each of the best families."""
+    gpu, row, count = question.gpu, question.row, question.num_gpus
+
+    bounds: dict[tuple[int, TrainingConfig, bool], float] = {}
+
+    def bound(one: Candidate) -> float:
+        key = (id(one.layout), one.config.training, one.config.parallel.sequence_parallel)
+        if key not in bounds:  # sharding the optimizer does not change what ranks compute
+            least = fastest_possible(one.config, one.layout, row, gpu, count)
+            bounds[key] = least / one.config.training.global_batch_size
+        return bounds[key]
+
+    best: dict[Family, Plan] = {}
+    for least, _, one in sorted((bound(one), number, one) for number, one in enumerate(fitting)):
+        ranked = sorted(best.values(), key=_rank)[:NUM_SHOWN]
+        if len(ranked) == NUM_SHOWN and least > ranked[-1].seconds_per_row:
+            break
+        known = best.get(one.family)
+        if known is not None and least > known.seconds_per_row:
+            continue
+        plan = Plan(one, step_time(one.config, one.layout, row, gpu, count), gpu)
+        if known is None or _rank(plan) < _rank(known):
+            best[one.family] = plan
+    return sorted(best.values(), key=_rank)[:NUM_SHOWN]
+
+
+def _rank(plan: Plan) -> tuple[float, float]:
+    """Order plans by time; among those that differ by less than a thousandth, by memory."""
+    return float(f"{plan.seconds_per_row:.3g}"), plan.candidate.fullest.total
+
+
+def _too_large(question: Question, valid: Sequence[Candidate]) -> list[str]:
+    """Return a line for each family of which nothing fits."""
+    smallest: dict[Family, float] = {}
+    for one in valid:
+        smallest[one.family] = min(one.fullest.total, smallest.get(one.family, float("inf")))
+    gpu = question.gpu
+    return [
+        f"{family}: {size / 1e9:.1f} GB on the fullest rank > {gpu.memory / 1e9:.0f} GB x {question.usable:g}"
+        for family, size in smallest.items()
+        if size > question.limit
+    ]
+
+
+def _nothing_fits(question: Question, valid: Sequence[Candidate]) -> str:
+    one = min(valid, key=lambda candidate: candidate.fullest.total)
+    needed, gpu, config = one.fullest.total, question.gpu, one.config
+    larger = [gpu.name for gpu in GPUS.values() if question.usable * gpu.memory >= needed]
+    helps = [f"--gpu {' or '.join(larger)}"] if larger else []
+    helps.append("more --gpus, which split the model or the optimizer further")
+    if not one.family.recomputes_all:
+        helps.append("--recompute-granularity full")
+    return (
+        f"nothing fits {question.num_gpus} x {gpu.name}: the smallest need is {needed / 1e9:.1f} GB on the fullest "
+        f"rank ({one.family}, micro-batch {config.training.micro_batch_size}), and {gpu.memory / 1e9:.0f} GB x "
+        f"{question.usable:g} = {question.limit / 1e9:.1f} GB are usable. What helps: {'; '.join(helps)}"
+    )

@@ -1,0 +1,219 @@
+"""How long a step takes, and why.
+
+1. Each stage's passes take the time of their operations, memory traffic and collectives (``stage_cost.py``) at the
+   rates of the GPU, or that of the CPU that launches them.
+2. The schedule runs with these times and the messages between stages (``schedule.py``).
+3. What data parallelism exchanges and cannot hide comes before and after it (``traffic.py``).
+4. The optimizer reads and writes its state. In bytes a parameter: gradients are scaled by the number of tokens (8)
+   and set to zero (4) on each rank; their norm (4), clipping (8), AdamW (28) and the bf16 copy (6) on its share.
+
+All data-parallel ranks are taken to have equal work: rows are assigned to ranks by cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vl.config.batch import data_parallel_size, num_microbatches
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.activations import Keeping, boundary_bytes
+from megatron_vl.planning.flops import FrozenParts, Work, step_flops
+from megatron_vl.planning.gpus import Gpu
+from megatron_vl.planning.layout import StageLayout
+from megatron_vl.planning.memory import Layout
+from megatron_vl.planning.rows import Row
+from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
+from megatron_vl.planning.stage_cost import StageCost, UnitCosts
+from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic
+
+_PER_GRADIENT, _PER_STATE = 12, 46
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a GPU sends in a step, on the rank that sends most of each kind."""
+
+    tensor: float
+    """Over NVLink."""
+    pipeline_nvlink: float
+    pipeline_network: float
+    data_nvlink: float
+    data_network: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of a layout, in seconds."""
+
+    seconds: float
+    busiest: float
+    """Time in which the busiest rank computes, collectives of tensor parallelism included."""
+    bubble: float
+    """Time in which that rank waits for others."""
+    exposed_tensor: float
+    """Time of collectives inside ``busiest``."""
+    exposed_data: float
+    optimizer: float
+    launches: float
+    """Time inside ``busiest`` in which the GPU waits for the CPU."""
+    traffic: Traffic
+    timeline: Timeline
+    stages: tuple[StageTimes, ...]
+    """Durations of each stage for a micro-batch."""
+    required: float
+    """Operations that the step requires, over all ranks."""
+    tokens: float
+    """Tokens of the step, without padding."""
+
+    @property
+    def exposed(self) -> float:
+        """Time of communication that nothing hides."""
+        return self.exposed_tensor + self.exposed_data
+
+
+def stage_costs(config: RunConfig, layout: Layout, row: Row) -> tuple[StageCost, ...]:
+    """Return the cost of a micro-batch in each stage."""
+    units = UnitCosts.of(config, row.work(config.training.micro_batch_size), Keeping.of(config))
+    stages = zip(layout.stages.stages, layout.trained, strict=True)
+    return tuple(units.stage(stage, trained=trained) for stage, trained in stages)
+
+
+def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> StepTime:
+    """Return the time of a step of ``training.global_batch_size`` rows."""
+    cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
+    work = row.work(config.training.micro_batch_size)
+    costs = stage_costs(config, layout, row)
+    rows = config.training.global_batch_size
+    return StepTime(
+        **cluster.timed(costs, work),
+        traffic=cluster.traffic(costs, work),
+        required=step_flops(config.model, FrozenParts.of(config.training), row.work(rows)),
+        tokens=rows * row.tokens,
+    )
+
+
+def fastest_possible(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> float:
+    """Return a lower bound of :func:`step_time` that needs no simulation: the busiest rank without any waiting."""
+    cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
+    costs = stage_costs(config, layout, row)
+    return cluster.pipeline.micro_batches * max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """A layout on GPUs."""
+
+    config: RunConfig
+    layout: Layout
+    gpu: Gpu
+    world_size: int
+
+    @property
+    def data_parallel(self) -> int:
+        return data_parallel_size(self.config.parallel, self.world_size)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        stages = self.layout.stages
+        count = num_microbatches(self.config.training, self.data_parallel)
+        return Pipeline(stages.pipeline_size, stages.virtual_size, count)
+
+    def chunks(self, costs: Sequence[StageCost], rank: int) -> Sequence[StageCost]:
+        """Return the costs of the chunks of a rank."""
+        return costs[rank :: self.pipeline.size]
+
+    def busy(self, costs: Sequence[StageCost], rank: int) -> float:
+        """Return the seconds that a rank computes for a micro-batch."""
+        chunks = self.chunks(costs, rank)
+        return sum(cost.forward.seconds(self.gpu) + cost.backward.seconds(self.gpu) for cost in chunks)
+
+    def timed(self, costs: Sequence[StageCost], work: Work) -> dict[str, Any]:
+        """Return the times of a step by the names of :class:`StepTime`."""
+        gpu, pipeline = self.gpu, self.pipeline
+        exposed = [self._exposed_data(costs, rank) for rank in range(pipeline.size)]
+        stages = self._stage_times(costs, work)
+        timeline = simulate_repeating(pipeline, stages, [gather for _, gather in exposed])
+        computed = max(timeline.end_of(rank) + reduce for rank, (reduce, _) in enumerate(exposed))
+        optimizer = max(map(self._optimizer, range(pipeline.size)))
+        busy = [pipeline.micro_batches * self.busy(costs, rank) for rank in range(pipeline.size)]
+        busiest = busy.index(max(busy))
+        passes = [one for cost in self.chunks(costs, busiest) for one in (cost.forward, cost.backward)]
+        exposed_data = computed - timeline.end + max(gather for _, gather in exposed)
+        return {
+            "seconds": computed + optimizer,
+            "busiest": busy[busiest],
+            "bubble": _unless_rounding(computed - busy[busiest] - exposed_data, computed),
+            "exposed_tensor": pipeline.micro_batches * sum(one.exposed_seconds(gpu) for one in passes),
+            "exposed_data": exposed_data,
+            "optimizer": optimizer,
+            "launches": pipeline.micro_batches * sum(one.seconds(gpu) - one.gpu_seconds(gpu) for one in passes),
+            "timeline": timeline,
+            "stages": stages,
+        }
+
+    def traffic(self, costs: Sequence[StageCost], work: Work) -> Traffic:
+        """Return what a GPU sends in a step."""
+        pipeline, gpu = self.pipeline, self.gpu
+        links = boundary_links(self.config, gpu, self.world_size)
+        keeping = Keeping.of(self.config)
+        sent = {True: [0.0] * pipeline.size, False: [0.0] * pipeline.size}
+        for number, stage in enumerate(self.layout.stages.stages[:-1]):
+            size, rank = boundary_bytes(self.config, stage, work, keeping), number % pipeline.size
+            over_nvlink = links[rank] is gpu.nvlink
+            sent[over_nvlink][rank] += size
+            sent[over_nvlink][(rank + 1) % pipeline.size] += size if self._returns_gradient(stage) else 0.0
+        data = [self._data(rank) for rank in range(pipeline.size)]
+        tensor = [
+            sum(one.gathered for cost in self.chunks(costs, rank) for one in (cost.forward, cost.backward))
+            for rank in range(pipeline.size)
+        ]
+        return Traffic(
+            tensor=pipeline.micro_batches * max(tensor),
+            pipeline_nvlink=pipeline.micro_batches * max(sent[True]),
+            pipeline_network=pipeline.micro_batches * max(sent[False]),
+            data_nvlink=max(item.reduce.nvlink + item.gather.nvlink for item in data),
+            data_network=max(item.reduce.network + item.gather.network for item in data),
+        )
+
+    def _returns_gradient(self, stage: StageLayout) -> bool:
+        """Return whether a stage that follows this one sends back more than a zero."""
+        frozen = FrozenParts.of(self.config.training)
+        if stage.language_layers or stage.word_embedding:
+            return True
+        return not (frozen.vision and (frozen.resampler or not stage.resampler))
+
+    def _stage_times(self, costs: Sequence[StageCost], work: Work) -> tuple[StageTimes, ...]:
+        gpu, keeping = self.gpu, Keeping.of(self.config)
+        links = boundary_links(self.config, gpu, self.world_size)
+        times = []
+        for number, (stage, cost) in enumerate(zip(self.layout.stages.stages, costs, strict=True)):
+            last = number == len(costs) - 1
+            size = 0.0 if last else boundary_bytes(self.config, stage, work, keeping)
+            send = links[number % self.pipeline.size].seconds(size)
+            times.append(StageTimes(cost.forward.seconds(gpu), cost.backward.seconds(gpu), send))
+        return tuple(times)
+
+    def _data(self, rank: int) -> DataTraffic:
+        stride = self.config.parallel.tensor_model_parallel_size
+        group = DataGroup.of(self.gpu, self.data_parallel, stride, self.world_size)
+        return data_traffic(self.config, self.layout.ranks[rank].trained, self.gpu, group)
+
+    def _exposed_data(self, costs: Sequence[StageCost], rank: int) -> tuple[float, float]:
+        chunks = self.chunks(costs, rank)
+        return self._data(rank).exposed(
+            forward=sum(cost.forward.seconds(self.gpu) for cost in chunks),
+            backward=sum(cost.backward.seconds(self.gpu) for cost in chunks),
+            config=self.config,
+        )
+
+    def _optimizer(self, rank: int) -> float:
+        trained = self.layout.ranks[rank].trained
+        shared = self.data_parallel if self.config.parallel.use_distributed_optimizer else 1
+        return trained * (_PER_GRADIENT + _PER_STATE / shared) / self.gpu.memory_rate
+
+
+def _unless_rounding(difference: float, of: float) -> float:
+    """Return a difference of times, or zero where only rounding made it."""
+    return difference if difference > 1e-9 * of else 0.0

@@ -1,0 +1,87 @@
+"""The plan command: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.cli.plan import main
+from megatron_vl.cli.train import main as train
+from megatron_vl.config.load import load_config
+
+ROOT = Path(__file__).resolve().parents[3]
+STAGE_2 = str(ROOT / "examples" / "qwen_vl" / "stage2_multitask.yaml")
+MACHINE = ["--gpus", "16", "--gpu", "h100", "--samples-per-row", "5.5", "--images-per-row", "5"]
+
+
+def test_what_is_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe, picture, numbers = tmp_path / "planned.yaml", tmp_path / "schedule.svg", tmp_path / "plans.json"
+    files = ["--write", str(recipe), "--timeline", str(picture), "--json", str(numbers)]
+    assert main([STAGE_2, *MACHINE, "--plan", "2", *files, "--lr", "1e-5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("model: qwen_vl_7b, 9,655,886,592 parameters; trains vision tower, resampler, language model")
+    assert "19,000 steps of 768 rows (the recipe: 4,096 samples)" in out and "(given)" in out
+    assert "nothing was calibrated (--measured)" in out and "not published: attention reaches 450 TFLOP/s" in out
+    assert "rejected: tensor 1, pipeline 1, no full recomputation: " in out
+    record = json.loads(numbers.read_text(encoding="utf-8"))
+    assert len(record["plans"]) == 5 and record["rejected"]
+    second = record["plans"][1]
+    fullest = max(rank["total"] for rank in second["memory_bytes"])
+    assert f"{fullest / 1e9:.1f} GB of 80 GB x 0.92" in out
+    config = load_config(recipe)
+    assert config.parallel.pipeline_model_parallel_size == second["parallel"]["pipeline_model_parallel_size"]
+    assert config.training.micro_batch_size == second["micro_batch_size"]
+    assert (config.training.global_batch_samples, config.optimizer.lr) == (4096, 1e-5)
+    assert picture.read_text(encoding="utf-8").startswith("<svg ")
+    assert train([str(recipe), "--dry-run", "--world-size", "16", "--gpu", "h100"]) == 0
+    assert "# pipeline rank 0: " in capsys.readouterr().out
+
+
+def test_measured_rates_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = str(ROOT / "docs" / "results" / "h200_rates.json")
+    machine = [
+        "--gpus",
+        "8",
+        "--gpu",
+        "h200",
+        "--tensor-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-size",
+        "1",
+    ]
+    assert main([STAGE_2, *machine, "--measured", rates]) == 0
+    out = capsys.readouterr().out
+    assert "Measured: matmul_tflops, attention_tflops, memory_gb_per_s" in out and "726 TFLOP/s" in out
+    assert "images fill half of a row, one image a sample (4 of each)" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (f"{STAGE_2} --gpus 8", "--gpus N and --gpu NAME say for which machine"),
+        (f"{STAGE_2} --gpus 8 --gpu v100", "--gpu v100 is not known"),
+        (f"{STAGE_2} --gpus 0 --gpu h100", "--gpus 0: expected at least 1"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --no-bf16", "training.bf16 is false"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --usable-memory 92", "--usable-memory 92: expected a share"),
+        (f"{STAGE_2} --gpus 1 --gpu h100", "nothing fits 1 x h100"),
+        (f"{STAGE_2} --gpus 8 --gpu h200 --plan 9", "--plan 9: there are"),
+        (f"{STAGE_2} --gpus 8 --gpu h200 --micro-batch-sise 2", "Did you mean --micro-batch-size"),
+        ("--gpus 8 --gpu h200", "expected one recipe"),
+    ],
+)
+def test_what_is_refused(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_a_gpu_cannot_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    dry = [STAGE_2, "--dry-run", "--world-size", "2"]
+    assert train([*dry, "--gpu", "a100"]) == 2
+    caught = capsys.readouterr()
+    assert "--gpu a100 has 80 GB, of which a run may use 92%" in caught.err and "tools/plan.py" in caught.err
+    assert "# pipeline rank 0: " in caught.out and "weights 9.75, gradients 19.50, masters 19.50" in caught.out
+    assert train([*dry, "--gpu", "h200"]) == 0
+    assert train([STAGE_2, "--gpu", "h200"]) == 2
+    assert "--gpu is for --dry-run" in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""What layers keep: by hand, as real layers keep it, and as an H200 showed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_vl.backends import kernels
+from megatron_vl.backends.attention_inputs import PackedLine
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    ResamplerConfig,
+    RunConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from megatron_vl.model import configs
+from megatron_vl.model.build import build_model
+from megatron_vl.planning.activations import (
+    Keeping,
+    LayerShape,
+    boundary_bytes,
+    chunk_bytes,
+    layer_bytes,
+    logits_bytes,
+)
+from megatron_vl.planning.flops import Work
+from megatron_vl.planning.layout import PipelineLayout, parse_layout
+from tests.helpers.ranks import RankPools, Start
+
+QWEN_VL = PRESETS["qwen_vl_7b"]
+FUSED = Keeping("transformer_engine")
+LANGUAGE, VISION = LayerShape.language(QWEN_VL), LayerShape.vision(QWEN_VL)
+STATISTICS = 4 * 2 + 4 * 32
+"""Bytes of two RMSNorms and the softmax of a language layer."""
+
+
+@pytest.mark.parametrize(
+    ("keeping", "trained", "expected"),
+    [
+        (FUSED, True, 16 * 4096 + 6 * 11008 + STATISTICS),
+        (FUSED, False, 12 * 4096 + 4 * 11008 + STATISTICS),
+        (replace(FUSED, kernels="local"), True, 20 * 4096 + 6 * 11008 + STATISTICS),
+        (replace(FUSED, recompute="selective"), True, 16 * 4096 + 6 * 11008 + 8),
+        (replace(FUSED, recompute="selective"), False, 10 * 4096 + 4 * 11008 + 8),
+        (replace(FUSED, recompute="full"), True, 2 * 4096),
+        (replace(FUSED, recompute="full", tensor=2), True, 2 * 4096),
+        (replace(FUSED, recompute="full", tensor=2, sequence=True), True, 4096),
+        (replace(FUSED, tensor=2, sequence=True), True, (16 * 4096 + 6 * 11008 + STATISTICS) / 2),
+        (replace(FUSED, tensor=2), True, 8 * 4096 + 8 * 4096 / 2 + 6 * 11008 / 2 + 8 + 4 * 32 / 2),
+        (replace(FUSED, element=4), True, 32 * 4096 + 12 * 11008 + STATISTICS),
+    ],
+)
+def test_a_language_layer(keeping: Keeping, trained: bool, expected: float) -> None:
+    assert layer_bytes(LANGUAGE, keeping, trained=trained) == pytest.approx(expected)
+
+
+def test_a_vision_layer() -> None:
+    expected = 16 * 1664 + 4 * 8192 + 16 + 4 * 16
+    for name in ("transformer_engine", "local"):
+        assert layer_bytes(VISION, replace(FUSED, kernels=name), trained=True) == expected
+
+
+def test_frozen_vision_keeps_nothing() -> None:
+    config = RunConfig(model=QWEN_VL, training=TrainingConfig(bf16=True, freeze_vision=True, freeze_resampler=True))
+    stages = parse_layout("V*48R|L*32", model=QWEN_VL, pipeline_size=2).stages
+    assert chunk_bytes(config, stages[0], Work(num_images=4), FUSED) == 0
+    trained = replace(config, training=TrainingConfig(bf16=True))
+    assert chunk_bytes(trained, stages[0], Work(num_images=4), FUSED) > 4 * 1024 * 48 * 59392
+
+
+def test_what_stages_send() -> None:
+    config = RunConfig(model=QWEN_VL, training=TrainingConfig(bf16=True, micro_batch_size=2))
+    stages = parse_layout("V*24|V*24|R|L*16|L*16", model=QWEN_VL, pipeline_size=5).stages
+    work = Work(num_images=10)
+    patches, features, tokens = 10 * 1024 * 1664 * 2, 10 * 256 * 4096 * 2, 2 * 2048 * 4096 * 2
+    sent = [boundary_bytes(config, stage, work, FUSED) for stage in stages[:4]]
+    assert sent == [patches, patches, features, tokens]
+    split = replace(FUSED, tensor=4, sequence=True)
+    assert [boundary_bytes(config, stage, work, split) for stage in stages[:4]] == [
+        patches / 4, patches / 4, features, tokens / 4,
+    ]  # fmt: skip
+
+
+def test_logits() -> None:
+    config = RunConfig(model=QWEN_VL)
+    assert logits_bytes(config, Work(num_supervised=2048), FUSED) == 2048 * 151936 * 6
+    assert logits_bytes(config, Work(num_supervised=2048), replace(FUSED, tensor=2)) == 2048 * 152064 / 2 * 6
+
+
+# --- real layers ----------------------------------------------------------------------------------------------------
+
+IMAGES, TOKENS, LABELS = 3, 256, 100
+MODEL = ModelConfig(
+    preset="tiny",
+    image_size=112,
+    num_bpe_tokens=2048,
+    vision=VisionConfig(num_layers=1, hidden_size=416, ffn_hidden_size=2048, num_attention_heads=4, position_grid=8),
+    resampler=ResamplerConfig(num_queries=16, num_attention_heads=8),
+    language=LanguageConfig(
+        num_layers=1, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=4, vocab_size=2304
+    ),
+)
+"""The ratios of the published model, at an eighth of its width."""
+
+
+class _FusedNorm(torch.autograd.Function):
+    """RMSNorm that keeps what torch's kernel on CUDA keeps: its input and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(hidden, weight, scale)
+        return (hidden * scale * weight).type_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise AssertionError("only the forward pass is run")
+
+
+@contextmanager
+def _kernels_of_cuda() -> Iterator[None]:
+    """What decides how much is kept on CUDA, on the CPU: one kernel for a norm, and one for SwiGLU."""
+    language = configs._language
+
+    def fused(config: RunConfig, target: configs.Target) -> dict[str, Any]:
+        return language(config, target) | {"bias_activation_fusion": True}
+
+    with mock.patch.object(configs, "_language", fused), mock.patch.object(kernels, "rms_norm", _FusedNorm.apply):
+        yield
+
+
+def _kept_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes of all storages that autograd keeps, without parameters; views count once, with all of their storage."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _measure(start: Start, config: RunConfig) -> dict[str, int]:
+    """The bytes that the parts of the model keep, each on an input that needs a gradient."""
+    with start.topology(config.parallel) as topology, _kernels_of_cuda():
+        (chunk,) = build_model(config, topology)
+        chunk.train()
+        language = chunk.language_model
+        patches = torch.randn(64, IMAGES, 416, dtype=torch.bfloat16, requires_grad=True)
+        hidden = torch.randn(TOKENS, 1, 512, dtype=torch.bfloat16, requires_grad=True)
+        line = language.attention_inputs(PackedLine.of([TOKENS]))
+        chosen = torch.arange(LABELS)
+        vision = replace_embedding(chunk.vision)
+        return {
+            "vision": _kept_bytes(lambda: vision(patches), chunk),
+            "resampler": _kept_bytes(lambda: chunk.resampler(patches), chunk),
+            "language": _kept_bytes(lambda: language(hidden, line), chunk),
+            "head": _kept_bytes(lambda: language.token_losses(hidden, positions=chosen, targets=chosen), chunk),
+        }
+
+
+def replace_embedding(vision: Any) -> Any:
+    """The tower without its patch embedding: its layers, on patches."""
+    vision.has_patch_embed = False
+    return vision
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_real_layers_keep_what_is_counted(
+    ranks: RankPools, recompute: Literal["full", "selective"] | None, frozen: bool
+) -> None:
+    config = RunConfig(
+        model=MODEL,
+        parallel=ParallelConfig(backend="local"),
+        data=DataConfig(seq_length=TOKENS),
+        training=TrainingConfig(bf16=True, recompute_granularity=recompute, freeze_language_model=frozen),
+    )
+    found: dict[str, int] = ranks(1).run(_measure, config)[0]
+    keeping = Keeping("local", recompute)
+    vision = layer_bytes(LayerShape.vision(MODEL), keeping, trained=True)
+    language = layer_bytes(LayerShape.language(MODEL), keeping, trained=not frozen)
+    assert found["vision"] == pytest.approx(IMAGES * 64 * vision, rel=0.02)
+    if recompute is None:
+        language += 2 * 2 * 128  # the cosines and sines of a token, which all layers share
+    assert found["language"] == pytest.approx(TOKENS * language, rel=0.02)
+    (whole,) = PipelineLayout.whole(MODEL).stages
+    alone = replace(whole, vision_layers=range(0), language_layers=range(0), patch_embed=False)
+    resampler = chunk_bytes(config, replace(alone, head=False), Work(num_images=IMAGES), keeping)
+    assert found["resampler"] == pytest.approx(resampler, rel=0.02)
+    head = chunk_bytes(config, replace(alone, resampler=False), Work(num_supervised=LABELS), keeping)
+    softmax = LABELS * 2304 * 4
+    assert found["head"] == pytest.approx(head - (LABELS * 2 * 512 if frozen else 0) + softmax, rel=0.02)

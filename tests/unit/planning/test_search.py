@@ -1,0 +1,163 @@
+"""Which plans are found, in what order, and what is said where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.config.load import load_config
+from megatron_vl.config.presets import PRESETS
+from megatron_vl.config.schema import ParallelConfig, RunConfig
+from megatron_vl.config.validate import validate
+from megatron_vl.errors import ConfigError
+from megatron_vl.planning.gpus import find_gpu
+from megatron_vl.planning.rows import assumed_row, make_row
+from megatron_vl.planning.search import Answer, Question, _Survey, search
+from megatron_vl.planning.step_time import step_time
+from megatron_vl.planning.summary import reasons
+
+ROOT = Path(__file__).resolve().parents[3]
+MICRO, TENSOR = "training.micro_batch_size", "parallel.tensor_model_parallel_size"
+
+
+def recipe(stage: str, *flags: str) -> RunConfig:
+    return load_config(next((ROOT / "examples" / "qwen_vl").glob(f"{stage}_*.yaml")), flags)
+
+
+def question(
+    config: RunConfig, num_gpus: int, gpu: str = "h100", *, samples: float = 5.5, fixed: tuple[str, ...] = ()
+) -> Question:
+    images = min(5.0, samples)
+    return Question(config, make_row(config, images=images, samples=samples), find_gpu(gpu), num_gpus, frozenset(fixed))
+
+
+@pytest.fixture(scope="module")
+def answer() -> Answer:
+    return search(question(recipe("stage2"), 8))
+
+
+def test_plans_are_valid_fit_and_come_in_order(answer: Answer) -> None:
+    assert len(answer.plans) == 5 and len({plan.candidate.family for plan in answer.plans}) == 5
+    for plan in answer.plans:
+        validate(plan.candidate.config, world_size=8, cuda=True)
+        assert plan.candidate.fullest.total <= 0.92 * 80e9
+        assert 0 < plan.mfu < 0.8
+        assert plan.gpu_hours == pytest.approx(8 * plan.time.seconds * 19_000 / 3600)
+    times = [plan.seconds_per_row for plan in answer.plans]
+    assert times == pytest.approx(sorted(times), rel=1e-3)
+    assert answer.num_fitting < answer.num_valid
+
+
+def test_the_best_plan_is_that_of_trying_everything() -> None:
+    """Bounds skip most simulations; none of those may be faster."""
+    asked = question(recipe("stage2"), 4, "b200")
+    survey = _Survey(asked)
+    survey.look()
+    fitting = [one for one in survey.valid if one.fullest.total <= asked.limit]
+    times = [
+        step_time(one.config, one.layout, asked.row, asked.gpu, 4).seconds / one.config.training.global_batch_size
+        for one in fitting
+    ]
+    assert search(asked).plans[0].seconds_per_row == pytest.approx(min(times), rel=1e-3)
+
+
+def test_rejections_have_their_arithmetic(answer: Answer) -> None:
+    assert "tensor 1, pipeline 1, no full recomputation" in answer.rejected[0]
+    size = float(answer.rejected[0].split(": ")[1].split(" GB")[0])
+    assert answer.rejected[0].endswith(f"{size} GB on the fullest rank > 80 GB x 0.92")
+    assert size > 73.6
+
+
+def test_every_plan_has_a_reason(answer: Answer) -> None:
+    told = [reasons(plan, answer.plans) for plan in answer.plans]
+    assert told[0][0] == "fastest" and all(told)
+    assert sum("least memory" in one for one in told) == 1
+
+
+def test_fields_that_are_given_stay() -> None:
+    config = recipe("stage2", "--tensor-model-parallel-size", "2", "--micro-batch-size", "2")
+    found = search(question(config, 16, fixed=(TENSOR, MICRO)))
+    for plan in found.plans:
+        parallel = plan.candidate.config.parallel
+        assert parallel.tensor_model_parallel_size == 2 and plan.candidate.config.training.micro_batch_size == 2
+        assert parallel.sequence_parallel
+        assert parallel.overlap_grad_reduce == parallel.overlap_param_gather == (plan.candidate.data_parallel > 1)
+
+
+def test_stages_of_a_written_layout_decide_the_sizes() -> None:
+    config = recipe("stage2", "--pipeline-layout", "V*30|V*18RL*5|L*14|L*13")
+    found = search(question(config, 16, "h200", fixed=("parallel.pipeline_layout",)))
+    sizes = {
+        (plan.candidate.layout.stages.pipeline_size, plan.candidate.layout.stages.virtual_size) for plan in found.plans
+    }
+    assert sizes <= {(4, 1), (2, 2)}
+    assert any("has 4 stages, but pipeline_model_parallel_size 1" in line for line in found.rejected)
+
+
+def test_samples_that_do_not_divide_are_refused_beyond_the_tolerance() -> None:
+    asked = question(recipe("stage3"), 32, samples=3)
+    lines = search(asked).rejected
+    assert any(
+        "data 16 x micro-batch 1 is 48 rows x 3 samples = 144, which is +12% of the recipe's 128" in one
+        for one in lines
+    )
+    wider = search(replace(asked, tolerance=0.13))
+    assert wider.num_valid > search(asked).num_valid
+    assert all(abs(plan.candidate.config.training.global_batch_size * 3 / 128 - 1) <= 0.13 for plan in wider.plans)
+
+
+def test_no_valid_layout_says_why() -> None:
+    config = recipe("stage2", "--tensor-model-parallel-size", "3")
+    with pytest.raises(ConfigError, match=r"num_attention_heads 16 cannot be split over .*size 3 ranks"):
+        search(question(config, 6, fixed=(TENSOR,)))
+    config = recipe("stage2", "--tensor-model-parallel-size", "4")
+    with pytest.raises(ConfigError, match=r"the run has 6 ranks, but .*size 4 x"):
+        search(question(config, 6, fixed=(TENSOR,)))
+    pipeline = "parallel.pipeline_model_parallel_size"
+    config = recipe("stage2", "--pipeline-model-parallel-size", "96")
+    with pytest.raises(ConfigError, match=r"= 96 stages, but the model has 82 units"):
+        search(question(config, 96, fixed=(pipeline,)))
+    rows = replace(config.training, global_batch_samples=None, global_batch_size=10)
+    with pytest.raises(ConfigError, match=r"global_batch_size is 10 rows, which is not a multiple"):
+        search(question(replace(recipe("stage2"), training=rows), 7, fixed=(pipeline,)))
+
+
+def test_nothing_fits_names_the_smallest_need_and_what_helps() -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(question(recipe("stage2"), 1, "h100"))
+    told = str(caught.value)
+    assert "nothing fits 1 x h100: the smallest need is 17" in told and "80 GB x 0.92 = 73.6 GB are usable" in told
+    assert "full recomputation, micro-batch 1" in told and "more --gpus" in told
+    assert "--gpu gb200" not in told  # 18 bytes for each of 9.66 billion parameters
+
+
+def test_assumed_rows() -> None:
+    config = recipe("stage2")
+    row = assumed_row(config)
+    assert (row.images, row.samples, row.tokens, row.supervised) == (4, 4, 2048, 2048 - 4 * 258)
+    assert row.sum_squared_spans == 2048**2
+    assert make_row(recipe("stage1"), images=6, samples=6.4).sum_squared_spans == pytest.approx(2048**2 / 6.4)
+    unpacked = replace(config, data=replace(config.data, unpacked=True))
+    assert (assumed_row(unpacked).images, assumed_row(unpacked).samples) == (1, 1)
+    with pytest.raises(ConfigError, match=r"cannot hold 8 images of 256 \+ 2 positions \(= 2064\)"):
+        make_row(config, images=8, samples=8)
+
+
+def test_a_tiny_model_can_be_planned() -> None:
+    config = recipe("stage2", "--preset", "tiny")
+    tiny = replace(config, model=PRESETS["tiny"])
+    row = make_row(tiny, images=20, samples=20)
+    assert search(Question(tiny, row, find_gpu("a100"), 4)).plans[0].candidate.fullest.total < 1e9
+
+
+def test_the_planner_knows_every_field_of_the_layout() -> None:
+    """A new field changes what runs where. Memory, time and the search have to know it before it is added here."""
+    searched = {
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+        "pipeline_layout", "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
+        "overlap_param_gather", "backend",
+    }  # fmt: skip
+    changes_nothing = {"distributed_timeout_minutes"}
+    assert {item.name for item in fields(ParallelConfig)} == searched | changes_nothing
