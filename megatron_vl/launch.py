@@ -1,8 +1,8 @@
 """Read rank and world size of this process from its launcher's environment: torchrun, Slurm's srun, or MPI.
 
-These variables are the launchers' own interface and the only part of the environment that is read. Variables that the
-GPU libraries read are set. All of this, and the test for a CUDA device, works without torch. So a run that cannot work
-is refused before anything expensive is imported.
+These variables are the launchers' own interface and the only part of the environment that decides anything here.
+Variables that the GPU libraries read are set, and shown to the user. All of this, and the test for a CUDA device, works
+without torch. So a run that cannot work is refused before anything expensive is imported.
 """
 
 from __future__ import annotations
@@ -123,11 +123,44 @@ def set_device_environment(
         env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
-def has_cuda_device() -> bool:
-    """Ask the CUDA driver, if there is one, whether it sees a device. This takes milliseconds and no memory on it."""
+_OF_LIBRARIES = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
+_OF_LIBRARIES_BEGIN = ("NCCL_", "TORCH_NCCL_", "GLOO_", "NVTE_")
+
+
+def library_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that are set of those that change how CUDA, NCCL, gloo and OpenMP work, by name."""
+    env = os.environ if environment is None else environment
+    return {name: env[name] for name in sorted(env) if name in _OF_LIBRARIES or name.startswith(_OF_LIBRARIES_BEGIN)}
+
+
+@dataclass(frozen=True)
+class CudaDriver:
+    """What the CUDA driver says of itself, without torch."""
+
+    devices: int = 0
+    """Those that this process may use."""
+    cuda: tuple[int, int] | None = None
+    """The newest CUDA that it supports; None if there is no driver."""
+    status: int = 0
+    """What it answered to its start (``CUresult``): 0, or 100 where it sees no device, or another error."""
+
+
+def ask_cuda_driver() -> CudaDriver:
+    """Ask the CUDA driver, if there is one. This takes milliseconds and no memory on a device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return CudaDriver()
+    version, count = ctypes.c_int(0), ctypes.c_int(0)
+    known = driver.cuDriverGetVersion(ctypes.byref(version)) == 0  # 1000 x major + 10 x minor
+    cuda = (version.value // 1000, version.value % 1000 // 10) if known else None
+    status = int(driver.cuInit(0)) or int(driver.cuDeviceGetCount(ctypes.byref(count)))
+    return CudaDriver(0 if status else count.value, cuda, status)
+
+
+def has_cuda_device() -> bool:
+    """Return whether the CUDA driver, if there is one, sees a device."""
+    return ask_cuda_driver().devices > 0

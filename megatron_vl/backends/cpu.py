@@ -22,9 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from megatron_vl.backends.versions import MEGATRON_CORE
 from megatron_vl.errors import ConfigError
-
-MEGATRON_CORE_VERSION = "0.16.1"
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "rand", "randn")
 
@@ -89,10 +88,10 @@ def _check_version() -> None:
     from importlib.metadata import version
 
     found = version("megatron-core")
-    if found != MEGATRON_CORE_VERSION:
+    if found != MEGATRON_CORE:
         raise ConfigError(
-            f"megatron-core {found} is installed, but the CPU platform was written for {MEGATRON_CORE_VERSION}: "
-            f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
+            f"megatron-core {found} is installed, but the CPU platform was written for {MEGATRON_CORE}: "
+            f"pip install megatron-core=={MEGATRON_CORE}"
         )
 
 

@@ -20,13 +20,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
+from megatron_vl.backends.versions import FLASH_ATTN, HOPPER, TRANSFORMER_ENGINE, dotted
 from megatron_vl.errors import ConfigError
-
-_VERSIONS = ((2, 9), (2, 12))
-"""Versions that Megatron-Core 0.16.1 supports: from the first, below the second."""
-
-_FLASH_ATTN = (2, 1)
-"""The flash-attn that Transformer Engine needs for packed rows before Hopper, where cuDNN has no kernel for them."""
 
 _FUSED_NORM_KEYS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -95,10 +90,9 @@ def _check_package() -> None:
         hidden = sys.modules.get("transformer_engine", error) is None and not torch.cuda.is_available()
         reason = "needs a CUDA device, and none was found" if hidden else f"cannot be imported ({error})"
         raise _unusable(reason) from error
-    lowest, limit = (".".join(map(str, bound)) for bound in _VERSIONS)
-    if not _VERSIONS[0] <= found < _VERSIONS[1]:
-        told = ".".join(map(str, found))
-        raise _unusable(f"has version {told}, and Megatron-Core takes those from {lowest} and below {limit}")
+    lowest, limit = map(dotted, TRANSFORMER_ENGINE)
+    if not TRANSFORMER_ENGINE[0] <= found < TRANSFORMER_ENGINE[1]:
+        raise _unusable(f"has version {dotted(found)}, and Megatron-Core takes those from {lowest} and below {limit}")
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if not HAVE_TE:
@@ -107,16 +101,16 @@ def _check_package() -> None:
 
 def _check_attention() -> None:
     """Refuse GPUs on which attention over packed rows would silently use a full score matrix."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= HOPPER:
         return
     try:
         found = Version(version("flash_attn")).release
     except PackageNotFoundError:
         found = ()
-    if found < _FLASH_ATTN:
+    if found < FLASH_ATTN:
         raise ConfigError(
             "parallel.backend: on a GPU before Hopper Transformer Engine computes attention over packed rows with "
-            f"flash-attn {'.'.join(map(str, _FLASH_ATTN))} or newer, and found {'.'.join(map(str, found)) or 'none'}: "
+            f"flash-attn {dotted(FLASH_ATTN)} or newer, and found {dotted(found) or 'none'}: "
             "pip install flash-attn, or use --backend local, which has torch's FlashAttention"
         )
 

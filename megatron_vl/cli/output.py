@@ -12,8 +12,11 @@ from megatron_vl import files
 from megatron_vl.errors import DataError
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, flag: str = "--output") -> None:
     """Make the folder of a file that will be written after long work, and check that it can be written.
+
+    Args:
+        flag: that names the file.
 
     Raises:
         DataError: if a file cannot be written there.
@@ -23,7 +26,7 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         files.try_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, flag) from error
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, flag: str = "--output") -> None:
     """Write a text as :func:`megatron_vl.files.write_whole` does; make the folder if necessary.
 
     Raises:
@@ -53,8 +56,8 @@ def write_whole(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, text)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, flag) from error
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"--output {path}: cannot be written ({error.strerror or error})")
+def _unwritable(path: Path, error: OSError, flag: str = "--output") -> DataError:
+    return DataError(f"{flag} {path}: cannot be written ({error.strerror or error})")

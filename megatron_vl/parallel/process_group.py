@@ -46,7 +46,7 @@ def start_process_group(backend: str, launch: Launch, *, init_method: str | None
             timeout=timeout,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(" .")
         raise ConfigError(
             f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.meeting_place} (MASTER_ADDR, "
             f"MASTER_PORT): {reason}. If the port is in use, choose another one; else see that the name "

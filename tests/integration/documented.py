@@ -89,6 +89,9 @@ RULES = (
     Rule(r"(python tools/inspect_data\.py .* --output .*)", r"\1", says="Page: page.html"),
     Rule(r"(python tools/inspect_data\.py .* --summary)", r"\1", says="left out"),
     Rule(r"(python tools/make_questions\.py .*)", r"\1 --limit 2"),
+    Rule(r"(python tools/doctor\.py .*)", r"\1", says="0 wrong"),
+    # Two ranks are started by tests/integration/test_doctor.py.
+    Rule(r"torchrun --nproc-per-node \d+ (tools/doctor\.py)", r"python \1", says="0 wrong"),
     Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
     Rule(r"(python tools/plan\.py .*)", r"\1", says="combinations fit"),
     Rule(r"(python tools/train\.py .*--data-path .*--dry-run)", r"\1", says="the run takes each row"),

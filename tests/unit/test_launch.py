@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.launch import Launch, read_launch, set_device_environment
+from megatron_vl.launch import Launch, library_environment, read_launch, set_device_environment
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -95,3 +95,8 @@ def test_the_libraries_of_a_gpu_are_told_and_what_is_set_stays(tensor_parallel: 
     expected = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     expected |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if tensor_parallel else {}
     assert environment == expected | ({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if deterministic else {})
+
+
+def test_variables_of_libraries_are_shown_and_no_others() -> None:
+    ours = {"CUDA_VISIBLE_DEVICES": "", "NCCL_DEBUG": "INFO", "NVTE_X": "1", "OMP_NUM_THREADS": "2"}
+    assert library_environment({"HOME": "/", "NCCLX": "1", "RANK": "0"} | ours) == ours

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vl.backends import cpu
+from megatron_vl.backends.versions import MEGATRON_CORE
 from megatron_vl.errors import ConfigError
 from tests.helpers.ranks import RankPools, Start
 from tests.unit.backends.cuda_places import RECORD, Places, count_places
@@ -53,7 +54,7 @@ def places() -> Places:
 
 def test_megatron_core_names_cuda_where_it_did(places: Places) -> None:
     """After a change here, read cpu.py against the new places, then write the record anew (see cuda_places.py)."""
-    assert metadata.version("megatron-core") == cpu.MEGATRON_CORE_VERSION
+    assert metadata.version("megatron-core") == MEGATRON_CORE
     assert places == json.loads(RECORD.read_text())
 
 

@@ -40,3 +40,9 @@ def test_commands_ask_before_they_work(tmp_path: Path, capsys: pytest.CaptureFix
     assert evaluate_loss.main([*common, "--data-path", str(tmp_path / "data")]) == 2
     assert generate.main([*common, "--inputs", str(questions)]) == 2
     assert capsys.readouterr().err.count("cannot be written (Is a directory)") == 2
+
+
+def test_an_error_names_the_flag_of_the_file(tmp_path: Path) -> None:
+    for attempt in (check_writable, lambda path, flag: write_whole(path, "{}", flag=flag)):
+        with pytest.raises(DataError, match=r"^--json .*: cannot be written \(Is a directory\)"):
+            attempt(tmp_path, flag="--json")
