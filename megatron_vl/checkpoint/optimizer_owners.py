@@ -100,9 +100,9 @@ def place(optimizer: ChainedOptimizer, model: Mapping[str, Any]) -> list[Placed]
         model: the sharded state of this rank's chunks.
     """
     described = {id(entry.data): entry for entry in model.values()}
-    owned: Counter[int] = Counter()
     placed = []
     for member in optimizer.chained_optimizers:
+        owned: Counter[int] = Counter()  # of this member: the ranks that must agree are those of its own group
         for parameter, shares in _divided(member, model):
             owner = _owner(shares, owned)
             owned[owner] += parameter.numel()

@@ -113,6 +113,14 @@ class ParallelConfig:
     """Stages over the line V..V R L..L, for example 'V*24|V*24R|L*16|L*16'; 'auto' balances the computed cost."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel regions along the sequence as well."""
+    vision_parallel: Literal["pipeline", "data"] = "pipeline"
+    """Where the vision tower and the resampler run: 'pipeline' cuts them into stages with the language model, 'data'
+    holds them whole on every rank, and each rank encodes its share of a step's images."""
+    vision_micro_batch_size: int = 8
+    """Images that a rank encodes at a time, with vision_parallel data."""
+    vision_recompute: bool = True
+    """With vision_parallel data, keep no activations of a trained tower; encode its images again for the backward
+    pass."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

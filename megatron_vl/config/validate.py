@@ -118,15 +118,18 @@ def check_vocabulary(model: ModelConfig) -> None:
 
 
 def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Heads and widths can be split evenly over tensor-parallel ranks."""
-    sizes = (
+    """Heads and widths of what is split can be split evenly over tensor-parallel ranks."""
+    vision = [
         ("model.vision.num_attention_heads", model.vision.num_attention_heads),
         ("model.vision.hidden_size", model.vision.hidden_size),
         ("model.vision.ffn_hidden_size", model.vision.ffn_hidden_size),
+    ]
+    language = [
         ("model.language.num_attention_heads", model.language.num_attention_heads),
         ("model.language.hidden_size", model.language.hidden_size),
         ("model.language.ffn_hidden_size", model.language.ffn_hidden_size),
-    )
+    ]
+    sizes = language if parallel.vision_parallel == "data" else vision + language
     tensor = parallel.tensor_model_parallel_size
     for name, size in sizes:
         if size % tensor:
@@ -146,11 +149,10 @@ def check_sequence_parallel(config: RunConfig) -> None:
             "parallel.sequence_parallel splits the sequence over tensor-parallel ranks, but "
             "parallel.tensor_model_parallel_size is 1"
         )
-    patches = config.model.num_patches
-    sizes = (
-        (f"the {patches} patches of an image ({config.model.patch_grid} x {config.model.patch_grid})", patches),
-        (f"data.seq_length {config.data.seq_length}", config.data.seq_length),
-    )
+    sizes = [(f"data.seq_length {config.data.seq_length}", config.data.seq_length)]
+    if config.parallel.vision_parallel == "pipeline":
+        side, patches = config.model.patch_grid, config.model.num_patches
+        sizes.append((f"the {patches} patches of an image ({side} x {side})", patches))
     for name, size in sizes:
         if size % tensor:
             raise ConfigError(

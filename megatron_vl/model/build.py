@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vl.backends import core
 from megatron_vl.backends.interface import Backend
@@ -18,12 +21,14 @@ from megatron_vl.model.rotary import LongContext
 from megatron_vl.parallel.rng import seed_layers
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import FrozenParts
-from megatron_vl.planning.layout import PipelineLayout, resolve_layout
+from megatron_vl.planning.layout import PipelineLayout, resolve_layout, vision_part
 from megatron_vl.planning.parameters import POSITION_TABLE, trains
 
 
 def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> list[QwenVL]:
     """Build this rank's model chunks, one for each virtual stage.
+
+    Under ``vision_parallel data`` they are those of the language model; :func:`build_vision_part` builds the rest.
 
     Args:
         fresh_weights: initialize the weights (the same for every layout); otherwise they are undefined until a
@@ -32,37 +37,59 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
     layout = resolve_layout(config)
     backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
     _check_validation(config, backend)
-    context = _context(config, topology, backend, device=topology.device.type)
+    context = _context(config, topology.groups, backend, device=topology.device.type)
     virtual = topology.vp_size > 1
     seed_layers(config.training.seed)
     chunks = [
         QwenVL(context, layout.stage(topology.pp_rank, chunk), vp_stage=chunk if virtual else None)
         for chunk in range(topology.vp_size)
     ]
-    for chunk in chunks:
-        mark_tensor_parallel(chunk)
-        if fresh_weights:
-            initialize(chunk, config.model, seed=config.training.seed, groups=topology.groups)
-        chunk.to(topology.device)
-    freeze(chunks, config.training, layout=layout, pp_rank=topology.pp_rank)
+    for number, chunk in enumerate(chunks):
+        _finish(chunk, config, topology, fresh_weights=fresh_weights)
+        freeze(chunk, config.training, before=layout.stages[: layout.stage_index(topology.pp_rank, number)])
     return chunks
+
+
+def build_vision_part(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> QwenVL:
+    """Build vision tower and resampler, whole on this rank: a chunk beside those of :func:`build_model`."""
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        sequence_parallel=False,
+    )
+    backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
+    context = _context(replace(config, parallel=parallel), topology.vision_groups, backend, device=topology.device.type)
+    chunk = QwenVL(context, vision_part(config.model))
+    _finish(chunk, config, topology, fresh_weights=fresh_weights)
+    freeze(chunk, config.training, before=())
+    return chunk
+
+
+def _finish(chunk: QwenVL, config: RunConfig, topology: Topology, *, fresh_weights: bool) -> None:
+    """Mark and initialize the parameters of a chunk, and bring them to the device."""
+    mark_tensor_parallel(chunk)
+    if fresh_weights:
+        initialize(chunk, config.model, seed=config.training.seed, tp_group=chunk.groups.tp)
+    chunk.to(topology.device)
 
 
 def build_on_meta(config: RunConfig, topology: Topology) -> QwenVL:
     """Build the whole network in one chunk on the meta device: names, shapes and counts, without memory for weights."""
     layout = PipelineLayout.whole(config.model)
     with torch.device("meta"):
-        return QwenVL(_context(config, topology, select_backend("local"), device="meta"), layout.stages[0])
+        return QwenVL(_context(config, topology.groups, select_backend("local"), device="meta"), layout.stages[0])
 
 
-def _context(config: RunConfig, topology: Topology, backend: Backend, *, device: str) -> BuildContext:
+def _context(config: RunConfig, groups: ProcessGroupCollection, backend: Backend, *, device: str) -> BuildContext:
     configs = core_configs(config, Target(device, transformer_engine=backend.name == "transformer_engine"))
     assert core.is_installed(), "prepare_process comes first: without it the vision tower would compute another GELU"
     return BuildContext(
         model=config.model,
         core=configs,
         backend=backend,
-        groups=topology.groups,
+        groups=groups,
         recompute_layers=config.training.recompute_granularity == "full",
         trains_position_table=trains(POSITION_TABLE, FrozenParts.of(config.training)),
     )

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
@@ -33,9 +33,9 @@ from megatron_vl.model.resampler import sincos_positions
 from megatron_vl.planning.parameters import POSITION_TABLE
 
 
-def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, groups: ProcessGroupCollection) -> None:
-    """Initialize the parameters of one chunk in place."""
-    rank, size = groups.tp.rank(), groups.tp.size()
+def initialize(chunk: nn.Module, model: ModelConfig, *, seed: int, tp_group: dist.ProcessGroup) -> None:
+    """Initialize the parameters of one chunk in place; ``tp_group``: the ranks that split its layers."""
+    rank, size = tp_group.rank(), tp_group.size()
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             whole = draw(name, _whole_shape(parameter, size), model=model, seed=seed)

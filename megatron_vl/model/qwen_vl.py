@@ -40,6 +40,7 @@ class QwenVL(MegatronModule):
     def __init__(self, context: BuildContext, stage: StageLayout, *, vp_stage: int | None = None) -> None:
         super().__init__(config=context.core.schedule)
         self.stage = stage
+        self.groups = context.groups
         self.vp_stage = vp_stage
         self.pre_process = stage.patch_embed
         self.post_process = stage.head
@@ -62,8 +63,11 @@ class QwenVL(MegatronModule):
         """Take what the previous stage sent, None on the first stage. The schedule calls this."""
         self._received = received[0] if isinstance(received, list) else received
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch, features: Tensor | None = None) -> Tensor:
         """Run this stage on a micro-batch. A stage does only those of the following steps whose units it holds.
+
+        ``features`` [queries, n, h] is what :meth:`see` has returned for the images on other ranks (``vision_parallel
+        data``). It takes the place of steps 2 and 3.
 
         1. Take the input that the previous stage sent.
         2. Encode the images in the vision tower: [n, 3, H, W] -> [patches, n, w].
@@ -79,7 +83,7 @@ class QwenVL(MegatronModule):
             On the last stage float32[m], the loss of each supervised position; elsewhere the input of the next stage.
         """
         hidden, release = self._take_input()
-        hidden = self.see(hidden, batch.pixels)
+        hidden = self.see(hidden, batch.pixels) if features is None else features
         if self.language_model is not None:
             hidden = self._run_language(self.language_model, hidden, batch)
         release()
@@ -124,6 +128,7 @@ class QwenVL(MegatronModule):
     ) -> dict[str, Any]:
         """Return every tensor of this stage under its global name, which no layout changes."""
         self.make_weights_whole()
+        metadata = {"dp_cp_group": self.groups.dp_cp} | (metadata or {})
         result: dict[str, Any] = {}
         for name, part in self.named_children():
             result.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))

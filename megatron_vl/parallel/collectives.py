@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -85,6 +85,71 @@ def receive(stage: int, *, dtype: torch.dtype, topology: Topology) -> torch.Tens
     tensor = torch.empty(shape.tolist(), dtype=dtype, device=topology.device)
     dist.recv(tensor, peer, group=topology.pp_group)
     return tensor
+
+
+def meet(group: dist.ProcessGroup) -> None:
+    """Let the ranks of a group meet. NCCL needs it before the first messages in which not all of them take part."""
+    if group.size() > 1:
+        dist.barrier(group=group)
+
+
+def to_first_stage(own: torch.Tensor, sizes: Sequence[int], *, topology: Topology) -> torch.Tensor | None:
+    """Bring blocks from all ranks of a model-parallel group to each rank of its first stage.
+
+    Args:
+        own: [n, ...], the block of this rank.
+        sizes: the n of each rank of the group.
+
+    Returns:
+        On the first stage [sum of sizes, ...], the blocks in the order of ranks; elsewhere None.
+    """
+    me, first = topology.mp_group.rank(), range(topology.tp_size)
+    messages = [_message(dist.isend, own, peer, topology) for peer in first if peer != me and len(own)]
+    whole = None
+    if me in first:
+        whole = own.new_empty(sum(sizes), *own.shape[1:])
+        for peer, block in enumerate(whole.split(list(sizes))):
+            if peer == me:
+                block.copy_(own)
+            elif len(block):
+                messages.append(_message(dist.irecv, block, peer, topology))
+    _exchange(messages)
+    return whole
+
+
+def from_first_stage(
+    whole: torch.Tensor | None, sizes: Sequence[int], *, like: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """Return to each rank of a model-parallel group its block [n, ...] of a tensor that the first stage holds.
+
+    All ranks of the first stage hold the same, so each sends to those of its own tensor-parallel rank.
+
+    Args:
+        whole: [sum of sizes, ...] on the first stage, the blocks in the order of ranks; None elsewhere.
+        like: gives type, device and shape of a block, except for its length.
+    """
+    me, width = topology.mp_group.rank(), topology.tp_size
+    messages = []
+    if whole is None:
+        own = like.new_empty(sizes[me], *like.shape[1:])
+        messages += [_message(dist.irecv, own, me % width, topology)] if len(own) else []
+    else:
+        blocks = whole.contiguous().split(list(sizes))
+        own = blocks[me]
+        peers = range(me + width, len(sizes), width)
+        messages += [_message(dist.isend, blocks[peer], peer, topology) for peer in peers if len(blocks[peer])]
+    _exchange(messages)
+    return own
+
+
+def _message(kind: Callable[..., Any], tensor: torch.Tensor, peer: int, topology: Topology) -> dist.P2POp:
+    group = topology.mp_group
+    return dist.P2POp(kind, tensor, dist.get_process_group_ranks(group)[peer], group)
+
+
+def _exchange(messages: list[dist.P2POp]) -> None:
+    for request in dist.batch_isend_irecv(messages) if messages else ():
+        request.wait()
 
 
 def to_rank_0(pieces: Mapping[Key, torch.Tensor], *, topology: Topology) -> Iterator[tuple[Key, torch.Tensor]]:

@@ -11,7 +11,8 @@ which keeps the storage until the request is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,25 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.topology import Topology
 
 LossRecord = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a chunk takes in a step: each micro-batch, and the features of its images if other ranks encode them."""
+
+    arrivals: Arrivals
+    features: Iterable[torch.Tensor | None]
+
+    def __len__(self) -> int:
+        return len(self.arrivals)
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, torch.Tensor | None]]:
+        return zip(self.arrivals, self.features, strict=False)  # features may be an endless None
 
 
 class P2P(P2PCommunicator):
@@ -47,7 +63,7 @@ class P2P(P2PCommunicator):
 
 def run_schedule(
     chunks: Sequence[nn.Module],
-    arrivals: Arrivals,
+    inputs: Sequence[StepInputs],
     *,
     forward_step: Callable[..., tuple[torch.Tensor, Callable[..., Any]]],
     forward_only: bool,
@@ -57,19 +73,19 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks, in order of their virtual stage.
-        arrivals: the micro-batches of this data-parallel rank; each chunk iterates over them once.
+        inputs: for each chunk, its micro-batches, which are those of this data-parallel rank.
         forward_step: ``(iterator, chunk) -> (output, loss function)``.
 
     Returns:
         The records of the loss function, one for each micro-batch; empty on ranks without the head.
     """
-    iterators = [iter(arrivals) for _ in chunks]
+    iterators = [iter(own) for own in inputs]
     single = len(chunks) == 1
     records: list[LossRecord] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=chunks[0] if single else list(chunks),
-        num_microbatches=len(arrivals),
+        num_microbatches=len(inputs[0]),
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,

@@ -35,6 +35,7 @@ class Topology:
     init_method: str | None = None
     """Where the ranks meet, if not where their launcher says."""
     _started: bool = field(default=False, init=False)
+    _world_gloo: dist.ProcessGroup | None = field(default=None, init=False)
 
     def __enter__(self) -> Topology:
         if not dist.is_initialized():
@@ -47,6 +48,9 @@ class Topology:
             distributed_timeout_minutes=config.distributed_timeout_minutes,
             create_gloo_process_groups=True,  # a save sends parts of the optimizer over them
         )
+        if config.vision_parallel == "data":
+            on_cpu = dist.get_backend() == "gloo"
+            self._world_gloo = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
         return self
 
     def __exit__(
@@ -78,6 +82,36 @@ class Topology:
     def groups(self) -> ProcessGroupCollection:
         """Every process group, for the parts of Megatron-Core that take them as an argument."""
         return ProcessGroupCollection.use_mpu_process_groups()
+
+    @property
+    def vision_groups(self) -> ProcessGroupCollection:
+        """Groups for a vision part that every rank holds whole: tensor and pipeline size 1, data over all ranks."""
+        alone, world = self.groups.cp, dist.group.WORLD
+        return ProcessGroupCollection(
+            tp=alone,
+            pp=alone,
+            mp=alone,
+            cp=alone,
+            ep=alone,
+            tp_ep_pp=alone,
+            expt_dp=alone,
+            embd=None,
+            pos_embd=None,
+            dp=world,
+            dp_cp=world,
+            intra_dist_opt=world,
+        )
+
+    @property
+    def world_gloo(self) -> dist.ProcessGroup:
+        """All ranks, over gloo; exists under ``vision_parallel data``."""
+        assert self._world_gloo is not None
+        return self._world_gloo
+
+    @property
+    def mp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold one replica of the language model, stage by stage: tensor x pipeline."""
+        return parallel_state.get_model_parallel_group()
 
     @property
     def world_size(self) -> int:

@@ -6,6 +6,9 @@ before or after the resampler. The place of everything else follows from the spl
 patch embedding is on the stage of the first V. The word embedding and the fusion of image features are on the stage of
 the first L. The final norm and the output layer (the *head*) are on the last stage, which may hold nothing else.
 
+Under ``vision_parallel data`` the line is the language model alone, ``L..L``: every rank holds :func:`vision_part` as
+well, whole.
+
 The written form lists the stages between bars, ``V*24|V*24R|L*16|L*16``. A layout that ends with a bar has a stage of
 its own for the head. Virtual stage ``k`` is model chunk ``k // pp`` of pipeline rank ``k % pp``, as in Megatron-Core's
 interleaved schedule. Invariant of every :class:`PipelineLayout`: the stages hold each unit once, in order.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import ConfigError
@@ -22,6 +26,7 @@ from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
 from megatron_vl.planning.partition import balanced_partition
 
 _KEY = "parallel.pipeline_layout"
+VisionParallel = Literal["pipeline", "data"]
 _TERM = re.compile(r"([VRL])(?:\*(\d{1,5}))?")
 
 
@@ -70,7 +75,8 @@ class PipelineLayout:
     @classmethod
     def whole(cls, model: ModelConfig) -> PipelineLayout:
         """Return the layout without a split: one stage holds the model."""
-        return _build([model.vision.num_layers + 1 + model.language.num_layers], model, 1, 1)
+        line = _Line.of(model, "pipeline")
+        return _build([line.size], line, 1, 1)
 
     def __str__(self) -> str:
         return "|".join(stage.units for stage in self.stages)
@@ -89,7 +95,49 @@ class PipelineLayout:
         return tuple(self.stage(pipeline_rank, chunk) for chunk in range(self.virtual_size))
 
 
-def parse_layout(text: str, *, model: ModelConfig, pipeline_size: int, virtual_size: int = 1) -> PipelineLayout:
+@dataclass(frozen=True)
+class _Line:
+    """How many units of each kind are cut into stages."""
+
+    vision: int
+    resampler: int
+    language: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vision_parallel: VisionParallel) -> _Line:
+        if vision_parallel == "data":
+            return cls(0, 0, model.language.num_layers)
+        return cls(model.vision.num_layers, 1, model.language.num_layers)
+
+    @property
+    def size(self) -> int:
+        return self.vision + self.resampler + self.language
+
+    def __str__(self) -> str:
+        parts = [(self.vision, "V"), (self.resampler, "R"), (self.language, "L")]
+        return " + ".join(f"{count} {unit}" for count, unit in parts if count)
+
+
+def vision_part(model: ModelConfig) -> StageLayout:
+    """Return what every rank holds under ``vision_parallel data``, beside its stage of the language model."""
+    return StageLayout(
+        vision_layers=range(model.vision.num_layers),
+        resampler=True,
+        language_layers=range(0),
+        patch_embed=True,
+        word_embedding=False,
+        head=False,
+    )
+
+
+def parse_layout(
+    text: str,
+    *,
+    model: ModelConfig,
+    pipeline_size: int,
+    virtual_size: int = 1,
+    vision_parallel: VisionParallel = "pipeline",
+) -> PipelineLayout:
     """Read the written form of a layout.
 
     Raises:
@@ -98,10 +146,11 @@ def parse_layout(text: str, *, model: ModelConfig, pipeline_size: int, virtual_s
     """
     stages = "".join(text.split()).split("|")
     units = [_expand(stage, text) for stage in stages]
+    line = _Line.of(model, vision_parallel)
     _check_order("".join(units), text)
-    _check_counts(units, model, text)
+    _check_counts(units, line, text)
     _check_stages(units, pipeline_size, virtual_size, text)
-    return _build([len(stage) for stage in units], model, pipeline_size, virtual_size)
+    return _build([len(stage) for stage in units], line, pipeline_size, virtual_size)
 
 
 def resolve_layout(config: RunConfig) -> PipelineLayout:
@@ -111,21 +160,18 @@ def resolve_layout(config: RunConfig) -> PipelineLayout:
         ConfigError: if the written layout does not fit the model and the parallel sizes.
     """
     parallel = config.parallel
-    sizes = (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1)
-    if parallel.pipeline_layout != "auto":
-        return parse_layout(parallel.pipeline_layout, model=config.model, pipeline_size=sizes[0], virtual_size=sizes[1])
-    return balanced_layout(
-        config.model,
-        frozen=FrozenParts.of(config.training),
-        work=assumed_work(config),
-        pipeline_size=sizes[0],
-        virtual_size=sizes[1],
+    if parallel.pipeline_layout == "auto":
+        return balanced_layout(config, assumed_work(config))
+    return parse_layout(
+        parallel.pipeline_layout,
+        model=config.model,
+        pipeline_size=parallel.pipeline_model_parallel_size,
+        virtual_size=parallel.virtual_pipeline_model_parallel_size or 1,
+        vision_parallel=parallel.vision_parallel,
     )
 
 
-def balanced_layout(
-    model: ModelConfig, *, frozen: FrozenParts, work: Work, pipeline_size: int, virtual_size: int = 1
-) -> PipelineLayout:
+def balanced_layout(config: RunConfig, work: Work) -> PipelineLayout:
     """Return the layout whose most expensive stage is as cheap as possible: exact, in FLOPs of forward and backward.
 
     Frozen parts count as frozen, so the split differs between the three recipe stages. Only the ratio of images to
@@ -134,17 +180,22 @@ def balanced_layout(
     Raises:
         ConfigError: if there are more stages than units.
     """
-    costs = unit_flops(model, frozen, work)
+    parallel = config.parallel
+    pipeline_size, virtual_size = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    line = _Line.of(config.model, parallel.vision_parallel)
+    costs = unit_flops(config.model, FrozenParts.of(config.training), work)[-line.size - 1 :]  # with the head
     num_stages = pipeline_size * virtual_size
     if num_stages > len(costs):
         raise ConfigError(
             f"{_KEY}: {_arithmetic(pipeline_size, virtual_size)}, "
-            f"but the model has {len(costs)} units to cut: {model.vision.num_layers} V + 1 R "
-            f"+ {model.language.num_layers} L + the head; use fewer pipeline stages"
+            f"but the model has {len(costs)} units to cut: {line} + the head; use fewer pipeline stages"
         )
     sizes = balanced_partition(costs, num_stages)
     sizes[-1] -= 1  # the head is implied by being last
-    return _build(sizes, model, pipeline_size, virtual_size)
+    return _build(sizes, line, pipeline_size, virtual_size)
 
 
 def assumed_work(config: RunConfig) -> Work:
@@ -164,27 +215,26 @@ def assumed_work(config: RunConfig) -> Work:
     )
 
 
-def _build(sizes: list[int], model: ModelConfig, pipeline_size: int, virtual_size: int) -> PipelineLayout:
+def _build(sizes: list[int], line: _Line, pipeline_size: int, virtual_size: int) -> PipelineLayout:
     """Return the layout whose stage i takes the next ``sizes[i]`` units."""
-    num_vision, num_language = model.vision.num_layers, model.language.num_layers
+    first = line.vision + line.resampler  # the position of language layer 0 among the units
     stages, start = [], 0
     for number, size in enumerate(sizes):
         stop = start + size
-        vision = range(min(start, num_vision), min(stop, num_vision))
-        first = num_vision + 1  # the position of language layer 0 among the units
+        vision = range(min(start, line.vision), min(stop, line.vision))
         language = range(max(start - first, 0), max(stop - first, 0))
         stages.append(
             StageLayout(
                 vision_layers=vision,
-                resampler=start <= num_vision < stop,
+                resampler=line.resampler == 1 and start <= line.vision < stop,
                 language_layers=language,
-                patch_embed=start == 0,
+                patch_embed=line.resampler == 1 and start == 0,
                 word_embedding=start <= first < stop,
                 head=number == len(sizes) - 1,
             )
         )
         start = stop
-    assert start == num_vision + 1 + num_language
+    assert start == line.size
     return PipelineLayout(tuple(stages), pipeline_size, virtual_size)
 
 
@@ -222,9 +272,14 @@ def _check_order(units: str, text: str) -> None:
         )
 
 
-def _check_counts(units: list[str], model: ModelConfig, text: str) -> None:
-    expected = {"V": model.vision.num_layers, "R": 1, "L": model.language.num_layers}
+def _check_counts(units: list[str], line: _Line, text: str) -> None:
+    expected = {"V": line.vision, "R": line.resampler, "L": line.language}
     names = {"V": "vision layers", "R": "resampler", "L": "language layers"}
+    if line.vision == 0 and re.search("[VR]", text):
+        raise ConfigError(
+            f"{_KEY}: {text!r} cuts the vision tower, which parallel.vision_parallel data keeps whole on every rank; "
+            f"cut the {line.language} L alone, or use 'auto'"
+        )
     problems = []
     for unit, count in expected.items():
         found = [stage.count(unit) for stage in units if unit in stage]

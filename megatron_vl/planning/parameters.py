@@ -20,7 +20,7 @@ from typing import Literal
 from megatron_vl.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
 from megatron_vl.config.validate import check_tensor_parallel
 from megatron_vl.planning.flops import FrozenParts
-from megatron_vl.planning.layout import PipelineLayout, StageLayout
+from megatron_vl.planning.layout import PipelineLayout, StageLayout, vision_part
 from megatron_vl.planning.vocabulary import padded_vocab_size
 
 Part = Literal["vision", "resampler", "language_model"]
@@ -121,13 +121,19 @@ def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankPa
     tensor_size = config.parallel.tensor_model_parallel_size
     check_tensor_parallel(config.model, config.parallel)
     frozen_parts = FrozenParts.of(config.training)
+    whole = [vision_part(config.model)] if config.parallel.vision_parallel == "data" else []
+    vision = [spec for stage in whole for spec in stage_tensors(config.model, stage)]
     ranks = []
     for pipeline_rank in range(layout.pipeline_size):
         stages = layout.stages_of_rank(pipeline_rank)
         specs = [spec for stage in stages for spec in stage_tensors(config.model, stage)]
         trained, frozen = _trained_and_frozen(specs, frozen_parts, tensor_size)
-        units = "; ".join(map(str, stages))
-        ranks += [RankParameters(pipeline_rank, rank, units, trained, frozen) for rank in range(tensor_size)]
+        more_trained, more_frozen = _trained_and_frozen(vision, frozen_parts, 1)
+        units = "; ".join(map(str, [*stages, *whole]))
+        ranks += [
+            RankParameters(pipeline_rank, rank, units, trained + more_trained, frozen + more_frozen)
+            for rank in range(tensor_size)
+        ]
     return ranks
 
 

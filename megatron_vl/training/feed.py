@@ -4,6 +4,8 @@ The first rank of each tensor-parallel group reads the rows of its data-parallel
 types of the tensors; the contents follow when a micro-batch is due (``parallel/arrival.py``). Each pipeline stage reads
 for itself, and only stages with the patch embedding decode images. So no data travels between stages. A field is
 missing on a rank only if nothing on that rank would use it.
+
+Under ``vision_parallel data`` every rank reads the rows, since every rank decodes its share of the images.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.loading.batch import MicroBatch
-from megatron_vl.data.loading.loader import DataShare, RowLoader, StepBatch
+from megatron_vl.data.loading.loader import DataShare, ImageShare, RowLoader, StepBatch
 from megatron_vl.parallel.agreement import together
 from megatron_vl.parallel.collectives import share_outlines
 from megatron_vl.parallel.topology import Topology
@@ -23,10 +25,12 @@ from megatron_vl.planning.layout import resolve_layout
 
 @dataclass(frozen=True)
 class Feed:
-    """The data of a run on this rank; ``loader`` is None on ranks that receive."""
+    """The data of a run on this rank; ``loader`` is None on ranks that receive what another rank has read."""
 
     loader: RowLoader | None
     topology: Topology
+    read_everywhere: bool = False
+    """Whether each rank of a tensor-parallel group reads for itself."""
 
     def steps(self, consumed_rows: int) -> Iterator[list[MicroBatch]]:
         """Yield training steps without end."""
@@ -54,7 +58,9 @@ class Feed:
     def _share(self, steps: Iterator[StepBatch] | None) -> Iterator[list[MicroBatch]]:
         while True:
             step = next(steps, None) if steps is not None else None
-            batches = share_outlines(step.micro_batches if step else None, topology=self.topology)
+            batches = None if step is None else list(step.micro_batches)
+            if not self.read_everywhere:
+                batches = share_outlines(batches, topology=self.topology)
             if batches is None:
                 return
             yield batches
@@ -66,17 +72,20 @@ def open_feed(config: RunConfig, topology: Topology, *, data_path: Sequence[str]
     Raises:
         ConfigError, DataError: on all ranks, under the conditions of ``RowLoader``.
     """
-    return Feed(together(lambda: _open_loader(config, topology, data_path)), topology)
+    loader = together(lambda: _open_loader(config, topology, data_path))
+    return Feed(loader, topology, read_everywhere=config.parallel.vision_parallel == "data")
 
 
 def _open_loader(config: RunConfig, topology: Topology, data_path: Sequence[str]) -> RowLoader | None:
-    if topology.tp_rank != 0:
+    shared = config.parallel.vision_parallel == "data"
+    if topology.tp_rank != 0 and not shared:
         return None
     stages = resolve_layout(config).stages_of_rank(topology.pp_rank)
+    images = ImageShare(topology.mp_group.rank(), topology.mp_group.size()) if shared else None
     return RowLoader(
         config,
-        share=DataShare(topology.dp_rank, topology.dp_size),
-        with_pixels=any(stage.patch_embed for stage in stages),
+        share=DataShare(topology.dp_rank, topology.dp_size, images),
+        with_pixels=shared or any(stage.patch_embed for stage in stages),
         data_path=data_path,
         image_cost=image_cost(config.model, FrozenParts.of(config.training)),
     )

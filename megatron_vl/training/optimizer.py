@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch import nn
 
 from megatron_vl.config.schema import OptimizerConfig, RunConfig
+from megatron_vl.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,33 @@ def layer_multiplier(name: str, *, num_layers: int, decay: float) -> float:
     return decay ** (num_layers + 1) if name.startswith("vision.") else 1.0
 
 
-def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
     """Build Megatron-Core's optimizer over this rank's wrapped chunks."""
+    return get_megatron_optimizer(_core_config(config), list(chunks), config_overrides=_overrides(config))
+
+
+def build_vision_optimizer(config: RunConfig, vision: DistributedDataParallel, topology: Topology) -> ChainedOptimizer:
+    """Build the optimizer of a vision part that every rank holds whole; where sharded, it is so over all ranks."""
+    optimizer = get_megatron_optimizer(
+        _core_config(config),
+        [vision],
+        config_overrides=_overrides(config),
+        use_gloo_process_groups=False,  # Megatron-Core makes none for groups that it is given
+        pg_collection=topology.vision_groups,
+    )
+    for member in optimizer.chained_optimizers:
+        member.data_parallel_group_gloo = topology.world_gloo  # a save sends parts of the optimizer over it
+    return optimizer
+
+
+def chain(*optimizers: ChainedOptimizer) -> ChainedOptimizer:
+    """Return one optimizer that steps all of them, with one gradient norm."""
+    return ChainedOptimizer([member for optimizer in optimizers for member in optimizer.chained_optimizers])
+
+
+def _core_config(config: RunConfig) -> CoreOptimizerConfig:
     settings, bf16 = config.optimizer, config.training.bf16
-    core = CoreOptimizerConfig(
+    return CoreOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -76,7 +100,6 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(core, list(chunks), config_overrides=_overrides(config))
 
 
 def set_groups(optimizer: MegatronOptimizer, config: RunConfig, step: int) -> LearningRates:

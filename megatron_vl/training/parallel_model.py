@@ -8,18 +8,19 @@ The next forward pass gathers the rest, module by module. Code that reads weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.model.build import build_model
+from megatron_vl.model.build import build_model, build_vision_part
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.topology import Topology
-from megatron_vl.training.optimizer import build_optimizer
+from megatron_vl.training.image_encoder import ImageEncoder
+from megatron_vl.training.optimizer import build_optimizer, build_vision_optimizer, chain
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,51 @@ class ParallelModel:
     """This rank's part of the network and its optimizer."""
 
     wrapped: list[DistributedDataParallel]
-    """For forward and backward passes."""
-    optimizer: MegatronOptimizer
+    """For the schedule's forward and backward passes."""
+    optimizer: ChainedOptimizer
+    encoder: ImageEncoder | None = None
+    """The vision part under ``vision_parallel data``; elsewhere it is in ``wrapped``."""
 
     @property
     def chunks(self) -> list[QwenVL]:
         """The network itself, with all weights gathered; all data-parallel ranks must read this property together."""
-        chunks: list[QwenVL] = [wrapped.module for wrapped in self.wrapped]
+        chunks: list[QwenVL] = [wrapped.module for wrapped in self.every]
         for chunk in chunks:
             chunk.make_weights_whole()
         return chunks
+
+    @property
+    def every(self) -> list[DistributedDataParallel]:
+        """All wrapped chunks, the vision part included."""
+        return [self.encoder.wrapped, *self.wrapped] if self.encoder else self.wrapped
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for chunk in self.every:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
 
 def build_parallel_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = True) -> ParallelModel:
     """Build the model, wrap it, and build its optimizer."""
     chunks = build_model(config, topology, fresh_weights=fresh_weights)
     wrapped = wrap_chunks(chunks, config)
-    return ParallelModel(wrapped, build_optimizer(config, wrapped))
+    optimizer = build_optimizer(config, wrapped)
+    if config.parallel.vision_parallel == "pipeline":
+        return ParallelModel(wrapped, optimizer)
+    vision = _wrap_vision_part(build_vision_part(config, topology, fresh_weights=fresh_weights), config, topology)
+    both = chain(optimizer, build_vision_optimizer(config, vision, topology))
+    return ParallelModel(wrapped, both, ImageEncoder(vision, config, topology))
+
+
+def _wrap_vision_part(chunk: QwenVL, config: RunConfig, topology: Topology) -> DistributedDataParallel:
+    """Wrap the vision part for data parallelism over all ranks.
+
+    Its backward pass is the last work of a step, in parts that do not cover all parameters in turn. So its gradients
+    are reduced, and its weights gathered, in one go.
+    """
+    settings = replace(_ddp_config(config), overlap_grad_reduce=False, overlap_param_gather=False)
+    return DistributedDataParallel(chunk.config, settings, chunk, pg_collection=topology.vision_groups)
 
 
 def wrap_chunks(chunks: Sequence[QwenVL], config: RunConfig) -> list[DistributedDataParallel]:

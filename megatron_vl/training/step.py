@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
@@ -24,9 +25,10 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.parallel.arrival import Arrivals
 from megatron_vl.parallel.collectives import from_last_stage, max_over_world, sum_over_data_parallel
-from megatron_vl.parallel.schedule import run_schedule
+from megatron_vl.parallel.schedule import StepInputs, run_schedule
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.flops import Work
+from megatron_vl.training.image_encoder import EncodedStep, ImageEncoder
 from megatron_vl.training.optimizer import LearningRates, set_groups
 from megatron_vl.training.parallel_model import ParallelModel
 
@@ -100,10 +102,10 @@ def train_step(
         batches: the micro-batches of this data-parallel rank.
         step: number of the step, from 0; sets the learning rates.
     """
-    for chunk in model.wrapped:
-        chunk.zero_grad_buffer()
-    model.optimizer.zero_grad()
-    loss, counts = forward_backward(model.wrapped, batches, topology=topology, forward_only=False)
+    model.zero_grad()
+    loss, counts = forward_backward(
+        model.wrapped, batches, topology=topology, forward_only=False, encoder=model.encoder
+    )
     rates = set_groups(model.optimizer, config, step)
     model.optimizer.prepare_grads()
     grad_norm = float(model.optimizer.get_grad_norm())
@@ -115,12 +117,12 @@ def train_step(
     return StepResult(loss, counts, rates, grad_norm, skipped=False)
 
 
-def _replicas_finite(optimizer: MegatronOptimizer) -> bool:
+def _replicas_finite(optimizer: ChainedOptimizer) -> bool:
     """Check the gradients that this rank holds as replicas of another tensor-parallel rank's.
 
     The norm counts each parameter once, so it does not show a fault in a replica alone.
     """
-    replicas = [value for value in optimizer.get_parameters() if not param_is_not_tensor_parallel_duplicate(value)]
+    replicas = [value for value in _parameters(optimizer) if not param_is_not_tensor_parallel_duplicate(value)]
     gradients = [value.grad for value in replicas if value.grad is not None]
     return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
@@ -132,26 +134,50 @@ def _gather_places(indices: tuple[int, ...], *, topology: Topology) -> tuple[Mic
     return tuple(sorted({place for places in gathered for place in places}))
 
 
-def _update(optimizer: MegatronOptimizer, grad_norm: float, *, clip: float) -> None:
+def _parameters(optimizer: ChainedOptimizer) -> list[Tensor]:
+    """Return what the optimizer updates on this rank."""
+    return [value for member in optimizer.chained_optimizers for value in member.get_parameters()]
+
+
+def _update(optimizer: ChainedOptimizer, grad_norm: float, *, clip: float) -> None:
     """Update once. Megatron-Core's own step does not check the norm: without a loss scale it accepts every gradient."""
-    parameters = optimizer.get_parameters()
+    parameters = _parameters(optimizer)
     if clip > 0.0 and parameters:
         clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
 
 
 def forward_backward(
-    chunks: Sequence[nn.Module], batches: list[MicroBatch], *, topology: Topology, forward_only: bool
+    chunks: Sequence[nn.Module],
+    batches: list[MicroBatch],
+    *,
+    topology: Topology,
+    forward_only: bool,
+    encoder: ImageEncoder | None = None,
 ) -> tuple[LossSum, Counts]:
-    """Run the schedule over the micro-batches. Sum the losses and counts over all ranks."""
-    arrivals = Arrivals(batches, topology, takers=len(chunks))
-    records = run_schedule(chunks, arrivals, forward_step=_forward_step, forward_only=forward_only, topology=topology)
+    """Run the schedule over the micro-batches. Sum the losses and counts over all ranks.
+
+    Args:
+        encoder: the vision part of this rank under ``vision_parallel data``.
+    """
+    encoded = encoder.encode(batches, forward_only=forward_only) if encoder else None
+    records = run_schedule(
+        chunks,
+        _inputs(chunks, batches, encoded, topology),
+        forward_step=_forward_step,
+        forward_only=forward_only,
+        topology=topology,
+    )
+    if encoded:
+        encoded.go_backward()
     sums = torch.tensor([0.0, 0.0, *_count(batches)], dtype=torch.float64, device=topology.device)
     if topology.on_last_stage:
         sums[0] = sum(record["loss"].double() for record in records)
         sums[1] = sum(record["tokens"] for record in records)
     from_last_stage(sum_over_data_parallel(sums, topology=topology), topology=topology)
     loss, supervised, images, samples, tokens, squared_spans = sums.tolist()
+    if encoder and not forward_only:
+        encoder.finish_gradients(round(supervised))
     not_finite: tuple[int, ...] = ()
     if topology.on_last_stage and not math.isfinite(loss):
         not_finite = tuple(index for index, record in enumerate(records) if not record["loss"].isfinite())
@@ -160,12 +186,18 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(chunks: Sequence[nn.Module], steps: Iterable[list[MicroBatch]], *, topology: Topology) -> LossSum:
+def evaluate(
+    chunks: Sequence[nn.Module],
+    steps: Iterable[list[MicroBatch]],
+    *,
+    topology: Topology,
+    encoder: ImageEncoder | None = None,
+) -> LossSum:
     """Return the loss over all steps in evaluation mode, without changing anything."""
     total, tokens = 0.0, 0
-    with evaluating(chunks):
+    with evaluating([*chunks, encoder.chunk] if encoder else chunks):
         for batches in steps:
-            loss, _ = forward_backward(chunks, batches, topology=topology, forward_only=True)
+            loss, _ = forward_backward(chunks, batches, topology=topology, forward_only=True, encoder=encoder)
             total, tokens = total + loss.total, tokens + loss.num_tokens
     return LossSum(total, tokens)
 
@@ -189,9 +221,24 @@ def _count(batches: list[MicroBatch]) -> tuple[float, ...]:
     return work.num_images, samples, work.num_tokens, work.sum_squared_spans
 
 
-def _forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    batch = next(batches)
-    return chunk(batch), lambda losses: _sum_losses(losses, batch)
+def _inputs(
+    chunks: Sequence[nn.Module], batches: list[MicroBatch], encoded: EncodedStep | None, topology: Topology
+) -> list[StepInputs]:
+    """Return the inputs of each chunk; features of other ranks go to the first chunk of the first stage."""
+    if encoded:
+        batches = [replace(batch, pixels=None) for batch in batches]
+    arrivals = Arrivals(batches, topology, takers=len(chunks))
+    inputs = [StepInputs(arrivals, repeat(None)) for _ in chunks]
+    if encoded and topology.pp_rank == 0:
+        inputs[0] = StepInputs(arrivals, encoded.hand_over())
+    return inputs
+
+
+def _forward_step(
+    inputs: Iterator[tuple[MicroBatch, Tensor | None]], chunk: nn.Module
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    batch, features = next(inputs)
+    return chunk(batch, features), lambda losses: _sum_losses(losses, batch)
 
 
 def _sum_losses(losses: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -148,7 +148,8 @@ class Trainer:
         for number, (name, _) in enumerate(validation_sets(self.config)):
             steps = feed.one_pass(number, max_steps=self.config.training.eval_iters)
             until_asked = takewhile(lambda _: not stop.is_asked(), steps)
-            losses[name] = evaluate(self.model.wrapped, until_asked, topology=self.topology).mean
+            loss = evaluate(self.model.wrapped, until_asked, topology=self.topology, encoder=self.model.encoder)
+            losses[name] = loss.mean
             if stop.is_asked():
                 log_rank_0(f"the validation after step {self.state.step} was left at a signal; it has no loss")
                 return
@@ -206,4 +207,5 @@ def _rows_of_run(config: RunConfig, state: TrainState) -> int:
 def _describe(config: RunConfig, topology: Topology) -> str:
     virtual = f" x VP {topology.vp_size}" if topology.vp_size > 1 else ""
     sequence = " + SP" if config.parallel.sequence_parallel and topology.tp_size > 1 else ""
-    return f"TP {topology.tp_size}{sequence} x PP {topology.pp_size}{virtual} x DP {topology.dp_size}"
+    vision = ", vision part on every rank" if config.parallel.vision_parallel == "data" else ""
+    return f"TP {topology.tp_size}{sequence} x PP {topology.pp_size}{virtual} x DP {topology.dp_size}{vision}"

@@ -1,4 +1,4 @@
-"""The benchmarks of packing and balance run in their small form, and meet the goals that no machine decides."""
+"""The benchmarks of data and placement run in their small form, and meet the goals that no machine decides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,29 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     exact = [row for row in rows if row["goal"] is not None and not row["name"].startswith("seconds")]
     assert len(exact) >= 2
     assert all(row["met"] and row["ratio"] <= row["goal"] for row in exact), exact
+
+
+def test_stages_that_sleep_run_the_schedule(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/placement.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 8 and all(row["ours"] > 0.0 and row["reference"] > 0.0 for row in rows)
+
+
+def test_every_place_of_the_tower_has_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    placement = importlib.import_module("placement")
+    equal, first, auto, kept, twice = placement.make_cases([7, 4, 2, 1], 4)
+
+    def work(case: Any) -> float:
+        return sum(map(sum, [*case.forward, *case.backward, case.before, case.after]))
+
+    # Stage time for four stages and four micro-batches; with images in every one, nothing encodes a blank image.
+    assert work(equal) == pytest.approx(16 * placement.STAGE_SECONDS)
+    assert [work(case) for case in (first, auto, kept)] == pytest.approx([work(equal)] * 3)
+    assert kept.before == pytest.approx([kept.before[0] * share for share in (1.0, 4 / 3, 1.0, 4 / 3)])  # 3, 4, 3, 4
+    assert work(twice) - work(kept) == pytest.approx(sum(kept.before))
 
 
 def test_the_reference_is_first_fit_decreasing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from tests.parallel.saving import save_fresh_weights
 HALF = STEPS // 2
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+VISION = {"vision_parallel": "data"}
 SHARDED, WHOLE = {"use_distributed_optimizer": True}, {"use_distributed_optimizer": False}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, SHARDED),
@@ -42,6 +43,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp4": (4, {"pipeline_model_parallel_size": 4} | SHARDED),
     "tp2-pp2": (4, TP2 | PP2 | WHOLE),
     "pp2-dp2-overlap": (4, PP2 | SHARDED | OVERLAP),
+    "tp2-vision": (2, TP2 | VISION | WHOLE),
+    "tp2-sp-dp2-vision-overlap": (4, TP2 | VISION | {"sequence_parallel": True} | SHARDED | OVERLAP),
+    "pp2-vp2-vision": (2, PP2 | VISION | {"virtual_pipeline_model_parallel_size": 2} | SHARDED),
 }
 MANY = [name for name in LAYOUTS if name != "one"]
 

@@ -13,6 +13,7 @@ from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import train_step
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import micro_batches, tiny_config
+from tests.parallel.gradients import own_images
 
 
 def step_with_poison(start: Start, config: RunConfig, poisoned: bool) -> tuple[bool, list[str]]:
@@ -24,7 +25,7 @@ def step_with_poison(start: Start, config: RunConfig, poisoned: bool) -> tuple[b
         if poisoned and topology.rank == 0:
             first = next(parameter for chunk in model.chunks for parameter in chunk.parameters())
             first.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
-        batches = micro_batches(config.model, 4)[topology.dp_rank :: topology.dp_size]
+        batches = own_images(micro_batches(config.model, 4)[topology.dp_rank :: topology.dp_size], config, topology)
         result = train_step(model, batches, config=config, topology=topology, step=0)
         after = {n: p for chunk in model.chunks for n, p in chunk.named_parameters()}
         return result.skipped, [name for name, value in after.items() if not torch.equal(value, before[name])]
@@ -39,6 +40,8 @@ def step_with_poison(start: Start, config: RunConfig, poisoned: bool) -> tuple[b
         (2, {"use_distributed_optimizer": False}),
         (2, {"tensor_model_parallel_size": 2}),
         (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "vision_parallel": "data"}),
+        (2, {"pipeline_model_parallel_size": 2, "vision_parallel": "data", "use_distributed_optimizer": True}),
     ],
 )
 def test_a_gradient_that_is_not_finite_is_skipped_everywhere(

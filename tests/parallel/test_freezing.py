@@ -83,9 +83,10 @@ def _counts_on_rank(start: Start, config: RunConfig) -> tuple[int, int]:
         return trained, sum(parameter.numel() for parameter in parameters) - trained
 
 
+@pytest.mark.parametrize("vision", ["pipeline", "data"])
 @pytest.mark.parametrize("training", [PAPER, LEGACY], ids=["paper", "legacy"])
-def test_the_built_ranks_hold_what_was_planned(ranks: RankPools, training: dict[str, Any]) -> None:
-    config = tiny_config(training=training, parallel=TP2_PP2)
+def test_the_built_ranks_hold_what_was_planned(ranks: RankPools, training: dict[str, Any], vision: str) -> None:
+    config = tiny_config(training=training, parallel=TP2_PP2 | {"vision_parallel": vision})
     planned = parameters_by_rank(config, resolve_layout(config))
     found = ranks(4).run(_counts_on_rank, config)
     assert found == [(rank.trained, rank.frozen) for rank in planned]

@@ -41,12 +41,14 @@ class Layout:
     sharded_optimizer: bool = False
     overlap: bool = False
     cut: str = "auto"
+    vision: str = "pipeline"
 
     @property
     def name(self) -> str:
         parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}"]
         parts += [f"vp{self.virtual}"] if self.virtual else []
         parts += ["sp"] * self.sequence + ["shard"] * self.sharded_optimizer + ["overlap"] * self.overlap
+        parts += ["vision"] * (self.vision == "data")
         return "-".join(parts + ([self.cut] if self.cut != "auto" else []))
 
     @property
@@ -63,6 +65,8 @@ class Layout:
             "use_distributed_optimizer": self.sharded_optimizer,
             "overlap_grad_reduce": self.overlap,
             "pipeline_layout": self.cut,
+            "vision_parallel": self.vision,
+            "vision_micro_batch_size": 2,
         }
 
 
@@ -91,10 +95,28 @@ CUTS = [
     Layout(pipeline=2, data=2, virtual=2, sharded_optimizer=True, overlap=True),
 ]
 LAYOUTS = [layout for size in (1, 2, 4) for layout in _every_layout(size)] + CUTS
+VISION_DATA = [
+    Layout(vision="data"),
+    Layout(tensor=2, vision="data"),
+    Layout(tensor=2, sequence=True, sharded_optimizer=True, vision="data"),
+    Layout(pipeline=2, sharded_optimizer=True, vision="data"),
+    Layout(data=2, vision="data"),
+    Layout(data=2, sharded_optimizer=True, overlap=True, vision="data"),
+    Layout(tensor=4, sequence=True, vision="data"),
+    Layout(pipeline=4, vision="data"),
+    Layout(pipeline=4, cut="L|L|L*2|", vision="data"),
+    Layout(pipeline=2, virtual=2, sharded_optimizer=True, vision="data"),
+    Layout(tensor=2, pipeline=2, sequence=True, sharded_optimizer=True, vision="data"),
+    Layout(pipeline=2, data=2, sharded_optimizer=True, overlap=True, vision="data"),
+    Layout(tensor=2, data=2, vision="data"),
+]
 
 
-def _run(ranks: RankPools, layout: Layout, *, span: str = "segment", **training: Any) -> list[RankGradients]:
-    config = tiny_config(parallel=layout.fields, training=training, data={"attention_span": span})
+def _run(
+    ranks: RankPools, layout: Layout, *, span: str = "segment", vision_recompute: bool = True, **training: Any
+) -> list[RankGradients]:
+    parallel = layout.fields | {"vision_recompute": vision_recompute}
+    config = tiny_config(parallel=parallel, training=training, data={"attention_span": span})
     results: list[RankGradients] = ranks(layout.world_size).run(step_on_rank, config, _batches(config, span))
     return results
 
@@ -131,6 +153,31 @@ def _assert_equal(results: list[RankGradients], reference: list[RankGradients]) 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layout_equals_one_process(ranks: RankPools, references: Any, layout: Layout) -> None:
     _assert_equal(_run(ranks, layout), references[(), "segment"])
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["again", "kept"])
+@pytest.mark.parametrize("layout", VISION_DATA, ids=lambda layout: layout.name)
+def test_images_encoded_by_all_ranks_equal_one_process(
+    ranks: RankPools, references: Any, layout: Layout, recompute: bool
+) -> None:
+    """Whichever rank encodes an image; ranks get between none and all images of a micro-batch."""
+    _assert_equal(_run(ranks, layout, vision_recompute=recompute), references[(), "segment"])
+
+
+@pytest.mark.parametrize("frozen", [STAGE_1, STAGE_3, LEGACY, TEXT_ONLY], ids=["stage1", "stage3", "legacy", "text"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=2, pipeline=2, sequence=True, sharded_optimizer=True, vision="data"),
+        Layout(pipeline=2, virtual=2, vision="data"),
+        Layout(tensor=2, data=2, sharded_optimizer=True, vision="data"),
+    ],
+    ids=lambda layout: layout.name,
+)
+def test_frozen_parts_equal_one_process_where_all_ranks_encode(
+    ranks: RankPools, references: Any, layout: Layout, frozen: dict[str, Any]
+) -> None:
+    _assert_equal(_run(ranks, layout, **frozen), references[tuple(frozen), "segment"])
 
 
 @pytest.mark.parametrize(

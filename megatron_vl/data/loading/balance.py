@@ -17,6 +17,8 @@ processor. The distribution does not change which rows are in the batch, and hen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -51,6 +53,24 @@ def split(costs: IntArray, positions: IntArray, *, num_micro_batches: int) -> In
     """
     parts = positions[_deal_evenly(costs[positions], num_micro_batches)]
     return np.sort(parts[np.argsort(-costs[parts].sum(axis=1), kind="stable")], axis=1)
+
+
+def image_shares(counts: Sequence[int], *, rank: int, size: int) -> list[range]:
+    """Return which images of each micro-batch a rank encodes, where ``size`` ranks share those of a step.
+
+    All images take the same work. So the images of the step, in order, are cut into runs of equal length.
+
+    Args:
+        counts: the number of images of each micro-batch.
+    """
+    total = sum(counts)
+    first, stop = rank * total // size, (rank + 1) * total // size
+    shares, begin = [], 0
+    for count in counts:
+        own = range(max(first, begin), max(first, begin, min(stop, begin + count)))
+        shares.append(range(own.start - begin, own.stop - begin))
+        begin += count
+    return shares
 
 
 def _deal_evenly(costs: IntArray, num_bins: int) -> IntArray:

@@ -50,11 +50,12 @@ class MicroBatch:
     """int64[k * num_queries]: positions that image features fill, image by image. Empty for text-only batches."""
     pixels: torch.Tensor | None
     """uint8[n, 3, H, W], n >= 1: the distinct images. A text-only batch has one blank image without slots. None on
-    ranks that do not hold the patch embedding."""
+    ranks that do not hold the patch embedding. Under ``vision_parallel data``, uint8[0 <= m <= n, 3, H, W]: those that
+    this rank encodes."""
     span_images: torch.Tensor
     """int64[k]: index into ``pixels`` for each image span. An image that several questions share is encoded once."""
     num_images: int
-    """The n of ``pixels``, known on every rank."""
+    """The n of ``pixels``, known on every rank; 1 for a text-only batch."""
     num_samples: int
     """Samples that begin in these rows. A text document in several segments counts once, as in the manifest."""
     num_tokens: int

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_vl.config.batch import num_microbatches
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.dataset.rows import RowStore, SegmentKey
-from megatron_vl.data.loading.balance import deal, row_costs, split
+from megatron_vl.data.images.pixels import blank_pixels
+from megatron_vl.data.loading.balance import deal, image_shares, row_costs, split
 from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate, empty_row
 from megatron_vl.data.loading.decode_workers import DecodePool
 from megatron_vl.data.loading.plan import DataPlan
@@ -43,6 +45,16 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
+class ImageShare:
+    """The share of a step's images that a reader decodes, under ``vision_parallel data``."""
+
+    rank: int
+    """Place among the model-parallel ranks that encode them together."""
+    size: int
+    """Number of these ranks."""
+
+
+@dataclass(frozen=True)
 class DataShare:
     """The share of every global batch that this reader gets."""
 
@@ -50,6 +62,8 @@ class DataShare:
     """Data-parallel rank."""
     size: int
     """Number of data-parallel ranks."""
+    images: ImageShare | None = None
+    """Which of the images of its rows; None for all."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ class _Pending:
     span_images: npt.NDArray[np.int64]
     """int64[image spans]: index of the distinct image that each span shows."""
     ticket: int | None
+    own: range
+    """The distinct images that are decoded here."""
 
 
 class DataSets:
@@ -147,7 +163,7 @@ class RowLoader:
             num_queries=config.model.resampler.num_queries,
             image_size=config.model.image_size,
             attention_span=config.data.attention_span,
-            with_pixels=with_pixels,
+            with_pixels=with_pixels and share.images is None,
             blank_images=config.data.blank_images,
         )
         decodes = with_pixels and not config.data.blank_images and bool(self.data_sets.images.any())
@@ -235,13 +251,24 @@ class RowLoader:
         """Yield the micro-batches of this rank and request their images; append the rows of each step to ``steps``."""
         for row_ids in batches:
             steps.append(row_ids)
-            for positions in self._positions(row_ids, self._share.rank):
-                read = [self.data_sets.read(row_id) for row_id in row_ids[positions].tolist()]
-                every = np.concatenate([images for _, _, images in read])
-                images, shown = np.unique(every, axis=0, return_inverse=True)
-                ticket = self._pool.submit(images) if self._pool is not None and len(images) else None
-                rows, names = [row for row, _, _ in read], [name for _, name, _ in read]
-                yield _Pending(rows, names, shown.reshape(-1), ticket)
+            mine = self._positions(row_ids, self._share.rank)
+            read = [[self.data_sets.read(row_id) for row_id in row_ids[positions].tolist()] for positions in mine]
+            distinct = [np.unique(_images_of(rows), axis=0, return_inverse=True) for rows in read]
+            shares = self._shares([len(images) for images, _ in distinct])
+            for rows, (images, shown), own in zip(read, distinct, shares, strict=True):
+                wanted = images[own.start : own.stop]
+                ticket = self._pool.submit(wanted) if self._pool is not None and len(wanted) else None
+                yield _Pending(
+                    [row for row, _, _ in rows], [name for _, name, _ in rows], shown.reshape(-1), ticket, own
+                )
+
+    def _shares(self, counts: list[int]) -> list[range]:
+        """Return which of the distinct images of each micro-batch are decoded here."""
+        if self._share.images is None:
+            return [range(count) for count in counts]
+        if self._options.blank_images:
+            counts = [min(count, 1) for count in counts]
+        return image_shares(counts, rank=self._share.images.rank, size=self._share.images.size)
 
     def _positions(self, row_ids: npt.NDArray[np.int64], rank: int) -> npt.NDArray[np.int64]:
         """Return the positions in the global batch that a data-parallel rank computes, as int64[micro-batches, rows].
@@ -260,4 +287,12 @@ class RowLoader:
         if pending.ticket is not None:
             assert self._pool is not None
             pixels = self._pool.result(pending.ticket)
-        return collate(pending.rows, pixels, self._options, names=pending.names, span_images=pending.span_images)
+        batch = collate(pending.rows, pixels, self._options, names=pending.names, span_images=pending.span_images)
+        if self._share.images is None:
+            return batch
+        own = blank_pixels(len(pending.own), self._options.image_size) if pixels is None else pixels
+        return replace(batch, pixels=torch.from_numpy(own))
+
+
+def _images_of(rows: list[tuple[PackedRow, str, npt.NDArray[np.int64]]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([images for _, _, images in rows])

@@ -20,6 +20,8 @@ VISION = "unit/model/test_blocks.py::test_vision_layers_equal_clip"
 RESAMPLER = "unit/model/test_resampler.py::test_resampler_equals_torch_s_attention"
 LONG = "unit/model/test_rotary.py::test_either_can_be_off"
 LAYOUT = "parallel/test_layouts.py::test_layout_equals_one_process"
+VISION_DATA = "parallel/test_layouts.py::"
+ENCODER = "parallel/test_image_encoder.py::"
 STAGES = "integration/test_resume.py::test_each_stage_trains_what_the_paper_trains"
 ADAMW = "parallel/test_optimizer_state.py::test_every_group_follows_adamw_across_a_resume"
 SCHEDULE = "unit/training/test_optimizer.py::test_decay_runs_from_the_end_of_the_warm_up_to_the_minimum"
@@ -55,6 +57,9 @@ SEEN_BY = {
     "--virtual-pipeline-model-parallel-size": LAYOUT,
     "--pipeline-layout": "unit/planning/test_layout.py::test_resolve_takes_what_is_written",
     "--sequence-parallel": LAYOUT,
+    "--vision-parallel": VISION_DATA + "test_images_encoded_by_all_ranks_equal_one_process",
+    "--vision-micro-batch-size": ENCODER + "test_so_many_images_are_encoded_at_a_time",
+    "--vision-recompute": ENCODER + "test_nothing_is_kept_where_images_are_encoded_again",
     "--use-distributed-optimizer": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-grad-reduce": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-param-gather": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",

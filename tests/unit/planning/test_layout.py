@@ -17,6 +17,7 @@ from megatron_vl.planning.layout import (
     balanced_layout,
     parse_layout,
     resolve_layout,
+    vision_part,
 )
 
 QWEN_VL = PRESETS["qwen_vl_7b"]
@@ -115,12 +116,13 @@ def test_any_cut_keeps_every_unit_once_and_is_read_as_written(
     assert again == layout
 
 
-@pytest.mark.parametrize("frozen", [FrozenParts(), FrozenParts(vision=True), FrozenParts(language_model=True)])
+@pytest.mark.parametrize("frozen", [{}, {"freeze_vision": True}, {"freeze_language_model": True}])
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
-def test_computed_layout_wastes_little(frozen: FrozenParts, num_stages: int) -> None:
+def test_computed_layout_wastes_little(frozen: dict[str, bool], num_stages: int) -> None:
+    training, parallel = TrainingConfig(**frozen), ParallelConfig(pipeline_model_parallel_size=num_stages)
     work = Work(num_images=4, num_tokens=2048, sum_squared_spans=4 * 512**2, num_supervised=2048)
-    layout = balanced_layout(QWEN_VL, frozen=frozen, work=work, pipeline_size=num_stages)
-    costs = unit_flops(QWEN_VL, frozen, work)
+    layout = balanced_layout(RunConfig(model=QWEN_VL, training=training, parallel=parallel), work)
+    costs = unit_flops(QWEN_VL, FrozenParts.of(training), work)
     lengths = [len(s.vision_layers) + s.resampler + len(s.language_layers) + s.head for s in layout.stages]
     loads = [sum(costs[sum(lengths[:i]) : sum(lengths[: i + 1])]) for i in range(num_stages)]
     assert sum(lengths) == len(costs)
@@ -145,6 +147,27 @@ def test_resolve_takes_what_is_written() -> None:
     )
     layout = resolve_layout(RunConfig(model=TINY, parallel=parallel))
     assert (str(layout), layout.pipeline_size, layout.virtual_size) == ("V|V*2R|L|L*2", 2, 2)
+
+
+def test_a_whole_vision_part_leaves_the_language_layers_to_cut() -> None:
+    layout = parse_layout("L*2|L", model=TINY, pipeline_size=2, vision_parallel="data")
+    first, last = layout.stages
+    assert (first.language_layers, last.language_layers) == (range(2), range(2, 3))
+    assert (first.word_embedding, first.patch_embed, first.resampler, last.head) == (True, False, False, True)
+    part = vision_part(TINY)
+    assert (part.units, part.patch_embed, part.word_embedding, part.head) == ("V*3R", True, False, False)
+    parallel = ParallelConfig(pipeline_model_parallel_size=4, vision_parallel="data")
+    assert str(resolve_layout(RunConfig(model=QWEN_VL, parallel=parallel))) == "L*8|L*8|L*9|L*7"
+
+
+def test_a_whole_vision_part_cannot_be_cut() -> None:
+    with pytest.raises(
+        ConfigError, match="'V\\*3R|L\\*3' cuts the vision tower, .* whole on every rank; cut the 3 L alone"
+    ):
+        parse_layout("V*3R|L*3", model=TINY, pipeline_size=2, vision_parallel="data")
+    config = RunConfig(model=TINY, parallel=ParallelConfig(pipeline_model_parallel_size=5, vision_parallel="data"))
+    with pytest.raises(ConfigError, match=r"5 stages, but the model has 4 units to cut: 3 L \+ the head"):
+        resolve_layout(config)
 
 
 def test_more_stages_than_units() -> None:

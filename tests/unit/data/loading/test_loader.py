@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_vl.data.dataset.manifest import read_manifest
 from megatron_vl.data.images.decode import to_pixels
 from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.data.loading.decode_workers import DecodePool
-from megatron_vl.data.loading.loader import PADDING_ROW, DataSets, DataShare, RowLoader, StepBatch
+from megatron_vl.data.loading.loader import PADDING_ROW, DataSets, DataShare, ImageShare, RowLoader, StepBatch
 from megatron_vl.errors import ConfigError, DataError
 from tests.helpers.data.prepared import NUM_CAPTIONS, NUM_DOCUMENTS, SEQ_LENGTH, make_data_set, run_config
 
@@ -118,6 +119,24 @@ def test_one_pass_of_each_data_set(prefix: str) -> None:
     assert np.concatenate([step.row_ids for step in loader.one_pass(1, max_steps=1)]).tolist() == [
         *range(size, size + 8)
     ]
+
+
+@pytest.mark.parametrize("blank_images", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_that_encode_together_share_the_images_of_a_step(prefix: str, size: int, blank_images: bool) -> None:
+    """Their pixels in order are those of a rank that reads all; the numbers of images differ by one at most."""
+    config = run_config(prefix, blank_images=blank_images)
+    whole = take(RowLoader(config, share=DataShare(0, 2)), 4)
+    shares = [take(RowLoader(config, share=DataShare(0, 2, ImageShare(rank, size))), 4) for rank in range(size)]
+    for number, step in enumerate(whole):
+        own = [share[number].micro_batches for share in shares]
+        for index, batch in enumerate(step.micro_batches):
+            parts = [batches[index] for batches in own]
+            assert all(equal(replace(part, pixels=None), replace(batch, pixels=None)) for part in parts)
+            shown = batch.pixels[: batch.work.num_images]  # a text-only micro-batch has a blank image that nobody needs
+            assert torch.equal(torch.cat([part.pixels for part in parts]), shown)
+        numbers = [sum(len(batch.pixels) for batch in batches) for batches in own]
+        assert max(numbers) - min(numbers) <= 1
 
 
 @pytest.mark.parametrize("with_pixels", [False, True])

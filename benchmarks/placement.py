@@ -1,0 +1,208 @@
+"""What the place of the vision tower costs a pipeline, on Megatron-Core's own schedules.
+
+    python benchmarks/placement.py [--pipeline 2 4 8] [--micro-batches 32] [--turns 5] [--json FILE] [--smoke]
+
+Pipeline ranks run the schedule of a training step over gloo. The stages are those of Qwen-VL at its published sizes in
+recipe stage 2. Instead of computing, they sleep in proportion to their operations (``planning/flops.py``). So the
+makespan of eight ranks can be measured on two cores: the order of the passes, the messages and the waiting are real,
+and no rank takes the processor from another. It is no measurement of a GPU.
+
+The places of the tower:
+
+* on stage 0, whole, with the language layers split evenly;
+* ``auto``, the computed layout;
+* ``data``: every rank encodes its share of the step's images before the schedule, and goes backward through it after.
+  What the backward pass needs is kept, or the images are encoded twice.
+
+The reference has the work of one forward and one backward pass in equal parts: each stage takes the average time for
+each micro-batch. Rows have four images each, for which ``auto`` is made, or as many as the packed rows of
+``stream.py``, the most expensive first, as the loader orders them. The work of the head depends on the labels, so it is
+less where there are more images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from balance import pack_stream
+from measure import Row, Spread, describe_machine, ratios, write_rows
+from stream import IMAGE, ROW
+
+from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_vl.data.loading.balance import image_shares
+from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
+from megatron_vl.planning.layout import PipelineLayout, StageLayout, parse_layout, resolve_layout, vision_part
+
+MODEL = ModelConfig()
+EVEN = 4
+STAGE_SECONDS = 0.06
+"""What an average stage takes for an average micro-batch, forward and backward."""
+FORWARD = FrozenParts(vision=True, resampler=True, language_model=True)
+FIRST, AUTO, KEPT, TWICE = "tower on stage 0", "auto", "data, kept", "data, encoded twice"
+GOALS = {
+    "4 images": {2: {AUTO: 0.95}, 4: {AUTO: 0.95}, 8: {AUTO: 0.95}},
+    "stream": {2: {AUTO: 0.92, KEPT: 0.97}, 4: {AUTO: 0.87, KEPT: 0.97}, 8: {AUTO: 0.85, KEPT: 0.97}},
+}
+"""Efficiency: the makespan of equal stages over that of the place, by rows, ranks and place."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """How long the ranks of one step sleep, in operations until :meth:`scaled`."""
+
+    name: str
+    forward: list[list[float]]
+    """Of each stage, for each micro-batch."""
+    backward: list[list[float]]
+    before: list[float]
+    """Of each rank, before the schedule."""
+    after: list[float]
+
+    def scaled(self, factor: float) -> Case:
+        """Return the case with every duration multiplied."""
+
+        def times(values: list[float]) -> list[float]:
+            return [factor * value for value in values]
+
+        return Case(
+            self.name,
+            [times(stage) for stage in self.forward],
+            [times(stage) for stage in self.backward],
+            times(self.before),
+            times(self.after),
+        )
+
+
+def main() -> None:
+    """Measure every number of pipeline ranks in turn."""
+    options = _parse()
+    print(describe_machine())
+    count = options.micro_batches
+    stream = sorted(pack_stream(100_000).images[:count].tolist(), reverse=True)
+    print(f"images of the {count} micro-batches of the stream: {' '.join(map(str, stream))}")
+    rows: list[Row] = []
+    for size in options.pipeline:
+        for name, images in (("4 images", [EVEN] * count), ("stream", stream)):
+            cases = make_cases(images, size)
+            rows += _report(name, size, _measure(cases, size, turns=options.turns))
+    if options.json:
+        write_rows(options.json, rows)
+
+
+def make_cases(images: list[int], size: int) -> list[Case]:
+    """Return the reference and each place of the tower.
+
+    Args:
+        images: the number of images of each micro-batch.
+        size: the number of pipeline ranks.
+    """
+    config = RunConfig(model=MODEL, parallel=ParallelConfig(pipeline_model_parallel_size=size))
+    even = MODEL.language.num_layers // size
+    first = f"V*{MODEL.vision.num_layers}R" + "|".join([f"L*{even}"] * size)
+    language = resolve_layout(replace(config, parallel=replace(config.parallel, vision_parallel="data")))
+    places = [
+        _in_pipeline(FIRST, parse_layout(first, model=MODEL, pipeline_size=size), images),
+        _in_pipeline(AUTO, resolve_layout(config), images),
+        _on_every_rank(KEPT, language, images, twice=False),
+        _on_every_rank(TWICE, language, images, twice=True),
+    ]
+    equal = _equal(images, size)
+    factor = STAGE_SECONDS / (equal.forward[0][0] + equal.backward[0][0])
+    return [case.scaled(factor) for case in (equal, *places)]
+
+
+def _equal(images: list[int], size: int) -> Case:
+    whole = PipelineLayout.whole(MODEL).stages[0]
+    passes = [_operations(whole, count) for count in images]
+    forward, backward = (sum(values) / len(images) / size for values in zip(*passes, strict=True))
+    return Case(
+        "equal stages",
+        [[forward] * len(images)] * size,
+        [[backward] * len(images)] * size,
+        [0.0] * size,
+        [0.0] * size,
+    )
+
+
+def _in_pipeline(name: str, layout: PipelineLayout, images: list[int]) -> Case:
+    """A text-only micro-batch has a blank image, so the tower encodes one at least."""
+    passes = [[_operations(stage, count, encoded=max(count, 1)) for count in images] for stage in layout.stages]
+    idle = [0.0] * len(layout.stages)
+    forward = [[forward for forward, _ in stage] for stage in passes]
+    return Case(name, forward, [[backward for _, backward in stage] for stage in passes], idle, idle)
+
+
+def _on_every_rank(name: str, language: PipelineLayout, images: list[int], *, twice: bool) -> Case:
+    case = _in_pipeline(name, language, images)
+    size = len(language.stages)
+    forward, backward = _operations(vision_part(MODEL), 1)
+    own = [sum(map(len, image_shares(images, rank=rank, size=size))) for rank in range(size)]
+    after = backward + (forward if twice else 0.0)
+    return replace(case, before=[count * forward for count in own], after=[count * after for count in own])
+
+
+def _operations(stage: StageLayout, images: int, *, encoded: int | None = None) -> tuple[float, float]:
+    """Return the operations of a stage, forward and backward, for a row with so many images."""
+    row = Work(images if encoded is None else encoded, ROW, ROW**2, ROW - IMAGE * images)
+    forward, both = (unit_flops(MODEL, frozen, row) for frozen in (FORWARD, FrozenParts()))
+    resampler = MODEL.vision.num_layers
+    units = [*stage.vision_layers, *[resampler] * stage.resampler]
+    units += [resampler + 1 + layer for layer in stage.language_layers]
+    units += [len(both) - 1] * stage.head
+    own = sum(forward[unit] for unit in units)
+    return own, sum(both[unit] for unit in units) - own
+
+
+def _measure(cases: list[Case], size: int, *, turns: int) -> dict[str, list[float]]:
+    """Return the makespans of each case in seconds, one for each turn; the cases take turns."""
+    with tempfile.TemporaryDirectory() as directory:
+        job, result = Path(directory) / "job.json", Path(directory) / "result.json"
+        job.write_text(json.dumps({"turns": turns, "cases": [asdict(case) for case in cases]}))
+        rank = Path(__file__).with_name("placement_rank.py")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        subprocess.run([*launcher, str(rank), str(job), str(result)], check=True, stderr=subprocess.DEVNULL)
+        found: dict[str, list[float]] = json.loads(result.read_text())
+        return found
+
+
+def _report(name: str, size: int, found: dict[str, list[float]]) -> list[Row]:
+    """Print the efficiency of each place, and return its row: makespan over that of equal stages."""
+    equal = found.pop("equal stages")
+    rows = []
+    for place, seconds in found.items():
+        efficiency = Spread.of([1 / ratio for ratio in (a / b for a, b in zip(seconds, equal, strict=True))])
+        goal = GOALS[name].get(size, {}).get(place)
+        ratio = ratios(seconds, equal).middle
+        met = None if goal is None else ratio <= 1 / goal
+        said = "" if goal is None else f"; goal {goal}: {'met' if met else 'MISSED'}"
+        print(
+            f"pipeline {size}, {name}, {place}: efficiency {efficiency.middle:.3f} "
+            f"[{efficiency.low:.3f} .. {efficiency.high:.3f}]{said}"
+        )
+        title = f"makespan, pipeline {size}, {name}, {place}; reference equal stages"
+        rows.append(Row(title, median(seconds), median(equal), ratio, None if goal is None else 1 / goal, met))
+    return rows
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", nargs="+", type=int, default=[2, 4, 8], help="pipeline ranks")
+    parser.add_argument("--micro-batches", type=int, default=32, help="of a step, one row each")
+    parser.add_argument("--turns", type=int, default=5, help="measured steps of each place")
+    parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
+    parser.add_argument("--smoke", action="store_true", help="two ranks, few micro-batches: shows that it runs")
+    options = parser.parse_args()
+    if options.smoke:
+        options.pipeline, options.micro_batches, options.turns = [2], 4, 2
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""One pipeline rank of ``placement.py``: Megatron-Core's schedule over stages that sleep.
+
+torchrun --nproc-per-node SIZE benchmarks/placement_rank.py JOB RESULT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vl.backends.platform import prepare_process
+
+prepare_process()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from placement import Case  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from megatron_vl.config.schema import ParallelConfig, RunConfig  # noqa: E402
+from megatron_vl.model.configs import Target, core_configs  # noqa: E402
+from megatron_vl.parallel.schedule import P2P  # noqa: E402
+from megatron_vl.parallel.topology import Topology  # noqa: E402
+
+
+class _Sleep(torch.autograd.Function):
+    """The identity, which takes a time in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, forward: float, backward: float) -> Tensor:
+        time.sleep(forward)
+        ctx.backward_seconds = backward
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.backward_seconds)
+        return gradients[0], None, None
+
+
+class SleepingStage(nn.Module):
+    """A stage that sleeps as long as a case says."""
+
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, config: Any, forward: Sequence[float], backward: Sequence[float]) -> None:
+        super().__init__()
+        self.config = config
+        self.durations = list(zip(forward, backward, strict=True))
+        self.received: Tensor | None = None
+
+    def set_input_tensor(self, received: Any) -> None:
+        """Take what the previous stage sent."""
+        self.received = received[0] if isinstance(received, list) else received
+
+    def forward(self, micro_batch: int) -> Tensor:
+        """Sleep for a micro-batch; the output is as small as the schedule allows."""
+        value = torch.zeros(1, 1, 8, requires_grad=True) if self.received is None else self.received
+        output: Tensor = _Sleep.apply(value, *self.durations[micro_batch])
+        return output
+
+
+def run_step(case: Case, config: RunConfig, topology: Topology) -> float:
+    """Run a step; return the seconds from its common start to the end of the last rank."""
+    rank = topology.pp_rank
+    core = core_configs(config, Target("cpu", transformer_engine=False)).schedule
+    stage = SleepingStage(core, case.forward[rank], case.backward[rank])
+    dist.barrier()
+    start = time.perf_counter()
+    time.sleep(case.before[rank])
+    _run_schedule(stage, len(case.forward[rank]), topology)
+    time.sleep(case.after[rank])
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def _run_schedule(stage: SleepingStage, micro_batches: int, topology: Topology) -> None:
+    def step(numbers: Any, chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return chunk(next(numbers)), lambda output: (output.sum(), torch.ones((), dtype=torch.int), {})
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(range(micro_batches)),
+        model=stage,
+        num_microbatches=micro_batches,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+        p2p_communicator=P2P(topology.pp_group, stage.config),
+        pg_collection=topology.groups,
+    )
+
+
+def main() -> None:
+    """Run every case in turn; rank 0 writes the makespans."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    cases = [Case(**fields) for fields in job["cases"]]
+    config = RunConfig(parallel=ParallelConfig(pipeline_model_parallel_size=len(cases[0].forward)))
+    found: dict[str, list[float]] = {case.name: [] for case in cases}
+    with Topology(config.parallel) as topology:
+        for turn in range(1 + job["turns"]):
+            for case in cases:
+                seconds = run_step(case, config, topology)
+                if turn:  # the first is a warm-up
+                    found[case.name].append(seconds)
+        if topology.rank == 0:
+            Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
