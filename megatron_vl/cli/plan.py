@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.output import check_writable, write_whole
+from megatron_vl.config.batch import ROUNDING
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
@@ -47,8 +48,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images-per-row", type=float, metavar="X", help=f"mean images of a row; {row}")
     parser.add_argument("--samples-per-row", type=float, metavar="X", help="mean samples of a row; likewise")
     parser.add_argument(
-        "--batch-tolerance", type=float, default=0.04, metavar="X",
-        help="share by which the samples of a step may differ from the recipe's (default: 0.04)",
+        "--batch-tolerance", type=float, default=ROUNDING, metavar="X",
+        help="share by which the samples of a step may differ from the recipe's (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--usable-memory", type=float, default=USABLE, metavar="X",

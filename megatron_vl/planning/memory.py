@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_vl.config.batch import data_parallel_size
+from megatron_vl.config.batch import data_parallel_size, model_parallel_size
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import (
     Keeping,
@@ -28,9 +28,10 @@ from megatron_vl.planning.activations import (
     working_bytes,
 )
 from megatron_vl.planning.flops import FrozenParts, Work
-from megatron_vl.planning.layout import PipelineLayout, StageLayout
+from megatron_vl.planning.layout import PipelineLayout, StageLayout, vision_part
 from megatron_vl.planning.parameters import RankParameters, parameters_by_rank, stage_tensors, trains
 from megatron_vl.planning.schedule import Pipeline, held_at_most
+from megatron_vl.planning.vision_share import VisionShare
 
 USABLE = 0.92
 """Share of a GPU's memory that a plan may use."""
@@ -72,6 +73,8 @@ class Layout:
     """Elements of the largest tensor that trains, in each stage, on one tensor-parallel rank."""
     trained: tuple[float, ...]
     """Elements of all tensors that train there."""
+    everywhere: float = 0.0
+    """Elements that train of the vision part that every rank holds whole; ``ranks`` counts them too."""
 
     @classmethod
     def of(cls, config: RunConfig, stages: PipelineLayout) -> Layout:
@@ -84,7 +87,11 @@ class Layout:
 
         ranks = [rank for rank in parameters_by_rank(config, stages) if rank.tensor_rank == 0]
         trained = [sizes(stage) for stage in stages.stages]
-        return cls(stages, tuple(ranks), tuple(max(own, default=0) for own in trained), tuple(map(sum, trained)))
+        whole = config.parallel.vision_parallel == "data"
+        vision = stage_tensors(config.model, vision_part(config.model)) if whole else []
+        everywhere = sum(spec.size for spec in vision if trains(spec.name, frozen))
+        largest = tuple(max(own, default=0) for own in trained)
+        return cls(stages, tuple(ranks), largest, tuple(map(sum, trained)), everywhere)
 
 
 def rank_memories(
@@ -99,25 +106,36 @@ def rank_memories(
     keeping = Keeping.of(config)
     data_parallel = data_parallel_size(config.parallel, world_size)
     pipeline = Pipeline(layout.stages.pipeline_size, layout.stages.virtual_size, micro_batches)
+    share = VisionShare.of(config, work, micro_batches, layout.everywhere)
     return tuple(
         RankMemory(
-            **state_bytes(config, layout.ranks[rank], data_parallel),
-            **_held(config, layout, work, keeping, (pipeline, rank)),
-            communication=_communication(config, layout.stages, rank, work, keeping),
+            **state_bytes(config, layout.ranks[rank], data_parallel, everywhere=layout.everywhere),
+            **_with_vision(_held(config, layout, work, keeping, (pipeline, rank)), share),
+            communication=_communication(config, layout.stages, rank, work, keeping)
+            + (share.feature_bytes if share is not None and rank == 0 else 0.0),
         )
         for rank in range(pipeline.size)
     )
 
 
-def state_bytes(config: RunConfig, rank: RankParameters, data_parallel: int) -> dict[str, float]:
-    """Return the bytes of weights, gradients, masters and moments of a rank, by name."""
+def state_bytes(
+    config: RunConfig, rank: RankParameters, data_parallel: int, *, everywhere: float = 0.0
+) -> dict[str, float]:
+    """Return the bytes of weights, gradients, masters and moments of a rank, by name.
+
+    Args:
+        everywhere: the elements among those that train which all ranks of the world hold.
+    """
     bf16 = config.training.bf16
-    shared = data_parallel if config.parallel.use_distributed_optimizer else 1
+    owned = float(rank.trained)
+    if config.parallel.use_distributed_optimizer:
+        world_size = data_parallel * model_parallel_size(config.parallel)
+        owned = (rank.trained - everywhere) / data_parallel + everywhere / world_size
     return {
         "weights": (rank.trained + rank.frozen) * (2 if bf16 else 4),
         "gradients": rank.trained * 4,
-        "masters": rank.trained * (4 if bf16 else 0) / shared,
-        "moments": rank.trained * 8 / shared,
+        "masters": owned * (4 if bf16 else 0),
+        "moments": owned * 8,
     }
 
 
@@ -130,7 +148,7 @@ def checkpoint_host_bytes(config: RunConfig, layout: Layout, data_parallel: int)
     """
 
     def of(rank: RankParameters) -> float:
-        state = state_bytes(config, rank, data_parallel)
+        state = state_bytes(config, rank, data_parallel, everywhere=layout.everywhere)
         return state["masters"] + state["moments"] + state["weights"]
 
     return max(map(of, layout.ranks))
@@ -150,6 +168,16 @@ def _held(
     held, most = held_at_most(pipeline, rank, kept, besides)
     shown = min(max(logits), most)
     return {"activations": held, "logits": shown, "working": most - shown}
+
+
+def _with_vision(held: dict[str, float], share: VisionShare | None) -> dict[str, float]:
+    """Return the fuller of two moments: in the schedule, and in the backward pass of the vision part after it."""
+    if share is None:
+        return held
+    kept, working = share.backward_bytes
+    within = held | {"activations": held["activations"] + share.kept_bytes}
+    after = {"activations": kept, "logits": 0.0, "working": working}
+    return max(within, after, key=lambda parts: sum(parts.values()))
 
 
 def _communication(config: RunConfig, stages: PipelineLayout, rank: int, work: Work, keeping: Keeping) -> float:

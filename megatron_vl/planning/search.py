@@ -1,13 +1,13 @@
 """Find the layouts of a run that fit a number of GPUs, and order them by their time.
 
-Every combination of tensor size (up to 8 and within a node), pipeline size, virtual size, micro-batch size,
-recomputation and optimizer sharding is a ``RunConfig``. ``config/validate.py`` and ``layout.py`` say which are valid,
-``memory.py`` which fit, ``step_time.py`` how long a step takes. A field that the user has given on the command line
-keeps its value.
+Every combination of tensor size (up to 8 and within a node), pipeline size, virtual size, place of the vision part,
+micro-batch size, recomputation and optimizer sharding is a ``RunConfig``. ``config/validate.py`` and ``layout.py`` say
+which are valid, ``memory.py`` which fit, ``step_time.py`` how long a step takes. A field that the user has given on the
+command line keeps its value.
 
-A *family* is the combinations with the same tensor size, pipeline size and recomputation. The plans that are shown are
-the best of their families, since neighbors within a family differ little. Only combinations whose lower bound may still
-be among the best are simulated.
+A *family* is the combinations with the same tensor size, pipeline size, recomputation and place of the vision part. The
+plans that are shown are the best of their families, since neighbors within a family differ little. Only combinations
+whose lower bound may still be among the best are simulated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_vl.planning.step_time import StepTime, fastest_possible, step_time
 _TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 _VIRTUAL, _SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
 _SHARDED, _RECOMPUTE = "parallel.use_distributed_optimizer", "training.recompute_granularity"
-_MICRO = "training.micro_batch_size"
+_MICRO, _VISION = "training.micro_batch_size", "parallel.vision_parallel"
 _OVERLAP_REDUCE, _OVERLAP_GATHER = "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"
 _TENSOR_SIZES, _MICRO_BATCHES, _VIRTUAL_SIZES = (1, 2, 4, 8), (1, 2, 4, 8), (None, 2, 3, 4)
 _RECOMPUTATIONS = (None, "selective", "full")
@@ -66,10 +66,13 @@ class Family:
     pipeline: int
     recomputes_all: bool
     """Whether whole layers are recomputed. Selective recomputation saves so little that it makes no family."""
+    vision: str
+    """``parallel.vision_parallel``."""
 
     def __str__(self) -> str:
         recompute = "full recomputation" if self.recomputes_all else "no full recomputation"
-        return f"tensor {self.tensor}, pipeline {self.pipeline}, {recompute}"
+        vision = ", vision part on every rank" if self.vision == "data" else ""
+        return f"tensor {self.tensor}, pipeline {self.pipeline}, {recompute}{vision}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Candidate:
 
     def at(self, config: RunConfig) -> Candidate:
         """Return this combination with another choice of what data-parallel ranks divide."""
-        states = [state_bytes(config, rank, self.data_parallel) for rank in self.layout.ranks]
+        everywhere = self.layout.everywhere
+        states = [state_bytes(config, rank, self.data_parallel, everywhere=everywhere) for rank in self.layout.ranks]
         memory = tuple(replace(own, **state) for own, state in zip(self.memory, states, strict=True))
         return replace(self, config=config, memory=memory)
 
@@ -93,7 +97,8 @@ class Candidate:
     def family(self) -> Family:
         parallel = self.config.parallel
         everything = self.config.training.recompute_granularity == "full"
-        return Family(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, everything)
+        sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+        return Family(*sizes, everything, parallel.vision_parallel)
 
     @property
     def data_parallel(self) -> int:
@@ -202,11 +207,15 @@ class _Survey:
         """Try every combination."""
         for tensor in self._options(_TENSOR, _TENSOR_SIZES):
             for pipeline in self._pipelines(int(tensor or 1)):
-                sizes = {_TENSOR: tensor, _PIPELINE: pipeline, **self._sequence(int(tensor or 1))}
                 why: list[str] = []
                 before = len(self.valid)
-                for virtual in self._virtual(int(pipeline or 1)):
-                    self._look_at(sizes | {_VIRTUAL: virtual}, why)
+                # On one rank nothing is gained by taking the vision part out of its stage.
+                places = ("pipeline", "data") if int(tensor or 1) * int(pipeline or 1) > 1 else ("pipeline",)
+                for place in self._options(_VISION, places):
+                    sizes = {_TENSOR: tensor, _PIPELINE: pipeline, _VISION: place}
+                    sizes |= self._sequence(int(tensor or 1), str(place))
+                    for virtual in self._virtual(int(pipeline or 1), str(place)):
+                        self._look_at(sizes | {_VIRTUAL: virtual}, why)
                 if len(self.valid) == before:
                     name = f"tensor {tensor}, pipeline {pipeline}"
                     self.invalid[int(tensor or 1), int(pipeline or 1)] = f"{name}: {why[0]}"
@@ -234,27 +243,27 @@ class _Survey:
 
     def _pipelines(self, tensor: int) -> Sequence[int | str | None]:
         rest = self.question.num_gpus // tensor
-        longest = min(rest, self._num_units)
+        longest = min(rest, self._num_units("pipeline"))
         sizes = [size for size in range(1, longest + 1) if self.question.num_gpus % (tensor * size) == 0]
         return self._options(_PIPELINE, sizes or (1,))
 
-    def _virtual(self, pipeline: int) -> Sequence[int | str | None]:
-        longest = self._num_units
+    def _virtual(self, pipeline: int, place: str) -> Sequence[int | str | None]:
+        longest = self._num_units(place)
         sizes = [size for size in _VIRTUAL_SIZES if size is None or (pipeline > 1 and pipeline * size <= longest)]
         return self._options(_VIRTUAL, sizes)
 
-    @property
-    def _num_units(self) -> int:
-        """The units of the model, which is the largest number of stages."""
+    def _num_units(self, place: str) -> int:
+        """Return the units that are cut, which is the largest number of stages."""
         model = self.question.config.model
-        return model.vision.num_layers + 1 + model.language.num_layers + 1
+        vision = model.vision.num_layers + 1 if place == "pipeline" else 0
+        return vision + model.language.num_layers + 1
 
-    def _sequence(self, tensor: int) -> Overrides:
+    def _sequence(self, tensor: int, place: str) -> dict[str, int | str | None]:
         """Divide the sequence wherever that is possible: it costs no traffic and saves memory."""
         model, parallel = self.question.config.model, self.question.config.parallel
         if _SEQUENCE in self.question.fixed:
             return {_SEQUENCE: parallel.sequence_parallel}
-        sizes = (model.num_patches, self.question.config.data.seq_length)
+        sizes = [self.question.config.data.seq_length] + ([model.num_patches] if place == "pipeline" else [])
         return {_SEQUENCE: tensor > 1 and all(size % tensor == 0 for size in sizes)}
 
     def _options(self, name: str, options: Sequence[int | str | None]) -> Sequence[int | str | None]:

@@ -2,7 +2,8 @@
 
 1. Each stage's passes take the time of their operations, memory traffic and collectives (``stage_cost.py``) at the
    rates of the GPU, or that of the CPU that launches them.
-2. The schedule runs with these times and the messages between stages (``schedule.py``).
+2. The schedule runs with these times and the messages between stages (``schedule.py``). Where every rank holds the
+   vision part, its time comes before and after the schedule (``vision_share.py``).
 3. What data parallelism exchanges and cannot hide comes before and after it (``traffic.py``).
 4. The optimizer reads and writes its state. In bytes a parameter: gradients are scaled by the number of tokens (8)
    and set to zero (4) on each rank; their norm (4), clipping (8), AdamW (28) and the bf16 copy (6) on its share.
@@ -13,7 +14,7 @@ All data-parallel ranks are taken to have equal work: rows are assigned to ranks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vl.config.batch import data_parallel_size, num_microbatches
@@ -27,6 +28,7 @@ from megatron_vl.planning.rows import Row
 from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
 from megatron_vl.planning.stage_cost import StageCost, UnitCosts
 from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic
+from megatron_vl.planning.vision_share import VisionShare
 
 _PER_GRADIENT, _PER_STATE = 12, 46
 
@@ -55,6 +57,8 @@ class StepTime:
     exposed_tensor: float
     """Time of collectives inside ``busiest``."""
     exposed_data: float
+    vision: float
+    """Time in which ranks encode their share of the images and exchange features, where each holds the vision part."""
     optimizer: float
     launches: float
     """Time inside ``busiest`` in which the GPU waits for the CPU."""
@@ -98,7 +102,8 @@ def fastest_possible(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, worl
     """Return a lower bound of :func:`step_time` that needs no simulation: the busiest rank without any waiting."""
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
     costs = stage_costs(config, layout, row)
-    return cluster.pipeline.micro_batches * max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
+    busiest = max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
+    return cluster.pipeline.micro_batches * busiest + cluster.vision_seconds(row.work(config.training.micro_batch_size))
 
 
 @dataclass(frozen=True)
@@ -137,16 +142,18 @@ class _Cluster:
         timeline = simulate_repeating(pipeline, stages, [gather for _, gather in exposed])
         computed = max(timeline.end_of(rank) + reduce for rank, (reduce, _) in enumerate(exposed))
         optimizer = max(map(self._optimizer, range(pipeline.size)))
+        vision, everywhere = self.vision_seconds(work), self._vision_data()
         busy = [pipeline.micro_batches * self.busy(costs, rank) for rank in range(pipeline.size)]
         busiest = busy.index(max(busy))
         passes = [one for cost in self.chunks(costs, busiest) for one in (cost.forward, cost.backward)]
         exposed_data = computed - timeline.end + max(gather for _, gather in exposed)
         return {
-            "seconds": computed + optimizer,
+            "seconds": computed + optimizer + vision + everywhere.reduce.seconds + everywhere.gather.seconds,
             "busiest": busy[busiest],
             "bubble": _unless_rounding(computed - busy[busiest] - exposed_data, computed),
             "exposed_tensor": pipeline.micro_batches * sum(one.exposed_seconds(gpu) for one in passes),
-            "exposed_data": exposed_data,
+            "exposed_data": exposed_data + everywhere.reduce.seconds + everywhere.gather.seconds,
+            "vision": vision,
             "optimizer": optimizer,
             "launches": pipeline.micro_batches * sum(one.seconds(gpu) - one.gpu_seconds(gpu) for one in passes),
             "timeline": timeline,
@@ -164,6 +171,10 @@ class _Cluster:
             over_nvlink = links[rank] is gpu.nvlink
             sent[over_nvlink][rank] += size
             sent[over_nvlink][(rank + 1) % pipeline.size] += size if self._returns_gradient(stage) else 0.0
+        every, share = self._vision_data(), self._share(work)
+        if share is not None:  # once in a step: features to the first stage, gradients back
+            moved = 2 * share.feature_bytes / pipeline.micro_batches
+            sent[not self._spans_nodes][0] += moved
         data = [self._data(rank) for rank in range(pipeline.size)]
         tensor = [
             sum(one.gathered for cost in self.chunks(costs, rank) for one in (cost.forward, cost.backward))
@@ -173,8 +184,8 @@ class _Cluster:
             tensor=pipeline.micro_batches * max(tensor),
             pipeline_nvlink=pipeline.micro_batches * max(sent[True]),
             pipeline_network=pipeline.micro_batches * max(sent[False]),
-            data_nvlink=max(item.reduce.nvlink + item.gather.nvlink for item in data),
-            data_network=max(item.reduce.network + item.gather.network for item in data),
+            data_nvlink=max(item.nvlink for item in data) + every.nvlink,
+            data_network=max(item.network for item in data) + every.network,
         )
 
     def _returns_gradient(self, stage: StageLayout) -> bool:
@@ -198,7 +209,30 @@ class _Cluster:
     def _data(self, rank: int) -> DataTraffic:
         stride = self.config.parallel.tensor_model_parallel_size
         group = DataGroup.of(self.gpu, self.data_parallel, stride, self.world_size)
-        return data_traffic(self.config, self.layout.ranks[rank].trained, self.gpu, group)
+        trained = self.layout.ranks[rank].trained - self.layout.everywhere
+        return data_traffic(self.config, trained, self.gpu, group)
+
+    def _vision_data(self) -> DataTraffic:
+        """Return the exchange of the vision part over all ranks, which nothing hides."""
+        parallel = replace(self.config.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
+        group = DataGroup.of(self.gpu, self.world_size, 1, self.world_size)
+        return data_traffic(replace(self.config, parallel=parallel), self.layout.everywhere, self.gpu, group)
+
+    def _share(self, work: Work) -> VisionShare | None:
+        return VisionShare.of(self.config, work, self.pipeline.micro_batches, self.layout.everywhere)
+
+    @property
+    def _spans_nodes(self) -> bool:
+        """Whether the ranks of a model-parallel group are on several nodes."""
+        links = boundary_links(self.config, self.gpu, self.world_size)
+        return self.pipeline.size > 1 and self.gpu.network in links
+
+    def vision_seconds(self, work: Work) -> float:
+        """Return the time of the vision part that every rank holds, or zero where stages hold it."""
+        share = self._share(work)
+        if share is None:
+            return 0.0
+        return share.seconds(self.gpu) + share.exchange_seconds(self.gpu, over_network=self._spans_nodes)
 
     def _exposed_data(self, costs: Sequence[StageCost], rank: int) -> tuple[float, float]:
         chunks = self.chunks(costs, rank)
@@ -209,9 +243,11 @@ class _Cluster:
         )
 
     def _optimizer(self, rank: int) -> float:
-        trained = self.layout.ranks[rank].trained
-        shared = self.data_parallel if self.config.parallel.use_distributed_optimizer else 1
-        return trained * (_PER_GRADIENT + _PER_STATE / shared) / self.gpu.memory_rate
+        trained, everywhere = self.layout.ranks[rank].trained, self.layout.everywhere
+        owned = float(trained)
+        if self.config.parallel.use_distributed_optimizer:
+            owned = (trained - everywhere) / self.data_parallel + everywhere / self.world_size
+        return (trained * _PER_GRADIENT + owned * _PER_STATE) / self.gpu.memory_rate
 
 
 def _unless_rounding(difference: float, of: float) -> float:

@@ -13,7 +13,7 @@ from megatron_vl.planning.search import Answer, Plan, Question
 
 _GB = 1e9
 _HEAD: tuple[str, ...] = (
-    "plan", "tensor", "pipeline", "virtual", "data", "micro-batch", "recompute", "optimizer", "GB", "s/step",
+    "plan", "tensor", "pipeline", "virtual", "vision", "data", "micro-batch", "recompute", "optimizer", "GB", "s/step",
     "tokens/s/GPU", "MFU", "days", "GPU-hours",
 )  # fmt: skip
 _NOTABLE = 0.02
@@ -87,8 +87,9 @@ def describe_best(question: Question, plan: Plan, number: int) -> list[str]:
         f"  memory of the fullest rank ({one.memory.index(full)}): {full.total / _GB:.1f} GB of {limit}: {parts}",
         f"  host memory that a save gathers: up to {one.host_bytes / _GB:.1f} GB on a rank",
         f"  step: {time.seconds:.3g} s = computation {time.busiest:.3g} (in it tensor-parallel collectives "
-        f"{time.exposed_tensor:.2g}, waiting for the CPU {time.launches:.2g}) + bubble {time.bubble:.2g} + exposed "
-        f"data-parallel {time.exposed_data:.2g} + optimizer {time.optimizer:.2g}",
+        f"{time.exposed_tensor:.2g}, waiting for the CPU {time.launches:.2g}) + bubble {time.bubble:.2g} + vision part "
+        f"on every rank {time.vision:.2g} + exposed data-parallel {time.exposed_data:.2g} + optimizer "
+        f"{time.optimizer:.2g}",
         f"  a GPU sends in a step, over NVLink: tensor {sent.tensor / _GB:.3g} GB, pipeline "
         f"{sent.pipeline_nvlink / _GB:.3g} GB, data {sent.data_nvlink / _GB:.3g} GB; over the network: pipeline "
         f"{sent.pipeline_network / _GB:.3g} GB, data {sent.data_network / _GB:.3g} GB",
@@ -142,7 +143,18 @@ def memory_line(rank: int, memory: RankMemory) -> str:
 def _record_of(plan: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
     one, time = plan.candidate, plan.time
     config = one.config
-    times = ("seconds", "busiest", "bubble", "exposed_tensor", "exposed_data", "optimizer", "launches", "required")
+    times = (
+        "seconds",
+        "busiest",
+        "bubble",
+        "vision",
+        "exposed_tensor",
+        "exposed_data",
+        "vision",
+        "optimizer",
+        "launches",
+        "required",
+    )
     return {
         "parallel": asdict(config.parallel),
         "micro_batch_size": config.training.micro_batch_size,
@@ -171,6 +183,7 @@ def _cells(number: int, plan: Plan) -> tuple[str, ...]:
         str(parallel.tensor_model_parallel_size),
         str(parallel.pipeline_model_parallel_size),
         str(parallel.virtual_pipeline_model_parallel_size or "-"),
+        "stages" if parallel.vision_parallel == "pipeline" else "everywhere",
         str(one.data_parallel),
         str(training.micro_batch_size),
         training.recompute_granularity or "none",

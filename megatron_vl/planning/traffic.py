@@ -65,6 +65,16 @@ class DataTraffic:
     gather: Exchange
     buckets: float
 
+    @property
+    def nvlink(self) -> float:
+        """Bytes that a GPU sends over NVLink."""
+        return self.reduce.nvlink + self.gather.nvlink
+
+    @property
+    def network(self) -> float:
+        """Bytes that a GPU sends over the network."""
+        return self.reduce.network + self.gather.network
+
     def exposed(self, *, forward: float, backward: float, config: RunConfig) -> tuple[float, float]:
         """Return the seconds that the reduction and the gathering add to a step.
 

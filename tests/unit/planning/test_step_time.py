@@ -157,7 +157,7 @@ def test_parts_of_a_step_add_up_and_the_bound_is_below(flags: tuple[str, ...]) -
     config = recipe("stage2", *flags)
     layout = Layout.of(config, resolve_layout(config))
     found = step_time(config, layout, ROW, H100, 8)
-    parts = found.busiest + found.bubble + found.exposed_data + found.optimizer
+    parts = found.busiest + found.bubble + found.vision + found.exposed_data + found.optimizer
     assert found.seconds == pytest.approx(parts)
     assert fastest_possible(config, layout, ROW, H100, 8) <= found.seconds
     assert found.launches <= found.busiest and found.exposed_tensor <= found.busiest

@@ -1,0 +1,103 @@
+"""What a rank does beside the pipeline where it holds the vision part whole (``parallel.vision_parallel data``).
+
+Each rank of a model-parallel group encodes its share of a step's images before the schedule, at tensor size 1. The
+first stage receives the features of all of them, 2 q h bytes an image in bf16, and sends back as many bytes of
+gradients after the schedule. With ``vision_recompute`` a trained tower keeps nothing meanwhile: it encodes again for
+its backward pass, ``vision_micro_batch_size`` images at a time. Gradients and optimizer of the vision part belong to
+all ranks of the world. Nothing hides their exchange (``training/image_encoder.py``, ``training/parallel_model.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_vl.config.batch import model_parallel_size
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.activations import Keeping, chunk_bytes, working_bytes
+from megatron_vl.planning.flops import FrozenParts, Work
+from megatron_vl.planning.gpus import Gpu
+from megatron_vl.planning.layout import vision_part
+from megatron_vl.planning.stage_cost import StageCost, UnitCosts
+
+
+@dataclass(frozen=True)
+class VisionShare:
+    """The images that a rank encodes in a step."""
+
+    config: RunConfig
+    images: float
+    """Images of the rank's share."""
+    all_images: float
+    """Images of its model-parallel group."""
+    trained: float
+    """Elements of the vision part that train."""
+
+    @classmethod
+    def of(cls, config: RunConfig, work: Work, micro_batches: int, trained: float) -> VisionShare | None:
+        """Return the share of a step of micro-batches of ``work``, or None where stages hold the vision part."""
+        if config.parallel.vision_parallel == "pipeline":
+            return None
+        total = work.num_images * micro_batches
+        return cls(config, total / model_parallel_size(config.parallel), total, trained)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether images are encoded again for the backward pass."""
+        return self.config.parallel.vision_recompute and not self.config.training.freeze_vision
+
+    @property
+    def feature_bytes(self) -> float:
+        """Bytes of the features of all images, and of their gradients."""
+        model, element = self.config.model, Keeping.of(self.config).element
+        return self.all_images * model.resampler.num_queries * model.language.hidden_size * element
+
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes that the vision part keeps while the schedule runs."""
+        if self.recomputes:
+            return 0.0
+        return chunk_bytes(self.config, vision_part(self.config.model), Work(self.images), self._keeping)
+
+    @property
+    def backward_bytes(self) -> tuple[float, float]:
+        """Bytes that the backward pass of the images at a time keeps, and what it needs besides."""
+        part, work = vision_part(self.config.model), Work(self._at_a_time)
+        kept = self.kept_bytes or chunk_bytes(self.config, part, work, self._keeping)
+        return kept, working_bytes(self.config, part, work, self._keeping)
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Return the time in which the rank encodes its share and goes backward through it."""
+        cost = self._cost
+        forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
+        return self._parts * (forward * (2 if self.recomputes else 1) + backward)
+
+    def exchange_seconds(self, gpu: Gpu, *, over_network: bool) -> float:
+        """Return the time of features on their way to the first stage, and of gradients on their way back."""
+        group, link = model_parallel_size(self.config.parallel), gpu.network if over_network else gpu.nvlink
+        there = self.feature_bytes * (group - 1) / group
+        back = 0.0 if self._trains_nothing else there / self.config.parallel.tensor_model_parallel_size
+        return link.seconds(there) + link.seconds(back)
+
+    @property
+    def _trains_nothing(self) -> bool:
+        frozen = FrozenParts.of(self.config.training)
+        return frozen.vision and frozen.resampler
+
+    @property
+    def _keeping(self) -> Keeping:
+        return replace(Keeping.of(self.config), tensor=1, sequence=False)
+
+    @property
+    def _parts(self) -> int:
+        return max(1, math.ceil(self.images / self.config.parallel.vision_micro_batch_size))
+
+    @property
+    def _at_a_time(self) -> float:
+        return self.images / self._parts
+
+    @property
+    def _cost(self) -> StageCost:
+        """The cost of the images that are encoded together."""
+        units = UnitCosts.of(self.config, Work(self._at_a_time), self._keeping)
+        return units.stage(vision_part(self.config.model), trained=self.trained)

@@ -1,0 +1,106 @@
+"""Memory, time and traffic of a vision part that every rank holds, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.config.load import load_config
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.activations import Keeping
+from megatron_vl.planning.flops import Work
+from megatron_vl.planning.gpus import GPUS
+from megatron_vl.planning.layout import resolve_layout, vision_part
+from megatron_vl.planning.memory import Layout, rank_memories, state_bytes
+from megatron_vl.planning.rows import Row
+from megatron_vl.planning.stage_cost import UnitCosts
+from megatron_vl.planning.step_time import fastest_possible, step_time
+from megatron_vl.planning.vision_share import VisionShare
+
+ROOT = Path(__file__).resolve().parents[3]
+H100 = GPUS["h100"]
+ROW = Row(images=4, samples=4, tokens=2048, sum_squared_spans=2048**2, supervised=1016, source="")
+VISION = 1_842_753_536 + 91_802_624
+"""Parameters of the vision tower and of the resampler."""
+
+
+def recipe(stage: str, *flags: str, rows: int = 16) -> RunConfig:
+    found = next((ROOT / "examples" / "qwen_vl").glob(f"{stage}_*.yaml"))
+    config = load_config(found, ["--vision-parallel", "data", "--pipeline-model-parallel-size", "2", *flags])
+    training = replace(config.training, global_batch_size=rows, global_batch_samples=None)
+    return replace(config, training=training)
+
+
+def layout_of(config: RunConfig) -> Layout:
+    return Layout.of(config, resolve_layout(config))
+
+
+def test_every_rank_holds_the_vision_part_and_a_share_of_its_optimizer() -> None:
+    config = recipe("stage2")
+    layout = layout_of(config)
+    assert layout.everywhere == pytest.approx(VISION, rel=1e-3)
+    language = layout.ranks[0].trained - layout.everywhere
+    assert layout.trained[0] == language
+    state = state_bytes(config, layout.ranks[0], 4, everywhere=layout.everywhere)  # 16 ranks = 2 x 2 x 4
+    assert state["gradients"] == 4 * layout.ranks[0].trained
+    assert state["moments"] == pytest.approx(8 * (language / 4 + layout.everywhere / 16))
+    frozen = layout_of(recipe("stage3"))
+    assert frozen.everywhere == pytest.approx(91.8e6, rel=2e-3)
+
+
+def test_the_share_of_a_rank() -> None:
+    config = recipe("stage2")
+    share = VisionShare.of(config, ROW.work(1), 8, 0.0)
+    assert share is not None
+    assert (share.all_images, share.images) == (32, 8)
+    assert share.feature_bytes == 32 * 256 * 4096 * 2 and share.kept_bytes == 0 and share.recomputes
+    kept = VisionShare.of(recipe("stage2", "--no-vision-recompute"), ROW.work(1), 8, 0.0)
+    assert kept is not None and kept.kept_bytes == pytest.approx(8 * 2.97e9, rel=0.02)
+    assert VisionShare.of(recipe("stage2", "--vision-parallel", "pipeline"), ROW.work(1), 8, 0.0) is None
+
+
+def test_the_time_of_a_share_is_two_forward_passes_and_a_backward_pass() -> None:
+    config = recipe("stage2")
+    share = VisionShare.of(config, ROW.work(1), 16, 0.0)  # 16 images, 8 at a time
+    assert share is not None
+    cost = UnitCosts.of(config, Work(num_images=8), Keeping("transformer_engine")).stage(
+        vision_part(config.model), trained=0
+    )
+    expected = 2 * (2 * cost.forward.seconds(H100) + cost.backward.seconds(H100))
+    assert share.seconds(H100) == pytest.approx(expected)
+    frozen = VisionShare.of(recipe("stage3"), ROW.work(1), 16, 0.0)
+    assert frozen is not None and not frozen.recomputes
+    assert frozen.seconds(H100) < expected / 3
+
+
+def test_features_go_to_the_first_stage_and_gradients_return() -> None:
+    share = VisionShare.of(recipe("stage2"), ROW.work(1), 8, 0.0)
+    assert share is not None
+    there = 32 * 256 * 4096 * 2 * 3 / 4  # three of four ranks send
+    expected = there / 36.5e9 + there / 2 / 36.5e9 + 2 * 210e-6
+    assert share.exchange_seconds(H100, over_network=True) == pytest.approx(expected)
+
+
+def test_features_and_the_backward_pass_need_memory() -> None:
+    config = recipe("stage2")
+    layout = layout_of(config)
+    first, second = rank_memories(config, layout, ROW.work(1), world_size=4, micro_batches=16)
+    assert first.communication - second.communication == 64 * 256 * 4096 * 2
+    assert first.activations == pytest.approx(8 * 2.97e9, rel=0.02) and first.logits == 0
+    full = recipe("stage2", "--recompute-granularity", "full")
+    fuller = rank_memories(full, layout_of(full), ROW.work(1), world_size=4, micro_batches=16)
+    assert fuller[0].total < first.total - 15e9
+
+
+def test_parts_of_a_step_add_up() -> None:
+    config = recipe("stage2")
+    layout = layout_of(config)
+    found = step_time(config, layout, ROW, H100, 16)
+    assert found.seconds == pytest.approx(
+        found.busiest + found.bubble + found.vision + found.exposed_data + found.optimizer
+    )
+    assert found.exposed_data > layout.everywhere * 6 * 7 / 8 / 360e9  # nothing hides the exchange over all ranks
+    assert fastest_possible(config, layout, ROW, H100, 16) <= found.seconds
+    assert found.traffic.pipeline_network > 16 / 4 * 2 * 4 * 256 * 4096 * 2  # features and gradients, once a step
