@@ -30,10 +30,15 @@ make_venv() {
     fi
 }
 
+# An environment names its own folder in its scripts, so it does not work in a checkout that was moved or copied.
+is_at_home() {
+    grep -qF -e "$1" -e "$(realpath "$1")" "$1/bin/activate" 2>/dev/null
+}
+
 ensure_venv() {
     local root="$1" extras="$2" stamp started=$SECONDS
     stamp="$root/.venv/.installed-$(cat "$root/setup.py" "$root/constraints-cpu.txt" | sha256sum | cut -c 1-16)-$extras"
-    if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then make_venv "$root" || return; fi
+    if ! "$root/.venv/bin/python" -c '' 2>/dev/null || ! is_at_home "$root/.venv"; then make_venv "$root" || return; fi
     source "$root/.venv/bin/activate"
     if [[ -e "$stamp" ]]; then return; fi
     local install=(python -m pip install --quiet --quiet --disable-pip-version-check -c "$root/constraints-cpu.txt")
