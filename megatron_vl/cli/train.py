@@ -8,6 +8,7 @@ Anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 _LESS_MEMORY = (
     "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
-    "--tensor-model-parallel-size or --pipeline-model-parallel-size, or more ranks with --use-distributed-optimizer"
+    "--tensor-model-parallel-size or --pipeline-model-parallel-size, more ranks with --use-distributed-optimizer, or a "
+    "smaller --vision-micro-batch-size with --vision-parallel data"
 )
 
 
@@ -170,10 +172,12 @@ def _describe_memory(config: RunConfig, layout: PipelineLayout, world_size: int,
     from megatron_vl.planning.summary import memory_line
 
     data_parallel, training = data_parallel_size(config.parallel, world_size), config.training
-    # Samples are not counted in rows without their data; a step then has enough micro-batches to fill the pipeline.
-    unknown = training.global_batch_samples is not None
-    micro_batches = 3 * layout.pipeline_size if unknown else num_microbatches(training, data_parallel)
     row = assumed_row(config)
+    if training.global_batch_samples is None:
+        micro_batches = num_microbatches(training, data_parallel)
+    else:  # their data are not here: count them by the assumed row
+        rows = training.global_batch_samples / row.samples
+        micro_batches = max(3 * layout.pipeline_size, math.ceil(rows / data_parallel / training.micro_batch_size))
     memories = rank_memories(
         config,
         Layout.of(config, layout),

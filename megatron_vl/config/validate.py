@@ -44,6 +44,7 @@ def validate(config: RunConfig, *, world_size: int, cuda: bool) -> None:
     check_world_size(config, world_size)
     check_batch(config, world_size)
     check_overlap(config.parallel)
+    check_whole_vision(config)
     check_backend(config, cuda=cuda)
     check_row(config)
     check_trainable(config)
@@ -203,6 +204,19 @@ def check_overlap(parallel: ParallelConfig) -> None:
     for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, needed):
             raise ConfigError(f"parallel.overlap_param_gather needs parallel.{needed}, which is false")
+
+
+def check_whole_vision(config: RunConfig) -> None:
+    """What concerns a vision part on every rank is given only where there is one."""
+    parallel, usual = config.parallel, ParallelConfig()
+    if parallel.vision_parallel == "data":
+        return
+    for name in ("vision_micro_batch_size", "vision_recompute"):
+        if getattr(parallel, name) != getattr(usual, name):
+            raise ConfigError(
+                f"parallel.{name} {getattr(parallel, name)} has no effect where the vision part is in the pipeline: "
+                "leave it out, or add --vision-parallel data"
+            )
 
 
 def check_backend(config: RunConfig, *, cuda: bool) -> None:

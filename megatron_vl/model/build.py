@@ -60,7 +60,11 @@ def build_vision_part(config: RunConfig, topology: Topology, *, fresh_weights: b
         sequence_parallel=False,
     )
     backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
-    context = _context(replace(config, parallel=parallel), topology.vision_groups, backend, device=topology.device.type)
+    training = config.training
+    if config.parallel.vision_recompute:  # images are encoded again as a whole, so layers are not
+        training = replace(training, recompute_granularity=None)
+    alone = replace(config, parallel=parallel, training=training)
+    context = _context(alone, topology.vision_groups, backend, device=topology.device.type)
     chunk = QwenVL(context, vision_part(config.model))
     _finish(chunk, config, topology, fresh_weights=fresh_weights)
     freeze(chunk, config.training, before=())

@@ -93,7 +93,7 @@ def meet(group: dist.ProcessGroup) -> None:
         dist.barrier(group=group)
 
 
-def to_first_stage(own: torch.Tensor, sizes: Sequence[int], *, topology: Topology) -> torch.Tensor | None:
+def to_first_stage(own: torch.Tensor, sizes: Sequence[int], *, topology: Topology) -> list[torch.Tensor]:
     """Bring blocks from all ranks of a model-parallel group to each rank of its first stage.
 
     Args:
@@ -101,44 +101,43 @@ def to_first_stage(own: torch.Tensor, sizes: Sequence[int], *, topology: Topolog
         sizes: the n of each rank of the group.
 
     Returns:
-        On the first stage [sum of sizes, ...], the blocks in the order of ranks; elsewhere None.
+        On the first stage the blocks in the order of ranks, each with a memory of its own; elsewhere nothing.
     """
     me, first = topology.mp_group.rank(), range(topology.tp_size)
     messages = [_message(dist.isend, own, peer, topology) for peer in first if peer != me and len(own)]
-    whole = None
+    blocks = []
     if me in first:
-        whole = own.new_empty(sum(sizes), *own.shape[1:])
-        for peer, block in enumerate(whole.split(list(sizes))):
-            if peer == me:
-                block.copy_(own)
-            elif len(block):
-                messages.append(_message(dist.irecv, block, peer, topology))
+        blocks = [own if peer == me else own.new_empty(size, *own.shape[1:]) for peer, size in enumerate(sizes)]
+        messages += [
+            _message(dist.irecv, block, peer, topology)
+            for peer, block in enumerate(blocks)
+            if peer != me and len(block)
+        ]
     _exchange(messages)
-    return whole
+    return blocks
 
 
 def from_first_stage(
-    whole: torch.Tensor | None, sizes: Sequence[int], *, like: torch.Tensor, topology: Topology
+    blocks: Iterator[torch.Tensor] | None, sizes: Sequence[int], *, like: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
-    """Return to each rank of a model-parallel group its block [n, ...] of a tensor that the first stage holds.
+    """Return to each rank of a model-parallel group its block [n, ...] of those that the first stage holds.
 
     All ranks of the first stage hold the same, so each sends to those of its own tensor-parallel rank.
 
     Args:
-        whole: [sum of sizes, ...] on the first stage, the blocks in the order of ranks; None elsewhere.
+        blocks: on the first stage, the blocks in the order of ranks; each is dropped when it has been sent. None
+            elsewhere.
         like: gives type, device and shape of a block, except for its length.
     """
     me, width = topology.mp_group.rank(), topology.tp_size
-    messages = []
-    if whole is None:
-        own = like.new_empty(sizes[me], *like.shape[1:])
-        messages += [_message(dist.irecv, own, me % width, topology)] if len(own) else []
-    else:
-        blocks = whole.contiguous().split(list(sizes))
-        own = blocks[me]
-        peers = range(me + width, len(sizes), width)
-        messages += [_message(dist.isend, blocks[peer], peer, topology) for peer in peers if len(blocks[peer])]
-    _exchange(messages)
+    own = like.new_empty(sizes[me] if blocks is None else 0, *like.shape[1:])
+    if blocks is None and len(own):
+        _exchange([_message(dist.irecv, own, me % width, topology)])
+    for peer, block in enumerate(blocks or ()):
+        if peer == me:
+            own = block
+        elif peer % width == me and len(block):
+            _exchange([_message(dist.isend, block, peer, topology)])
     return own
 
 

@@ -50,13 +50,15 @@ class Topology:
         )
         if config.vision_parallel == "data":
             on_cpu = dist.get_backend() == "gloo"
-            self._world_gloo = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+            limit = timedelta(minutes=config.distributed_timeout_minutes)
+            self._world_gloo = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         parallel_state.destroy_model_parallel()
+        self._world_gloo = None
         if self._started:
             gc.collect()  # remains of a model may still hold groups
             dist.destroy_process_group()

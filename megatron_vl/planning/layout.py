@@ -287,7 +287,10 @@ def _check_counts(units: list[str], line: _Line, text: str) -> None:
             terms = f" ({' + '.join(map(str, found))})" if len(found) > 1 else ""
             problems.append(f"{sum(found)} {unit}{terms} where the model has {count} {names[unit]}")
     if problems:
-        raise ConfigError(f"{_KEY}: {text!r} has {' and '.join(problems)}; correct the counts, or use 'auto'")
+        advice = "correct the counts, or use 'auto'"
+        if line.vision and not re.search("[VR]", text):
+            advice += "; for a vision part that every rank holds whole, add --vision-parallel data"
+        raise ConfigError(f"{_KEY}: {text!r} has {' and '.join(problems)}; {advice}")
 
 
 def _check_stages(units: list[str], pipeline_size: int, virtual_size: int, text: str) -> None:

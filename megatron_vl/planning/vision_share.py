@@ -86,7 +86,9 @@ class VisionShare:
 
     @property
     def _keeping(self) -> Keeping:
-        return replace(Keeping.of(self.config), tensor=1, sequence=False)
+        keeping = replace(Keeping.of(self.config), tensor=1, sequence=False)
+        # Images that are encoded again are so as a whole, not layer by layer.
+        return replace(keeping, recompute=None) if self.config.parallel.vision_recompute else keeping
 
     @property
     def _parts(self) -> int:

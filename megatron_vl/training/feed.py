@@ -5,7 +5,8 @@ types of the tensors; the contents follow when a micro-batch is due (``parallel/
 for itself, and only stages with the patch embedding decode images. So no data travels between stages. A field is
 missing on a rank only if nothing on that rank would use it.
 
-Under ``vision_parallel data`` every rank reads the rows, since every rank decodes its share of the images.
+Under ``vision_parallel data`` every rank reads the rows, since every rank decodes its share of the images. The tensors
+of a micro-batch without its pixels, a few kB, still come from the first rank of the group.
 """
 
 from __future__ import annotations

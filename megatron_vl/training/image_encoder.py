@@ -15,14 +15,17 @@ The backward pass of an image needs much memory (2.8 GB at 448 pixels in bf16), 
 it at once. With ``vision_recompute``, step 1 keeps the features alone, and step 3 encodes again,
 ``vision_micro_batch_size`` images at a time. That costs one more forward pass.
 
-Features and gradients are released as they are used. A text-only micro-batch gets features that fill no slot: its loss
-needs a graph even if the language model is frozen.
+A first stage holds the features of all images of the step once. Those of a rank's share are released when the last of
+them has been handed over, and the gradients when they have been sent back. A text-only micro-batch gets features that
+fill no slot: its loss needs a graph even if the language model is frozen.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +47,7 @@ class ImageEncoder:
         self.wrapped = wrapped
         self.topology = topology
         self._images_at_a_time = config.parallel.vision_micro_batch_size
-        # What a resampler behind a frozen tower keeps is small, and the tower itself keeps nothing.
+        # A frozen tower keeps nothing, and the resampler behind it a twenty-fifth of what a trained tower keeps.
         self._recompute = config.parallel.vision_recompute and not config.training.freeze_vision
         meet(topology.mp_group)
 
@@ -68,14 +71,14 @@ class ImageEncoder:
         topology, counts = self.topology, [int(batch.work.num_images) for batch in batches]
         backward = self.trains and not forward_only
         own = _OwnImages.of(batches, self.chunk, topology.device, size=self._images_at_a_time)
-        kept = own.encode() if backward and not self._recompute else []
-        features = [output.detach() for output in kept] if kept else own.encode_without_graph()
+        kept: list[Tensor] = []
+        features = own.encode(kept if backward and not self._recompute else None)
         group = topology.mp_group
         shares = [image_shares(counts, rank=rank, size=group.size()) for rank in range(group.size())]
         totals = [sum(map(len, share)) for share in shares]
         assert totals[group.rank()] == own.number, "the loader and the encoder divide the images alike"
-        every = to_first_stage(_joined(features, own.empty()), totals, topology=topology)
-        return EncodedStep(counts, totals, own, kept, backward=backward, topology=topology, every=every)
+        blocks = deque(to_first_stage(features, totals, topology=topology))
+        return EncodedStep(counts, totals, own, kept, backward=backward, topology=topology, blocks=blocks)
 
     def finish_gradients(self, num_tokens: int) -> None:
         """Sum the gradients over all ranks, and divide them by the supervised tokens of the global batch."""
@@ -88,39 +91,42 @@ class ImageEncoder:
 class _OwnImages:
     """The images of a step that this rank encodes, a few at a time."""
 
-    pixels: Tensor
-    """uint8[n, 3, H, W] on the device."""
+    parts: tuple[Tensor, ...]
+    """uint8[m, 3, H, W] each, in the memory of the host: the images that are encoded together."""
     chunk: QwenVL
-    size: int
+    device: torch.device
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch], chunk: QwenVL, device: torch.device, *, size: int) -> _OwnImages:
         pixels = [batch.pixels for batch in batches if batch.pixels is not None]
         assert len(pixels) == len(batches), "every rank reads pixels"
-        return cls(torch.cat(pixels).to(device, non_blocking=True), chunk, size)
+        whole = torch.cat(pixels)
+        return cls(whole.split(size) if len(whole) else (), chunk, device)
 
     @property
     def number(self) -> int:
-        return len(self.pixels)
+        return sum(map(len, self.parts))
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """Return the pixels of those that are encoded together."""
-        return self.pixels.split(self.size) if self.number else ()
+    def encode(self, kept: list[Tensor] | None) -> Tensor:
+        """Return [images, queries, h]. Append each part's features with their graph to ``kept``, if it is given."""
+        features = self.empty(self.number)
+        for part, place in zip(self.parts, features.split(list(map(len, self.parts))), strict=True):
+            with torch.set_grad_enabled(kept is not None):
+                output = self.see(part)
+            if kept is not None:
+                kept.append(output)
+            place.copy_(output.detach())
+        return features
 
-    def encode(self) -> list[Tensor]:
-        """Return [m, queries, h] for each part, with its graph."""
-        return [self.chunk.see(None, part).transpose(0, 1) for part in self.parts()]
+    def see(self, part: Tensor) -> Tensor:
+        """Encode one part; return [m, queries, h]."""
+        return self.chunk.see(None, part.to(self.device)).transpose(0, 1)
 
-    @torch.no_grad()
-    def encode_without_graph(self) -> list[Tensor]:
-        """Return [m, queries, h] for each part."""
-        return self.encode()
-
-    def empty(self) -> Tensor:
-        """Return the features of no image, [0, queries, h]."""
+    def empty(self, number: int) -> Tensor:
+        """Return room for the features of so many images, [number, queries, h]."""
         assert self.chunk.resampler is not None
         query = self.chunk.resampler.query.detach()
-        return query.new_empty(0, *query.shape)
+        return query.new_empty(number, *query.shape)
 
 
 @dataclass
@@ -133,54 +139,56 @@ class EncodedStep:
     """The number of images that each rank of the model-parallel group has encoded."""
     own: _OwnImages
     kept: list[Tensor]
-    """The features of the own images with their graph; empty if they are encoded again."""
+    """The features of the own images with their graph, by part; empty if they are encoded again."""
     backward: bool
     topology: Topology
-    every: Tensor | None
-    """[images, queries, h] on the first stage, until they are handed over."""
+    blocks: deque[Tensor]
+    """On the first stage [n, queries, h] of each rank, what has not been handed over."""
     _gradients: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """[n, queries, h] of each micro-batch whose backward pass has ended."""
 
     def hand_over(self) -> Iterator[Tensor]:
         """Yield the features of each micro-batch, [queries, n, h]; on the first stage only."""
-        assert self.every is not None
-        parts, self.every = list(self.every.split(list(self.counts))), None
         anchor = torch.zeros((), device=self.topology.device, requires_grad=self.backward)
-        for number in range(len(parts)):
-            features = parts[number].transpose(0, 1).contiguous()
-            parts[number] = features.new_empty(0)
-            yield _Handed.apply(anchor, features, self._keeper(number))
+        for number, count in enumerate(self.counts):
+            features = torch.cat([self.own.empty(0), *take(self.blocks, count)])
+            yield _Handed.apply(anchor, features.transpose(0, 1).contiguous(), partial(self._keep, number))
 
-    def _keeper(self, number: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            self._gradients[number] = gradient
-
-        return keep
+    def _keep(self, number: int, gradient: Tensor) -> None:
+        self._gradients[number] = gradient.transpose(0, 1)
 
     def go_backward(self) -> None:
         """Bring the gradients of the features to the ranks that have encoded them, and go backward there."""
         if not self.backward:
             return
-        empty = self.own.empty()
-        gradients = from_first_stage(self._all_gradients(empty), self.totals, like=empty, topology=self.topology)
-        for number, gradient in enumerate(gradients.split(self.own.size) if self.own.number else ()):
-            output = self.kept[number] if self.kept else self._again(number)
+        room = self.own.empty(0)
+        blocks = None
+        if self.topology.pp_rank == 0:
+            left = deque(self._gradients.pop(number) for number, count in enumerate(self.counts) if count)
+            blocks = (torch.cat([room, *take(left, total)]) for total in self.totals)
+        own = from_first_stage(blocks, self.totals, like=room, topology=self.topology)
+        for number, (part, gradient) in enumerate(zip(self.own.parts, self._by_part(own), strict=True)):
+            output = self.kept[number] if self.kept else self.own.see(part)
             torch.autograd.backward(output, gradient)
         self.kept.clear()
 
-    def _again(self, number: int) -> Tensor:
-        """Encode a part once more, with its graph."""
-        return self.own.chunk.see(None, self.own.parts()[number]).transpose(0, 1)
-
-    def _all_gradients(self, empty: Tensor) -> Tensor | None:
-        """Return the gradients of all features, [images, queries, h], on the first stage."""
-        if self.topology.pp_rank != 0:
-            return None
-        ordered = [self._gradients.pop(number) for number, count in enumerate(self.counts) if count]
-        return _joined([gradient.transpose(0, 1) for gradient in ordered], empty)
+    def _by_part(self, gradients: Tensor) -> Sequence[Tensor]:
+        return gradients.split(list(map(len, self.own.parts)))
 
 
-def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-    return torch.cat(list(parts)) if parts else empty
+def take(blocks: deque[Tensor], count: int) -> list[Tensor]:
+    """Remove the first ``count`` entries along axis 0 from blocks in order, and return them in pieces.
+
+    A block is dropped when its last entry has been taken.
+    """
+    pieces = []
+    while count:
+        block = blocks.popleft()
+        pieces.append(block[:count])
+        if len(block) > count:
+            blocks.appendleft(block[count:])
+        count -= len(pieces[-1])
+    return pieces
 
 
 class _Handed(torch.autograd.Function):

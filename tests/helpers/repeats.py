@@ -33,7 +33,10 @@ def repeated_schedules(times: int) -> Iterator[None]:
 
 def _repeat(run: Callable[..., Any], times: int, *, model: Any, data_iterator: Any, **given: Any) -> Any:
     chunks = model if isinstance(model, list) else [model]
-    times = times if _asynchronous(chunks) else 1
+    if times == 1 or not _asynchronous(
+        chunks
+    ):  # with the iterators as they are: what they yield is made when it is due
+        return run(model=model, data_iterator=data_iterator, **given)
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     batches = [list(iterator) for iterator in iterators]
     trained = [] if given["forward_only"] else chunks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from typing import Any
 from unittest import mock
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.rng import seed_all
+from megatron_vl.training.image_encoder import take
 from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import forward_backward
 from tests.helpers.ranks import RankPools, Start
@@ -61,6 +64,39 @@ def test_four_ranks_share_the_images_of_a_step(ranks: RankPools) -> None:
     assert ranks(4).run(_encoded_on_rank, config, False) == [[IMAGES // 4]] * 4
     config = _config(tensor_model_parallel_size=2, **whole)  # data-parallel size 2: of 1, 0, 1, 0 and 3, 2, 3, 2 images
     assert ranks(4).run(_encoded_on_rank, config, False) == [[1], [1], [5], [5]]
+
+
+@pytest.mark.parametrize("granularity", [None, "selective", "full"])
+def test_the_tower_runs_forward_twice_whatever_layers_recompute(ranks: RankPools, granularity: str | None) -> None:
+    config = tiny_config(parallel={"vision_parallel": "data"}, training={"recompute_granularity": granularity})
+    assert ranks(1).run(_passes_of_a_layer, config) == [2]
+    kept = tiny_config(
+        parallel={"vision_parallel": "data", "vision_recompute": False}, training={"recompute_granularity": granularity}
+    )
+    assert ranks(1).run(_passes_of_a_layer, kept) == [2 if granularity == "full" else 1]
+
+
+def _passes_of_a_layer(start: Start, config: RunConfig) -> int:
+    """How often the first layer of the tower runs forward in a step with one part of images."""
+    with start.topology(config.parallel) as topology:
+        model = build_parallel_model(config, topology)
+        assert model.encoder is not None and model.encoder.chunk.vision is not None
+        passes: list[int] = []
+        model.encoder.chunk.vision.layers["0"].register_forward_pre_hook(lambda *_: passes.append(1))
+        batches = own_images(micro_batches(config.model, 2), config, topology)
+        forward_backward(model.wrapped, batches, topology=topology, forward_only=False, encoder=model.encoder)
+        return len(passes)
+
+
+def test_a_block_is_dropped_when_its_last_entry_has_been_taken() -> None:
+    """Features of a rank's share are released during the schedule, and gradients while they are sent back."""
+    blocks = deque([torch.arange(3.0), torch.arange(3.0, 5.0), torch.arange(5.0, 9.0)])
+    first, second = (weakref.ref(block.untyped_storage()) for block in list(blocks)[:2])
+    assert torch.cat(take(blocks, 2)).tolist() == [0, 1] and first() is not None
+    assert take(blocks, 0) == []
+    assert torch.cat(take(blocks, 4)).tolist() == [2, 3, 4, 5]
+    assert first() is None and second() is None
+    assert torch.cat(take(blocks, 3)).tolist() == [6, 7, 8] and not blocks
 
 
 def _kept_on_rank(start: Start, config: RunConfig) -> int:

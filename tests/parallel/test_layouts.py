@@ -164,6 +164,19 @@ def test_images_encoded_by_all_ranks_equal_one_process(
     _assert_equal(_run(ranks, layout, vision_recompute=recompute), references[(), "segment"])
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(pipeline=4, vision="data"), Layout(pipeline=2, virtual=2, vision="data")],
+    ids=lambda layout: layout.name,
+)
+def test_features_that_are_made_when_they_are_due_equal_one_process(
+    ranks: RankPools, references: Any, layout: Layout
+) -> None:
+    """A schedule that is repeated takes all features first; a run takes those of a micro-batch with its turn."""
+    ranks.repeats = 1
+    _assert_equal(_run(ranks, layout), references[(), "segment"])
+
+
 @pytest.mark.parametrize("frozen", [STAGE_1, STAGE_3, LEGACY, TEXT_ONLY], ids=["stage1", "stage3", "legacy", "text"])
 @pytest.mark.parametrize(
     "layout",

@@ -90,6 +90,12 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         1,
         ["checkpoint.load a", "checkpoint.pretrained_checkpoint b", "auto_resume"],
     ),
+    (
+        {"parallel.vision_micro_batch_size": 4},
+        1,
+        ["vision_micro_batch_size 4 has no effect", "add --vision-parallel data"],
+    ),
+    ({"parallel.vision_recompute": False}, 1, ["vision_recompute False has no effect"]),
     ({"checkpoint.auto_resume": True}, 1, ["checkpoint.auto_resume", "checkpoint.save"]),
     ({"checkpoint.finetune": True}, 1, ["checkpoint.finetune", "checkpoint.load"]),
     ({"checkpoint.no_load_optim": True}, 1, ["checkpoint.no_load_optim", "checkpoint.load"]),

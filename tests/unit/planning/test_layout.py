@@ -78,6 +78,7 @@ def test_whole_model_in_one_stage() -> None:
         ("V*24|V*23R|L*16|L*16", 4, r"47 V \(24 \+ 23\) where the model has 48 vision layers"),
         ("V*48R|L*30", 2, "30 L where the model has 32 language layers"),
         ("V*47R|L*30", 2, "47 V where the model has 48 vision layers and 30 L where"),
+        ("L*17|L*15", 2, "0 V where .* or use 'auto'; .* whole, add --vision-parallel data"),
         ("V*48|L*32", 2, "0 R where the model has 1 resampler"),
         ("V*48R|RL*32", 2, "out of order|2 R"),
         ("V*24|V*24R|L*32", 4, "has 3 stages, but pipeline_model_parallel_size 4 x .* 1 = 4 stages"),
