@@ -113,5 +113,5 @@ def test_a_run_that_would_be_refused_at_its_validation_does_not_start(
         with pytest.raises(ConfigError, match=expected):
             build.build_model(config, no_ranks)
     else:
-        with pytest.raises(AttributeError, match="SimpleNamespace.* has no attribute 'device'"):
+        with pytest.raises(AttributeError, match="SimpleNamespace.* has no attribute"):
             build.build_model(config, no_ranks)
