@@ -54,7 +54,7 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
     Raises:
         SkipSample: ``bad_quad`` unless it is four points, part of it lies inside the image, and no sides cross.
     """
-    a, b, c, d = _corners(points, width, height)
+    a, b, c, d = corners = _corners(points, width, height)
     if not _is_near((*a, *b, *c, *d)):
         raise SkipSample("bad_quad", f"{points!r:.80} is far beyond an image of {width:g} x {height:g}")
     spans = [max(values) - min(values) for values in zip(a, b, c, d, strict=True)]
@@ -62,19 +62,19 @@ def quad_from_points(points: Sequence[Sequence[float]], width: float, height: fl
         raise SkipSample("bad_quad", f"{points!r:.80} is not larger than a pixel; is it in fractions?")
     if _cross(a, b, c, d) or _cross(b, c, d, a):
         raise SkipSample("bad_quad", f"{points!r:.80}: sides cross; expected the corners in their order around it")
-    if not shows_in_image(points, width, height):
+    if not _shows(corners):
         raise SkipSample("bad_quad", f"{points!r:.80} in an image of {width:g} x {height:g} has no area")
-    return clipped_quad(points, width, height)
+    return _clipped(corners)
 
 
 def clipped_quad(points: Sequence[Sequence[float]], width: float, height: float) -> tuple[float, ...]:
     """Return eight fractions of the image, clipped to it. Raises SkipSample('bad_quad') unless it is four points."""
-    return tuple(_clip(value) for corner in _corners(points, width, height) for value in corner)
+    return _clipped(_corners(points, width, height))
 
 
 def shows_in_image(points: Sequence[Sequence[float]], width: float, height: float) -> bool:
     """Return whether part of a quad's area lies inside the image. Raises SkipSample('bad_quad') unless four points."""
-    return _area(_inside(_corners(points, width, height))) >= MIN_EXTENT**2
+    return _shows(_corners(points, width, height))
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -101,12 +101,22 @@ def _corners(points: Sequence[Sequence[float]], width: float, height: float) -> 
     return [(x / width, y / height) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
 
 
+def _shows(corners: list[Point]) -> bool:
+    return _area(_inside(corners)) >= MIN_EXTENT**2
+
+
+def _clipped(corners: list[Point]) -> tuple[float, ...]:
+    return tuple(_clip(value) for corner in corners for value in corner)
+
+
 def _is_near(fractions: Sequence[float]) -> bool:
     return min(fractions) >= -1 and max(fractions) <= 2
 
 
 def _inside(corners: list[Point]) -> list[Point]:
     """Return the part of the polygon in the unit square, by clipping at each side of the square in turn."""
+    if all(0.0 <= x <= 1.0 and 0.0 <= y <= 1.0 for x, y in corners):  # as nearly every published quad
+        return corners
     for axis, limit, sign in ((0, 0.0, 1), (0, 1.0, -1), (1, 0.0, 1), (1, 1.0, -1)):
         kept: list[Point] = []
         for before, corner in zip([*corners[-1:], *corners[:-1]], corners, strict=True):
