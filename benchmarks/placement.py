@@ -2,10 +2,8 @@
 
     python benchmarks/placement.py [--pipeline 2 4 8] [--micro-batches 32] [--turns 5] [--json FILE] [--smoke]
 
-Pipeline ranks run the schedule of a training step over gloo. The stages are those of Qwen-VL at its published sizes in
-recipe stage 2. Instead of computing, they sleep in proportion to their operations (``planning/flops.py``). So the
-makespan of eight ranks can be measured on two cores: the order of the passes, the messages and the waiting are real,
-and no rank takes the processor from another. It is no measurement of a GPU.
+The stages are those of Qwen-VL at its published sizes in recipe stage 2. They sleep in proportion to their operations
+(``sleeping.py``), so this is no measurement of a GPU.
 
 The places of the tower:
 
@@ -23,61 +21,30 @@ less where there are more images.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 from balance import pack_stream
 from measure import Row, Spread, describe_machine, ratios, write_rows
+from sleeping import Case, case_of, measure, operations
 from stream import IMAGE, ROW
 
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_vl.data.loading.balance import image_shares
-from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
-from megatron_vl.planning.layout import PipelineLayout, StageLayout, parse_layout, resolve_layout, vision_part
+from megatron_vl.planning.flops import Work
+from megatron_vl.planning.layout import PipelineLayout, parse_layout, resolve_layout, vision_part
 
 MODEL = ModelConfig()
 EVEN = 4
 STAGE_SECONDS = 0.06
 """What an average stage takes for an average micro-batch, forward and backward."""
-FORWARD = FrozenParts(vision=True, resampler=True, language_model=True)
 FIRST, AUTO, KEPT, TWICE = "tower on stage 0", "auto", "data, kept", "data, encoded twice"
 GOALS = {
     "4 images": {2: {AUTO: 0.95}, 4: {AUTO: 0.95}, 8: {AUTO: 0.95}},
     "stream": {2: {AUTO: 0.92, KEPT: 0.97}, 4: {AUTO: 0.87, KEPT: 0.97}, 8: {AUTO: 0.85, KEPT: 0.97}},
 }
 """Efficiency: the makespan of equal stages over that of the place, by rows, ranks and place."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """How long the ranks of one step sleep, in operations until :meth:`scaled`."""
-
-    name: str
-    forward: list[list[float]]
-    """Of each stage, for each micro-batch."""
-    backward: list[list[float]]
-    before: list[float]
-    """Of each rank, before the schedule."""
-    after: list[float]
-
-    def scaled(self, factor: float) -> Case:
-        """Return the case with every duration multiplied."""
-
-        def times(values: list[float]) -> list[float]:
-            return [factor * value for value in values]
-
-        return Case(
-            self.name,
-            [times(stage) for stage in self.forward],
-            [times(stage) for stage in self.backward],
-            times(self.before),
-            times(self.after),
-        )
 
 
 def main() -> None:
@@ -91,7 +58,7 @@ def main() -> None:
     for size in options.pipeline:
         for name, images in (("4 images", [EVEN] * count), ("stream", stream)):
             cases = make_cases(images, size)
-            rows += _report(name, size, _measure(cases, size, turns=options.turns))
+            rows += _report(name, size, measure(cases, turns=options.turns))
     if options.json:
         write_rows(options.json, rows)
 
@@ -120,7 +87,7 @@ def make_cases(images: list[int], size: int) -> list[Case]:
 
 def _equal(images: list[int], size: int) -> Case:
     whole = PipelineLayout.whole(MODEL).stages[0]
-    passes = [_operations(whole, count) for count in images]
+    passes = [operations(whole, _row(count), MODEL) for count in images]
     forward, backward = (sum(values) / len(images) / size for values in zip(*passes, strict=True))
     return Case(
         "equal stages",
@@ -133,43 +100,20 @@ def _equal(images: list[int], size: int) -> Case:
 
 def _in_pipeline(name: str, layout: PipelineLayout, images: list[int]) -> Case:
     """A text-only micro-batch has a blank image, so the tower encodes one at least."""
-    passes = [[_operations(stage, count, encoded=max(count, 1)) for count in images] for stage in layout.stages]
-    idle = [0.0] * len(layout.stages)
-    forward = [[forward for forward, _ in stage] for stage in passes]
-    return Case(name, forward, [[backward for _, backward in stage] for stage in passes], idle, idle)
+    return case_of(name, layout, [replace(_row(count), num_images=max(count, 1)) for count in images], MODEL)
+
+
+def _row(images: int) -> Work:
+    return Work(images, ROW, ROW**2, ROW - IMAGE * images)
 
 
 def _on_every_rank(name: str, language: PipelineLayout, images: list[int], *, twice: bool) -> Case:
     case = _in_pipeline(name, language, images)
     size = len(language.stages)
-    forward, backward = _operations(vision_part(MODEL), 1)
+    forward, backward = operations(vision_part(MODEL), _row(1), MODEL)
     own = [sum(map(len, image_shares(images, rank=rank, size=size))) for rank in range(size)]
     after = backward + (forward if twice else 0.0)
     return replace(case, before=[count * forward for count in own], after=[count * after for count in own])
-
-
-def _operations(stage: StageLayout, images: int, *, encoded: int | None = None) -> tuple[float, float]:
-    """Return the operations of a stage, forward and backward, for a row with so many images."""
-    row = Work(images if encoded is None else encoded, ROW, ROW**2, ROW - IMAGE * images)
-    forward, both = (unit_flops(MODEL, frozen, row) for frozen in (FORWARD, FrozenParts()))
-    resampler = MODEL.vision.num_layers
-    units = [*stage.vision_layers, *[resampler] * stage.resampler]
-    units += [resampler + 1 + layer for layer in stage.language_layers]
-    units += [len(both) - 1] * stage.head
-    own = sum(forward[unit] for unit in units)
-    return own, sum(both[unit] for unit in units) - own
-
-
-def _measure(cases: list[Case], size: int, *, turns: int) -> dict[str, list[float]]:
-    """Return the makespans of each case in seconds, one for each turn; the cases take turns."""
-    with tempfile.TemporaryDirectory() as directory:
-        job, result = Path(directory) / "job.json", Path(directory) / "result.json"
-        job.write_text(json.dumps({"turns": turns, "cases": [asdict(case) for case in cases]}))
-        rank = Path(__file__).with_name("placement_rank.py")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        subprocess.run([*launcher, str(rank), str(job), str(result)], check=True, stderr=subprocess.DEVNULL)
-        found: dict[str, list[float]] = json.loads(result.read_text())
-        return found
 
 
 def _report(name: str, size: int, found: dict[str, list[float]]) -> list[Row]:

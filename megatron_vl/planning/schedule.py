@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class StageTimes:
     backward: float
     send: float = 0.0
     """Time of the message to the next stage, and of the gradient that comes back."""
+
+
+Durations: TypeAlias = StageTimes | Sequence[StageTimes]
+"""Of one stage: the same for all micro-batches, or those of each micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class _Clock:
     """The state of a simulation."""
 
     pipeline: Pipeline
-    times: Sequence[StageTimes]
+    times: Sequence[Durations]
     ended: dict[tuple[int, int, bool], float] = field(default_factory=dict)
     """When what a pass has computed is at the next stage: by stage, micro-batch and direction."""
 
@@ -113,17 +118,21 @@ class _Clock:
 
     def run(self, stage: int, what: Pass, start: float) -> float:
         """Compute a pass; return when its rank is free again."""
-        own = self.times[stage]
+        own = self._times(stage, what)
         computed = start + (own.backward if what.is_backward else own.forward)
         if what.is_backward:
-            message = self.times[stage - 1].send if stage > 0 else 0.0
+            message = self._times(stage - 1, what).send if stage > 0 else 0.0
         else:
             message = own.send if stage < self.pipeline.num_stages - 1 else 0.0
         self.ended[stage, what.micro_batch, what.is_backward] = computed + message
         return computed + (message if self.pipeline.virtual == 1 else 0.0)
 
+    def _times(self, stage: int, what: Pass) -> StageTimes:
+        own = self.times[stage]
+        return own if isinstance(own, StageTimes) else own[what.micro_batch]
 
-def simulate(pipeline: Pipeline, times: Sequence[StageTimes], starts: Sequence[float] = ()) -> Timeline:
+
+def simulate(pipeline: Pipeline, times: Sequence[Durations], starts: Sequence[float] = ()) -> Timeline:
     """Run a schedule.
 
     Args:

@@ -14,7 +14,15 @@ bytes for a position of width h in bf16, forward:
 
 Tensor parallelism: under sequence parallelism a layer has two all-gathers and two reduce-scatters in each direction,
 and gathers two inputs again for the gradients of its weights, which is hidden behind the products. Without it, two
-all-reduces in each direction. An all-reduce counts as two collectives.
+all-reduces in each direction. An all-reduce counts as two collectives. The units between the layers have these besides:
+
+* the word embedding all-reduces its output;
+* the head all-reduces three numbers for each label (maximum, sum, and the logit of the target), and the gradient of its
+  input;
+* under sequence parallelism resampler and head gather their inputs, and the gradients of what patch and word embedding
+  divide are gathered.
+
+``benchmarks/audit.py`` counts them in real steps.
 """
 
 from __future__ import annotations
@@ -95,6 +103,7 @@ class UnitCosts:
     vision_layer: StageCost
     patch_embed: StageCost
     resampler: StageCost
+    word_embedding: StageCost
     language_layer: StageCost
     head: StageCost
 
@@ -108,23 +117,26 @@ class UnitCosts:
         model, frozen = config.model, FrozenParts.of(config.training)
         rows = config.data.seq_length * config.training.micro_batch_size
         products, attention = _Directions.of(config, replace(work, num_tokens=rows))
-        logits = work.num_supervised * model.language.vocab_size / keeping.tensor
-        head = _split(products, attention, "head", keeping.tensor, launches=1)
-        again = PassCost(memory=_LOSS_BACKWARD * logits if head.backward.products else 0.0)
+        ring = _Ring(keeping)
+        patches = work.num_images * model.num_patches * model.vision.hidden_size * keeping.element
+        tokens = rows * model.language.hidden_size * keeping.element
+        patch_embed = _split(products, attention, "patch_embed", 1)
+        trains_before = not (frozen.vision and frozen.resampler and frozen.language_model)
         return cls(
             vision_layer=_layer(
                 _split(products, attention, "vision_layer", keeping.tensor),
                 _Line(LayerShape.vision(model), work.num_images * model.num_patches, not frozen.vision),
                 keeping,
             ),
-            patch_embed=_split(products, attention, "patch_embed", 1),
-            resampler=_split(products, attention, "resampler", 1, launches=1),
+            patch_embed=patch_embed + StageCost(PassCost(), ring.gather(patches, wanted=not frozen.vision)),
+            resampler=_split(products, attention, "resampler", 1, launches=1) + StageCost(ring.gather(patches)),
+            word_embedding=StageCost(ring.all_reduce(tokens), ring.gather(tokens, wanted=trains_before)),
             language_layer=_layer(
                 _split(products, attention, "language_layer", keeping.tensor),
                 _Line(LayerShape.language(model), rows, not frozen.language_model),
                 keeping,
             ),
-            head=head + StageCost(PassCost(memory=_LOSS_FORWARD * logits), again),
+            head=_split(products, attention, "head", keeping.tensor, launches=1) + _loss(config, work, ring, tokens),
         )
 
     def stage(self, stage: StageLayout, *, trained: float) -> StageCost:
@@ -136,10 +148,31 @@ class UnitCosts:
         total = StageCost(PassCost(), PassCost(memory=_SUM_OF_GRADIENTS * trained))
         total += self.vision_layer.times(len(stage.vision_layers))
         total += self.language_layer.times(len(stage.language_layers))
-        for name in ("patch_embed", "resampler", "head"):
+        for name in ("patch_embed", "resampler", "word_embedding", "head"):
             if getattr(stage, name):
                 total += getattr(self, name)
         return total
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Collectives of tensor parallelism, each of a tensor of so many bytes."""
+
+    keeping: Keeping
+
+    def all_reduce(self, num_bytes: float, *, calls: int = 1) -> PassCost:
+        """Return ``calls`` all-reduces of as many bytes."""
+        tensor = self.keeping.tensor
+        if tensor == 1:
+            return PassCost()
+        return PassCost(gathered=2 * calls * num_bytes * (tensor - 1) / tensor, collectives=2 * calls)
+
+    def gather(self, num_bytes: float, *, wanted: bool = True) -> PassCost:
+        """Return an all-gather that only sequence parallelism needs."""
+        tensor = self.keeping.tensor
+        if tensor == 1 or not (self.keeping.sequence and wanted):
+            return PassCost()
+        return PassCost(gathered=num_bytes * (tensor - 1) / tensor, collectives=1)
 
 
 @dataclass(frozen=True)
@@ -184,6 +217,22 @@ def _split(
         cost(products.forward, attention.forward, _FORWARD_SHARE),
         cost(products.backward, attention.backward, 1 - _FORWARD_SHARE),
     )
+
+
+def _loss(config: RunConfig, work: Work, ring: _Ring, tokens: float) -> StageCost:
+    """Return what head and loss cost besides products.
+
+    Args:
+        tokens: bytes of the hidden states of all positions.
+    """
+    language, keeping, frozen = config.model.language, ring.keeping, FrozenParts.of(config.training)
+    logits = work.num_supervised * language.vocab_size / keeping.tensor
+    forward = PassCost(memory=_LOSS_FORWARD * logits) + ring.gather(tokens)
+    forward += ring.all_reduce(4 * work.num_supervised, calls=3)
+    if frozen.vision and frozen.resampler and frozen.language_model:
+        return StageCost(forward)
+    hidden = work.num_supervised * language.hidden_size * keeping.element
+    return StageCost(forward, PassCost(memory=_LOSS_BACKWARD * logits) + ring.all_reduce(hidden))
 
 
 def _layer(unit: StageCost, line: _Line, keeping: Keeping) -> StageCost:

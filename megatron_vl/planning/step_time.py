@@ -22,12 +22,11 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, boundary_bytes
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.planning.gpus import Gpu
-from megatron_vl.planning.layout import StageLayout
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
 from megatron_vl.planning.stage_cost import StageCost, UnitCosts
-from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic
+from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic, returns_gradient
 from megatron_vl.planning.vision_share import VisionShare
 
 _PER_GRADIENT, _PER_STATE = 12, 46
@@ -170,11 +169,10 @@ class _Cluster:
             size, rank = boundary_bytes(self.config, stage, work, keeping), number % pipeline.size
             over_nvlink = links[rank] is gpu.nvlink
             sent[over_nvlink][rank] += size
-            sent[over_nvlink][(rank + 1) % pipeline.size] += size if self._returns_gradient(stage) else 0.0
+            sent[over_nvlink][(rank + 1) % pipeline.size] += size if returns_gradient(self.config, stage) else 0.0
         every, share = self._vision_data(), self._share(work)
         if share is not None:  # once in a step: features to the first stage, gradients back
-            moved = 2 * share.feature_bytes / pipeline.micro_batches
-            sent[not self._spans_nodes][0] += moved
+            sent[not self._spans_nodes][0] += sum(share.exchanged_bytes) / pipeline.micro_batches
         data = [self._data(rank) for rank in range(pipeline.size)]
         tensor = [
             sum(one.gathered for cost in self.chunks(costs, rank) for one in (cost.forward, cost.backward))
@@ -187,13 +185,6 @@ class _Cluster:
             data_nvlink=max(item.nvlink for item in data) + every.nvlink,
             data_network=max(item.network for item in data) + every.network,
         )
-
-    def _returns_gradient(self, stage: StageLayout) -> bool:
-        """Return whether a stage that follows this one sends back more than a zero."""
-        frozen = FrozenParts.of(self.config.training)
-        if stage.language_layers or stage.word_embedding:
-            return True
-        return not (frozen.vision and (frozen.resampler or not stage.resampler))
 
     def _stage_times(self, costs: Sequence[StageCost], work: Work) -> tuple[StageTimes, ...]:
         gpu, keeping = self.gpu, Keeping.of(self.config)

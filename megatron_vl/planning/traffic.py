@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.gpus import Gpu, Link
+from megatron_vl.planning.layout import StageLayout
 
 _BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
 """Parameters of a bucket of Megatron-Core: at least the first, and the second for each data-parallel rank."""
@@ -103,6 +105,14 @@ def data_traffic(config: RunConfig, trained: float, gpu: Gpu, group: DataGroup) 
         reduce = group.exchange(gpu, 4 * trained, buckets)
         return DataTraffic(reduce, group.exchange(gpu, element * trained, buckets), buckets)
     return DataTraffic(group.exchange(gpu, 2 * 4 * trained, 2 * buckets), nothing, buckets)
+
+
+def returns_gradient(config: RunConfig, before: StageLayout) -> bool:
+    """Return whether the stage after ``before`` sends back more than a zero."""
+    frozen = FrozenParts.of(config.training)
+    if before.language_layers or before.word_embedding:
+        return True
+    return not (frozen.vision and (frozen.resampler or not before.resampler))
 
 
 def boundary_links(config: RunConfig, gpu: Gpu, world_size: int) -> Sequence[Link]:

@@ -74,10 +74,21 @@ class VisionShare:
 
     def exchange_seconds(self, gpu: Gpu, *, over_network: bool) -> float:
         """Return the time of features on their way to the first stage, and of gradients on their way back."""
-        group, link = model_parallel_size(self.config.parallel), gpu.network if over_network else gpu.nvlink
-        there = self.feature_bytes * (group - 1) / group
-        back = 0.0 if self._trains_nothing else there / self.config.parallel.tensor_model_parallel_size
+        link = gpu.network if over_network else gpu.nvlink
+        there, back = self.exchanged_bytes
         return link.seconds(there) + link.seconds(back)
+
+    @property
+    def exchanged_bytes(self) -> tuple[float, float]:
+        """Bytes of features that a rank of the first stage receives in a step, and of gradients that it sends back.
+
+        Every rank of the first stage needs all features. Their gradients are the same on each of them. So each sends
+        those of a share of the other stages' ranks, and those of the first stage are there already.
+        """
+        group, tensor = model_parallel_size(self.config.parallel), self.config.parallel.tensor_model_parallel_size
+        there = self.feature_bytes * (group - 1) / group
+        back = self.feature_bytes * (group - tensor) / group / tensor
+        return there, 0.0 if self._trains_nothing else back
 
     @property
     def _trains_nothing(self) -> bool:

@@ -1,4 +1,4 @@
-"""The benchmarks of data and placement run in their small form, and meet the goals that no machine decides."""
+"""The benchmarks of data and planning run in their small form, and meet the goals that no machine decides."""
 
 from __future__ import annotations
 
@@ -34,6 +34,29 @@ def test_stages_that_sleep_run_the_schedule(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 8 and all(row["ours"] > 0.0 and row["reference"] > 0.0 for row in rows)
+
+
+def test_the_simulator_beside_stages_that_sleep(tmp_path: Path) -> None:
+    """The simulator knows the order: a makespan below the simulated one would show that it does not."""
+    command = [sys.executable, "benchmarks/schedule.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"].rsplit(", ", 1)[0] for row in rows] == [
+        "makespan, pipeline 2, virtual 1", "makespan, pipeline 2, virtual 1",
+        "makespan, pipeline 2, virtual 2", "makespan, pipeline 2, virtual 2",
+    ]  # fmt: skip
+    assert all(row["ratio"] > 0.999 for row in rows), rows
+
+
+def test_the_plan_is_what_the_program_does(tmp_path: Path) -> None:
+    """Operations of the whole model; state and traffic of one layout."""
+    command = [sys.executable, "benchmarks/audit.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 6 + 4 + 3
+    assert all(row["met"] and row["reference"] > 0 for row in rows if "data parallelism" not in row["name"]), rows
 
 
 def test_every_place_of_the_tower_has_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:

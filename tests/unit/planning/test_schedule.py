@@ -59,6 +59,14 @@ def test_two_ranks_by_hand() -> None:
     ]  # fmt: skip
 
 
+def test_micro_batches_of_different_length_by_hand() -> None:
+    """Two ranks; the first micro-batch takes three times as long as the second, on the first stage only."""
+    first = [StageTimes(3.0, 6.0), StageTimes(1.0, 2.0)]
+    timeline = simulate(Pipeline(2, 1, 2), [first, StageTimes(1.0, 2.0)])
+    assert [(one.start, one.end) for one in timeline.ranks[0]] == [(0.0, 3.0), (3.0, 4.0), (6.0, 12.0), (12.0, 14.0)]
+    assert [(one.start, one.end) for one in timeline.ranks[1]] == [(3.0, 4.0), (4.0, 6.0), (6.0, 7.0), (7.0, 9.0)]
+
+
 def test_messages_of_virtual_stages_keep_nobody_busy() -> None:
     slow = simulate(Pipeline(2, 2, 2), [StageTimes(1.0, 1.0, send=0.25)] * 4)
     assert all(one.end - one.start == 1.0 for rank in slow.ranks for one in rank)

@@ -70,7 +70,9 @@ def test_tensor_parallel_traffic_of_a_row() -> None:
     """Ten collectives of 16.8 MB for each language layer under sequence parallelism, of which two are hidden."""
     config = recipe("stage2")
     (whole,) = PipelineLayout.whole(config.model).stages
-    language = replace(whole, vision_layers=range(0), resampler=False, patch_embed=False, head=False)
+    language = replace(
+        whole, vision_layers=range(0), resampler=False, patch_embed=False, head=False, word_embedding=False
+    )
     for tensor, gigabytes in ((2, 2.7), (4, 4.0), (8, 4.7)):
         keeping = replace(FUSED, tensor=tensor, sequence=True)
         cost = UnitCosts.of(config, ROW.work(1), keeping).stage(language, trained=0)
@@ -80,6 +82,29 @@ def test_tensor_parallel_traffic_of_a_row() -> None:
         assert both.collectives == 32 * 8
     plain = UnitCosts.of(config, ROW.work(1), replace(FUSED, tensor=2)).stage(language, trained=0)
     assert plain.forward.gathered == plain.backward.gathered and plain.backward.hidden == 0
+
+
+def test_tensor_parallel_traffic_between_layers() -> None:
+    """By hand at tensor size 4: an all-gather brings 3/4 of its bytes to a rank, an all-reduce twice as much."""
+    config, work = recipe("stage2"), Work(num_images=5, num_tokens=2048, num_supervised=700)
+    tokens, patches, labels = 2048 * 4096 * 2, 5 * 1024 * 1664 * 2, 700
+    units = UnitCosts.of(config, work, replace(FUSED, tensor=4, sequence=True))
+    assert (
+        units.word_embedding.forward.gathered == 1.5 * tokens
+        and units.word_embedding.backward.gathered == 0.75 * tokens
+    )
+    assert units.patch_embed.forward.gathered == 0 and units.patch_embed.backward.gathered == 0.75 * patches
+    assert units.resampler.forward.gathered == 0.75 * patches and units.resampler.backward.gathered == 0
+    assert units.head.forward.gathered == 0.75 * tokens + 3 * 1.5 * 4 * labels and units.head.forward.collectives == 7
+    assert units.head.backward.gathered == 1.5 * labels * 4096 * 2 and units.head.backward.collectives == 2
+    plain = UnitCosts.of(config, work, replace(FUSED, tensor=4))
+    assert plain.word_embedding.forward.gathered == 1.5 * tokens and plain.word_embedding.backward.gathered == 0
+    assert plain.patch_embed.backward.gathered == plain.resampler.forward.gathered == 0
+    assert plain.head.forward.gathered == 3 * 1.5 * 4 * labels
+    alone = UnitCosts.of(config, work, FUSED)
+    assert alone.word_embedding.forward.gathered == alone.head.forward.gathered == 0
+    frozen = UnitCosts.of(recipe("stage3"), work, replace(FUSED, tensor=4, sequence=True))
+    assert frozen.patch_embed.backward.gathered == 0 and frozen.resampler.forward.gathered == 0.75 * patches
 
 
 def test_a_pass_takes_the_slower_of_gpu_and_cpu() -> None:

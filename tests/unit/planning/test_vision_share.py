@@ -78,8 +78,10 @@ def test_the_time_of_a_share_is_two_forward_passes_and_a_backward_pass() -> None
 def test_features_go_to_the_first_stage_and_gradients_return() -> None:
     share = VisionShare.of(recipe("stage2"), ROW.work(1), 8, 0.0)
     assert share is not None
-    there = 32 * 256 * 4096 * 2 * 3 / 4  # three of four ranks send
-    expected = there / 36.5e9 + there / 2 / 36.5e9 + 2 * 210e-6
+    features = 32 * 256 * 4096 * 2
+    there, back = features * 3 / 4, features / 4  # from three of four ranks; to one of the two on the other stage
+    assert share.exchanged_bytes == (there, back)
+    expected = (there + back) / 36.5e9 + 2 * 210e-6
     assert share.exchange_seconds(H100, over_network=True) == pytest.approx(expected)
 
 
@@ -106,4 +108,4 @@ def test_parts_of_a_step_add_up() -> None:
     )
     assert found.exposed_data > layout.everywhere * 6 * 7 / 8 / 360e9  # nothing hides the exchange over all ranks
     assert fastest_possible(config, layout, ROW, H100, 16) <= found.seconds
-    assert found.traffic.pipeline_network > 16 / 4 * 2 * 4 * 256 * 4096 * 2  # features and gradients, once a step
+    assert found.traffic.pipeline_network > 16 / 4 * 4 * 256 * 4096 * 2  # features and gradients, once a step

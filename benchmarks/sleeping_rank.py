@@ -1,6 +1,6 @@
-"""One pipeline rank of ``placement.py``: Megatron-Core's schedule over stages that sleep.
+"""One pipeline rank of ``sleeping.py``: Megatron-Core's schedule over stages that sleep.
 
-torchrun --nproc-per-node SIZE benchmarks/placement_rank.py JOB RESULT
+torchrun --nproc-per-node SIZE benchmarks/sleeping_rank.py JOB RESULT
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from placement import Case  # noqa: E402
+from sleeping import Case  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from megatron_vl.config.schema import ParallelConfig, RunConfig  # noqa: E402
@@ -45,15 +45,16 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepingStage(nn.Module):
-    """A stage that sleeps as long as a case says."""
+    """A (virtual) stage that sleeps as long as a case says."""
 
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, config: Any, forward: Sequence[float], backward: Sequence[float]) -> None:
+    def __init__(self, config: Any, durations: Sequence[tuple[float, float]], vp_stage: int | None) -> None:
         super().__init__()
         self.config = config
-        self.durations = list(zip(forward, backward, strict=True))
+        self.durations = durations
+        self.vp_stage = vp_stage
         self.received: Tensor | None = None
 
     def set_input_tensor(self, received: Any) -> None:
@@ -71,29 +72,39 @@ def run_step(case: Case, config: RunConfig, topology: Topology) -> float:
     """Run a step; return the seconds from its common start to the end of the last rank."""
     rank = topology.pp_rank
     core = core_configs(config, Target("cpu", transformer_engine=False)).schedule
-    stage = SleepingStage(core, case.forward[rank], case.backward[rank])
+    virtual = case.pipeline.virtual
+    stages = [
+        SleepingStage(
+            core,
+            list(zip(case.forward[number], case.backward[number], strict=True)),
+            vp_stage=chunk if virtual > 1 else None,
+        )
+        for chunk, number in enumerate(range(rank, case.pipeline.num_stages, case.size))
+    ]
     dist.barrier()
     start = time.perf_counter()
     time.sleep(case.before[rank])
-    _run_schedule(stage, len(case.forward[rank]), topology)
+    _run_schedule(stages, case.pipeline.micro_batches, topology)
     time.sleep(case.after[rank])
     dist.barrier()
     return time.perf_counter() - start
 
 
-def _run_schedule(stage: SleepingStage, micro_batches: int, topology: Topology) -> None:
+def _run_schedule(stages: list[SleepingStage], micro_batches: int, topology: Topology) -> None:
     def step(numbers: Any, chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         return chunk(next(numbers)), lambda output: (output.sum(), torch.ones((), dtype=torch.int), {})
 
+    iterators = [iter(range(micro_batches)) for _ in stages]
+    single = len(stages) == 1
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(range(micro_batches)),
-        model=stage,
+        data_iterator=iterators[0] if single else iterators,
+        model=stages[0] if single else stages,
         num_microbatches=micro_batches,
         seq_length=1,
         micro_batch_size=1,
         forward_only=False,
-        p2p_communicator=P2P(topology.pp_group, stage.config),
+        p2p_communicator=P2P(topology.pp_group, stages[0].config),
         pg_collection=topology.groups,
     )
 
@@ -102,7 +113,12 @@ def main() -> None:
     """Run every case in turn; rank 0 writes the makespans."""
     job = json.loads(Path(sys.argv[1]).read_text())
     cases = [Case(**fields) for fields in job["cases"]]
-    config = RunConfig(parallel=ParallelConfig(pipeline_model_parallel_size=len(cases[0].forward)))
+    virtual = cases[0].pipeline.virtual
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=cases[0].size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+    )
+    config = RunConfig(parallel=parallel)
     found: dict[str, list[float]] = {case.name: [] for case in cases}
     with Topology(config.parallel) as topology:
         for turn in range(1 + job["turns"]):

@@ -1,0 +1,97 @@
+"""The simulator of ``planning/schedule.py`` beside Megatron-Core's own schedules, whose stages sleep.
+
+    python benchmarks/schedule.py [--pipeline 2 4 8] [--virtual 1 2] [--micro-batches 32] [--turns 3] [--json FILE]
+                                  [--smoke]
+
+The stages are those of the computed layout of Qwen-VL in recipe stage 2. All rows of a step have the same number of
+images, from none to seven, or as many as the packed rows of ``stream.py``. Stages sleep in proportion to their
+operations (``sleeping.py``). The simulator gets the same durations, and no time for messages. So its error is what it
+does not know of the schedule: an order that differs, or a wait. What sleeping, gloo and Python cost besides is in the
+measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+
+from balance import pack_stream
+from measure import Row, Spread, describe_machine, write_rows
+from sleeping import Case, case_of, measure
+from stream import IMAGE, ROW
+
+from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_vl.planning.flops import Work
+from megatron_vl.planning.layout import resolve_layout
+
+MODEL = ModelConfig()
+GOAL = 1.03
+STEP_SECONDS = 2.0
+"""About what a step takes, so that sleeping longer than asked matters little."""
+
+
+def main() -> None:
+    """Measure every number of ranks and of virtual stages in turn."""
+    options = _parse()
+    print(describe_machine())
+    rows: list[Row] = []
+    for size in options.pipeline:
+        for virtual in options.virtual:
+            cases = make_cases(size, virtual, options.micro_batches, options.images)
+            rows += _report(cases, measure(cases, turns=options.turns))
+    if options.json:
+        write_rows(options.json, rows)
+
+
+def make_cases(size: int, virtual: int, micro_batches: int, images: list[int]) -> list[Case]:
+    """Return a case for each number of images, and one for the stream."""
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=size, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+    )
+    layout = resolve_layout(RunConfig(model=MODEL, parallel=parallel))
+    stream = sorted(pack_stream(20_000).images[:micro_batches].tolist(), reverse=True)
+    counts = {f"{count} images": [count] * micro_batches for count in images} | {"stream": stream}
+    cases = []
+    for name, step in counts.items():
+        # A text-only micro-batch has a blank image, so the tower encodes one at least.
+        work = [Work(max(count, 1), ROW, ROW**2, ROW - IMAGE * count) for count in step]
+        case = case_of(name, layout, work, MODEL)
+        cases.append(case.scaled(STEP_SECONDS / case.simulated()))
+    return cases
+
+
+def _report(cases: list[Case], found: dict[str, list[float]]) -> list[Row]:
+    """Print the measured makespans over the simulated ones."""
+    rows = []
+    for case in cases:
+        measured, simulated = found[case.name], case.simulated()
+        spread = Spread.of([seconds / simulated for seconds in measured])
+        met = spread.middle <= GOAL and 1 / spread.middle <= GOAL
+        name = f"pipeline {case.size}, virtual {case.pipeline.virtual}, {case.name}"
+        print(
+            f"{name}: measured / simulated {spread.middle:.3f} [{spread.low:.3f} .. {spread.high:.3f}]; "
+            f"goal within {GOAL}: {'met' if met else 'MISSED'}",
+            flush=True,
+        )
+        rows.append(Row(f"makespan, {name}", median(measured), simulated, spread.middle, GOAL, met))
+    return rows
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", nargs="+", type=int, default=[2, 4, 8], help="pipeline ranks")
+    parser.add_argument("--virtual", nargs="+", type=int, default=[1, 2], help="virtual stages of each rank")
+    parser.add_argument("--micro-batches", type=int, default=32, help="of a step, one row each")
+    parser.add_argument("--turns", type=int, default=3, help="measured steps of each case, at least 2")
+    parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
+    parser.add_argument("--smoke", action="store_true", help="two ranks, few micro-batches: shows that it runs")
+    options = parser.parse_args()
+    options.images = list(range(8))
+    if options.smoke:
+        options.pipeline, options.micro_batches, options.turns, options.images = [2], 4, 2, [4]
+    return options
+
+
+if __name__ == "__main__":
+    main()
