@@ -3,9 +3,9 @@
     python benchmarks/audit.py [--parts operations state traffic] [--json FILE] [--smoke]
 
 operations  A forward and a backward pass of the whole published model run on the meta device, in the recipes' three
-            stages, with three images and with none. torch counts the products. The plan counts what is required, so
-            what is computed besides is added by name: the half of causal attention that a mask hides, and the blank
-            image of a text-only micro-batch. The queries of the resampler are projected once, and not for each image.
+            stages, with three images and with none. torch counts the products of each part. The plan counts what is
+            required. So what is computed besides is added: the half of causal attention that a mask hides, and the
+            blank image of a text-only micro-batch. The resampler's queries are projected once, not for each image.
 state       Four gloo ranks build and train a narrow model at each layout. Weights, gradients, master weights and
             moments of every rank are compared. The padding of buckets is a line of its own.
 traffic     In the same steps every collective and every message is intercepted. Bytes are those that a ring brings to
@@ -39,7 +39,7 @@ from megatron_vl.config.schema import (
     VisionConfig,
 )
 from megatron_vl.planning.activations import Keeping, boundary_bytes
-from megatron_vl.planning.flops import FrozenParts, Work, attention_flops, step_flops
+from megatron_vl.planning.flops import FrozenParts, Work, attention_flops, training_flops
 from megatron_vl.planning.gpus import GPUS
 from megatron_vl.planning.layout import resolve_layout
 from megatron_vl.planning.memory import Layout, state_bytes
@@ -183,26 +183,40 @@ def operations() -> Iterator[Line]:
     from audit_operations import count_operations
 
     for name, (image_size, training) in STAGES.items():
-        model = replace(ModelConfig(), image_size=image_size)
+        config = RunConfig(model=replace(ModelConfig(), image_size=image_size), training=training)
         for images in (3, 0):
             work = Work(images, 2048, 2048**2, 700)
-            frozen = FrozenParts.of(training)
-            yield Line(
-                f"operations, {name}, {images} images",
-                step_flops(model, frozen, work),
-                count_operations(RunConfig(model=model, training=training), work),
-                _computed_besides(model, frozen, work),
-            )
+            counted = count_operations(config, work)
+            for part, required in required_by_part(config, work).items():
+                besides = computed_besides(config, work)[part]
+                yield Line(f"operations, {name}, {images} images, {part}", required, counted[part], besides)
 
 
-def _computed_besides(model: ModelConfig, frozen: FrozenParts, work: Work) -> float:
-    """Return what a CPU computes beyond what is required."""
+def required_by_part(config: RunConfig, work: Work) -> dict[str, float]:
+    """Return the operations that the plan requires of each part."""
+    model = config.model
+    flops = training_flops(model, FrozenParts.of(config.training), work)
+    return {
+        "vision": flops.patch_embed + model.vision.num_layers * flops.vision_layer,
+        "resampler": flops.resampler,
+        "language layers": model.language.num_layers * flops.language_layer,
+        "head": flops.head,
+    }
+
+
+def computed_besides(config: RunConfig, work: Work) -> dict[str, float]:
+    """Return what a CPU computes beyond what is required, in each part."""
+    model, frozen = config.model, FrozenParts.of(config.training)
     masked_half = model.language.num_layers * attention_flops(model, frozen, work).language_layer
-    blank = step_flops(model, frozen, Work(num_images=1)) if not work.num_images else 0.0
-    hidden = model.language.hidden_size
-    passes = 1 if frozen.resampler else 3
-    once = passes * 2 * model.resampler.num_queries * hidden**2
-    return masked_half + blank - (max(work.num_images, 1) - 1) * once
+    blank = required_by_part(config, Work(0 if work.num_images else 1))
+    once = (1 if frozen.resampler else 3) * 2 * model.resampler.num_queries * model.language.hidden_size**2
+    saved = (max(work.num_images, 1) - 1) * once
+    return {
+        "vision": blank["vision"],
+        "resampler": blank["resampler"] - saved,
+        "language layers": masked_half,
+        "head": 0.0,
+    }
 
 
 def run_ranks(cases: list[Case]) -> dict[str, list[dict[str, Any]]]:

@@ -16,15 +16,26 @@ from megatron_vl.model.freeze import freeze  # noqa: E402
 from megatron_vl.parallel.topology import Topology  # noqa: E402
 from megatron_vl.planning.flops import Work  # noqa: E402
 
+PARTS = {
+    "vision": "vision",
+    "resampler": "resampler",
+    "language layers": "language_model",
+    "head": "language_model.output_layer",
+}
+"""Modules of the network by part. The head does not run inside the forward pass of the language layers."""
 
-def count_operations(config: RunConfig, work: Work) -> int:
-    """Return the floating-point operations that torch counts for one micro-batch of ``work``."""
+
+def count_operations(config: RunConfig, work: Work) -> dict[str, int]:
+    """Return the floating-point operations that torch counts for one micro-batch of ``work``, in each part."""
     with Topology(config.parallel) as topology:
         network = build_on_meta(config, topology)
         freeze(network, config.training, before=())
         with FlopCounterMode(display=False) as counter:
             network(_batch(config, work)).sum().backward()
-        return int(counter.get_total_flops())
+        counts = counter.get_flop_counts()
+        found = {part: sum(counts[f"QwenVL.{module}"].values()) for part, module in PARTS.items()}
+        assert sum(found.values()) == counter.get_total_flops(), "a part is missing"
+        return found
 
 
 def _batch(config: RunConfig, work: Work) -> MicroBatch:

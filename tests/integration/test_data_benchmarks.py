@@ -55,8 +55,17 @@ def test_the_plan_is_what_the_program_does(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 6 + 4 + 3
+    assert len(rows) == 24 + 4 + 3
     assert all(row["met"] and row["reference"] > 0 for row in rows if "data parallelism" not in row["name"]), rows
+
+
+def test_frozen_parts_compute_no_product_too_many(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/frozen.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 4 and all(row["ours"] > 0 for row in rows[:2])
+    assert [row["ours"] for row in rows[2:]] == [0, 0] and all(row["met"] for row in rows[2:])
 
 
 def test_every_place_of_the_tower_has_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
