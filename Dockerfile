@@ -3,9 +3,14 @@
 #
 #   docker build -t megatron_vl . && docker run --gpus all --ipc=host -it megatron_vl
 #
-# Tag: Megatron-Core 0.16.1 takes Transformer Engine >= 2.9, < 2.12. The 26.01 image has 2.11, with torch 2.10 and Python
-# 3.12; 25.09 still has an older one. The last step fails the build for a tag that does not fit.
-FROM nvcr.io/nvidia/pytorch:26.01-py3
+# Tag: 26.06 is the image with which Megatron-LM's own main branch is tested. Its Python is 3.12 or newer, so it takes
+# Megatron-Core 0.19.2, which sets no upper limit for Transformer Engine (docs/megatron_core.md). This file was not built
+# and nothing of it was run; the last step fails the build for an image that does not fit. For Megatron-Core 0.16.1, with
+# which docs/results/gpu.md was measured, an image needs Transformer Engine from 2.9 and below 2.12, as 26.01 has it.
+ARG IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+ARG MEGATRON_CORE=0.19.2
+FROM ${IMAGE}
+ARG MEGATRON_CORE
 
 WORKDIR /workspace/megatron_vl
 
@@ -26,7 +31,7 @@ COPY constraints-cpu.txt ./
 RUN <<'BASH'
 set -eu
 export PIP_CONSTRAINT= PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1
-pip install megatron-core==0.16.1
+pip install "megatron-core==$MEGATRON_CORE"
 for package in psutil numpy llvmlite numba pillow safetensors tiktoken regex pyyaml tqdm dashscope tensorboard \
     scikit-image lazy-loader imageio tifffile matplotlib rapidfuzz jinja2 pytest hypothesis sortedcontainers; do
     python -c "import importlib.metadata as m; m.version('$package')" 2>/dev/null \
@@ -43,9 +48,9 @@ python /opt/versions.py | diff /opt/versions-before -
 python - <<'PYTHON'
 from importlib.metadata import version
 
-from packaging.version import Version
+from megatron_vl.backends.versions import TRANSFORMER_ENGINE, installed_core, release
 
-found = Version(version("transformer_engine")).release
-assert (2, 9) <= found < (2, 12), f"Transformer Engine {found} is not in [2.9, 2.12)"
+found, core = version("transformer_engine"), installed_core()
+assert release(found) in TRANSFORMER_ENGINE[core], f"Transformer Engine {found}: {core} takes {TRANSFORMER_ENGINE[core]}"
 PYTHON
 BASH

@@ -21,10 +21,12 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
     package_data={"megatron_vl": ["**/templates/*"]},
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.10",
-        "megatron-core==0.16.1",
+        # The newest for each Python; docs/megatron_core.md compares them.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core==0.19.2; python_version >= '3.12'",
         "psutil",
         "numpy",
         "numba",  # compiles the resize of decode workers
@@ -36,7 +38,10 @@ setup(
     ],
     extras_require={
         # Compiled against the CUDA torch that is installed: needs --no-build-isolation, or NVIDIA's image (Dockerfile).
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "te": [
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
+        ],
         # pyarrow reads parquet, pypdfium2 PDF; scikit-image has photographs for the generated data sets. Qwen's
         # vocabulary file is in the dashscope wheel, which is installed with --no-deps (examples/setup_venv.sh): only
         # the file is used, none of what the package depends on.

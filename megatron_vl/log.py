@@ -17,6 +17,18 @@ import warnings
 from megatron_vl.launch import read_launch
 
 ROOT = "megatron_vl"
+_NOT_FOR_USERS = {
+    "megatron.core.dist_checkpointing.strategies.common": "is deprecated",  # at each load
+    "megatron.core.dist_checkpointing.strategies.torch": "is deprecated",  # at the first save
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # Megatron-Core 0.19 imports it
+}
+"""Loggers, and the messages of each that :func:`silence_dependency_warnings` hides."""
+_TORCH_SAYS = (
+    r"barrier\(\): using the device",  # over NCCL, at each save; each rank has selected its device before
+    "The argument order of load has been changed",  # at each load of Megatron-Core 0.19, in which each rank reads alone
+    "torch.distributed is disabled, unavailable or uninitialized",
+)
 
 
 def write_line(text: str = "", *, error: bool = False) -> None:
@@ -56,14 +68,20 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return _NOT_FOR_USERS[record.name] not in record.getMessage()
+
+
 def silence_dependency_warnings() -> None:
     """Hide warnings of Megatron-Core and torch for their own authors, once a rank, a step or a save.
 
     Users cannot act on deprecations between the two, and ``backend`` in the log reports that Transformer Engine and
     Apex are absent. Warnings of other modules, and of other kinds, stay.
     """
+    for name in _NOT_FOR_USERS:
+        logging.getLogger(name).addFilter(_is_for_users)
     for module in (r"torch(\.|$)", r"megatron\.core(\.|$)"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")
-    # Of torch over NCCL, at each save. Each rank has selected its device before.
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)
+    for message in _TORCH_SAYS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)

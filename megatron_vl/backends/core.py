@@ -10,18 +10,20 @@ Each part is replaced because the original would break a promise of this project
 * the kernel by which linear layers add weight gradients to their fp32 sum, which Megatron-Core takes from Apex alone.
   Without it each micro-batch passes over all gradients once more;
 * the fused bias and GELU of an MLP. The original uses the tanh approximation; Qwen-VL's GELU is exact;
-* the checkpoint writer. The original starts processes, and if one is killed, the save waits forever. Ours writes in the
-  rank's own process, so a dead writer is a dead rank, which the launcher notices;
+* the checkpoint writer. That of 0.16.1 starts processes, and if one is killed, the save waits forever. That of 0.19.2
+  loses the reason of a failure, such as a full disk. Ours writes in the rank's own thread and hands the reason on;
 * the results queue of that writer, which would start a manager process;
 * the readers of checkpoint metadata, which would run code from a hostile file (``safe_metadata.py``).
 
-``tests/unit/backends/test_core.py`` fails when a new version of Megatron-Core moves what is replaced.
+``tests/unit/backends/test_core.py`` fails when a new version of Megatron-Core moves what is replaced. The versions that
+are supported differ in the names of the writer's parts (``WRITERS``); docs/megatron_core.md has the whole comparison.
 """
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_vl.backends import kernels, safe_metadata
+from megatron_vl.backends.versions import installed_core
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -209,9 +212,26 @@ def _write_here(transforms: list[Any], use_msc: bool, rank: int, buckets: list[A
     results.put(written)
 
 
+@dataclass(frozen=True)
+class WriterNames:
+    """What the parts of the checkpoint writer that are replaced are called in ``filesystem_async``."""
+
+    queue: str
+    """The function that makes the results queue."""
+    write: str
+    """The method of ``FileSystemWriterAsync`` that writes a rank's part."""
+
+
+WRITERS = {
+    "0.16.1": WriterNames("_get_write_results_queue", "write_preloaded_data_multiproc"),
+    "0.19.2": WriterNames("get_write_results_queue", "write_preloaded_data_multithread"),
+}
+
+
 def _replace_writer() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    names = WRITERS[installed_core()]
     results: queue.Queue[Any] = queue.Queue()
-    setattr(filesystem_async, "_get_write_results_queue", lambda: results)
-    setattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_here))
+    setattr(filesystem_async, names.queue, lambda: results)
+    setattr(filesystem_async.FileSystemWriterAsync, names.write, staticmethod(_write_here))

@@ -6,15 +6,16 @@ loaded torch's compiler for it. That takes a third of the time that a training n
 
 from __future__ import annotations
 
-from megatron_vl.backends import core, cpu, presence
+from megatron_vl.backends import core, cpu, presence, versions
 
 
 def prepare_process() -> None:
     """Install the replacements in Megatron-Core, and the CPU platform where there is no CUDA.
 
     Raises:
-        ConfigError: if there is no CUDA, and the CPU platform does not support this version of Megatron-Core.
+        ConfigError: if the installed version of Megatron-Core is not supported.
     """
+    versions.installed_core()
     presence.hide_unusable_packages()
     cpu.install()
     core.install()

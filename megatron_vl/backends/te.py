@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
-from megatron_vl.backends.versions import FLASH_ATTN, HOPPER, TRANSFORMER_ENGINE, dotted
+from megatron_vl.backends.versions import FLASH_ATTN, HOPPER, TRANSFORMER_ENGINE, dotted, installed_core
 from megatron_vl.errors import ConfigError
 
 _FUSED_NORM_KEYS = {
@@ -90,9 +90,9 @@ def _check_package() -> None:
         hidden = sys.modules.get("transformer_engine", error) is None and not torch.cuda.is_available()
         reason = "needs a CUDA device, and none was found" if hidden else f"cannot be imported ({error})"
         raise _unusable(reason) from error
-    lowest, limit = map(dotted, TRANSFORMER_ENGINE)
-    if not TRANSFORMER_ENGINE[0] <= found < TRANSFORMER_ENGINE[1]:
-        raise _unusable(f"has version {dotted(found)}, and Megatron-Core takes those from {lowest} and below {limit}")
+    core = installed_core()
+    if found not in TRANSFORMER_ENGINE[core]:
+        raise _unusable(f"has version {dotted(found)}, and Megatron-Core {core} takes those {TRANSFORMER_ENGINE[core]}")
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if not HAVE_TE:

@@ -5,6 +5,9 @@ name with its global shape, so any tensor x pipeline x data layout loads what an
 resolved configuration (``config.yaml``), progress (``state.json``) and each rank's random streams (``rng.pt``). The
 streams are restored only on the layout and kind of device that wrote them, since one rank's stream has no meaning on
 another rank.
+
+Either supported version of Megatron-Core loads what the other has saved. What is not a tensor is in ``common.pt``:
+0.16.1 writes and requires this file, 0.19.2 reads it where it exists, but writes it only among the tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
@@ -23,6 +26,7 @@ from torch import nn
 
 from megatron_vl import machine_errors
 from megatron_vl.checkpoint import optimizer_state, store
+from megatron_vl.checkpoint.loading import load_state, reason_of
 from megatron_vl.checkpoint.same_model import check_same_model
 from megatron_vl.checkpoint.streaming import StreamingStrategy
 from megatron_vl.checkpoint.verification import Verified, choose_together
@@ -33,11 +37,9 @@ from megatron_vl.parallel import agreement, rng
 from megatron_vl.parallel.collectives import max_over_world
 from megatron_vl.parallel.topology import Topology
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.api import CheckpointException
-
 T = TypeVar("T")
 
+_COMMON = "common.pt"
 _EXTRA_STATE = "_extra_state"
 """The end of the names under which Transformer Engine keeps bytes of its own. It unpickles such bytes without any
 check.
@@ -116,7 +118,7 @@ def _fill_and_commit(
     staging: Path, trained: Trained, progress: dict[str, Any], *, config: RunConfig, agreed: _Agreement
 ) -> Path:
     topology, root, step = agreed.topology, agreed.root, progress["step"]
-    _save_tensors(trained, staging, topology)
+    common = _save_tensors(trained, staging, topology)
     streams = agreed.by_all(rng.state_dict)
 
     def write_own_files() -> list[store.FileRecord]:
@@ -124,6 +126,8 @@ def _fill_and_commit(
             (staging / store.CONFIG).write_text(dump_config(config))
             (staging / "state.json").write_text(json.dumps(progress, indent=1))
             torch.save(streams, staging / "rng.pt")
+            if not (staging / _COMMON).exists():
+                torch.save(common, staging / _COMMON)
         known = {record.name: record for record in trained.strategy.records} if trained.strategy else {}
         return [known.get(path.name) or store.record_file(path) for path in _own_files(staging, topology.rank)]
 
@@ -183,40 +187,29 @@ def _tensors(trained: Trained, topology: Topology) -> dict[str, Any]:
     return state
 
 
-def _why(error: CheckpointException) -> str:
-    """Return which rank failed and why. torch raises on all ranks if one fails, but only the first learns the reason.
-
-    Raises:
-        KeyboardInterrupt: if that is the reason. torch wraps every error of its work, and an interrupt is no damage.
-    """
-    reasons = {rank: reason for rank, (reason, _) in error.failures.items()}
-    if any(isinstance(reason, KeyboardInterrupt) for reason in reasons.values()):
-        raise KeyboardInterrupt from error
-    told = "; ".join(f"rank {rank}: {machine_errors.describe(reason) or reason}" for rank, reason in reasons.items())
-    return told or "another rank has failed, and rank 0 says why"
-
-
-def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> None:
+def _save_tensors(trained: Trained, staging: Path, topology: Topology) -> dict[str, Any]:
+    """Write the tensors. Return what is not a tensor."""
     # It derives from BaseException, so it must be caught by name.
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        dist_checkpointing.save(_tensors(trained, topology), str(staging), trained.strategy)
+        state = _tensors(trained, topology)
+        common = {"optimizer": {"param_groups": state["optimizer"]["param_groups"]}} if "optimizer" in state else {}
+        dist_checkpointing.save(state, str(staging), trained.strategy)
     except CheckpointException as error:
-        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {_why(error)}") from error
+        raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {reason_of(error)}") from error
     except (OSError, RuntimeError) as error:
         told = f"rank {topology.rank}: {machine_errors.describe(error) or error}"
         raise CheckpointError(f"{staging.parent}: the checkpoint was not written: {told}") from error
+    return common
 
 
 def _load_tensors(trained: Trained, checkpoint: Path) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-
     model = _model(trained)
     try:
         if trained.optimizer is not None:
             optimizer_state.use_masters(model, checkpoint)
-        loaded = dist_checkpointing.load({"model": model}, str(checkpoint))
+        loaded = load_state({"model": model}, checkpoint)
         for chunk in trained.chunks:
             assert isinstance(chunk, nn.Module)
             names = chunk.state_dict().keys()
@@ -226,8 +219,6 @@ def _load_tensors(trained: Trained, checkpoint: Path) -> None:
             )
         if trained.optimizer is not None:
             optimizer_state.load(trained.optimizer, _model(trained), checkpoint)
-    except CheckpointException as error:
-        raise CheckpointError(f"{checkpoint}: cannot be loaded: {_why(error)}") from error
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
 

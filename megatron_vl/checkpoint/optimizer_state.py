@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_vl.checkpoint.loading import load_state
 from megatron_vl.checkpoint.optimizer_owners import STATE_NAMES, Placed, collect, distribute, place
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel import agreement
@@ -76,7 +77,7 @@ def load(optimizer: ChainedOptimizer, model: _Sharded, checkpoint: Path) -> None
         if placed.is_loaded_here:
             wanted[str(number)] = _entry(placed, name, torch.empty(placed.parameter.shape, dtype=torch.float32))
             wanted[str(number)].key = key
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint))
+    loaded = load_state({"wanted": wanted}, checkpoint)
     step = _stored_step(loaded["optimizer"], checkpoint)
     for number, (placed, name, _) in enumerate(every):
         distribute(placed, name, loaded.get("wanted", {}).get(str(number)))

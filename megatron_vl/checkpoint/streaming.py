@@ -21,7 +21,7 @@ from typing import IO, Any, Self, cast
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -44,7 +44,7 @@ _ALIGNMENT = 64
 """torch aligns a tensor's bytes within an archive; aligned archives make them readable in place."""
 
 
-class StreamingStrategy(SaveShardedStrategy):
+class StreamingStrategy(TorchDistSaveShardedStrategy):
     """Save tensors that are read one by one; for a world of one rank."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
@@ -53,11 +53,6 @@ class StreamingStrategy(SaveShardedStrategy):
         self._read = read
         self.records: list[store.FileRecord] = []
         """The files whose hashes are known already."""
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Return True: objects go into the same file as the tensors."""
-        return True
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Write every tensor and object of a sharded state dict, whose own tensors may be on the meta device."""

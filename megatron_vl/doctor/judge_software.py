@@ -13,6 +13,7 @@ from megatron_vl.backends.versions import (
     TORCH_TESTED,
     TRANSFORMER_ENGINE,
     dotted,
+    pinned_core,
     release,
 )
 from megatron_vl.doctor.facts import Facts, Package
@@ -33,10 +34,8 @@ def judge_software(facts: Facts) -> list[Finding]:
 
 
 def _python(facts: Facts) -> Finding:
-    lowest, limit = PYTHON
-    if not lowest <= facts.python < limit:
-        expected = f"use Python {dotted(lowest)} or newer, below {dotted(limit)}"
-        return wrong("Python", dotted(facts.python), expected)
+    if facts.python not in PYTHON:
+        return wrong("Python", dotted(facts.python), f"use a Python {PYTHON}")
     return ok("Python", dotted(facts.python))
 
 
@@ -56,17 +55,17 @@ def _torch(facts: Facts) -> Finding:
 
 def _megatron_core(facts: Facts) -> Finding:
     package = facts.package("megatron-core")
-    what_to_do = f"pip install megatron-core=={MEGATRON_CORE}"
-    if package.version is not None and package.version != MEGATRON_CORE:
-        return wrong(
-            "Megatron-Core", f"{package.version or 'unknown version'}, not the pinned {MEGATRON_CORE}", what_to_do
-        )
+    pinned = pinned_core(facts.python)
+    what_to_do = f"pip install megatron-core=={pinned}"
+    if package.version is not None and package.version not in MEGATRON_CORE:
+        return wrong("Megatron-Core", f"{package.version or 'unknown version'}, not the pinned {pinned}", what_to_do)
     if not package.works:
         torch_works = facts.package("torch").works
         return wrong(
             "Megatron-Core", _broken(package), what_to_do if torch_works else "mend torch first, then run this again"
         )
-    return ok("Megatron-Core", f"{package.version}, the pinned version")
+    state = "the pinned version" if package.version == pinned else f"supported; {pinned} is pinned for this Python"
+    return ok("Megatron-Core", f"{package.version}, {state}")
 
 
 def _required(facts: Facts) -> Finding:
@@ -93,10 +92,10 @@ def _transformer_engine(facts: Facts) -> Finding:
         return missing(name, f"{package.version}, not used without a CUDA device", gives)
     if not package.works:
         return wrong(name, _broken(package), f"{_IMAGE}, or pip uninstall transformer-engine: it is left out as it is")
-    lowest, limit = TRANSFORMER_ENGINE
-    if not lowest <= release(package.version) < limit:
-        expected = f"install a version from {dotted(lowest)} and below {dotted(limit)}: Megatron-Core takes no other"
-        return wrong(name, package.version, expected)
+    core = facts.package("megatron-core").version
+    taken = TRANSFORMER_ENGINE[core if core in MEGATRON_CORE else pinned_core(facts.python)]
+    if release(package.version) not in taken:
+        return wrong(name, package.version, f"install a version {taken}: Megatron-Core takes no other")
     if _is_before_hopper(facts) and not _has_flash_attention(facts):
         needs = f"a GPU before Hopper needs flash-attn {dotted(FLASH_ATTN)} for it"
         return missing(name, f"{package.version}, not used: {needs}", gives)

@@ -1,6 +1,6 @@
 """The order in which pipeline ranks compute, and a simulation of how long it takes.
 
-The orders are those of Megatron-Core 0.16.1: 1F1B, and with virtual stages the interleaved one, in which micro-batches
+The orders are those of Megatron-Core: 1F1B, and with virtual stages the interleaved one, in which micro-batches
 take turns in groups of the pipeline size. In the simulation every pass of every stage has its own duration. A pass
 begins when its rank is free and what it needs has arrived. Plain 1F1B waits for each message, so a message keeps its
 sender busy; with virtual stages messages travel while the ranks compute.

@@ -9,7 +9,7 @@ bytes for a position of width h in bf16, forward:
 * the MLP's activation reads its input and writes its output: 6 ffn if gated, else 4 ffn;
 * the backward pass reads and writes twice as much;
 * the weight gradient of each micro-batch is added to the fp32 sum: 8 bytes a parameter;
-* the cross-entropy of Megatron-Core 0.16.1 passes several times over the logits: 38 bytes a logit forward (to fp32,
+* the cross-entropy of Megatron-Core passes several times over the logits: 38 bytes a logit forward (to fp32,
   maximum, difference, exponential, sum, quotient), 14 backward.
 
 Tensor parallelism: under sequence parallelism a layer has two all-gathers and two reduce-scatters in each direction,

@@ -147,6 +147,7 @@ RULES = (
         help="bash examples/quickstart.sh --help",
     ),
     Rule(r"(bash tests/run\.sh.*)", r"\1", says="-m pytest"),
+    Rule(r"(bash tests/newest_core\.sh)", r"\1", says="-m tests.parallel.exchange read"),
     Rule(r"(python benchmarks/\w+\.py).*", r"\1 --help", says="usage:", help=r"\1 --help"),
     Rule(r"(python -m pytest tests/gpu)", r"\1 --collect-only -q", says="test_device.py"),
     # Into another folder than the checkout's, which the result has to equal.

@@ -74,11 +74,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / block[1]).write_text(block[0], encoding="utf-8")
     write_fake_run(folder / "runs" / "finished")
     write_downloads(folder / "downloads")
-    stand_in = folder / ".venv" / "bin" / "python"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text(STAND_IN, encoding="utf-8")
-    stand_in.chmod(0o755)
-    (stand_in.parent / "activate").write_text(f'PATH="{stand_in.parent}:$PATH"\n', encoding="utf-8")
+    for environment_folder in (".venv", ".venv-newest"):
+        stand_in = folder / environment_folder / "bin" / "python"
+        stand_in.parent.mkdir(parents=True)
+        stand_in.write_text(STAND_IN, encoding="utf-8")
+        stand_in.chmod(0o755)
+        (stand_in.parent / "activate").write_text(f'PATH="{stand_in.parent}:$PATH"\n', encoding="utf-8")
     return folder
 
 

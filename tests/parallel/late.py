@@ -58,8 +58,8 @@ def _late_receives(late: bool) -> Iterator[None]:
 def _nothing_left_behind() -> Iterator[None]:
     deallocate: Callable[..., None] = schedules.deallocate_output_tensor
 
-    def overwrite(out: torch.Tensor | None, *args: Any) -> None:
-        if out is not None:
+    def overwrite(out: torch.Tensor | list[torch.Tensor] | None, *args: Any) -> None:
+        if isinstance(out, torch.Tensor):  # 0.19 also frees lists, and comes back here for each entry
             storage = out.untyped_storage()
             if torch._C._storage_Use_Count(storage._cdata) == _HOLDERS:
                 out.detach().fill_(float("nan"))

@@ -12,6 +12,7 @@ from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import evaluate, train_step
 from tests.helpers.ranks import Start
 from tests.helpers.tiny import micro_batches
+from tests.parallel.gradients import own_images
 
 BATCHES = 4
 """Of a step, over all data-parallel ranks: two for each, as many as two virtual stages want."""
@@ -41,6 +42,7 @@ def train_steps(
         losses = []
         for step in range(first, first + steps):
             batches = micro_batches(config.model, BATCHES, seed=100 * step)[topology.dp_rank :: topology.dp_size]
+            batches = own_images(batches, config, topology)
             losses.append(train_step(model, batches, config=config, topology=topology, step=step).loss.mean)
             if interrupted:
                 evaluate(model.wrapped, [batches], topology=topology)

@@ -75,6 +75,16 @@ def test_training_goes_on_at_a_layout_that_pads_the_vocabulary_otherwise(
     assert ranks(1).run(train_steps, one, 1, None, tmp_path / "many")[0] == pytest.approx(expected[4:], rel=1e-5)
 
 
+def test_a_checkpoint_has_what_either_version_of_megatron_core_reads(ranks: RankPools, tmp_path: Path) -> None:
+    """0.16.1 writes and needs ``common.pt``. 0.19 reads it, but writes what it holds only among the tensors."""
+    config = _config(ONE, vocab_size=500)
+    ranks(1).run(train_steps, config, 2, tmp_path / "trained", None)
+    weights = ranks(1).run(save_fresh_weights, config, tmp_path / "weights")[0]
+    common = torch.load(store.directory_of(tmp_path / "trained", 2) / "common.pt", weights_only=True)
+    assert common["optimizer"] == {"param_groups": [{"step": 2}]}
+    assert "optimizer" not in torch.load(weights / "common.pt", weights_only=True)
+
+
 def test_padding_is_zero_after_a_change_of_layout(ranks: RankPools, tmp_path: Path) -> None:
     """Rows that only pad have no contents that could be carried from one layout to another."""
     config = _config(TP4, vocab_size=600)

@@ -61,9 +61,37 @@ def test_only_what_dependencies_say_to_their_authors_is_silenced(
     assert bool(caught) is heard
 
 
-def test_what_torch_says_of_each_barrier_over_nccl_is_silenced() -> None:
+@pytest.mark.parametrize(
+    ("name", "message", "heard"),
+    [
+        ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated and will be removed", False),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated", False),
+        ("megatron.core.dist_checkpointing.strategies.torch", "the disk is full", True),
+        ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided with", False),
+        ("torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME='/usr/local'", False),
+        ("megatron.core.optimizer", "Adam is deprecated", True),
+    ],
+)
+def test_what_dependencies_log_for_their_authors_is_silenced(
+    caplog: pytest.LogCaptureFixture, name: str, message: str, heard: bool
+) -> None:
+    log.silence_dependency_warnings()
+    log.silence_dependency_warnings()
+    logging.getLogger(name).warning(message)
+    assert bool(caplog.records) is heard
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "barrier(): using the device under current context. You can specify",
+        "The argument order of load has been changed. Please check the document to avoid future breakages.",
+        "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    ],
+)
+def test_what_torch_says_of_megatron_core_s_calls_is_silenced(message: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         log.silence_dependency_warnings()
-        warnings.warn("barrier(): using the device under current context. You can specify", UserWarning, stacklevel=1)
+        warnings.warn(message, UserWarning, stacklevel=1)
     assert not caught

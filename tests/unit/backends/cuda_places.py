@@ -1,7 +1,7 @@
 """Where Megatron-Core names CUDA, in the files that a run here executes: counted in its source, without importing it.
 
-``python -m tests.unit.backends.cuda_places`` writes the counts of the installed version to ``cuda_places.json``. Do so
-only when ``backends/cpu.py`` has been read against every place that is new.
+``python -m tests.unit.backends.cuda_places`` writes the counts of the installed version to ``cuda_places.json``, which
+has those of every supported version. Do so only when ``backends/cpu.py`` has been read against every place that is new.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+
+from megatron_vl.backends.versions import installed_core
 
 RECORD = Path(__file__).with_suffix(".json")
 # Found by recording the functions that training, checkpoints and generation call at various layouts.
@@ -99,7 +101,8 @@ def _on_cuda(call: ast.Call) -> list[str]:
 
 
 def main() -> None:
-    RECORD.write_text(json.dumps(count_places(), indent=1) + "\n", encoding="utf-8")
+    record = json.loads(RECORD.read_text(encoding="utf-8")) | {installed_core(): count_places()}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

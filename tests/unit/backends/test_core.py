@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_vl.backends import core, kernels
-from megatron_vl.backends.core import GroupStepAdamW
+from megatron_vl.backends.core import WRITERS, GroupStepAdamW
+from megatron_vl.backends.versions import MEGATRON_CORE, installed_core
 from tests.unit.backends.patches import recorded
 
+NAMES = WRITERS[installed_core()]
+"""What the writer's parts are called in the version that is here."""
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.05}
 
 
@@ -173,9 +176,14 @@ def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
         "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
         "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
         "megatron.core.transformer.mlp.bias_gelu_impl",
-        f"{filesystem}._get_write_results_queue",
-        "FileSystemWriterAsync.write_preloaded_data_multiproc",
+        f"{filesystem}.{NAMES.queue}",
+        f"FileSystemWriterAsync.{NAMES.write}",
     }
+
+
+def test_the_writer_of_every_supported_version_is_known() -> None:
+    """What differs between them is here; nothing else asks for the version of what it replaces."""
+    assert WRITERS.keys() == MEGATRON_CORE.keys()
 
 
 def test_the_gelu_of_the_vision_tower_is_exact(replaced: dict[str, Any]) -> None:
@@ -192,8 +200,8 @@ def test_the_gelu_of_the_vision_tower_is_exact(replaced: dict[str, Any]) -> None
 def test_the_writer_takes_what_megatron_core_gives(replaced: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    original = inspect.signature(FileSystemWriterAsync.write_preloaded_data_multiproc)
-    ours = inspect.signature(replaced["FileSystemWriterAsync.write_preloaded_data_multiproc"].__func__)
+    original = inspect.signature(getattr(FileSystemWriterAsync, NAMES.write))
+    ours = inspect.signature(replaced[f"FileSystemWriterAsync.{NAMES.write}"].__func__)
     assert len(ours.parameters) == len(original.parameters)
     assert list(original.parameters) == [
         "transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"
@@ -226,7 +234,7 @@ def test_the_writer_hands_on_a_failure(replaced: dict[str, Any], monkeypatch: py
         results.put((number, OSError("no space left") if bucket == "bad" else [bucket]))
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(fail))
-    write = replaced["FileSystemWriterAsync.write_preloaded_data_multiproc"].__func__
+    write = replaced[f"FileSystemWriterAsync.{NAMES.write}"].__func__
     results: queue.Queue[Any] = queue.Queue()
     write([], False, 0, ["good", "bad", "never"], results)
     assert isinstance(results.get(), OSError) and written == ["good", "bad"]

@@ -1,10 +1,9 @@
-"""The CPU platform is written for one version of Megatron-Core; these tests fail when another moves underneath."""
+"""The CPU platform is written for certain versions of Megatron-Core; these tests fail when one moves underneath."""
 
 from __future__ import annotations
 
 import json
 import re
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vl.backends import cpu
-from megatron_vl.backends.versions import MEGATRON_CORE
-from megatron_vl.errors import ConfigError
+from megatron_vl.backends.versions import MEGATRON_CORE, installed_core
 from tests.helpers.ranks import RankPools, Start
 from tests.unit.backends.cuda_places import RECORD, Places, count_places
 from tests.unit.backends.patches import recorded
@@ -36,6 +34,10 @@ LEFT_ALONE = {
     "torch.cuda.temperature": "telemetry of the straggler detector, which is not used",
     "torch.cuda.utilization": "telemetry of the straggler detector, which is not used",
 }
+LEFT_ALONE_IN: dict[str, dict[str, str]] = {
+    "0.16.1": {},
+    "0.19.2": {"torch.cuda.Stream.priority_range": "for the streams of experts, which are not used"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,9 @@ def places() -> Places:
 
 def test_megatron_core_names_cuda_where_it_did(places: Places) -> None:
     """After a change here, read cpu.py against the new places, then write the record anew (see cuda_places.py)."""
-    assert metadata.version("megatron-core") == MEGATRON_CORE
-    assert places == json.loads(RECORD.read_text())
+    record = json.loads(RECORD.read_text())
+    assert record.keys() == MEGATRON_CORE.keys()
+    assert places == record[installed_core()]
 
 
 def test_what_megatron_core_names_is_replaced_or_left_alone_on_purpose(
@@ -63,7 +66,7 @@ def test_what_megatron_core_names_is_replaced_or_left_alone_on_purpose(
 ) -> None:
     named = {name for counts in places.values() for name in counts}
     parts = {name for name in named if re.fullmatch(r"torch\.cuda(\.\w+)+", name)}
-    assert parts - replaced.keys() == LEFT_ALONE.keys()
+    assert parts - replaced.keys() == LEFT_ALONE.keys() | LEFT_ALONE_IN[installed_core()].keys()
     factories = {match[1] for name in named if (match := re.fullmatch(r'(torch\.\w+)\(device="cuda"\)', name))}
     assert len(factories) >= 3 and factories <= replaced.keys()
     assert ".cuda()" in named and "Tensor.cuda" in replaced
@@ -82,14 +85,6 @@ def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
 
 def test_recording_changed_nothing(replaced: dict[str, Any]) -> None:
     assert replaced["torch.zeros"] is not torch.zeros
-    assert not cpu.is_installed()
-
-
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(metadata, "version", lambda _: "0.17.0")
-    with pytest.raises(ConfigError, match=r"megatron-core 0\.17\.0 .* pip install megatron-core==0\.16\.1"):
-        cpu.install()
     assert not cpu.is_installed()
 
 

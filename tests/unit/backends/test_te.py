@@ -20,7 +20,12 @@ from tests.helpers.tiny import tiny_config
 
 
 def _installed(
-    monkeypatch: pytest.MonkeyPatch, number: str = "2.9.0", *, usable: bool = True, flash_attn: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    number: str = "2.9.0",
+    *,
+    usable: bool = True,
+    flash_attn: str | None = None,
+    core: str = "0.16.1",
 ) -> None:
     """Packages of these versions which have nothing in them."""
     for name in ("transformer_engine", "transformer_engine.pytorch"):
@@ -33,26 +38,35 @@ def _installed(
         return found
 
     monkeypatch.setattr(te, "version", version)
+    monkeypatch.setattr(te, "installed_core", lambda: core)
     extension = SimpleNamespace(HAVE_TE=usable)
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", extension)
 
 
-@pytest.mark.parametrize("number", ["2.9.0", "2.11.0+c188b53"])
-def test_tested_versions_are_taken(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
-    _installed(monkeypatch, number)
+@pytest.mark.parametrize(
+    ("core", "number"), [("0.16.1", "2.9.0"), ("0.16.1", "2.11.0+c188b53"), ("0.19.2", "2.9.0"), ("0.19.2", "2.20.2")]
+)
+def test_versions_that_megatron_core_takes_are_taken(monkeypatch: pytest.MonkeyPatch, core: str, number: str) -> None:
+    _installed(monkeypatch, number, core=core)
     te.TransformerEngineBackend()
 
 
 @pytest.mark.parametrize(
-    ("number", "usable", "told"),
+    ("core", "number", "usable", "told"),
     [
-        ("2.8.0", True, r"has version 2\.8\.0, and Megatron-Core takes those from 2\.9 and below 2\.12"),
-        ("2.12.0", True, r"has version 2\.12\.0"),
-        ("2.11.0", False, "lacks a part that Megatron-Core imports"),
+        (
+            "0.16.1",
+            "2.8.0",
+            True,
+            r"has version 2\.8\.0, and Megatron-Core 0\.16\.1 takes those from 2\.9 and below 2\.12\.",
+        ),
+        ("0.16.1", "2.12.0", True, r"has version 2\.12\.0"),
+        ("0.19.2", "2.8.0", True, r"has version 2\.8\.0, and Megatron-Core 0\.19\.2 takes those from 2\.9\."),
+        ("0.19.2", "2.11.0", False, "lacks a part that Megatron-Core imports"),
     ],
 )
-def test_others_are_refused(monkeypatch: pytest.MonkeyPatch, number: str, usable: bool, told: str) -> None:
-    _installed(monkeypatch, number, usable=usable)
+def test_others_are_refused(monkeypatch: pytest.MonkeyPatch, core: str, number: str, usable: bool, told: str) -> None:
+    _installed(monkeypatch, number, usable=usable, core=core)
     with pytest.raises(ConfigError, match=rf"parallel.backend: transformer_engine {told}.*--backend local"):
         te.TransformerEngineBackend()
 

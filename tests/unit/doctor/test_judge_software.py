@@ -34,10 +34,11 @@ def test_a_node_lacks_only_flash_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("python", "kind"), [((3, 10, 9), WRONG), ((3, 11, 0), OK), ((3, 12, 12), OK), ((3, 13, 0), WRONG)]
+    ("python", "kind"), [((3, 10, 9), WRONG), ((3, 11, 0), OK), ((3, 13, 9), OK), ((3, 14, 0), WRONG)]
 )
 def test_python(python: tuple[int, int, int], kind: Kind) -> None:
-    assert only(judge_software(replace(LAPTOP, python=python)), "Python").kind == kind
+    found = only(judge_software(replace(LAPTOP, python=python)), "Python")
+    assert found.kind == kind and (kind == OK or found.advice == "use a Python from 3.11 and below 3.14")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,32 @@ def test_a_torch_that_is_absent_broken_or_old_is_wrong(package: Package, said: s
 def test_another_megatron_core_is_wrong(package: Package, said: str) -> None:
     found = only(judge_software(with_packages(LAPTOP, megatron_core=package)), "Megatron-Core")
     assert (found.kind, found.found, found.advice) == (WRONG, said, "pip install megatron-core==0.16.1")
+
+
+@pytest.mark.parametrize(
+    ("python", "core", "kind", "said"),
+    [
+        ((3, 11, 7), "0.16.1", OK, "0.16.1, the pinned version"),
+        ((3, 12, 3), "0.16.1", OK, "0.16.1, supported; 0.19.2 is pinned for this Python"),
+        ((3, 12, 3), "0.19.2", OK, "0.19.2, the pinned version"),
+        ((3, 13, 0), "0.18.0", WRONG, "0.18.0, not the pinned 0.19.2"),
+    ],
+)
+def test_the_pinned_megatron_core_is_that_of_the_python(
+    python: tuple[int, int, int], core: str, kind: Kind, said: str
+) -> None:
+    facts = with_packages(replace(LAPTOP, python=python), megatron_core=Package(core))
+    found = only(judge_software(facts), "Megatron-Core")
+    assert (found.kind, found.found) == (kind, said)
+    assert kind == OK or found.advice == "pip install megatron-core==0.19.2"
+
+
+@pytest.mark.parametrize(("number", "kind"), [("2.8.1", WRONG), ("2.9", OK), ("2.12.0", OK), ("2.20.2", OK)])
+def test_the_newest_megatron_core_takes_any_newer_transformer_engine(number: str, kind: Kind) -> None:
+    packages = {"megatron_core": Package("0.19.2"), "transformer_engine": Package(number)}
+    found = only(judge_software(with_packages(NODE, **packages)), "Transformer Engine")
+    assert found.kind == kind
+    assert kind == OK or found.advice == "install a version from 2.9: Megatron-Core takes no other"
 
 
 def test_a_megatron_core_that_only_lacks_torch_is_not_installed_again() -> None:
@@ -163,7 +190,8 @@ def _setup() -> dict[str, ast.expr]:
 
 
 def _names(requirements: list[str]) -> list[str]:
-    return [re.split(r"[\[<>=]", requirement)[0] for requirement in requirements]
+    """Names of packages, in order; one with a line for each Python comes once."""
+    return list(dict.fromkeys(re.split(r"[\[<>=]", requirement)[0] for requirement in requirements))
 
 
 def test_required_packages_and_extras_are_those_of_setup() -> None:
@@ -178,13 +206,25 @@ def test_required_packages_and_extras_are_those_of_setup() -> None:
 def test_versions_are_those_of_setup_and_constraints() -> None:
     required = ast.literal_eval(_setup()["install_requires"])
     assert f"torch>={versions.dotted(versions.TORCH_LEAST)}" in required
-    assert f"megatron-core=={versions.MEGATRON_CORE}" in required
-    lowest, limit = map(versions.dotted, versions.PYTHON)
-    assert ast.literal_eval(_setup()["python_requires"]) == f">={lowest},<{limit}"
-    lowest, limit = map(versions.dotted, versions.TRANSFORMER_ENGINE)
-    assert ast.literal_eval(_setup()["extras_require"])["te"] == [f"transformer-engine[pytorch]>={lowest},<{limit}"]
-    pinned = (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines()
-    assert {f"torch=={versions.TORCH_TESTED}", f"megatron-core=={versions.MEGATRON_CORE}"} <= set(pinned)
+    (old, pythons), (new, newer) = versions.MEGATRON_CORE.items()
+    assert versions.Releases(pythons.lowest, newer.limit) == versions.PYTHON and pythons.limit == newer.lowest
+    before, after = "; python_version < '3.12'", "; python_version >= '3.12'"
+    assert versions.dotted(newer.lowest) == "3.12"
+    assert {f"megatron-core=={old}{before}", f"megatron-core=={new}{after}"} <= set(required)
+    assert ast.literal_eval(_setup()["python_requires"]) == _pip(versions.PYTHON)
+    engines = versions.TRANSFORMER_ENGINE
+    assert ast.literal_eval(_setup()["extras_require"])["te"] == [
+        f"transformer-engine[pytorch]{_pip(engines[old])}{before}",
+        f"transformer-engine[pytorch]{_pip(engines[new])}{after}",
+    ]
+    pinned = (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").replace('"', "'").splitlines()
+    expected = {f"torch=={versions.TORCH_TESTED}", f"megatron-core=={old}{before}", f"megatron-core=={new}{after}"}
+    assert expected <= set(pinned)
+
+
+def _pip(found: versions.Releases) -> str:
+    """Releases as pip reads them."""
+    return f">={versions.dotted(found.lowest)}" + (f",<{versions.dotted(found.limit)}" if found.limit else "")
 
 
 @pytest.mark.parametrize(

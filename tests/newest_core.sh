@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Run the tests of what touches Megatron-Core with the newest supported version, which needs Python 3.12 or 3.13; where
+# neither is found, say so and do nothing:
+#
+#   bash tests/newest_core.sh [arguments of pytest]
+#
+# Without arguments the tests below run, and checkpoints go from one version to the other and back. The environment is
+# .venv-newest in the checkout; the other one is .venv, of tests/run.sh.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+source examples/setup_venv.sh
+if [[ ! -e .venv-newest ]] && ! find_python "13 12" > /dev/null 2>&1; then
+    echo "newest Megatron-Core: skipped, neither Python 3.13 nor 3.12 was found"
+    exit 0
+fi
+ensure_venv "$root" data,evaluation,logging,mpi,dev .venv-newest "13 12"
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+python -c 'from importlib.metadata import version; print("== Megatron-Core", version("megatron-core"))'
+if (($#)); then exec python -m pytest -q "$@"; fi
+
+python -m pytest -q -m "not long" tests/unit/backends tests/unit/checkpoint tests/unit/parallel tests/unit/model \
+    tests/unit/planning/test_schedule.py tests/unit/training
+python -m pytest -q -m "not long" tests/parallel/test_golden.py tests/parallel/test_checkpoints.py \
+    tests/parallel/test_generation.py tests/integration/test_resume.py
+# One of each kind of layout, and every one with messages that are received late.
+python -m pytest -q -m "not long" tests/parallel/test_layouts.py \
+    -k "late_receiver or tp2-pp2-dp1 or tp1-pp2-dp2 or tp2-pp1-dp2 or tp1-pp4-dp1"
+
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+newest="$root/.venv-newest/bin/python" other="$root/.venv/bin/python"
+"$newest" -m tests.parallel.exchange write "$folder/newest"
+"$other" -m tests.parallel.exchange read "$folder/newest"
+"$other" -m tests.parallel.exchange write "$folder/other"
+"$newest" -m tests.parallel.exchange read "$folder/other"
