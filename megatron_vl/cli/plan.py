@@ -20,7 +20,7 @@ from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_fl
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
-from megatron_vl.planning.gpus import GPUS, MeasuredRates, find_gpu, read_rates, with_rates
+from megatron_vl.planning.gpus import GPUS, Gpu, find_gpu, read_rates, with_rates
 from megatron_vl.planning.memory import USABLE
 from megatron_vl.planning.rows import Row, assumed_row, make_row
 from megatron_vl.planning.search import Answer, Plan, Question, search
@@ -55,7 +55,12 @@ def _build_parser() -> argparse.ArgumentParser:
         "--usable-memory", type=float, default=USABLE, metavar="X",
         help=f"share of the memory that may be planned; CUDA, NCCL, fragments need the rest (default: {USABLE})",
     )  # fmt: skip
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="JSON of rates of your machine (docs/scale.md)")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="JSON of rates of your machine, or what --profile of tools/train.py has written (docs/scale.md)",
+    )
     parser.add_argument("--plan", type=int, default=1, metavar="K", help="plan to describe and write (default: 1)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the recipe with the plan's layout")
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw the plan's schedule as SVG")
@@ -90,17 +95,35 @@ def _question(options: argparse.Namespace, config: RunConfig) -> tuple[Question,
     for flag, value in (("--batch-tolerance", options.batch_tolerance), ("--usable-memory", options.usable_memory)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{flag} {value:g}: expected a share from 0 to 1")
-    rates = MeasuredRates() if options.measured is None else read_rates(options.measured)
+    gpu, measured = _measured(options)
     question = Question(
         config=config,
         row=_row(options, config),
-        gpu=with_rates(find_gpu(options.gpu), rates),
+        gpu=gpu,
         num_gpus=options.gpus,
         fixed=frozenset(name for name in vars(options) if name.startswith(("parallel.", "training."))),
         usable=options.usable_memory,
         tolerance=options.batch_tolerance,
     )
-    return question, [item.name for item in fields(rates) if getattr(rates, item.name) is not None]
+    return question, measured
+
+
+def _measured(options: argparse.Namespace) -> tuple[Gpu, list[str]]:
+    """Return the GPU with what was measured of it, and what to say of that."""
+    gpu = find_gpu(options.gpu)
+    if options.measured is None:
+        return gpu, []
+    rates = read_rates(options.measured)
+    gpu = with_rates(gpu, rates)
+    names = [item.name for item in fields(rates) if getattr(rates, item.name) is not None]
+    if rates.stage_times is None:
+        return gpu, names
+    from megatron_vl.planning.calibration import calibrate, describe
+
+    found = calibrate(rates.stage_times, gpu)
+    for line in describe(rates.stage_times, found):
+        write_line(line)
+    return replace(gpu, factors=found.factors), names
 
 
 def _row(options: argparse.Namespace, config: RunConfig) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from megatron_vl.config.profile import profile_folder
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.files import try_folder
@@ -27,6 +28,8 @@ def check_outputs(config: RunConfig) -> None:
         _check_directory(Path(config.checkpoint.save), "checkpoint.save")
     if logging.tensorboard_dir:
         _check_directory(Path(logging.tensorboard_dir), "logging.tensorboard_dir")
+    if logging.profile:
+        _check_directory(profile_folder(config), "logging.profile_dir")
     if logging.log_file:
         _check_directory(Path(logging.log_file).parent, "logging.log_file")
         if Path(logging.log_file).is_dir():

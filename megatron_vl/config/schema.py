@@ -262,6 +262,20 @@ class LoggingConfig:
     """Name of the run there."""
     progress: bool = True
     """Progress bar on rank 0, when the terminal is one."""
+    profile: bool = False
+    """Profile some steps: a trace and ranges for each rank of profile_ranks, and the times of all stages."""
+    profile_step_start: int = 10
+    """Steps before the first one that is profiled."""
+    profile_step_end: int = 12
+    """Last step that is profiled; by default steps 11 and 12 are."""
+    profile_ranks: tuple[str, ...] = ("0",)
+    """Global ranks that write a trace."""
+    profile_dir: str | None = None
+    """Directory of the profile; by default profile in the save directory."""
+    use_pytorch_profiler: bool = True
+    """Trace with torch's profiler; without it, NVTX ranges only, for nsys and for undisturbed times."""
+    record_memory_history: bool = False
+    """With profile, write a snapshot of CUDA's memory after these steps, with the history of its blocks."""
 
 
 @dataclass(frozen=True)

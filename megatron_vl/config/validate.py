@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.fields import iterate_fields
+from megatron_vl.config.profile import check_profile
 from megatron_vl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.config.validation_sets import validation_sets
@@ -28,7 +29,7 @@ MAX_PARAMETERS_ON_CPU = 1_000_000_000
 MAY_BE_ZERO = frozenset({
     "data.num_workers", "training.seed", "training.eval_interval", "training.eval_iters", "optimizer.min_lr",
     "optimizer.lr_warmup_iters", "optimizer.weight_decay", "optimizer.adam_beta1", "optimizer.adam_beta2",
-    "optimizer.clip_grad",
+    "optimizer.clip_grad", "logging.profile_step_start",
 })  # fmt: skip
 """Numbers for which zero means something; every other number is above zero."""
 
@@ -52,6 +53,7 @@ def validate(config: RunConfig, *, world_size: int, cuda: bool) -> None:
     check_schedule(config)
     check_checkpoints(config)
     check_validation(config)
+    check_profile(config, world_size, cuda=cuda)
 
 
 def check_ranges(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """What the GPUs of a plan reach: memory, rates, and the links between them.
 
 Nothing here was measured on the machine that a plan is for. Rates are published maxima, so a plan is a lower bound of
-the time of a step. ``--measured FILE`` replaces them by rates of the user's own machine (:class:`MeasuredRates`).
+the time of a step. ``--measured FILE`` replaces them by rates of the user's own machine (:class:`MeasuredRates`). A
+profile of a training gives no rates but times of stages; ``calibration.py`` makes a factor for each part of them.
 
 Sources:
 
@@ -27,6 +28,7 @@ from typing import Annotated, Any
 from megatron_vl.config.records import Between, Builder
 from megatron_vl.config.suggestions import suggestion_or_list
 from megatron_vl.errors import ConfigError
+from megatron_vl.planning.stage_profile import StageProfile
 
 TERA, GIGA = 1e12, 1e9
 _MEMORY_REACHED, _NVLINK_REACHED, _NETWORK_REACHED = 0.90, 0.80, 0.73
@@ -47,6 +49,30 @@ class Link:
     def seconds(self, num_bytes: float, messages: float = 1) -> float:
         """Return the time of ``messages`` that move ``num_bytes`` together."""
         return num_bytes / self.bandwidth + messages * self.latency if num_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Slowness:
+    """How many times as long as the rates say the passes of a part take."""
+
+    forward: float = 1.0
+    backward: float = 1.0
+
+
+@dataclass(frozen=True)
+class PartFactors:
+    """The slowness of each part of the model; 1 where nothing was measured. Collectives and messages have none."""
+
+    vision: Slowness = Slowness()
+    """Vision tower and resampler."""
+    language: Slowness = Slowness()
+    """Layers of the language model."""
+    head: Slowness = Slowness()
+    """Final norm, output layer and loss."""
+
+
+AS_RATED = PartFactors()
+"""No part is slower than the rates say."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,8 @@ class Gpu:
     """GPUs that NVLink connects."""
     host_seconds: float = _HOST_SECONDS
     """Time that the CPU takes to launch forward and backward of one layer; a layer takes no less."""
+    factors: PartFactors = AS_RATED
+    """What a profile has found of each part."""
     assumed: tuple[str, ...] = ()
     """What no published measurement supports."""
 
@@ -100,6 +128,8 @@ class MeasuredRates:
     """GB/s of a GPU's share of the network between nodes."""
     host_ms_per_layer: Rate | None = None
     """Milliseconds that the CPU takes to launch forward and backward of a layer."""
+    stage_times: StageProfile | None = None
+    """Times of stages, as ``tools/train.py --profile`` has written them."""
 
 
 def read_rates(path: Path) -> MeasuredRates:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, LayerShape
 from megatron_vl.planning.flops import FORWARD, Flops, FrozenParts, Work, attention_flops, weight_flops
-from megatron_vl.planning.gpus import Gpu
+from megatron_vl.planning.gpus import AS_RATED, Gpu, PartFactors, Slowness
 from megatron_vl.planning.layout import StageLayout
 
 _LOSS_FORWARD, _LOSS_BACKWARD, _SUM_OF_GRADIENTS = 38, 14, 8
@@ -63,9 +63,19 @@ class PassCost:
     def __add__(self, other: PassCost) -> PassCost:
         return PassCost(*map(operator.add, vars(self).values(), vars(other).values()))
 
-    def times(self, number: int) -> PassCost:
+    def times(self, number: float) -> PassCost:
         """Return the cost of ``number`` of them."""
         return PassCost(*(number * value for value in vars(self).values()))
+
+    def slowed(self, factor: float) -> PassCost:
+        """Return a cost whose kernels and launches take ``factor`` times as long; collectives do not."""
+        return replace(
+            self,
+            products=factor * self.products,
+            attention=factor * self.attention,
+            memory=factor * self.memory,
+            launches=factor * self.launches,
+        )
 
     def exposed_seconds(self, gpu: Gpu) -> float:
         """Return the time of collectives that nothing hides."""
@@ -94,6 +104,10 @@ class StageCost:
     def times(self, number: int) -> StageCost:
         """Return the cost of ``number`` of them."""
         return StageCost(self.forward.times(number), self.backward.times(number))
+
+    def slowed(self, factors: Slowness) -> StageCost:
+        """Return the cost where the passes are slower than the rates say."""
+        return StageCost(self.forward.slowed(factors.forward), self.backward.slowed(factors.backward))
 
 
 @dataclass(frozen=True)
@@ -139,19 +153,37 @@ class UnitCosts:
             head=_split(products, attention, "head", keeping.tensor, launches=1) + _loss(config, work, ring, tokens),
         )
 
-    def stage(self, stage: StageLayout, *, trained: float) -> StageCost:
+    def parts(self, stage: StageLayout) -> dict[str, StageCost]:
+        """Return what each part costs in a stage, by the names of :class:`PartFactors`, without sums of gradients."""
+        vision = self.vision_layer.times(len(stage.vision_layers))
+        for name in ("patch_embed", "resampler"):
+            if getattr(stage, name):
+                vision += getattr(self, name)
+        language = self.language_layer.times(len(stage.language_layers))
+        if stage.word_embedding:
+            language += self.word_embedding
+        return {
+            "vision": vision,
+            "language": language,
+            "head": self.head if stage.head else StageCost(),
+        }
+
+    def stage(self, stage: StageLayout, *, trained: float, factors: PartFactors = AS_RATED) -> StageCost:
         """Return the cost of a stage.
 
         Args:
             trained: elements of the rank's weights to whose fp32 sums the backward pass adds.
+            factors: how much slower than the rates say each part is.
         """
-        total = StageCost(PassCost(), PassCost(memory=_SUM_OF_GRADIENTS * trained))
-        total += self.vision_layer.times(len(stage.vision_layers))
-        total += self.language_layer.times(len(stage.language_layers))
-        for name in ("patch_embed", "resampler", "word_embedding", "head"):
-            if getattr(stage, name):
-                total += getattr(self, name)
+        total = StageCost(PassCost(), sum_of_gradients(trained))
+        for name, cost in self.parts(stage).items():
+            total += cost.slowed(getattr(factors, name))
         return total
+
+
+def sum_of_gradients(trained: float) -> PassCost:
+    """Return the cost of adding so many weight gradients to their fp32 sums."""
+    return PassCost(memory=_SUM_OF_GRADIENTS * trained)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, boundary_bytes
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
-from megatron_vl.planning.gpus import Gpu
+from megatron_vl.planning.gpus import Gpu, PartFactors
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
@@ -76,18 +76,18 @@ class StepTime:
         return self.exposed_tensor + self.exposed_data
 
 
-def stage_costs(config: RunConfig, layout: Layout, row: Row) -> tuple[StageCost, ...]:
-    """Return the cost of a micro-batch in each stage."""
-    units = UnitCosts.of(config, row.work(config.training.micro_batch_size), Keeping.of(config))
+def stage_costs(config: RunConfig, layout: Layout, work: Work, factors: PartFactors) -> tuple[StageCost, ...]:
+    """Return the cost of a micro-batch of ``work`` in each stage."""
+    units = UnitCosts.of(config, work, Keeping.of(config))
     stages = zip(layout.stages.stages, layout.trained, strict=True)
-    return tuple(units.stage(stage, trained=trained) for stage, trained in stages)
+    return tuple(units.stage(stage, trained=trained, factors=factors) for stage, trained in stages)
 
 
 def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> StepTime:
     """Return the time of a step of ``training.global_batch_size`` rows."""
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
     work = row.work(config.training.micro_batch_size)
-    costs = stage_costs(config, layout, row)
+    costs = stage_costs(config, layout, work, gpu.factors)
     rows = config.training.global_batch_size
     return StepTime(
         **cluster.timed(costs, work),
@@ -100,9 +100,10 @@ def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size:
 def fastest_possible(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> float:
     """Return a lower bound of :func:`step_time` that needs no simulation: the busiest rank without any waiting."""
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
-    costs = stage_costs(config, layout, row)
+    work = row.work(config.training.micro_batch_size)
+    costs = stage_costs(config, layout, work, gpu.factors)
     busiest = max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
-    return cluster.pipeline.micro_batches * busiest + cluster.vision_seconds(row.work(config.training.micro_batch_size))
+    return cluster.pipeline.micro_batches * busiest + cluster.vision_seconds(work)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_vl.config.batch import model_parallel_size
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, chunk_bytes, working_bytes
 from megatron_vl.planning.flops import FrozenParts, Work
-from megatron_vl.planning.gpus import Gpu
+from megatron_vl.planning.gpus import Gpu, PartFactors
 from megatron_vl.planning.layout import vision_part
 from megatron_vl.planning.stage_cost import StageCost, UnitCosts
 
@@ -68,9 +68,9 @@ class VisionShare:
 
     def seconds(self, gpu: Gpu) -> float:
         """Return the time in which the rank encodes its share and goes backward through it."""
-        cost = self._cost
+        cost = self._cost(gpu.factors)
         forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
-        return self._parts * (forward * (2 if self.recomputes else 1) + backward)
+        return self.parts * (forward * (2 if self.recomputes else 1) + backward)
 
     def exchange_seconds(self, gpu: Gpu, *, over_network: bool) -> float:
         """Return the time of features on their way to the first stage, and of gradients on their way back."""
@@ -102,15 +102,19 @@ class VisionShare:
         return replace(keeping, recompute=None) if self.config.parallel.vision_recompute else keeping
 
     @property
-    def _parts(self) -> int:
+    def parts(self) -> int:
+        """How often images are encoded together."""
         return max(1, math.ceil(self.images / self.config.parallel.vision_micro_batch_size))
 
     @property
     def _at_a_time(self) -> float:
-        return self.images / self._parts
+        return self.images / self.parts
 
     @property
-    def _cost(self) -> StageCost:
-        """The cost of the images that are encoded together."""
-        units = UnitCosts.of(self.config, Work(self._at_a_time), self._keeping)
-        return units.stage(vision_part(self.config.model), trained=self.trained)
+    def units(self) -> UnitCosts:
+        """The cost of the units for the images that are encoded together."""
+        return UnitCosts.of(self.config, Work(self._at_a_time), self._keeping)
+
+    def _cost(self, factors: PartFactors) -> StageCost:
+        """Return the cost of these images."""
+        return self.units.stage(vision_part(self.config.model), trained=self.trained, factors=factors)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +39,9 @@ from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.collectives import from_first_stage, meet, to_first_stage
 from megatron_vl.parallel.topology import Topology
+
+FORWARD, BACKWARD = "vision-forward-compute", "vision-backward-compute"
+"""Names of the timers of what a rank computes for its share, without exchanges."""
 
 
 class ImageEncoder:
@@ -72,7 +76,8 @@ class ImageEncoder:
         backward = self.trains and not forward_only
         own = _OwnImages.of(batches, self.chunk, topology.device, size=self._images_at_a_time)
         kept: list[Tensor] = []
-        features = own.encode(kept if backward and not self._recompute else None)
+        with _timed(self.chunk, FORWARD):
+            features = own.encode(kept if backward and not self._recompute else None)
         group = topology.mp_group
         shares = [image_shares(counts, rank=rank, size=group.size()) for rank in range(group.size())]
         totals = [sum(map(len, share)) for share in shares]
@@ -167,13 +172,26 @@ class EncodedStep:
             left = deque(self._gradients.pop(number) for number, count in enumerate(self.counts) if count)
             blocks = (torch.cat([room, *take(left, total)]) for total in self.totals)
         own = from_first_stage(blocks, self.totals, like=room, topology=self.topology)
-        for number, (part, gradient) in enumerate(zip(self.own.parts, self._by_part(own), strict=True)):
-            output = self.kept[number] if self.kept else self.own.see(part)
-            torch.autograd.backward(output, gradient)
+        with _timed(self.own.chunk, BACKWARD):
+            for number, (part, gradient) in enumerate(zip(self.own.parts, self._by_part(own), strict=True)):
+                output = self.kept[number] if self.kept else self.own.see(part)
+                torch.autograd.backward(output, gradient)
         self.kept.clear()
 
     def _by_part(self, gradients: Tensor) -> Sequence[Tensor]:
         return gradients.split(list(map(len, self.own.parts)))
+
+
+@contextmanager
+def _timed(chunk: QwenVL, name: str) -> Iterator[None]:
+    """Call Megatron-Core's timers, as its schedules do; a run has them while it is profiled."""
+    timers = chunk.config.timers
+    if timers is None:
+        yield
+        return
+    timers(name).start()
+    yield
+    timers(name).stop()
 
 
 def take(blocks: deque[Tensor], count: int) -> list[Tensor]:

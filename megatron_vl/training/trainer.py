@@ -5,6 +5,7 @@ Read :func:`train` first. One trainer serves all stages of Qwen-VL; their recipe
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_vl.training import ending, not_finite
 from megatron_vl.training.feed import Feed, open_feed
 from megatron_vl.training.metrics import Layout, Reporter
 from megatron_vl.training.parallel_model import ParallelModel, build_parallel_model
+from megatron_vl.training.profiling import Profiler
 from megatron_vl.training.resume import find_start, hold_save_directory, load_start
 from megatron_vl.training.start import check_nothing_later, check_same_rows
 from megatron_vl.training.state import TrainState
@@ -75,6 +77,7 @@ class Trainer:
     state: TrainState
     saved_step: int
     """Step of the last checkpoint that was written or loaded."""
+    profiler: Profiler | None = None
 
     @classmethod
     def set_up(cls, config: RunConfig, topology: Topology) -> Trainer:
@@ -97,7 +100,8 @@ class Trainer:
         for line in feed.describe(_rows_of_run(config, state)):
             log_rank_0(line)
         reporter = together(lambda: Reporter(config, layout=layout, state=state, active=topology.rank == 0))
-        return cls(config, topology, model, feed, validation, reporter, state, saved_step=state.step)
+        profiler = Profiler(config, model, topology) if config.logging.profile else None
+        return cls(config, topology, model, feed, validation, reporter, state, state.step, profiler)
 
     def loop(self) -> Stop:
         """Train to the last step, or until something asks to stop. Save in either case; return the reason."""
@@ -110,6 +114,7 @@ class Trainer:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
                 self.advance(next(steps))
+                self.write_profile(ended=False)
                 self.validate_if_due(stop)
                 early = stop.check(self.state.step) if self.state.step < last else None
                 if self._checkpoint_due() or early or self._at_end():
@@ -118,13 +123,15 @@ class Trainer:
                 if early:
                     log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
                     break
+        self.write_profile(ended=True)
         ending.warn_of_unsaved_steps(self.config, self.state)
         return early or Stop("the last step", ExitStatus.DONE)
 
     def advance(self, batches: list[MicroBatch]) -> None:
         """Train one step."""
         before = self.state
-        result = train_step(self.model, batches, config=self.config, topology=self.topology, step=before.step)
+        with self.profiler.step(before.step, batches) if self.profiler else nullcontext():
+            result = train_step(self.model, batches, config=self.config, topology=self.topology, step=before.step)
         self.state = self.state.advanced(
             rows=self.config.training.global_batch_size,
             samples=result.counts.samples,
@@ -135,6 +142,12 @@ class Trainer:
         if result.skipped:
             not_finite.describe_skipped(result, before, self.feed)
             not_finite.check_progress(self.state, self.config)
+
+    def write_profile(self, *, ended: bool) -> None:
+        """Write the profile after its last step, or when the run has ended before that."""
+        if self.profiler and (ended or self.profiler.ends_at(self.state.step)):
+            with self.reporter.not_training():
+                self.profiler.write()
 
     def validate_if_due(self, stop: StopRequest) -> None:
         """Run the validation that is due after a step. A signal interrupts it, since the save is still to come."""

@@ -93,7 +93,7 @@ RULES = (
     # Two ranks are started by tests/integration/test_doctor.py.
     Rule(r"torchrun --nproc-per-node \d+ (tools/doctor\.py)", r"python \1", says="0 wrong"),
     Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
-    Rule(r"(python tools/plan\.py .*)", r"\1", says="combinations fit"),
+    Rule(r"(python tools/plan\.py (?!.*--measured runs/).*)", r"\1", says="combinations fit"),
     Rule(r"(python tools/train\.py .*--data-path .*--dry-run)", r"\1", says="the run takes each row"),
     Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
     # Several ranks take seconds to start: test_training_under_torchrun does, here one process trains a step.
@@ -103,6 +103,7 @@ RULES = (
         says="lm loss",
     ),
     Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
+    Rule(r"(python tools/plan\.py .*--measured runs/.*)", r"\1", says="with these factors"),  # which one of them wrote
     # Checked when the checkpoints are there that the others have written.
     Rule(
         r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",

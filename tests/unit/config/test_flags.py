@@ -27,6 +27,7 @@ ADAMW = "parallel/test_optimizer_state.py::test_every_group_follows_adamw_across
 SCHEDULE = "unit/training/test_optimizer.py::test_decay_runs_from_the_end_of_the_warm_up_to_the_minimum"
 INTERRUPTED = "integration/test_recipes.py::test_an_interrupted_run_ends_with_the_same_bytes"
 EFFECTS = "integration/test_flags.py::"
+PROFILE = "unit/training/test_profiling.py::"
 
 SEEN_BY = {
     "--preset": "unit/config/test_load.py::test_order_is_defaults_then_preset_then_recipe_then_flags",
@@ -116,6 +117,13 @@ SEEN_BY = {
     "--tensorboard-dir": "unit/training/test_metrics.py::test_tensorboard_has_the_scalars",
     "--wandb-project": "unit/training/test_metrics.py::test_weights_and_biases_has_the_names_and_the_metrics",
     "--wandb-exp-name": "unit/training/test_metrics.py::test_weights_and_biases_has_the_names_and_the_metrics",
+    "--profile": PROFILE + "test_every_pass_of_every_stage_is_timed",
+    "--profile-step-start": PROFILE + "test_every_pass_of_every_stage_is_timed",
+    "--profile-step-end": PROFILE + "test_every_pass_of_every_stage_is_timed",
+    "--profile-ranks": PROFILE + "test_every_pass_of_every_stage_is_timed",
+    "--profile-dir": PROFILE + "test_a_profile_is_beside_the_checkpoints_unless_a_directory_is_given",
+    "--use-pytorch-profiler": PROFILE + "test_every_rank_times_its_share_of_the_vision_part",
+    "--record-memory-history": PROFILE + "test_a_profile_that_cannot_be_is_refused",
     "--progress": "unit/training/test_metrics.py::test_a_bar_moves_where_one_is_wanted",
 }
 
