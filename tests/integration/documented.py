@@ -140,6 +140,12 @@ RULES = (
         status=2,
         says=NO_GPU,
     ),
+    # What it holds is checked by tests/integration/test_kubernetes.py.
+    Rule(
+        r"kubectl apply -f (examples/k8s/\w+\.yaml)",
+        r"""python -c "import yaml; print(*(item['kind'] for item in yaml.safe_load_all(open('\1'))))" """,
+        says="Job",
+    ),
     # Scripts that install: with a stand-in for the interpreter of .venv, which says what it is asked to do.
     Rule(
         r"(bash examples/(?:quickstart|tiny/learn)\.sh.*)",
