@@ -111,11 +111,12 @@ def set_device_environment(
 
     Memory grows in place, since activations differ in size from step to step and fragments would be lost. Under tensor
     parallelism kernels start in the order of their launches, so that collectives overlap with products. Deterministic
-    runs require kernels of cuBLAS and Transformer Engine that give the same bits every time.
+    runs require kernels of cuBLAS and Transformer Engine that give the same bits every time. A table in docs/cluster.md
+    has them, and those that only a user can set.
     """
     env = os.environ if environment is None else environment
-    if "PYTORCH_ALLOC_CONF" not in env:  # its newer name
-        env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in env:  # its older name
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if tensor_parallel:
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if deterministic:
@@ -127,7 +128,7 @@ _OF_LIBRARIES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
     "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
-_OF_LIBRARIES_BEGIN = ("NCCL_", "TORCH_NCCL_", "GLOO_", "NVTE_")
+_OF_LIBRARIES_BEGIN = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "NVTE_")
 
 
 def library_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

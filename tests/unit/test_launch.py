@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_vl.errors import ConfigError
@@ -92,9 +95,23 @@ def test_a_wrapper_of_torchrun_may_give_each_rank_its_device() -> None:
 def test_the_libraries_of_a_gpu_are_told_and_what_is_set_stays(tensor_parallel: bool, deterministic: bool) -> None:
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
     set_device_environment(tensor_parallel=tensor_parallel, deterministic=deterministic, environment=environment)
-    expected = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    expected = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     expected |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if tensor_parallel else {}
     assert environment == expected | ({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"} if deterministic else {})
+
+
+def test_the_older_name_of_a_variable_counts_as_well() -> None:
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+    set_device_environment(tensor_parallel=False, deterministic=False, environment=environment)
+    assert environment == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+
+
+def test_the_documentation_lists_what_is_set() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    table = page.partition("| set | when | why |")[2].partition("\n\n")[0]
+    environment: dict[str, str] = {}
+    set_device_environment(tensor_parallel=True, deterministic=True, environment=environment)
+    assert dict(re.findall(r"^\| `(\w+)=(\S+)` \|", table, re.MULTILINE)) == environment
 
 
 def test_variables_of_libraries_are_shown_and_no_others() -> None:
