@@ -1,7 +1,8 @@
 """What other trainers call our fields, so that a flag from a user's old script is answered with ours.
 
 The names are those of Hugging Face's trainer, of the released Qwen-VL scripts, of DeepSpeed and of common speech. A
-name that stands for nothing here gets a sentence instead of a field.
+name that stands for nothing here gets a sentence instead of a field. So does a lever of Megatron-Core that this trainer
+does not have, with the reason.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ FIELDS: Mapping[str, str] = {
     "activation_checkpointing": "training.recompute_granularity",
     "recompute_activations": "training.recompute_granularity",
     "recompute": "training.recompute_granularity",
+    "memory_snapshot_path": "logging.profile_dir",
+    "transformer_impl": "parallel.backend",
     "eval_steps": "training.eval_interval",
     "random_seed": "training.seed",
     "deterministic": "training.deterministic_mode",
@@ -111,6 +114,35 @@ _NO_LORA = (
     "There are no LoRA adapters: a run trains whole parts (see --freeze-vision, --freeze-resampler and "
     "--freeze-language-model)"
 )
+_NO_CONTEXT = (
+    "There is no context parallelism: it splits long rows over ranks, and rows of the recipes have 2,048 tokens. A "
+    "split would also cut packed segments and images in two. Less memory is needed with --sequence-parallel, which "
+    "splits the activations of a row over tensor-parallel ranks, or with --recompute-granularity full"
+)
+_NO_TP_OVERLAP = (
+    "Collectives of tensor parallelism are not overlapped with the products beside them: that takes user buffers of "
+    "Transformer Engine, which exclude expandable segments of memory and which no test here can run. They cost least "
+    "at --tensor-model-parallel-size 1 or 2, which tools/plan.py compares"
+)
+_NO_PRECISION_AWARE = (
+    "Masters, gradients and moments are fp32: only the optimizer of Transformer Engine has other types, and a "
+    "checkpoint is to load with any backend. parallel.use_distributed_optimizer (--use-distributed-optimizer) divides "
+    "masters and moments by the number of data-parallel ranks"
+)
+_FP32_GRADIENTS = "Gradients are always summed and reduced in fp32: leave this out"
+_FULL_IS_UNIFORM = (
+    "--recompute-granularity full recomputes every layer by itself, as Megatron-LM does with the method uniform and "
+    "one layer: leave this out. A part of the layers cannot be chosen; tools/plan.py finds a layout that needs less"
+)
+_SELECTIVE_IS_CORE = (
+    "--recompute-granularity selective recomputes the core of attention, Megatron-LM's module core_attn, and no other "
+    "module can be chosen; --recompute-granularity full recomputes whole layers"
+)
+_MESSAGES = "Messages between stages overlap with computation where there are virtual stages, and only there"
+_CHUNKS = (
+    "Give the number of model chunks of a pipeline rank instead of their layers: "
+    "parallel.virtual_pipeline_model_parallel_size (--num-virtual-stages-per-pipeline-rank)"
+)
 _NO_FP16 = "Precision is bfloat16 (training.bf16, --bf16) or float32"
 
 NOTES: Mapping[str, str] = {
@@ -129,10 +161,32 @@ NOTES: Mapping[str, str] = {
     "deepspeed": "There is no DeepSpeed: parallel.use_distributed_optimizer shards the optimizer",
     "gpus": "The launcher starts the ranks: torchrun --nproc-per-node N, or GPUS_PER_NODE=N with the script",
     "num_gpus": "The launcher starts the ranks: torchrun --nproc-per-node N, or GPUS_PER_NODE=N with the script",
+    "context_parallel_size": _NO_CONTEXT,
+    "cp_size": _NO_CONTEXT,
+    "cp": _NO_CONTEXT,
+    "cp_comm_type": _NO_CONTEXT,
+    "tp_comm_overlap": _NO_TP_OVERLAP,
+    "overlap_p2p_communication": _MESSAGES,
+    "no_overlap_p2p_communication": _MESSAGES,
+    "use_precision_aware_optimizer": _NO_PRECISION_AWARE,
+    "main_grads_dtype": _NO_PRECISION_AWARE,
+    "main_params_dtype": _NO_PRECISION_AWARE,
+    "exp_avg_dtype": _NO_PRECISION_AWARE,
+    "exp_avg_sq_dtype": _NO_PRECISION_AWARE,
+    "accumulate_allreduce_grads_in_fp32": _FP32_GRADIENTS,
+    "grad_reduce_in_bf16": _FP32_GRADIENTS,
+    "recompute_method": _FULL_IS_UNIFORM,
+    "recompute_num_layers": _FULL_IS_UNIFORM,
+    "recompute_modules": _SELECTIVE_IS_CORE,
+    "num_layers_per_virtual_pipeline_stage": _CHUNKS,
+    "nvtx_ranges": "--profile marks its steps and passes with NVTX ranges, always",
 }
 """Names that stand for no single field, and what to do instead."""
 
 
 def note(name: str) -> str | None:
     """Return what to say of ``name`` where it stands for no field; None if nothing is known of it."""
-    return _NO_LORA if name.startswith("lora") else NOTES.get(name)
+    for begins, text in (("lora", _NO_LORA), ("tp_comm_", _NO_TP_OVERLAP)):
+        if name.startswith(begins):
+            return text
+    return NOTES.get(name)
