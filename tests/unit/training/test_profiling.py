@@ -6,9 +6,11 @@ import gzip
 import json
 import re
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -53,11 +55,16 @@ def written(folder: Path) -> StageProfile:
     return profile
 
 
-def ranges(path: Path) -> Counter[str]:
-    """The ranges of our names in a trace, and how often each is there."""
+def events_of(path: Path, category: str) -> list[dict[str, Any]]:
+    """The events of a kind in a trace."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
-    names = [event["name"] for event in events if event.get("ph") == "X" and event.get("cat") == "user_annotation"]
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") == category]
+
+
+def ranges(path: Path) -> Counter[str]:
+    """The ranges of our names in a trace, and how often each is there."""
+    names = [event["name"] for event in events_of(path, "user_annotation")]
     return Counter(name for name in names if name.startswith(("step ", "forward stage", "backward stage", "vision")))
 
 
@@ -72,7 +79,7 @@ def test_a_profile_changes_no_number(
 
 def test_every_pass_of_every_stage_is_timed(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
     config = profiled(prefix, tmp_path, parallel=STAGES, profile_ranks=("1",))
-    works = ranks(2).run(_train, config)[0]
+    works = ranks(2).run(train_noting, config)[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "rank1_steps2-3.pt.trace.json.gz",
         "stage_times_steps2-3.json",
@@ -91,7 +98,7 @@ def test_every_pass_of_every_stage_is_timed(ranks: RankPools, prefix: str, tmp_p
     assert ranges(tmp_path / "rank1_steps2-3.pt.trace.json.gz") == expected
 
 
-def _train(start: Start, config: RunConfig) -> list[tuple[int, int, int]]:
+def train_noting(start: Start, config: RunConfig) -> list[tuple[int, int, int]]:
     """Step, images and supervised tokens of each micro-batch of the steps that are profiled."""
     with start.topology(config.parallel) as topology:
         trainer = Trainer.set_up(config, topology)
@@ -110,7 +117,7 @@ def _train(start: Start, config: RunConfig) -> list[tuple[int, int, int]]:
 
 
 def test_every_rank_times_its_share_of_the_vision_part(ranks: RankPools, prefix: str, tmp_path: Path) -> None:
-    ranks(2).run(_train, profiled(prefix, tmp_path, parallel=EVERYWHERE, use_pytorch_profiler=False))
+    ranks(2).run(train_noting, profiled(prefix, tmp_path, parallel=EVERYWHERE, use_pytorch_profiler=False))
     assert [path.name for path in tmp_path.iterdir()] == ["stage_times_steps2-3.json"]
     profile = written(tmp_path)
     assert profile.traced_ranks == () and [(one.rank, one.step) for one in profile.vision] == [
@@ -129,7 +136,7 @@ def test_a_run_that_ends_within_the_steps_writes_those_that_it_has(
     ranks: RankPools, prefix: str, tmp_path: Path
 ) -> None:
     config = profiled(prefix, tmp_path, profile_step_end=9)
-    ranks(1).run(_train, config)
+    ranks(1).run(train_noting, config)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"rank0_steps2-4.pt.trace.json.gz", "stage_times_steps2-4.json"}
     assert written(tmp_path).steps == (2, 3, 4)
@@ -156,6 +163,42 @@ def test_a_profile_that_cannot_be_is_refused(logging: dict[str, Any], cuda: bool
 def test_a_profile_is_beside_the_checkpoints_unless_a_directory_is_given() -> None:
     assert profile_folder(tiny_config(checkpoint={"save": "run"})) == Path("run/profile")
     assert profile_folder(tiny_config(checkpoint={"save": "run"}, logging={"profile_dir": "x"})) == Path("x")
+
+
+def test_on_cuda_the_ranges_are_nvtx_s_and_memory_is_recorded(tmp_path: Path) -> None:
+    """With stand-ins for what needs a device."""
+    config = tiny_config(logging={"profile": True, "record_memory_history": True, "use_pytorch_profiler": False})
+    said: list[str] = []
+
+    def dump(path: str) -> None:
+        said.append("dump")
+        Path(path).write_bytes(b"snapshot")
+
+    def record(**options: Any) -> None:
+        said.append("forget" if options.get("enabled", "all") is None else "remember")
+
+    with ExitStack() as stand_ins:
+        for name, stand_in in (
+            ("cuda.is_available", lambda: True),
+            ("cuda.memory._record_memory_history", record),
+            ("cuda.memory._dump_snapshot", dump),
+            ("cuda.nvtx.range_start", lambda name: said.append(name) or 7),  # type: ignore[func-returns-value]
+            ("cuda.nvtx.range_end", lambda number: said.append(f"end {number}")),
+            ("cuda.profiler.start", lambda: said.append("profile")),
+            ("cuda.profiler.stop", lambda: said.append("stop")),
+        ):
+            stand_ins.enter_context(mock.patch(f"torch.{name}", stand_in))
+        trace = profiling.Trace(config)
+        for _ in range(2):
+            trace.start()
+            with trace.range("step 1"):
+                said.append("work")
+        trace.stop_and_write(tmp_path, "rank0_steps1-2")
+    step = ["step 1", "work", "end 7"]
+    assert said == ["remember", "profile", *step, *step, "stop", "dump", "forget"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "rank0_steps1-2.memory.pickle": b"snapshot"
+    }
 
 
 def test_a_disk_that_is_full_leaves_no_part_of_a_file(tmp_path: Path) -> None:
