@@ -90,7 +90,7 @@ def _patch_tensor_methods() -> None:
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain_type(self, *args, **kwargs)
         # Megatron-Core's optimizers sort parameters by comparing this string with torch.cuda.FloatTensor.
-        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+        return f"torch.cuda.{answer.rpartition('.')[2]}" if isinstance(answer, str) else answer
 
     def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
@@ -149,11 +149,13 @@ def _share_process_groups() -> None:
     elsewhere: set[tuple[int, ...]] = set()  # groups that this rank made with the others and is no member of
 
     def create_group(ranks: Sequence[int], timeout: timedelta | None = None, **_kwargs: Any) -> Any:
-        world, key = tuple(range(dist.get_world_size())), tuple(ranks)
-        if shared.get(world) is not dist.group.WORLD:  # the process group was started anew
+        key, size = tuple(ranks), dist.get_world_size()
+        if shared.get(()) is not dist.group.WORLD:  # the process group was started anew
             shared.clear()
             elsewhere.clear()
-            shared[world] = dist.group.WORLD
+            shared[()] = dist.group.WORLD
+        if len(key) == size and key == tuple(range(size)):
+            return dist.group.WORLD
         if key in elsewhere:
             return dist.GroupMember.NON_GROUP_MEMBER
         group = shared.get(key)

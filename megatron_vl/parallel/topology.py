@@ -49,7 +49,7 @@ class Topology:
             create_gloo_process_groups=True,  # a save sends parts of the optimizer over them
         )
         if config.vision_parallel == "data":
-            on_cpu = dist.get_backend() == "gloo"
+            on_cpu = dist.get_backend() != "nccl"
             limit = timedelta(minutes=config.distributed_timeout_minutes)
             self._world_gloo = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=limit)
         return self
