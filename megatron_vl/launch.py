@@ -124,6 +124,12 @@ def set_device_environment(
         env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
+def hide_devices(environment: MutableMapping[str, str] | None = None) -> None:
+    """Let this process and its children see no CUDA device. Call it before torch is imported."""
+    env = os.environ if environment is None else environment
+    env["CUDA_VISIBLE_DEVICES"] = ""
+
+
 _OF_LIBRARIES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
     "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",

@@ -20,7 +20,7 @@ python -c 'from importlib.metadata import version; print("== Megatron-Core", ver
 if (($#)); then exec python -m pytest -q "$@"; fi
 
 python -m pytest -q -m "not long" tests/unit/backends tests/unit/checkpoint tests/unit/parallel tests/unit/model \
-    tests/unit/planning/test_schedule.py tests/unit/training
+    tests/unit/planning/test_schedule.py tests/unit/rehearsal tests/unit/training
 python -m pytest -q -m "not long" tests/parallel/test_golden.py tests/parallel/test_checkpoints.py \
     tests/parallel/test_generation.py tests/integration/test_resume.py
 # One of each kind of layout, and every one with messages that are received late.

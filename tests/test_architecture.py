@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("evaluation",),
     ("report",),
-    ("inspector", "doctor"),
+    ("inspector", "doctor", "rehearsal"),
     ("cli",),
 )
 """A package may import what stands in a line above its own, and itself."""

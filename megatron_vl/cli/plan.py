@@ -128,7 +128,7 @@ def _measured(options: argparse.Namespace) -> tuple[Gpu, list[str]]:
 
 def _row(options: argparse.Namespace, config: RunConfig) -> Row:
     """Return the mean row: as the flags say, as the data sets say, or as it is assumed."""
-    base = assumed_row(config) if not config.data.data_path else _row_of_data(config)
+    base = assumed_row(config) if not config.data.data_path else row_of_data(config)
     images, samples = options.images_per_row, options.samples_per_row
     if images is None and samples is None:
         return base
@@ -142,7 +142,7 @@ def _row(options: argparse.Namespace, config: RunConfig) -> Row:
     return replace(given, source=f"given; {missing[0]} {base.source}") if missing else given
 
 
-def _row_of_data(config: RunConfig) -> Row:
+def row_of_data(config: RunConfig) -> Row:
     """Return the mean row of the data sets from their manifests."""
     from megatron_vl.data.loading.blend import mean_over
     from megatron_vl.data.loading.plan import DataPlan

@@ -21,12 +21,13 @@ from megatron_vl.config.outputs import check_outputs
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import check_data_files, check_device, validate
 from megatron_vl.errors import ConfigError, DataError, ExitStatus
-from megatron_vl.launch import has_cuda_device, read_launch, set_device_environment
+from megatron_vl.launch import has_cuda_device, hide_devices, read_launch, set_device_environment
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 from megatron_vl.training.ending import recording_refusals
 
 if TYPE_CHECKING:
     from megatron_vl.planning.layout import PipelineLayout
+    from megatron_vl.planning.rows import Row
 
 _LESS_MEMORY = (
     "Less is needed with a smaller --micro-batch-size, --recompute-granularity full, --bf16, a larger "
@@ -55,8 +56,13 @@ def _run(argv: Sequence[str]) -> ExitStatus:
         raise ConfigError("command line: --world-size is for --dry-run and --check; a run takes it from its launcher")
     if options.gpu is not None and not options.dry_run:
         raise ConfigError("command line: --gpu is for --dry-run; a run takes the GPUs that are here")
+    if options.build and not options.dry_run:
+        raise ConfigError("command line: --build is for --dry-run; a run builds its model by itself")
     if options.dry_run:
-        _dry_run(config, options.world_size or model_parallel_size(config.parallel), options.gpu)
+        world_size = options.world_size or model_parallel_size(config.parallel)
+        counted = _dry_run(config, world_size, options.gpu)
+        if options.build:
+            _rehearse(counted, world_size)
         return ExitStatus.DONE
     if options.check:
         _refuse_early(config, options.world_size or launch.world_size)
@@ -79,6 +85,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print configuration, layout and parameters, and stop")
     parser.add_argument("--check", action="store_true", help="check configuration, data and device, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks that --dry-run and --check assume")
+    parser.add_argument(
+        "--build", action="store_true", help="with --dry-run, build each rank's model and run a step without contents"
+    )
     parser.add_argument("--gpu", metavar="NAME", help="with --dry-run, refuse what this GPU cannot hold, such as h100")
     add_flags(parser)
     return parser
@@ -136,8 +145,11 @@ def _start(config: RunConfig) -> ExitStatus:
     return train(config)
 
 
-def _dry_run(config: RunConfig, world_size: int, gpu: str | None) -> None:
-    """Print what ``world_size`` ranks would do. The output is itself a recipe, since all additions are comments."""
+def _dry_run(config: RunConfig, world_size: int, gpu: str | None) -> RunConfig:
+    """Print what ``world_size`` ranks would do; return the run with its batch in rows, if its data are here.
+
+    The output is itself a recipe, since all additions are comments.
+    """
     from megatron_vl.planning.layout import resolve_layout
     from megatron_vl.planning.parameters import parameters_by_rank
 
@@ -162,6 +174,35 @@ def _dry_run(config: RunConfig, world_size: int, gpu: str | None) -> None:
             f"# {rank.pipeline_rank:13}   {rank.tensor_rank:11}   {rank.trained:14,}   {rank.frozen:14,}   {rank.units}"
         )
     _describe_memory(counted, layout, world_size, gpu)
+    return counted
+
+
+def _rehearse(config: RunConfig, world_size: int) -> None:
+    """Run a step of every rank that differs, without contents, and print what each holds, sends and waits for.
+
+    Raises:
+        ConfigError: if the trainer refuses the run, ranks would hang or fail, or they do not do what is planned.
+    """
+    from megatron_vl.planning.layout import resolve_layout
+    from megatron_vl.rehearsal.run import rehearse
+
+    hide_devices()
+    outcome = rehearse(config, resolve_layout(config), _mean_row(config), world_size)
+    for line in ("", *outcome.lines):
+        write_line(f"# {line}".rstrip())
+    if outcome.faults:
+        raise ConfigError("the rehearsal failed; do not start this run:\n  " + "\n  ".join(outcome.faults))
+
+
+def _mean_row(config: RunConfig) -> Row:
+    """Return the mean row of the data if they are here, else the assumed one."""
+    from megatron_vl.cli.plan import row_of_data
+    from megatron_vl.planning.rows import assumed_row
+
+    try:
+        return row_of_data(config) if config.data.data_path else assumed_row(config)
+    except DataError:
+        return assumed_row(config)
 
 
 def _describe_memory(config: RunConfig, layout: PipelineLayout, world_size: int, gpu: str | None) -> None:

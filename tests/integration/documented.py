@@ -95,6 +95,12 @@ RULES = (
     Rule(r"(python tools/\w+\.py --help)", r"\1", says="usage:"),
     Rule(r"(python tools/plan\.py (?!.*--measured runs/).*)", r"\1", says="combinations fit"),
     Rule(r"(python tools/train\.py .*--data-path .*--dry-run)", r"\1", says="the run takes each row"),
+    # The published depth takes minutes: tests/integration/test_rehearsal.py.
+    Rule(
+        r"(python tools/train\.py .*--dry-run) --world-size \d+ (--build.*)",
+        r"\1 --world-size 16 \2 --vision-num-layers 4 --num-layers 4",
+        says="no rank waits for ever",
+    ),
     Rule(r"(python tools/train\.py .*--dry-run.*)", r"\1", says="pipeline layout"),
     # Several ranks take seconds to start: test_training_under_torchrun does, here one process trains a step.
     Rule(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.launch import Launch, library_environment, read_launch, set_device_environment
+from megatron_vl.launch import Launch, hide_devices, library_environment, read_launch, set_device_environment
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -117,3 +117,9 @@ def test_the_documentation_lists_what_is_set() -> None:
 def test_variables_of_libraries_are_shown_and_no_others() -> None:
     ours = {"CUDA_VISIBLE_DEVICES": "", "NCCL_DEBUG": "INFO", "NVTE_X": "1", "OMP_NUM_THREADS": "2"}
     assert library_environment({"HOME": "/", "NCCLX": "1", "RANK": "0"} | ours) == ours
+
+
+def test_hidden_devices_are_none() -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    hide_devices(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": ""}

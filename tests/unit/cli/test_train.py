@@ -141,6 +141,7 @@ def test_check_refuses_data_of_another_model(
         ("--train-itres 5", "--train-iters"),
         ("--preset tiny", "bash examples/quickstart.sh"),
         ("--preset tiny --world-size 2", "--world-size is for --dry-run"),
+        ("--preset tiny --build", "--build is for --dry-run"),
         ("a.yaml b.yaml", "one recipe, found a.yaml, b.yaml"),
         ("nowhere.yaml", "nowhere.yaml"),
         ("--preset tiny --dry-run --pipeline-model-parallel-size 9", "9 stages"),
