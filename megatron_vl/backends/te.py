@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_vl.backends.attention_inputs import AttentionInputs, PackedLine
 from megatron_vl.backends.versions import FLASH_ATTN, HOPPER, TRANSFORMER_ENGINE, dotted, installed_core
@@ -77,6 +80,14 @@ class TransformerEngineBackend:
             "evaluation then uses dynamic NTK and logn attention, which the transformer_engine backend does not have; "
             "use --backend local, or turn them off with --no-use-dynamic-ntk --no-use-logn-attn"
         )
+
+
+def recompute(run: Callable[[Tensor], Tensor], hidden: Tensor, tensor_group: ProcessGroup) -> Tensor:
+    """Return ``run(hidden)``, which the backward pass computes again, with the same scales of FP8."""
+    from megatron.core.extensions.transformer_engine import te_checkpoint
+
+    output: Tensor = te_checkpoint(run, False, get_cuda_rng_tracker, tensor_group, hidden)
+    return output
 
 
 def _check_package() -> None:

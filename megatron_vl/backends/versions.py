@@ -48,6 +48,15 @@ FLASH_ATTN = (2, 1)
 HOPPER = (9, 0)
 """Compute capability from which Transformer Engine needs no flash-attn."""
 
+FP8_LEAST = (8, 9)
+"""Compute capability from which there are matrix products in FP8."""
+
+BLACKWELL = Releases((10, 0), (12, 0))
+"""Compute capabilities with MXFP8 products of every layout."""
+
+BLOCKWISE_CUDA = (12, 9)
+"""CUDA from which there are FP8 products with scales of blocks, on Hopper and newer."""
+
 
 def pinned_core(python: Release) -> str:
     """Return the version of Megatron-Core for a Python, and the nearest one for a Python that is not supported."""

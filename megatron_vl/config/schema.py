@@ -169,6 +169,20 @@ class TrainingConfig:
     """Seed of initial weights and of the order of rows."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """Compute the matrix products of transformer layers in FP8 while training, with Transformer Engine: e4m3 for all of
+    their inputs, or hybrid, which takes e5m2 for gradients; needs bf16."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 numbers are scaled: by the largest value of the tensor, by that of earlier micro-batches, by that of
+    blocks of 128, or by that of 32 numbers (Blackwell only)."""
+    fp8_parts: Literal["language", "both"] = "language"
+    """Which layers compute in FP8: those of the language model, or those of the vision tower as well."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and the last layers of each part that computes in FP8 in bf16."""
+    num_layers_at_start_in_bf16: int = 1
+    """With first_last_layers_bf16, the number of first layers."""
+    num_layers_at_end_in_bf16: int = 1
+    """With first_last_layers_bf16, the number of last layers."""
     freeze_vision: bool = False
     """Do not train the vision tower."""
     freeze_resampler: bool = False

@@ -51,6 +51,10 @@ FIELDS: Mapping[str, str] = {
     "random_seed": "training.seed",
     "deterministic": "training.deterministic_mode",
     "bfloat16": "training.bf16",
+    "fp8": "training.fp8_format",
+    "fp8_hybrid": "training.fp8_format",
+    "fp8_e4m3": "training.fp8_format",
+    "fp8_scaling": "training.fp8_recipe",
     "fix_vit": "training.freeze_vision",
     "freeze_vit": "training.freeze_vision",
     "freeze_llm": "training.freeze_language_model",
@@ -143,7 +147,7 @@ _CHUNKS = (
     "Give the number of model chunks of a pipeline rank instead of their layers: "
     "parallel.virtual_pipeline_model_parallel_size (--num-virtual-stages-per-pipeline-rank)"
 )
-_NO_FP16 = "Precision is bfloat16 (training.bf16, --bf16) or float32"
+_NO_FP16 = "Precision is bfloat16 (training.bf16, --bf16), with FP8 beside it (--fp8-format), or float32"
 
 NOTES: Mapping[str, str] = {
     "num_train_epochs": _EPOCHS,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.fields import iterate_fields
+from megatron_vl.config.fp8 import check_fp8
 from megatron_vl.config.profile import check_profile
 from megatron_vl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
@@ -29,7 +30,8 @@ MAX_PARAMETERS_ON_CPU = 1_000_000_000
 MAY_BE_ZERO = frozenset({
     "data.num_workers", "training.seed", "training.eval_interval", "training.eval_iters", "optimizer.min_lr",
     "optimizer.lr_warmup_iters", "optimizer.weight_decay", "optimizer.adam_beta1", "optimizer.adam_beta2",
-    "optimizer.clip_grad", "logging.profile_step_start",
+    "optimizer.clip_grad", "logging.profile_step_start", "training.num_layers_at_start_in_bf16",
+    "training.num_layers_at_end_in_bf16",
 })  # fmt: skip
 """Numbers for which zero means something; every other number is above zero."""
 
@@ -47,6 +49,7 @@ def validate(config: RunConfig, *, world_size: int, cuda: bool) -> None:
     check_overlap(config.parallel)
     check_whole_vision(config)
     check_backend(config, cuda=cuda)
+    check_fp8(config, cuda=cuda)
     check_row(config)
     check_trainable(config)
     check_legacy_freezing(config.training)

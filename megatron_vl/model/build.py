@@ -35,7 +35,7 @@ def build_model(config: RunConfig, topology: Topology, *, fresh_weights: bool = 
             checkpoint is loaded.
     """
     layout = resolve_layout(config)
-    backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
+    backend = _select_backend(config)
     _check_validation(config, backend)
     context = _context(config, topology.groups, backend, device=topology.device.type)
     virtual = topology.vp_size > 1
@@ -59,8 +59,7 @@ def build_vision_part(config: RunConfig, topology: Topology, *, fresh_weights: b
         virtual_pipeline_model_parallel_size=None,
         sequence_parallel=False,
     )
-    backend = select_backend(config.parallel.backend, bf16=config.training.bf16)
-    training = config.training
+    backend, training = _select_backend(config), config.training
     if config.parallel.vision_recompute:  # images are encoded again as a whole, so layers are not
         training = replace(training, recompute_granularity=None)
     alone = replace(config, parallel=parallel, training=training)
@@ -69,6 +68,12 @@ def build_vision_part(config: RunConfig, topology: Topology, *, fresh_weights: b
     _finish(chunk, config, topology, fresh_weights=fresh_weights)
     freeze(chunk, config.training, before=())
     return chunk
+
+
+def _select_backend(config: RunConfig) -> Backend:
+    training = config.training
+    recipe = None if training.fp8_format is None else training.fp8_recipe
+    return select_backend(config.parallel.backend, bf16=training.bf16, fp8_recipe=recipe)
 
 
 def _finish(chunk: QwenVL, config: RunConfig, topology: Topology, *, fresh_weights: bool) -> None:

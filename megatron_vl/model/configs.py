@@ -3,6 +3,9 @@
 The layers of a tower are built from a configuration with a pipeline of one stage. We number layers globally ourselves;
 with more stages Megatron-Core would add the offsets of a uniform split. Only the schedule's configuration describes the
 pipeline; the wrapped model carries that one as ``.config``.
+
+For the same reason it must name FP8 too. Megatron-Core asks the wrapped model's configuration whether weights are to be
+quantized anew in a step (``backends/fp8.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.backends import kernels
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import RunConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class CoreConfigs:
     vision: TransformerConfig
     language: TransformerConfig
     head: TransformerConfig
-    """The language model's, without sequence parallelism: the head reads positions of the gathered sequence."""
+    """The language model's, without sequence parallelism, since the head reads positions of the gathered sequence, and
+    without FP8."""
     schedule: TransformerConfig
 
 
@@ -40,13 +44,30 @@ class Target:
 
 def core_configs(config: RunConfig, target: Target) -> CoreConfigs:
     """Return Megatron-Core's configurations of a run."""
-    language = _language(config, target)
+    language, training = _language(config, target), config.training
+    fp8 = _fp8(training)
+    in_layers = fp8 | _layers_in_bf16(training) if fp8 else {}
     return CoreConfigs(
-        vision=TransformerConfig(**_vision(config, target)),
-        language=TransformerConfig(**language),
+        vision=TransformerConfig(**_vision(config, target) | (in_layers if training.fp8_parts == "both" else {})),
+        language=TransformerConfig(**language | in_layers),
         head=TransformerConfig(**language | {"sequence_parallel": False}),
-        schedule=TransformerConfig(**language | _pipeline(config)),
+        schedule=TransformerConfig(**language | fp8 | _pipeline(config)),
     )
+
+
+def _fp8(training: TrainingConfig) -> dict[str, Any]:
+    """Return what Megatron-Core is told of FP8; its names of the recipes are ours."""
+    if training.fp8_format is None:
+        return {}
+    return {"fp8": training.fp8_format, "fp8_recipe": training.fp8_recipe}
+
+
+def _layers_in_bf16(training: TrainingConfig) -> dict[str, Any]:
+    return {
+        "first_last_layers_bf16": training.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": training.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": training.num_layers_at_end_in_bf16,
+    }
 
 
 def _common(config: RunConfig, target: Target) -> dict[str, Any]:

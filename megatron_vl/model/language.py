@@ -38,7 +38,7 @@ class LanguageModel(ShardedModule):
         self.long_context = LongContext(language)
         self.backend = context.backend
         self.sequence_parallel = context.sequence_parallel
-        self.recompute = context.recompute_layers
+        self.execution = context.execution(config)
         rows = padded_vocab_size(language.vocab_size, context.tensor_parallel_size)
         if stage.word_embedding:
             table = tensor_parallel.VocabParallelEmbedding(
@@ -104,7 +104,7 @@ class LanguageModel(ShardedModule):
 
     def forward(self, hidden: Tensor, inputs: AttentionInputs, inference: object = None) -> Tensor:
         """Run this stage's layers: [s, b, h] -> [s, b, h], with s / tp for s under sequence parallelism."""
-        return run_layers(self.layers, hidden, inputs=inputs, recompute=self.recompute, inference=inference)
+        return run_layers(self.layers, hidden, inputs=inputs, execution=self.execution, inference=inference)
 
     def logits(self, hidden: Tensor, *, positions: Tensor) -> Tensor:
         """Return logits at chosen positions of the packed sequence.

@@ -78,7 +78,7 @@ class VisionTower(ShardedModule):
         vision, config = context.model.vision, context.core.vision
         self.grid = context.model.patch_grid
         self.sequence_parallel = context.sequence_parallel
-        self.recompute = context.recompute_layers
+        self.execution = context.execution(config)
         self.has_patch_embed = stage.patch_embed
         if stage.patch_embed:
             dtype = config.params_dtype
@@ -97,7 +97,7 @@ class VisionTower(ShardedModule):
                 patches [patches, n, h] (patches / tp under sequence parallelism).
         """
         hidden = self._embed(images) if self.has_patch_embed else images
-        return run_layers(self.layers, hidden, inputs=AttentionInputs(), recompute=self.recompute)
+        return run_layers(self.layers, hidden, inputs=AttentionInputs(), execution=self.execution)
 
     def _embed(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:

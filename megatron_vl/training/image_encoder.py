@@ -72,6 +72,8 @@ class ImageEncoder:
         Args:
             batches: the micro-batches of this data-parallel rank, with the pixels of the images that this rank encodes.
         """
+        if not forward_only:
+            self.wrapped.set_is_first_microbatch()  # FP8 weights: no schedule runs this chunk (backends/fp8.py)
         topology, counts = self.topology, [int(batch.work.num_images) for batch in batches]
         backward = self.trains and not forward_only
         own = _OwnImages.of(batches, self.chunk, topology.device, size=self._images_at_a_time)

@@ -26,6 +26,7 @@ STAGES = "integration/test_resume.py::test_each_stage_trains_what_the_paper_trai
 ADAMW = "parallel/test_optimizer_state.py::test_every_group_follows_adamw_across_a_resume"
 SCHEDULE = "unit/training/test_optimizer.py::test_decay_runs_from_the_end_of_the_warm_up_to_the_minimum"
 INTERRUPTED = "integration/test_recipes.py::test_an_interrupted_run_ends_with_the_same_bytes"
+FP8 = "integration/test_fp8.py::test_weights_are_quantized_anew_in_every_step"
 EFFECTS = "integration/test_flags.py::"
 PROFILE = "unit/training/test_profiling.py::"
 
@@ -79,6 +80,12 @@ SEEN_BY = {
     "--global-batch-samples": "unit/training/test_data_plan.py::test_a_batch_in_samples_is_counted_in_rows",
     "--seed": "unit/model/test_build.py::test_fresh_weights_follow_the_seed",
     "--bf16": "parallel/test_layouts.py::test_bf16_is_as_close_to_fp32_as_one_bf16_process",
+    "--fp8-format": FP8,
+    "--fp8-recipe": "unit/backends/test_fp8.py::test_delayed_scaling_has_one_context_around_all_layers",
+    "--fp8-parts": FP8,
+    "--first-last-layers-bf16": FP8,
+    "--num-layers-at-start-in-bf16": FP8,
+    "--num-layers-at-end-in-bf16": FP8,
     "--freeze-vision": STAGES,
     "--freeze-resampler": STAGES,
     "--freeze-language-model": STAGES,

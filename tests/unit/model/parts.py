@@ -51,7 +51,8 @@ def run_parts(start: Start, config: RunConfig, inputs: Inputs) -> Outputs:
         features = chunk.resampler(inputs.patches)
         features.square().sum().backward()
         with torch.no_grad():
-            vision = run_layers(chunk.vision.layers, inputs.patches, inputs=AttentionInputs(), recompute=False)
+            tower = chunk.vision
+            vision = run_layers(tower.layers, inputs.patches, inputs=AttentionInputs(), execution=tower.execution)
             line = language(inputs.embedded, language.attention_inputs(PackedLine.of(inputs.spans)))
         return Outputs(
             weights={name: value.detach() for name, value in [*chunk.named_parameters(), *chunk.named_buffers()]},

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_vl.backends import te
+from megatron_vl.backends import fp8, te
 from megatron_vl.backends.local.backend import LocalBackend
 from megatron_vl.errors import ConfigError
 from megatron_vl.model import backend
@@ -50,3 +51,20 @@ def test_auto_falls_back_to_local_and_says_why(
 def test_a_backend_that_is_not_there_is_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match=r"parallel.backend: transformer_engine .*see Dockerfile.* --backend local"):
         select_backend("transformer_engine")
+
+
+@pytest.mark.skipif(HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")
+@pytest.mark.parametrize("name", ["auto", "transformer_engine"])
+def test_fp8_has_no_other_backend(name: Any) -> None:
+    """``auto`` does not fall back to the local one, which would compute in bf16."""
+    with pytest.raises(ConfigError, match="parallel.backend: transformer_engine"):
+        select_backend(name, bf16=True, fp8_recipe="tensorwise")
+
+
+def test_fp8_asks_for_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(te, "_check_package", lambda: None)
+    monkeypatch.setattr(te, "_check_attention", lambda: None)
+    monkeypatch.setattr(fp8, "check_device", asked.append)
+    assert select_backend("auto", bf16=True, fp8_recipe="mxfp8").name == "transformer_engine"
+    assert asked == ["mxfp8"]
