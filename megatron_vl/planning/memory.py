@@ -2,7 +2,9 @@
 
 Weights, gradients and optimizer are exact counts of ``parameters.py``, without the padding of buckets. In bf16 a
 parameter that trains takes 2 bytes, 4 for its fp32 gradient, 4 for its master and 8 for its moments; a frozen one takes
-2. The distributed optimizer divides masters and moments by the data-parallel size. In fp32 there are no masters.
+2. The distributed optimizer divides masters and moments by the data-parallel size. In fp32 there are no masters. A
+weight that is multiplied in FP8 takes up to 2 bytes more, for a copy along its rows and one along its columns
+(Transformer Engine 2.11, ``module/base.py``, ``get_weight_workspace``). Scales of blocks are not counted.
 
 Activations follow ``activations.py`` for each chunk, and the schedule for how many micro-batches are held at once
 (``held_at_most`` of ``schedule.py``): min(m, p - i) on rank i of plain 1F1B, more with virtual stages.
@@ -126,15 +128,14 @@ def state_bytes(
     Args:
         everywhere: the elements among those that train which all ranks of the world hold.
     """
-    bf16 = config.training.bf16
     owned = float(rank.trained)
     if config.parallel.use_distributed_optimizer:
         world_size = data_parallel * model_parallel_size(config.parallel)
         owned = (rank.trained - everywhere) / data_parallel + everywhere / world_size
     return {
-        "weights": (rank.trained + rank.frozen) * (2 if bf16 else 4),
+        "weights": _weight_bytes(config, rank) + rank.quantized * 2,
         "gradients": rank.trained * 4,
-        "masters": owned * (4 if bf16 else 0),
+        "masters": owned * (4 if config.training.bf16 else 0),
         "moments": owned * 8,
     }
 
@@ -149,9 +150,13 @@ def checkpoint_host_bytes(config: RunConfig, layout: Layout, data_parallel: int)
 
     def of(rank: RankParameters) -> float:
         state = state_bytes(config, rank, data_parallel, everywhere=layout.everywhere)
-        return state["masters"] + state["moments"] + state["weights"]
+        return state["masters"] + state["moments"] + _weight_bytes(config, rank)
 
     return max(map(of, layout.ranks))
+
+
+def _weight_bytes(config: RunConfig, rank: RankParameters) -> int:
+    return (rank.trained + rank.frozen) * (2 if config.training.bf16 else 4)
 
 
 def _held(

@@ -12,6 +12,7 @@ Only :func:`trains` decides that, for counts and for the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ from megatron_vl.planning.vocabulary import padded_vocab_size
 Part = Literal["vision", "resampler", "language_model"]
 
 POSITION_TABLE = "resampler.pos_embed"
+_LINEAR = re.compile(r"(vision|language_model)\.layers\.(\d+)\..*\.linear_\w+\.weight")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class RankParameters:
     """The rank's stages for people, ``;`` between model chunks."""
     trained: int
     frozen: int
+    quantized: int = 0
+    """Weights of which the rank also holds FP8 copies, trained and frozen."""
 
 
 def model_tensors(model: ModelConfig) -> list[TensorSpec]:
@@ -130,11 +134,26 @@ def parameters_by_rank(config: RunConfig, layout: PipelineLayout) -> list[RankPa
         trained, frozen = _trained_and_frozen(specs, frozen_parts, tensor_size)
         more_trained, more_frozen = _trained_and_frozen(vision, frozen_parts, 1)
         units = "; ".join(map(str, [*stages, *whole]))
+        quantized = _quantized(specs, config, tensor_size) + _quantized(vision, config, 1)
         ranks += [
-            RankParameters(pipeline_rank, rank, units, trained + more_trained, frozen + more_frozen)
+            RankParameters(pipeline_rank, rank, units, trained + more_trained, frozen + more_frozen, quantized)
             for rank in range(tensor_size)
         ]
     return ranks
+
+
+def in_fp8(name: str, config: RunConfig) -> bool:
+    """Return whether the tensor of this name is a weight that a run multiplies in FP8."""
+    training, match = config.training, _LINEAR.fullmatch(name)
+    if training.fp8_format is None or match is None:
+        return False
+    vision, number = match[1] == "vision", int(match[2])
+    if vision and training.fp8_parts == "language":
+        return False
+    if not training.first_last_layers_bf16:
+        return True
+    count = (config.model.vision if vision else config.model.language).num_layers
+    return training.num_layers_at_start_in_bf16 <= number < count - training.num_layers_at_end_in_bf16
 
 
 def trains(name: str, frozen: FrozenParts) -> bool:
@@ -165,6 +184,10 @@ def _trained_and_frozen(specs: Iterable[TensorSpec], frozen: FrozenParts, tensor
         if trained or not spec.is_buffer:
             sizes[trained] += spec.local_size(tensor_size)
     return sizes[True], sizes[False]
+
+
+def _quantized(specs: Iterable[TensorSpec], config: RunConfig, tensor_size: int) -> int:
+    return sum(spec.local_size(tensor_size) for spec in specs if in_fp8(spec.name, config))
 
 
 def _norm(name: str, size: int) -> list[TensorSpec]:

@@ -116,6 +116,11 @@ def describe_assumptions(question: Question, *, measured: Sequence[str]) -> list
         "long",
         f"all ranks have the same work; NVLink connects {gpu.nvlink_domain} GPUs, and {gpu.per_node} share a host",
     ]
+    if question.config.training.fp8_format is not None:
+        lines.append(
+            "training.fp8_format: memory counts the FP8 copies of weights, and all else as in bf16; times are those of "
+            "bf16, although a step may then be shorter, since no rate of FP8 was measured at these sizes"
+        )
     assumed = gpu.assumed if not measured else [text for text in gpu.assumed if "reach" not in text]
     return lines + [f"not published: {text}" for text in assumed]
 

@@ -57,6 +57,23 @@ def test_measured_rates_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "images fill half of a row, one image a sample (4 of each)" in out
 
 
+def test_in_fp8_it_says_what_is_not_calculated(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = [
+        "--gpus",
+        "8",
+        "--gpu",
+        "h200",
+        "--tensor-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-size",
+        "1",
+    ]
+    assert main([STAGE_2, *machine]) == 0
+    assert "fp8" not in capsys.readouterr().out
+    assert main([STAGE_2, *machine, "--fp8-format", "hybrid"]) == 0
+    assert "training.fp8_format: memory counts the FP8 copies of weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -56,6 +56,25 @@ def test_state_is_exact_for_every_kind_of_optimizer() -> None:
         }  # fmt: skip
 
 
+def test_weights_in_fp8_are_held_twice_more_and_saved_once() -> None:
+    """4 h^2 + 3 h ffn of each of 32 language layers, and 4 w^2 + 2 w ffn of each of 48 vision layers, over 2 ranks."""
+    language, vision = 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2, 48 * (4 * 1664**2 + 2 * 1664 * 8192) // 2
+    flags = ["--tensor-model-parallel-size", "2", "--fp8-format", "hybrid"]
+    for more, quantized in (
+        ([], language),
+        (["--fp8-parts", "both"], language + vision),
+        (["--fp8-parts", "both", "--vision-parallel", "data"], language + 2 * vision),
+        (["--first-last-layers-bf16", "--num-layers-at-end-in-bf16", "3"], language * 28 // 32),
+    ):
+        config = recipe("stage2", *flags, *more)
+        plain = replace(config, training=replace(config.training, fp8_format=None))
+        layout, without = (Layout.of(one, resolve_layout(one)) for one in (config, plain))
+        assert (layout.ranks[0].quantized, without.ranks[0].quantized) == (quantized, 0)
+        held, usual = state_bytes(config, layout.ranks[0], 1), state_bytes(plain, without.ranks[0], 1)
+        assert held == usual | {"weights": usual["weights"] + 2 * quantized}
+        assert checkpoint_host_bytes(config, layout, 1) == checkpoint_host_bytes(plain, without, 1)
+
+
 def test_ranks_of_a_pipeline_hold_fewer_and_fewer_micro_batches() -> None:
     flags = ("--pipeline-model-parallel-size", "4", "--pipeline-layout", "V*48RL*8|L*8|L*8|L*8")
     long = memories(recipe("stage2", *flags), ROW, world_size=4)
