@@ -8,7 +8,8 @@ importance. Those that no time is left for are named. ``--small`` runs the same 
 which shows that they work and nothing else.
 
 It needs torch, megatron-core, numpy and PyYAML, and psutil for checkpoints. Transformer Engine is used where it is
-installed; a part whose name ends in a backend uses that one. What the rows say: ``docs/results/gpu.md``.
+installed; a part whose name ends in a backend uses that one, and one that ends in ``fp8`` computes in FP8 where that is
+possible. What the rows say: ``docs/results/gpu.md``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ PARTS = (
     Part("text", 60, "text alone", timed=True),
     Part("stage3", 60, "stage 3 at full width", timed=True),
     Part("stage2-local", 60, "stage 2 without Transformer Engine", timed=True),
+    Part("stage2-fp8", 80, "stage 2 with the language model in FP8", timed=True),
     Part("products", 40, "ceilings of matrix products at our shapes", timed=True),
 )
 

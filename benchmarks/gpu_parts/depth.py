@@ -69,7 +69,7 @@ def step_bytes(config: RunConfig, work: Work) -> float:
     rank = parameters_by_rank(config, resolve_layout(config))[0]
     weight = 2 if config.training.bf16 else 4
     master = 4 if config.training.bf16 else 0
-    state = rank.trained * (weight + 4 + master + 8) + rank.frozen * weight
+    state = rank.trained * (weight + 4 + master + 8) + rank.frozen * weight + rank.quantized * 2
     return state + SLACK * _activation_bytes(config, work) + WORKSPACE
 
 

@@ -30,8 +30,28 @@ def run_part(name: str, report: Report, *, small: bool) -> None:
         return
     from gpu_parts.training import measure_stage
 
-    stage, _, backend = name.partition("-")
-    measure_stage(stage, report, small=small, backend=backend or "auto")
+    stage, _, variant = name.partition("-")
+    if variant != "fp8":
+        measure_stage(stage, report, small=small, backend=variant or "auto")
+    elif reason := _without_fp8():
+        print(f"left out: {reason}")
+    else:
+        measure_stage(stage, report, small=small, backend="transformer_engine", fp8=True)
+
+
+def _without_fp8() -> str:
+    """Why this machine has no FP8; empty if it has."""
+    from megatron_vl.backends.presence import hide_unusable_packages
+    from megatron_vl.errors import ConfigError
+
+    hide_unusable_packages()
+    from megatron_vl.model.backend import select_backend
+
+    try:
+        select_backend("transformer_engine", bf16=True, fp8_recipe="tensorwise")
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _machine() -> None:

@@ -76,10 +76,12 @@ class Sizes:
     steps: int
     small: bool
     backend: str
+    fp8: bool = False
+    """Whether the language model computes in FP8, with scales of whole tensors."""
 
     @classmethod
-    def of(cls, *, small: bool, backend: str) -> Sizes:
-        return cls(2, 2, small, backend) if small else cls(4, 4, small, backend)
+    def of(cls, *, small: bool, backend: str, fp8: bool = False) -> Sizes:
+        return cls(2, 2, small, backend, fp8) if small else cls(4, 4, small, backend, fp8)
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Trained:
 def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
     """The recipe on one device; small: the tiny model with the recipe's everything else."""
     flags = ["--tensor-model-parallel-size", "1", "--no-sequence-parallel", "--backend", sizes.backend]
+    flags += ["--fp8-format", "hybrid"] if sizes.fp8 else []
     config = load_config(RECIPES / stage.recipe, flags)
     rows = max(stage.micro_batch_sizes)
     training = replace(
@@ -118,9 +121,9 @@ def stage_config(stage: Stage, sizes: Sizes) -> RunConfig:
     return config
 
 
-def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> None:
+def measure_stage(name: str, report: Report, *, small: bool, backend: str, fp8: bool = False) -> None:
     """Everything about one stage, at the depth that fits with the largest micro-batch."""
-    stage, sizes = STAGES[name], Sizes.of(small=small, backend=backend)
+    stage, sizes = STAGES[name], Sizes.of(small=small, backend=backend, fp8=fp8)
     config = stage_config(stage, sizes)
     batches = {
         rows: make_batches(config, SHAPES[stage.shape], count=sizes.micro_batches, rows=rows)
@@ -141,7 +144,7 @@ def measure_stage(name: str, report: Report, *, small: bool, backend: str) -> No
         attempt, trained, failed = first_that_fits(attempts, run)
         for line in failed:
             print(f"did not fit: {line}")
-        title = f"{name}, {_backend_of(trained)}, {attempt}"
+        title = f"{name}, {_backend_of(trained)}{' in FP8' if fp8 else ''}, {attempt}"
         for rows, trained.batches in batches.items():
             _report_steps(trained, stage, report, title=f"{title}, micro-batch {rows}", sizes=sizes)
         title = f"{title}, micro-batch {max(batches)}"
@@ -195,7 +198,8 @@ def _report_steps(trained: Trained, stage: Stage, report: Report, *, title: str,
     report.figure(f"{title}: images/s", recipe * work.num_images / step)
     report.figure(f"{title}: TFLOP/s", recipe * flops / step / 1e12)
     told = f"MFU of a step of {recipe} micro-batches ({source}, {peak / 1e12:.4g} TFLOP/s)"
-    report.rate(f"{title}: {told}", recipe * flops / step / peak, stage.goal)
+    # The peak is that of bf16. No goal is set for FP8 before it has been measured once.
+    report.rate(f"{title}: {told}", recipe * flops / step / peak, None if sizes.fp8 else stage.goal)
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
         report.share(f"{title}: peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30, whole)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vl.backends import presence
+from megatron_vl.config.validate import validate
 from megatron_vl.planning.flops import Work
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,23 @@ def test_parts_run_at_small_sizes(tmp_path: Path) -> None:
     assert [match.groups() for match in told if match] == [("1", "102"), ("2", "51"), ("4", "26")]
     kernels = {row["name"]: row["ours"] for row in rows if "kernels of matmul" in row["name"]}
     assert len(kernels) == 1 and min(kernels.values()) > 0.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be FP8")
+def test_fp8_is_left_out_where_there_is_none(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "hide_unusable_packages", lambda: None)  # it is for a process of its own
+    report = module("gpu_parts.report").Report(tmp_path / "rows.json")
+    module("gpu_parts.part").run_part("stage2-fp8", report, small=True)
+    assert "left out: parallel.backend: transformer_engine" in capsys.readouterr().out
+
+
+def test_in_fp8_the_language_model_is(module: Any) -> None:
+    training = module("gpu_parts.training")
+    config = training.stage_config(training.STAGES["stage2"], training.Sizes.of(small=False, backend="auto", fp8=True))
+    assert (config.training.fp8_format, config.training.fp8_parts) == ("hybrid", "language")
+    validate(config, world_size=1, cuda=True)
 
 
 def test_every_part_has_something_that_runs_it(module: Any) -> None:
