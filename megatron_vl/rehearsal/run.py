@@ -50,8 +50,12 @@ class Rehearsal:
         Raises:
             ConfigError: if ranks or rows do not divide.
         """
-        # A machine without a GPU cannot build other layers.
-        config = replace(config, parallel=replace(config.parallel, backend="local"))
+        # A machine without a GPU cannot build other layers, and these have no FP8.
+        config = replace(
+            config,
+            parallel=replace(config.parallel, backend="local"),
+            training=replace(config.training, fp8_format=None),
+        )
         config = with_rows(config, row.samples, world_size)
         grid = Grid.of(config, world_size)
         micro_batches = num_microbatches(config.training, grid.data)
