@@ -18,9 +18,10 @@ from megatron_vl.cli.output import check_writable, write_whole
 from megatron_vl.config.batch import ROUNDING
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.validate import check_ranges
 from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
-from megatron_vl.planning.gpus import GPUS, Gpu, find_gpu, read_rates, with_rates
+from megatron_vl.planning.gpus import GPUS, Gpu, check_fp8, find_gpu, read_rates, with_rates
 from megatron_vl.planning.memory import USABLE
 from megatron_vl.planning.rows import Row, assumed_row, make_row
 from megatron_vl.planning.search import Answer, Plan, Question, search
@@ -77,9 +78,9 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigError("command line: --gpus N and --gpu NAME say for which machine to plan; give both")
     check_at_least("--gpus", options.gpus, 1)
     check_at_least("--plan", options.plan, 1)
-    for path in (options.write, options.timeline, options.json):
-        if path is not None:
-            check_writable(path)
+    for flag in ("write", "timeline", "json"):
+        if getattr(options, flag) is not None:
+            check_writable(getattr(options, flag), flag=f"--{flag}")
     question, measured = _question(options, resolve(Path(words[0]), options))
     answer = search(question)
     if options.plan > len(answer.plans):
@@ -90,12 +91,14 @@ def _run(argv: Sequence[str]) -> None:
 
 def _question(options: argparse.Namespace, config: RunConfig) -> tuple[Question, list[str]]:
     """Return what is asked, and the names of the rates that the user has measured."""
+    check_ranges(config)
     if not config.training.bf16:
         raise ConfigError("training.bf16 is false, and the rates of the GPUs are those of bf16; add --bf16")
     for flag, value in (("--batch-tolerance", options.batch_tolerance), ("--usable-memory", options.usable_memory)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{flag} {value:g}: expected a share from 0 to 1")
     gpu, measured = _measured(options)
+    check_fp8(gpu, config.training)
     question = Question(
         config=config,
         row=_row(options, config),

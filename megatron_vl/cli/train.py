@@ -8,14 +8,13 @@ Anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vl.cli.command import exit_status
-from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches
+from megatron_vl.cli.command import check_at_least, exit_status
+from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches, with_rows
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.outputs import check_outputs
 from megatron_vl.config.schema import RunConfig
@@ -58,6 +57,8 @@ def _run(argv: Sequence[str]) -> ExitStatus:
         raise ConfigError("command line: --gpu is for --dry-run; a run takes the GPUs that are here")
     if options.build and not options.dry_run:
         raise ConfigError("command line: --build is for --dry-run; a run builds its model by itself")
+    if options.world_size is not None:
+        check_at_least("--world-size", options.world_size, 1)
     if options.dry_run:
         world_size = options.world_size or model_parallel_size(config.parallel)
         counted = _dry_run(config, world_size, options.gpu)
@@ -207,22 +208,19 @@ def _mean_row(config: RunConfig) -> Row:
 
 def _describe_memory(config: RunConfig, layout: PipelineLayout, world_size: int, gpu: str | None) -> None:
     """Print the calculated memory of each pipeline rank on a GPU; raises ``ConfigError`` if ``gpu`` cannot hold it."""
-    from megatron_vl.planning.gpus import find_gpu
+    from megatron_vl.planning.gpus import check_fp8, find_gpu
     from megatron_vl.planning.memory import USABLE, Layout, rank_memories
     from megatron_vl.planning.rows import assumed_row
     from megatron_vl.planning.summary import memory_line
 
-    data_parallel, training = data_parallel_size(config.parallel, world_size), config.training
+    data_parallel = data_parallel_size(config.parallel, world_size)
     row = assumed_row(config)
-    if training.global_batch_samples is None:
-        micro_batches = num_microbatches(training, data_parallel)
-    else:  # their data are not here: count them by the assumed row
-        rows = training.global_batch_samples / row.samples
-        micro_batches = max(3 * layout.pipeline_size, math.ceil(rows / data_parallel / training.micro_batch_size))
+    counted = with_rows(config, row.samples, world_size)  # by the assumed row, if the data are not here
+    micro_batches = num_microbatches(counted.training, data_parallel)
     memories = rank_memories(
         config,
         Layout.of(config, layout),
-        row.work(training.micro_batch_size),
+        row.computed(config),
         world_size=world_size,
         micro_batches=micro_batches,
     )
@@ -230,6 +228,8 @@ def _describe_memory(config: RunConfig, layout: PipelineLayout, world_size: int,
     write_line(f"# memory of a GPU, calculated for data-parallel size {data_parallel}; rows {row.source}")
     for number, memory in enumerate(memories):
         write_line(f"# {memory_line(number, memory)}")
+    if gpu is not None:
+        check_fp8(find_gpu(gpu), config.training)
     fullest = max(memory.total for memory in memories)
     if gpu is not None and fullest > USABLE * find_gpu(gpu).memory:
         raise ConfigError(

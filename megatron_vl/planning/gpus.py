@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_vl.config.records import Between, Builder
+from megatron_vl.config.schema import TrainingConfig
 from megatron_vl.config.suggestions import suggestion_or_list
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.stage_profile import StageProfile
@@ -98,6 +99,8 @@ class Gpu:
     """GPUs that NVLink connects."""
     host_seconds: float = _HOST_SECONDS
     """Time that the CPU takes to launch forward and backward of one layer; a layer takes no less."""
+    fp8: tuple[str, ...] = ()
+    """``training.fp8_recipe`` that it computes (docs/fp8.md)."""
     factors: PartFactors = AS_RATED
     """What a profile has found of each part."""
     assumed: tuple[str, ...] = ()
@@ -166,6 +169,13 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
+def check_fp8(gpu: Gpu, training: TrainingConfig) -> None:
+    """Raise ``ConfigError`` if a run is to compute in FP8 in a way that a GPU does not have."""
+    if training.fp8_format is not None and training.fp8_recipe not in gpu.fp8:
+        has = f"it computes {', '.join(gpu.fp8)}" if gpu.fp8 else "it has no FP8; leave out --fp8-format"
+        raise ConfigError(f"training.fp8_recipe {training.fp8_recipe} is not for --gpu {gpu.name}: {has}")
+
+
 def _links(nvlink: float, network: float) -> dict[str, Any]:
     """Return the links of a GPU with these data sheet bandwidths in GB/s, in one direction."""
     return {
@@ -177,11 +187,11 @@ def _links(nvlink: float, network: float) -> dict[str, Any]:
 _ATTENTION = "attention reaches {} TFLOP/s"
 _H100 = Gpu(
     "h100", 80 * GIGA, 989 * TERA, 794.5 * TERA, 450 * TERA, 3350 * GIGA * _MEMORY_REACHED, **_links(450, 50),
-    assumed=(_ATTENTION.format(450),),
+    assumed=(_ATTENTION.format(450),), fp8=("tensorwise", "delayed", "blockwise"),
 )  # fmt: skip
 _B200 = Gpu(
     "b200", 180 * GIGA, 2250 * TERA, 1745 * TERA, 900 * TERA, 8000 * GIGA * _MEMORY_REACHED, **_links(900, 50),
-    assumed=(_ATTENTION.format(900),),
+    assumed=(_ATTENTION.format(900),), fp8=("tensorwise", "delayed", "blockwise", "mxfp8"),
 )  # fmt: skip
 
 GPUS: dict[str, Gpu] = {

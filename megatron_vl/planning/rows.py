@@ -7,6 +7,7 @@ images fill half of a row. A plan says which.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import RunConfig
@@ -37,6 +38,14 @@ class Row:
             num_supervised=rows * self.supervised,
         )
 
+    def computed(self, config: RunConfig) -> Work:
+        """Return the work of a micro-batch as ranks compute it.
+
+        Where stages hold the vision part, they encode an image at least: a text-only micro-batch has a blank one.
+        """
+        work = self.work(config.training.micro_batch_size)
+        return work if config.parallel.vision_parallel == "data" else replace(work, num_images=max(work.num_images, 1))
+
 
 def assumed_row(config: RunConfig) -> Row:
     """Return the row of ``assumed_work``, with one image in each sample; of an unpacked data set, one sample."""
@@ -53,11 +62,16 @@ def make_row(config: RunConfig, *, images: float, samples: float, tokens: float 
     Its samples are equally long, all text is supervised, and it is full where ``tokens`` is not given.
 
     Raises:
-        ConfigError: if the images do not fit into the row.
+        ConfigError: if the images do not fit into the row, or a number is not one of a row.
     """
+    if not (math.isfinite(images) and math.isfinite(samples)):
+        raise ConfigError(f"a row of {images:g} images and {samples:g} samples: expected numbers")
+    if config.data.unpacked and samples != 1:
+        raise ConfigError(f"data.unpacked: each row has one sample, and --samples-per-row is {samples:g}")
     total = float(config.data.seq_length if tokens is None else tokens)
     slots = images * (config.model.resampler.num_queries + 2)
-    if slots >= total or samples <= 0 or images < 0:
+    most = int(total // (config.model.resampler.num_queries + 2))
+    if slots >= total or images > most or samples <= 0 or images < 0:
         raise ConfigError(
             f"a row of {total:g} tokens cannot hold {images:g} images of {config.model.resampler.num_queries} + 2 "
             f"positions (= {slots:g}) and text of {samples:g} samples; give other --images-per-row or --samples-per-row"

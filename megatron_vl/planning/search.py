@@ -12,13 +12,13 @@ whose lower bound may still be among the best are simulated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_vl.config.batch import ROUNDING, data_parallel_size, num_microbatches, with_rows
 from megatron_vl.config.load import Overrides
-from megatron_vl.config.schema import RunConfig, TrainingConfig
+from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import GPUS, Gpu
@@ -31,6 +31,11 @@ _TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_m
 _VIRTUAL, _SEQUENCE = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel"
 _SHARDED, _RECOMPUTE = "parallel.use_distributed_optimizer", "training.recompute_granularity"
 _MICRO, _VISION = "training.micro_batch_size", "parallel.vision_parallel"
+_USUAL_VISION: Mapping[str, int | str | None] = {
+    "parallel.vision_micro_batch_size": ParallelConfig().vision_micro_batch_size,
+    "parallel.vision_recompute": ParallelConfig().vision_recompute,
+}
+"""What has no effect where stages hold the vision part, and is refused there."""
 _OVERLAP_REDUCE, _OVERLAP_GATHER = "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"
 _TENSOR_SIZES, _MICRO_BATCHES, _VIRTUAL_SIZES = (1, 2, 4, 8), (1, 2, 4, 8), (None, 2, 3, 4)
 _RECOMPUTATIONS = (None, "selective", "full")
@@ -173,14 +178,14 @@ def search(question: Question) -> Answer:
     survey = _Survey(question)
     survey.look()
     if not survey.valid:
-        lines = "\n".join(f"  {line}" for line in survey.invalid.values())
+        lines = "\n".join(f"  {line}" for line in survey.invalid)
         raise ConfigError(f"no layout of {question.num_gpus} GPUs is valid for this run:\n{lines}")
     fitting = [one for one in survey.valid if one.fullest.total <= question.limit]
     if not fitting:
         raise ConfigError(_nothing_fits(question, survey.valid))
     return Answer(
         plans=tuple(_best(question, fitting)),
-        rejected=(*survey.invalid.values(), *_too_large(question, survey.valid)),
+        rejected=(*survey.invalid, *_too_large(question, survey.valid)),
         num_valid=len(survey.valid),
         num_fitting=len(fitting),
         num_fitting_families=len({one.family for one in fitting}),
@@ -200,25 +205,32 @@ class _Survey:
 
     question: Question
     valid: list[Candidate] = field(default_factory=list)
-    invalid: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Why no combination of a tensor and a pipeline size is valid."""
+    invalid: list[str] = field(default_factory=list)
+    """Why no combination of a tensor size, a pipeline size and a place of the vision part is valid."""
 
     def look(self) -> None:
         """Try every combination."""
         for tensor in self._options(_TENSOR, _TENSOR_SIZES):
             for pipeline in self._pipelines(int(tensor or 1)):
-                why: list[str] = []
-                before = len(self.valid)
+                sizes = int(tensor or 1), int(pipeline or 1)
                 # On one rank nothing is gained by taking the vision part out of its stage.
-                places = ("pipeline", "data") if int(tensor or 1) * int(pipeline or 1) > 1 else ("pipeline",)
-                for place in self._options(_VISION, places):
-                    sizes = {_TENSOR: tensor, _PIPELINE: pipeline, _VISION: place}
-                    sizes |= self._sequence(int(tensor or 1), str(place))
-                    for virtual in self._virtual(int(pipeline or 1), str(place)):
-                        self._look_at(sizes | {_VIRTUAL: virtual}, why)
-                if len(self.valid) == before:
-                    name = f"tensor {tensor}, pipeline {pipeline}"
-                    self.invalid[int(tensor or 1), int(pipeline or 1)] = f"{name}: {why[0]}"
+                places = ("pipeline", "data") if sizes != (1, 1) else ("pipeline",)
+                whys = {str(place): self._look_for(*sizes, str(place)) for place in self._options(_VISION, places)}
+                self.invalid += _in_words(f"tensor {tensor}, pipeline {pipeline}", whys)
+
+    def _look_for(self, tensor: int, pipeline: int, place: str) -> str | None:
+        """Add the valid combinations with the vision part in this place; return why there is none."""
+        domain = self.question.gpu.within(self.question.num_gpus).nvlink_domain
+        if tensor > domain:
+            return f"NVLink connects {domain} GPUs, and tensor parallelism over the network is not planned"
+        why: list[str] = []
+        before = len(self.valid)
+        sizes: dict[str, int | str | None] = {_TENSOR: tensor, _PIPELINE: pipeline, _VISION: place}
+        if place == "pipeline" and _VISION not in self.question.fixed:
+            sizes |= _USUAL_VISION
+        for virtual in self._virtual(pipeline, place):
+            self._look_at(sizes | self._sequence(tensor, place) | {_VIRTUAL: virtual}, why)
+        return why[0] if len(self.valid) == before else None
 
     def _look_at(self, sizes: Overrides, why: list[str]) -> None:
         """Add the valid combinations of these sizes; or what is wrong with the first one."""
@@ -226,7 +238,7 @@ class _Survey:
         layout = None
         for micro in self._options(_MICRO, _MICRO_BATCHES):
             try:
-                config = _counted(question, _applied(question.config, {**sizes, _MICRO: micro}))
+                config = _counted(question, _exposed(question, _applied(question.config, {**sizes, _MICRO: micro})))
                 layout = layout or Layout.of(config, resolve_layout(config))
             except ConfigError as error:
                 why.append(str(error))
@@ -237,6 +249,8 @@ class _Survey:
     def _with_and_without_sharding(self, config: RunConfig, layout: Layout, values: Overrides) -> Iterator[Candidate]:
         known: Candidate | None = None
         for sharded in self._options(_SHARDED, (True, False)):
+            if _gathers(self.question) and not sharded:
+                continue  # then there is nothing to gather
             detailed = _overlapped(self.question, config, {**values, _SHARDED: sharded})
             known = _candidate(self.question, detailed, layout) if known is None else known.at(detailed)
             yield known
@@ -295,12 +309,38 @@ def _counted(question: Question, config: RunConfig) -> RunConfig:
     return counted
 
 
+def _gathers(question: Question) -> bool:
+    """Return whether the user has asked for ``overlap_param_gather``."""
+    return _OVERLAP_GATHER in question.fixed and question.config.parallel.overlap_param_gather
+
+
+def _exposed(question: Question, config: RunConfig) -> RunConfig:
+    """Return ``config`` without hiding the data-parallel exchange, where the user leaves that to the search.
+
+    It is decided for each combination (:func:`_overlapped`). So no combination is refused for what the recipe says.
+    """
+    overlap = dict.fromkeys((_OVERLAP_REDUCE, _OVERLAP_GATHER), _gathers(question))
+    return _applied(config, {name: value for name, value in overlap.items() if name not in question.fixed})
+
+
 def _overlapped(question: Question, config: RunConfig, values: Overrides) -> RunConfig:
     """Return ``config`` with ``values``, and with the data-parallel exchange hidden where it can be."""
     many = data_parallel_size(config.parallel, question.num_gpus) > 1
-    overlap = {_OVERLAP_REDUCE: many, _OVERLAP_GATHER: many and bool(values[_SHARDED])}
+    reduces = many or _gathers(question)
+    if _OVERLAP_REDUCE in question.fixed:
+        reduces = config.parallel.overlap_grad_reduce
+    overlap = {_OVERLAP_REDUCE: reduces, _OVERLAP_GATHER: many and reduces and bool(values[_SHARDED])}
     free = {name: value for name, value in overlap.items() if name not in question.fixed}
     return _applied(config, {**values, **free})
+
+
+def _in_words(name: str, whys: Mapping[str, str | None]) -> list[str]:
+    """Return a line for each place of the vision part that has no valid combination, or one for all of them."""
+    reasons = {place: why for place, why in whys.items() if why is not None}
+    if len(reasons) == len(whys) and len(set(reasons.values())) == 1:
+        return [f"{name}: {next(iter(reasons.values()))}"]
+    called = {"pipeline": "vision part in stages", "data": "vision part on every rank"}
+    return [f"{name}, {called[place]}: {why}" for place, why in reasons.items()]
 
 
 def _applied(config: RunConfig, values: Overrides) -> RunConfig:
@@ -316,7 +356,7 @@ def _applied(config: RunConfig, values: Overrides) -> RunConfig:
 def _candidate(question: Question, config: RunConfig, layout: Layout) -> Candidate:
     data_parallel = data_parallel_size(config.parallel, question.num_gpus)
     micro_batches = num_microbatches(config.training, data_parallel)
-    work = question.row.work(config.training.micro_batch_size)
+    work = question.row.computed(config)
     memory = rank_memories(config, layout, work, world_size=question.num_gpus, micro_batches=micro_batches)
     return Candidate(config, layout, memory, question.num_gpus)
 

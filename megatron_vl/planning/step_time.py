@@ -86,7 +86,7 @@ def stage_costs(config: RunConfig, layout: Layout, work: Work, factors: PartFact
 def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> StepTime:
     """Return the time of a step of ``training.global_batch_size`` rows."""
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
-    work = row.work(config.training.micro_batch_size)
+    work = row.computed(config)
     costs = stage_costs(config, layout, work, gpu.factors)
     rows = config.training.global_batch_size
     return StepTime(
@@ -100,7 +100,7 @@ def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size:
 def fastest_possible(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> float:
     """Return a lower bound of :func:`step_time` that needs no simulation: the busiest rank without any waiting."""
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
-    work = row.work(config.training.micro_batch_size)
+    work = row.computed(config)
     costs = stage_costs(config, layout, work, gpu.factors)
     busiest = max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
     return cluster.pipeline.micro_batches * busiest + cluster.vision_seconds(work)

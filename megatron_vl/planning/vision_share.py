@@ -103,12 +103,12 @@ class VisionShare:
 
     @property
     def parts(self) -> int:
-        """How often images are encoded together."""
-        return max(1, math.ceil(self.images / self.config.parallel.vision_micro_batch_size))
+        """How often images are encoded together; a rank without images encodes none."""
+        return math.ceil(self.images / self.config.parallel.vision_micro_batch_size)
 
     @property
     def _at_a_time(self) -> float:
-        return self.images / self.parts
+        return self.images / max(1, self.parts)
 
     @property
     def units(self) -> UnitCosts:

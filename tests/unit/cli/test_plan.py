@@ -86,11 +86,35 @@ def test_in_fp8_it_says_what_is_not_calculated(capsys: pytest.CaptureFixture[str
         (f"{STAGE_2} --gpus 8 --gpu h200 --plan 9", "--plan 9: there are"),
         (f"{STAGE_2} --gpus 8 --gpu h200 --micro-batch-sise 2", "Did you mean --micro-batch-size"),
         ("--gpus 8 --gpu h200", "expected one recipe"),
+        (
+            f"{STAGE_2} --gpus 8 --gpu a100 --fp8-format hybrid",
+            "fp8_recipe tensorwise is not for --gpu a100: it has no",
+        ),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --fp8-format e4m3 --fp8-recipe mxfp8", "it computes tensorwise, delayed"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --micro-batch-size 0", "micro_batch_size"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --tensor-model-parallel-size 0", "tensor_model_parallel_size"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --images-per-row nan", "expected numbers"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --write /proc/x/y.yaml", "--write /proc/x/y.yaml"),
     ],
 )
 def test_what_is_refused(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv.split()) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_micro_batches_of_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One micro-batch on each rank, whose images all ranks keep: more would need more memory."""
+    recipe = tmp_path / "planned.yaml"
+    flags = (
+        "--gpus 64 --gpu h100 --vision-parallel data --no-vision-recompute --pipeline-model-parallel-size 2 "
+        "--tensor-model-parallel-size 1 --global-batch-samples 128 --recompute-granularity none"
+    )
+    assert main([STAGE_2, *flags.split(), "--write", str(recipe)]) == 0
+    told = capsys.readouterr().out
+    size = told.split("memory of the fullest rank (")[1].split("): ")[1].split(" GB")[0]
+    assert train([str(recipe), "--dry-run", "--world-size", "64", "--gpu", "h100"]) == 0
+    assert f": {size} GB" in capsys.readouterr().out
+    assert train([str(recipe), "--dry-run", "--world-size", "0"]) == 2
 
 
 def test_a_dry_run_refuses_what_a_gpu_cannot_hold(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from megatron_vl.config.validate import validate
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import find_gpu
 from megatron_vl.planning.rows import assumed_row, make_row
-from megatron_vl.planning.search import Answer, Question, _Survey, search
+from megatron_vl.planning.search import Answer, Question, _Survey, describe, search
 from megatron_vl.planning.step_time import step_time
 from megatron_vl.planning.summary import reasons
 
@@ -161,3 +161,80 @@ def test_the_planner_knows_every_field_of_the_layout() -> None:
     }  # fmt: skip
     changes_nothing = {"distributed_timeout_minutes"}
     assert {item.name for item in fields(ParallelConfig)} == searched | changes_nothing
+
+
+VISION_MICRO, REDUCE = "parallel.vision_micro_batch_size", "parallel.overlap_grad_reduce"
+GATHER, SHARDED = "parallel.overlap_param_gather", "parallel.use_distributed_optimizer"
+
+
+def test_options_of_one_place_of_the_vision_part_leave_the_other_open() -> None:
+    """``vision_micro_batch_size`` has no effect where stages hold the vision part, and would be refused there."""
+    plain = search(question(recipe("stage2"), 8, "h200"))
+    given = recipe("stage2", "--vision-parallel", "data", "--vision-micro-batch-size", "4")
+    found = search(question(given, 8, "h200", fixed=(VISION_MICRO,)))
+    best = found.plans[0].candidate.config
+    assert found.plans[0].seconds_per_row == plain.plans[0].seconds_per_row and found.num_valid == plain.num_valid
+    assert best.parallel.vision_parallel == "pipeline" and best.parallel.vision_micro_batch_size == 8
+
+
+def test_tensor_parallelism_across_hosts_is_refused() -> None:
+    config = recipe("stage2", "--tensor-model-parallel-size", "16", "--global-batch-samples", "4096")
+    with pytest.raises(ConfigError, match="NVLink connects 8 GPUs, and tensor parallelism over the network is not"):
+        search(question(config, 32, fixed=(TENSOR,)))
+
+
+@pytest.mark.parametrize(("flags", "fixed"), [(("--no-overlap-grad-reduce",), (REDUCE,)), ((), ())])
+def test_an_exchange_that_is_not_hidden_is_planned_as_the_trainer_takes_it(
+    flags: tuple[str, ...], fixed: tuple[str, ...]
+) -> None:
+    asked = question(recipe("stage2", *flags), 8, fixed=fixed)
+    survey = _Survey(asked)
+    survey.look()
+    assert survey.valid
+    for one in survey.valid[::7]:
+        validate(one.config, world_size=8, cuda=True)
+        assert one.config.parallel.overlap_param_gather <= one.config.parallel.overlap_grad_reduce
+
+
+def test_what_the_recipe_overlaps_rejects_no_family() -> None:
+    """Stage 3 says ``overlap_param_gather``, which an optimizer on every rank does not have."""
+    config = recipe("stage3", "--no-use-distributed-optimizer")
+    asked = replace(question(config, 8, "b200", samples=3, fixed=(SHARDED,)), tolerance=0.2)
+    survey = _Survey(asked)
+    survey.look()
+    assert survey.valid and not any(one.config.parallel.overlap_param_gather for one in survey.valid)
+    gathers = recipe("stage3", "--overlap-param-gather")
+    survey = _Survey(replace(question(gathers, 8, "b200", samples=3, fixed=(GATHER,)), tolerance=0.2))
+    survey.look()
+    assert survey.valid and all(one.config.parallel.use_distributed_optimizer for one in survey.valid)
+
+
+def test_a_text_only_micro_batch_encodes_a_blank_image() -> None:
+    """33 vision layers keep 59,392 bytes for each of 1,024 patches; four micro-batches are held on the first rank."""
+    config = recipe(
+        "stage2", "--pipeline-model-parallel-size", "4", "--micro-batch-size", "1", "--vision-parallel", "pipeline",
+        "--tensor-model-parallel-size", "1", "--no-sequence-parallel",
+    )  # fmt: skip
+    text, one = make_row(config, images=0, samples=4), make_row(config, images=1, samples=4)
+    assert text.computed(config).num_images == 1 and text.work(1).num_images == 0
+    asked = [Question(config, row, find_gpu("h100"), 16) for row in (text, one)]
+    memory = [describe(each, config).memory[0].activations for each in asked]
+    assert memory[0] == memory[1] > 4 * 33 * 1024 * 59392
+    whole = replace(config, parallel=replace(config.parallel, vision_parallel="data"))
+    assert text.computed(whole).num_images == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "samples", "unpacked", "said"),
+    [
+        (float("nan"), 1.0, False, "expected numbers"),
+        (1.0, float("inf"), False, "expected numbers"),
+        (7.93, 8.0, False, "cannot hold 7.93 images"),
+        (1.0, 5.5, True, "each row has one sample"),
+    ],
+)
+def test_rows_that_cannot_be(images: float, samples: float, unpacked: bool, said: str) -> None:
+    config = recipe("stage2")
+    config = replace(config, data=replace(config.data, unpacked=unpacked))
+    with pytest.raises(ConfigError, match=said):
+        make_row(config, images=images, samples=samples)
