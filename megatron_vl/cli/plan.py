@@ -23,8 +23,9 @@ from megatron_vl.errors import ConfigError
 from megatron_vl.log import write_line
 from megatron_vl.planning.gpus import GPUS, Gpu, check_fp8, find_gpu, read_rates, with_rates
 from megatron_vl.planning.memory import USABLE
+from megatron_vl.planning.plans import Answer, Plan, Question
 from megatron_vl.planning.rows import Row, assumed_row, make_row
-from megatron_vl.planning.search import Answer, Plan, Question, search
+from megatron_vl.planning.search import search
 
 
 def main(argv: Sequence[str] | None = None) -> int:

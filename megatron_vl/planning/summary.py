@@ -9,7 +9,7 @@ from typing import Any
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.memory import RankMemory
 from megatron_vl.planning.parameters import count_parameters
-from megatron_vl.planning.search import Answer, Plan, Question
+from megatron_vl.planning.plans import Answer, Plan, Question
 
 _GB = 1e9
 _HEAD: tuple[str, ...] = (

@@ -13,8 +13,9 @@ from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import find_gpu
+from megatron_vl.planning.plans import Answer, Question
 from megatron_vl.planning.rows import assumed_row, make_row
-from megatron_vl.planning.search import Answer, Question, _Survey, describe, search
+from megatron_vl.planning.search import _Survey, describe, search
 from megatron_vl.planning.step_time import step_time
 from megatron_vl.planning.summary import reasons
 
