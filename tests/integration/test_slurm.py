@@ -1,8 +1,12 @@
-"""The Slurm script, with stand-ins for ``srun`` and ``scontrol``: when it puts its job back into the queue."""
+"""The Slurm script, with stand-ins for ``srun``, ``scancel`` and ``scontrol``.
+
+Tests say whom it signals, and when it puts its job back into the queue.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -21,36 +25,51 @@ from tests.integration.test_launcher import environment
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "pretrain_qwenvl.sbatch.sh"
 PATIENCE_S = 300
-ENDS = """#!/bin/bash
-echo "$@" > "{folder}/srun"
-exit $STATUS
+SRUN = """#!/bin/bash
+echo "$@" > "$FOLDER/srun"
+shift
+if [[ -n "${RANKS:-}" ]]; then set -- bash -c "$RANKS"; fi
+"$@" &
+ranks=$!
+trap 'echo "forcing job termination"; kill -KILL "$ranks"; exit 137' TERM
+echo "$ranks" > "$FOLDER/ranks"
+status=0
+wait "$ranks" || status=$?
+exit "${HIGHEST:-$status}"
 """
-TRAINS = """#!/bin/bash
-echo "$@" > "{folder}/srun"
-stop() {{ echo TERM >> "{folder}/signals"; exit $STATUS; }}
+"""Ends its tasks by SIGKILL at SIGTERM, as ``_srun_signal_mgr`` does (Slurm, src/srun/libsrun/srun_job.c).
+
+``HIGHEST`` is a status of another node: srun returns the highest.
+"""
+SCANCEL = '#!/bin/bash\necho "$@" >> "$FOLDER/scancel"\nkill -TERM "$(cat "$FOLDER/ranks")"\n'
+"""Signals the tasks and not the batch script, as scancel(1) says of ``--signal`` without ``--batch``."""
+SCONTROL = '#!/bin/bash\necho "$@" >> "$FOLDER/scontrol"\n'
+COMMANDS = {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}
+ENDS = """
+if [[ -n "${SAVED:-}" ]]; then echo "$SAVED" > run/latest_checkpointed_iteration.txt; fi
+if [[ -n "${RECORD:-}" ]]; then printf '{"exit_status": %s, "meaning": ""}\n' "$RECORD" > run/last_run.json; fi
+exit "$STATUS"
+"""
+TRAINS = """
+stop() { echo TERM >> "$FOLDER/signals"; exit "$STATUS"; }
 trap stop TERM
-echo started > "{folder}/started"
+echo started > "$FOLDER/started"
 for _ in $(seq 3000); do sleep 0.1; done
 """
-RUNS = """#!/bin/bash
-shift
-exec "$@"
-"""
-SCONTROL = '#!/bin/bash\necho "$@" >> "{folder}/scontrol"\n'
 
 
 class Job:
     """The script as Slurm would run it."""
 
-    def __init__(self, folder: Path, srun: str, *flags: str, **variables: str) -> None:
+    def __init__(self, folder: Path, ranks: str, *flags: str, **variables: str) -> None:
         self.folder = folder
-        for name, text in (("srun", srun), ("scontrol", SCONTROL)):
+        for name, text in COMMANDS.items():
             path = folder / "bin" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text.replace("{folder}", str(folder)).replace("{{", "{").replace("}}", "}"))
+            path.write_text(text)
             path.chmod(0o755)
         env = environment(SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="77", DATA="data", FROM="before", RUN="run")
-        env |= {"PATH": f"{folder}/bin:{env['PATH']}"} | variables
+        env |= {"PATH": f"{folder}/bin:{env['PATH']}", "FOLDER": str(folder), "RANKS": ranks} | variables
         self.log = folder / "log"
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -63,21 +82,28 @@ class Job:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
+    def is_started(self) -> bool:
+        ranks = self.folder / "ranks"
+        return (self.folder / "started").exists() and ranks.exists() and ranks.read_text().endswith("\n")
+
     def end(self) -> int:
         return self.process.wait(PATIENCE_S)
 
+    def calls(self, command: str) -> list[str]:
+        path = self.folder / command
+        return path.read_text().splitlines() if path.exists() else []
+
     @property
     def requeued(self) -> list[str]:
-        path = self.folder / "scontrol"
-        return path.read_text().splitlines() if path.exists() else []
+        return self.calls("scontrol")
 
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     started: list[Job] = []
 
-    def begin(srun: str, *flags: str, **variables: str) -> Job:
-        started.append(Job(tmp_path, srun, *flags, **variables))
+    def begin(ranks: str, *flags: str, **variables: str) -> Job:
+        started.append(Job(tmp_path, ranks, *flags, **variables))
         return started[-1]
 
     yield begin
@@ -88,22 +114,19 @@ def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "again"),
+    ("status", "again"),
     [
-        (ExitStatus.DONE, "0", False),
-        (ExitStatus.USER_ERROR, "0", False),
-        (ExitStatus.NOT_FINITE, "0", False),
-        (ExitStatus.INTERRUPTED, "0", False),
-        (ExitStatus.STOPPED, "50", True),
-        (ExitStatus.BUG, "0", True),
-        (137, "9", True),
-        (137, "10", False),
+        (ExitStatus.DONE, False),
+        (ExitStatus.USER_ERROR, False),
+        (ExitStatus.NOT_FINITE, False),
+        (ExitStatus.INTERRUPTED, False),
+        (ExitStatus.STOPPED, True),
+        (ExitStatus.BUG, True),
+        (137, True),
     ],
 )
-def test_a_job_goes_on_after_what_may_end_otherwise(
-    jobs: Callable[..., Job], status: int, restarts: str, again: bool
-) -> None:
-    job = jobs(ENDS, "--lr", "1e-5", STATUS=str(int(status)), SLURM_RESTART_COUNT=restarts)
+def test_a_job_goes_on_after_what_may_end_otherwise(jobs: Callable[..., Job], status: int, again: bool) -> None:
+    job = jobs(ENDS, "--lr", "1e-5", STATUS=str(int(status)))
     assert job.end() == status
     assert job.requeued == (["requeue 77"] if again else []), job.log.read_text()
     asked = (job.folder / "srun").read_text().split()
@@ -114,24 +137,66 @@ def test_a_job_goes_on_after_what_may_end_otherwise(
 
 
 @pytest.mark.parametrize(
+    ("recorded", "again"),
+    [(ExitStatus.DONE, False), (ExitStatus.USER_ERROR, False), (ExitStatus.NOT_FINITE, False), (75, True)],
+)
+def test_the_record_of_the_run_counts_before_the_highest_status_of_the_nodes(
+    jobs: Callable[..., Job], recorded: int, again: bool
+) -> None:
+    job = jobs(ENDS, STATUS="143", RECORD=str(int(recorded)))
+    assert job.end() == recorded
+    assert job.requeued == (["requeue 77"] if again else []), job.log.read_text()
+
+
+def test_the_record_of_an_earlier_attempt_does_not_count(jobs: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_run.json").write_text('{"exit_status": 0, "meaning": "done"}\n')
+    assert jobs(ENDS, STATUS="137").end() == 137
+
+
+@pytest.mark.parametrize("status", ["1", "75", "137"])
+def test_attempts_without_a_checkpoint_are_limited(jobs: Callable[..., Job], status: str) -> None:
+    """With MAX_RESTARTS=1, the second attempt in a row that saves nothing is the last one."""
+    first_job = [("0", "", 1), ("1", "", 1)]
+    second_job = [("0", "", 2), ("1", "100", 3), ("2", "100", 4), ("3", "200", 5), ("4", "", 6), ("5", "", 6)]
+    for restarts, checkpoint, requeued in first_job + second_job:
+        job = jobs(ENDS, STATUS=status, SAVED=checkpoint, SLURM_RESTART_COUNT=restarts, MAX_RESTARTS="1")
+        assert job.end() == int(status)
+        assert len(job.requeued) == requeued, (restarts, checkpoint, job.log.read_text())
+
+
+@pytest.mark.parametrize(
     ("number", "status", "again"),
     [
         (signal.SIGUSR1, 75, True),
-        (signal.SIGUSR1, 137, True),  # srun has ended a task that was still saving nothing
         (signal.SIGUSR1, 0, False),
         (signal.SIGUSR1, 3, False),
         (signal.SIGTERM, 75, False),
     ],
 )
-def test_the_notice_of_the_limit_is_passed_on_and_only_scancel_is_final(
+def test_the_ranks_get_the_notice_and_end_by_themselves(
     jobs: Callable[..., Job], number: int, status: int, again: bool
 ) -> None:
-    job = jobs(TRAINS, STATUS=str(status), SLURM_RESTART_COUNT="50")
-    job.wait_for((job.folder / "started").exists)
+    """srun gets no signal: it would end the ranks by SIGKILL, before they have saved."""
+    job = jobs(TRAINS, STATUS=str(status))
+    job.wait_for(job.is_started)
     job.process.send_signal(number)
     assert job.end() == status, job.log.read_text()
-    assert (job.folder / "signals").read_text().split() == ["TERM"]
+    assert job.calls("signals") == ["TERM"]
+    assert job.calls("scancel") == ["--signal=TERM 77"]
     assert job.requeued == (["requeue 77"] if again else [])
+
+
+def test_sigterm_at_the_limit_does_not_cancel_the_job(jobs: Callable[..., Job]) -> None:
+    """Ranks that do not end within the notice: Slurm sends SIGTERM to all, then SIGKILL."""
+    job = jobs(TRAINS.replace("trap stop TERM", "trap 'touch $FOLDER/noticed' TERM"), STATUS="0")
+    job.wait_for(job.is_started)
+    job.process.send_signal(signal.SIGUSR1)
+    job.wait_for((job.folder / "noticed").exists)
+    job.process.send_signal(signal.SIGTERM)
+    os.kill(int((job.folder / "ranks").read_text()), signal.SIGKILL)
+    assert job.end() == 137, job.log.read_text()
+    assert job.calls("scancel") == ["--signal=TERM 77"] and job.requeued == ["requeue 77"]
 
 
 def test_slurm_gives_more_notice_than_a_save_may_take() -> None:
@@ -152,13 +217,14 @@ def test_a_training_goes_on_where_the_limit_has_stopped_it(jobs: Callable[..., J
     )
     (tmp_path / "recipe.yaml").write_text(dump_config(config))
     variables = {"RECIPE": str(tmp_path / "recipe.yaml"), "DATA": config.data.data_path[0], "GPUS_PER_NODE": "1"}
-    first = jobs(RUNS, "--pretrained-checkpoint", "none", **variables)
+    variables["HIGHEST"] = "143"  # another node, ended by Slurm after the first that has saved
+    first = jobs("", "--pretrained-checkpoint", "none", **variables)
     first.wait_for(lambda: first.log.read_text().count("lm loss") >= 2)
     first.process.send_signal(signal.SIGUSR1)
     assert first.end() == ExitStatus.STOPPED, first.log.read_text()
     (step,) = store.steps_in(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "last_run.json").read_text())["exit_status"] == ExitStatus.STOPPED
-    second = jobs(RUNS, "--pretrained-checkpoint", "none", "--train-iters", str(step + 1), **variables)
+    second = jobs("", "--pretrained-checkpoint", "none", "--train-iters", str(step + 1), **variables)
     assert second.end() == 0, second.log.read_text()
     assert f"from step {step}" in second.log.read_text() and step + 1 in store.steps_in(tmp_path / "run")
     assert second.requeued == ["requeue 77"], "only the first one goes on"
