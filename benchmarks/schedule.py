@@ -4,7 +4,7 @@
                                   [--smoke]
 
 The stages are those of the computed layout of Qwen-VL in recipe stage 2. All rows of a step have the same number of
-images, from none to seven, or as many as the packed rows of ``stream.py``. Stages sleep in proportion to their
+images (none, one, four or seven), or as many as the packed rows of ``stream.py``. Stages sleep in proportion to their
 operations (``sleeping.py``). The simulator gets the same durations, and no time for messages. So its error is what it
 does not know of the schedule: an order that differs, or a wait. What sleeping, gloo and Python cost besides is in the
 measured time.
@@ -27,8 +27,8 @@ from megatron_vl.planning.layout import resolve_layout
 
 MODEL = ModelConfig()
 GOAL = 1.03
-STEP_SECONDS = 2.0
-"""About what a step takes, so that sleeping longer than asked matters little."""
+STEP_SECONDS = 4.0
+"""About what a step takes, so that what Python and gloo cost for each pass matters little."""
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
     parser.add_argument("--smoke", action="store_true", help="two ranks, few micro-batches: shows that it runs")
     options = parser.parse_args()
-    options.images = list(range(8))
+    options.images = [0, 1, 4, 7]
     if options.smoke:
         options.pipeline, options.micro_batches, options.turns, options.images = [2], 4, 2, [4]
     return options
