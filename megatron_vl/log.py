@@ -55,6 +55,12 @@ def log_rank_0(message: str, *, level: int = logging.INFO) -> None:
         logging.getLogger(ROOT).log(level, message)
 
 
+def warn_loudly(line: str) -> None:
+    """Log a warning on rank 0 between two rules, so that nobody overlooks it."""
+    for text in ("!" * len(line), line, "!" * len(line)):
+        log_rank_0(text, level=logging.WARNING)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Send this package's log to standard error, with the rank where there is more than one; safe to call twice."""
     launch = read_launch()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from megatron_vl.checkpoint import store
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ExitStatus, FolderInUseError, MegatronVLError, PeerError
 from megatron_vl.files import write_whole
-from megatron_vl.log import log_rank_0
+from megatron_vl.log import warn_loudly
 from megatron_vl.training.state import TrainState
 
 if TYPE_CHECKING:  # a refused run does not need torch
@@ -33,9 +32,7 @@ def warn_of_unsaved_steps(config: RunConfig, state: TrainState) -> None:
     if config.checkpoint.save is None:
         steps = config.training.train_iters - state.step
         what = f"THE {steps} STEPS OF THIS RUN WILL BE LOST" if steps > 0 else "WHAT THIS RUN HAS TRAINED IS LOST"
-        line = f"{what}: --save names no directory, so no checkpoint is written"
-        for text in ("!" * len(line), line, "!" * len(line)):
-            log_rank_0(text, level=logging.WARNING)
+        warn_loudly(f"{what}: --save names no directory, so no checkpoint is written")
 
 
 def forget_last(config: RunConfig, topology: Topology) -> None:

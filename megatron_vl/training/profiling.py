@@ -1,6 +1,6 @@
 """Profile chosen steps of a run (``--profile``): traces of chosen ranks, and the times of all stages.
 
-What is written into the profile's directory, after the last of these steps:
+What is written into the profile's directory, after the last of these steps and after a save that is due then:
 
 * on each rank of ``profile_ranks`` a trace of torch's profiler, ``rank0_steps11-12.pt.trace.json.gz``. Its ranges are
   the step, each pass of each stage, and what Megatron-Core times itself (messages, the exchange of gradients). On CUDA
@@ -9,16 +9,20 @@ What is written into the profile's directory, after the last of these steps:
 * on rank 0 the seconds of each pass of all ranks, ``stage_times_steps11-12.json`` (``planning/stage_profile.py``).
 
 A profile reads clocks and changes no number: there are no barriers, and no tensor is touched. If a run ends early at a
-step, what was profiled so far is written. Files get their names when they are whole. All ranks call :meth:`write`, so
-that a full disk of one ends all.
+step, what was profiled so far is written. Files get their names when they are whole.
+
+A profile never ends a run. All ranks call :meth:`Profiler.write` and tell each other what they could not write, so none
+waits, the other files are written, and rank 0 warns for all.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
+import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +30,13 @@ from typing import Any
 
 import torch
 
+from megatron_vl import log, machine_errors
 from megatron_vl.config.profile import profile_folder, profile_ranks
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.files import draft_of, whole_file, write_whole
-from megatron_vl.log import log_rank_0
-from megatron_vl.parallel.agreement import by_all, by_rank_0, together
+from megatron_vl.log import log_rank_0, warn_loudly
+from megatron_vl.parallel.agreement import by_all, by_rank_0
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.planning.stage_profile import MicroBatchTimes, StageProfile
 from megatron_vl.training.parallel_model import ParallelModel
@@ -39,6 +44,8 @@ from megatron_vl.training.stage_times import StageClock, StagePass, TimedStep
 
 _HISTORY = 1_000_000
 """Allocations that the history of memory keeps."""
+_NAMED = 3
+"""Files that a warning names."""
 
 
 class Profiler:
@@ -67,10 +74,15 @@ class Profiler:
 
     def ends_at(self, step: int) -> bool:
         """Return whether the profile ends after so many steps."""
-        return step == self._config.logging.profile_step_end
+        return step == min(self._config.logging.profile_step_end, self._config.training.train_iters)
+
+    def stop(self) -> None:
+        """Stop recording, so that validation and save are not in the trace; safe to call twice."""
+        if self._trace:
+            self._trace.stop()
 
     def write(self) -> None:
-        """Write what was profiled, once; all ranks call it."""
+        """Write what was profiled, once; all ranks call it. Rank 0 warns of what cannot be written."""
         steps, logging = [one.step for one in self._clock.timed], self._config.logging
         if self._written:
             return
@@ -80,15 +92,27 @@ class Profiler:
             return
         self._written = True
         folder, label = profile_folder(self._config), f"steps{steps[0]}-{steps[-1]}"
-        together(lambda: self._write_own(folder, label))
+        failures = by_all(lambda: _failure(lambda: self._write_own(folder, label)))
         gathered = by_all(lambda: (self._topology.tp_rank, self._works, self._clock.timed))
-        by_rank_0(lambda: self._write_times(folder / f"stage_times_{label}.json", gathered))
-        log_rank_0(f"profiled steps {steps[0]} to {steps[-1]}: {folder}")
+        path = folder / f"stage_times_{label}.json"
+        failures.append(by_rank_0(lambda: _failure(lambda: self._write_times(path, gathered))))
+        ranks = [*range(self._topology.world_size), 0]
+        faults = dict.fromkeys(f"rank {rank}: {text}" for rank, text in zip(ranks, failures, strict=True) if text)
+        what = f"steps {steps[0]} to {steps[-1]}"
+        if not faults:
+            log_rank_0(f"profiled {what}: {folder}")
+            return
+        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        warn_loudly(
+            f"THE PROFILE OF {what.upper()} IS NOT COMPLETE: {folder} cannot be written to "
+            f"({'; '.join(list(faults)[:_NAMED])}{more}); no training step is lost by it"
+        )
 
     def _write_own(self, folder: Path, label: str) -> None:
         if self._trace:
+            self._trace.stop()
             folder.mkdir(parents=True, exist_ok=True)
-            self._trace.stop_and_write(folder, f"rank{self._topology.rank}_{label}")
+            self._trace.write(folder, f"rank{self._topology.rank}_{label}")
 
     def _write_times(self, path: Path, gathered: Sequence[tuple[int, list[MicroBatchTimes], list[TimedStep]]]) -> None:
         logging, topology = self._config.logging, self._topology
@@ -136,6 +160,18 @@ def _join(ranks: Sequence[Any], num_stages: int) -> tuple[MicroBatchTimes, ...]:
     return tuple(rows)
 
 
+def _failure(write: Callable[[], None]) -> str | None:
+    """Write, and return what went wrong, for any error: a profile is worth less than the run."""
+    try:
+        write()
+    except Exception as error:  # noqa: BLE001 - rank 0 warns of it
+        if (text := machine_errors.describe(error)) is not None:
+            return text
+        logging.getLogger(log.ROOT).warning("the profile of this rank", exc_info=error)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _no_range(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -147,7 +183,8 @@ class Trace:
         self._logging = config.logging
         self._cuda = torch.cuda.is_available()
         self._profile: Any = None
-        self._started = False
+        self._memory: Any = None
+        self._started = self._stopped = False
 
     def start(self) -> None:
         """Begin to record, once."""
@@ -174,17 +211,28 @@ class Trace:
                 ranges.callback(torch.cuda.nvtx.range_end, torch.cuda.nvtx.range_start(name))
             yield
 
-    def stop_and_write(self, folder: Path, name: str) -> None:
-        """Stop recording, and write the files."""
+    def stop(self) -> None:
+        """Stop recording, once, if it was begun."""
+        if not self._started or self._stopped:
+            return
+        self._stopped = True
         if self._profile is not None:
             self._profile.stop()
-            _write_trace(self._profile, folder / f"{name}.pt.trace.json.gz")
         elif self._cuda:
             torch.cuda.profiler.stop()
         if self._logging.record_memory_history:
-            with whole_file(folder / f"{name}.memory.pickle") as draft:
-                torch.cuda.memory._dump_snapshot(str(draft))
+            self._memory = torch.cuda.memory._snapshot()  # the next line forgets the history
             torch.cuda.memory._record_memory_history(enabled=None)
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write the files of what was recorded, and keep nothing of it."""
+        trace, memory = self._profile, self._memory
+        self._profile = self._memory = None
+        if trace is not None:
+            _write_trace(trace, folder / f"{name}.pt.trace.json.gz")
+        if memory is not None:
+            with whole_file(folder / f"{name}.memory.pickle") as draft, draft.open("wb") as file:
+                pickle.dump(memory, file)
 
 
 def _write_trace(profile: Any, path: Path) -> None:

@@ -114,16 +114,16 @@ class Trainer:
             steps = self.feed.steps(self.state.consumed_rows)
             while self.state.step < last:
                 self.advance(next(steps))
-                self.write_profile(ended=False)
                 self.validate_if_due(stop)
                 early = stop.check(self.state.step) if self.state.step < last else None
-                if self._checkpoint_due() or early or self._at_end():
+                ended = early is not None or self._at_end()
+                if self._checkpoint_due() or ended:
                     with self.reporter.not_training():
                         self.save()
+                self.write_profile(ended=ended)
                 if early:
                     log_rank_0(f"stopping after step {self.state.step}: {early.reason}")
                     break
-        self.write_profile(ended=True)
         ending.warn_of_unsaved_steps(self.config, self.state)
         return early or Stop("the last step", ExitStatus.DONE)
 
@@ -139,12 +139,15 @@ class Trainer:
             skipped=result.skipped,
         )
         self.reporter.step(self.state, result)
+        if self.profiler and self.profiler.ends_at(self.state.step):
+            with self.reporter.not_training():
+                self.profiler.stop()
         if result.skipped:
             not_finite.describe_skipped(result, before, self.feed)
             not_finite.check_progress(self.state, self.config)
 
     def write_profile(self, *, ended: bool) -> None:
-        """Write the profile after its last step, or when the run has ended before that."""
+        """Write the profile after its last step, or when the run ends before that. A save that is due comes first."""
         if self.profiler and (ended or self.profiler.ends_at(self.state.step)):
             with self.reporter.not_training():
                 self.profiler.write()

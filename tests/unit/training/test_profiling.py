@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import os
+import pickle
 import re
+import signal
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +23,12 @@ import pytest
 from megatron_vl.config.profile import profile_folder
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.validate import validate
-from megatron_vl.errors import ConfigError
+from megatron_vl.errors import ConfigError, ExitStatus
 from megatron_vl.planning.calibration import calibrate
 from megatron_vl.planning.gpus import find_gpu, read_rates
 from megatron_vl.planning.stage_profile import StageProfile
 from megatron_vl.training import profiling
+from megatron_vl.training.stopping import Stop
 from megatron_vl.training.trainer import Trainer
 from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
 from tests.helpers.ranks import RankPools, Start
@@ -142,6 +149,78 @@ def test_a_run_that_ends_within_the_steps_writes_those_that_it_has(
     assert written(tmp_path).steps == (2, 3, 4)
 
 
+@pytest.mark.parametrize("asked", [None, signal.SIGTERM], ids=["to the end", "SIGTERM"])
+def test_a_profile_that_cannot_be_written_ends_no_run(
+    ranks: RankPools, prefix: str, tmp_path: Path, asked: int | None
+) -> None:
+    """Its folder is a file. The checkpoint that is due after its last step is written, and the status stays."""
+    folder, save = tmp_path / "taken", tmp_path / "save"
+    folder.touch()
+    config = profiled(prefix, folder, profile_ranks=("1",))
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(save), save_interval=3))
+    ends = ranks(2).run(train_with_warnings, config, asked)
+    expected = Stop("SIGTERM", ExitStatus.STOPPED) if asked else Stop("the last step", ExitStatus.DONE)
+    assert [end for end, _ in ends] == [expected, expected]
+    text = f"{folder}: File exists"
+    for _, (above, line, below) in ends:  # these ranks have no launcher, so that each takes itself for rank 0
+        assert line == (
+            f"THE PROFILE OF STEPS 2 TO 3 IS NOT COMPLETE: {folder} cannot be written to (rank 1: {text}; "
+            f"rank 0: {text}); no training step is lost by it"
+        )
+        assert above == below == "!" * len(line)
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000003", "iter_0000004"][: 1 if asked else 2]
+
+
+def train_with_warnings(start: Start, config: RunConfig, asked: int | None) -> tuple[Stop, list[str]]:
+    """Train; return the end and the warnings. Rank 1 gets the signal in the third step."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_vl")
+    logger.addHandler(handler)
+    try:
+        with start.topology(config.parallel) as topology:
+            trainer = Trainer.set_up(config, topology)
+            advance = trainer.advance
+
+            def signalled(batches: Any) -> None:
+                advance(batches)
+                if asked and trainer.state.step == 3 and topology.rank == 1:
+                    os.kill(os.getpid(), asked)
+
+            trainer.advance = signalled  # type: ignore[method-assign]
+            end = trainer.loop()
+            trainer.close()
+            return end, said
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_the_save_comes_before_the_profile_and_is_not_in_the_trace(
+    ranks: RankPools, prefix: str, tmp_path: Path
+) -> None:
+    config = profiled(prefix, tmp_path / "profile")
+    config = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "save"), save_interval=3))
+    assert ranks(1).run(order_of_writes, config) == [["stop", "save", "write", "save", "write"]]
+
+
+def order_of_writes(start: Start, config: RunConfig) -> list[str]:
+    """What happens after the steps."""
+    with start.topology(config.parallel) as topology:
+        trainer = Trainer.set_up(config, topology)
+        profiler, said = trainer.profiler, list[str]()
+
+        def note(name: str, act: Callable[[], None]) -> None:
+            said.append(name)
+            act()
+
+        for owner, name in ((profiler, "stop"), (trainer, "save"), (profiler, "write")):
+            setattr(owner, name, partial(note, name, getattr(owner, name)))
+        trainer.loop()
+        trainer.close()
+        return said
+
+
 @pytest.mark.parametrize(
     ("logging", "cuda", "said"),
     [
@@ -170,9 +249,9 @@ def test_on_cuda_the_ranges_are_nvtx_s_and_memory_is_recorded(tmp_path: Path) ->
     config = tiny_config(logging={"profile": True, "record_memory_history": True, "use_pytorch_profiler": False})
     said: list[str] = []
 
-    def dump(path: str) -> None:
-        said.append("dump")
-        Path(path).write_bytes(b"snapshot")
+    def snapshot() -> dict[str, list[int]]:
+        said.append("snapshot")
+        return {"segments": [1]}
 
     def record(**options: Any) -> None:
         said.append("forget" if options.get("enabled", "all") is None else "remember")
@@ -181,7 +260,7 @@ def test_on_cuda_the_ranges_are_nvtx_s_and_memory_is_recorded(tmp_path: Path) ->
         for name, stand_in in (
             ("cuda.is_available", lambda: True),
             ("cuda.memory._record_memory_history", record),
-            ("cuda.memory._dump_snapshot", dump),
+            ("cuda.memory._snapshot", snapshot),
             ("cuda.nvtx.range_start", lambda name: said.append(name) or 7),  # type: ignore[func-returns-value]
             ("cuda.nvtx.range_end", lambda number: said.append(f"end {number}")),
             ("cuda.profiler.start", lambda: said.append("profile")),
@@ -193,11 +272,14 @@ def test_on_cuda_the_ranges_are_nvtx_s_and_memory_is_recorded(tmp_path: Path) ->
             trace.start()
             with trace.range("step 1"):
                 said.append("work")
-        trace.stop_and_write(tmp_path, "rank0_steps1-2")
+        trace.stop()
+        assert said[-2:] == ["snapshot", "forget"]
+        trace.stop()
+        trace.write(tmp_path, "rank0_steps1-2")
     step = ["step 1", "work", "end 7"]
-    assert said == ["remember", "profile", *step, *step, "stop", "dump", "forget"]
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "rank0_steps1-2.memory.pickle": b"snapshot"
+    assert said == ["remember", "profile", *step, *step, "stop", "snapshot", "forget"]
+    assert {path.name: pickle.loads(path.read_bytes()) for path in tmp_path.iterdir()} == {  # noqa: S301 - ours
+        "rank0_steps1-2.memory.pickle": {"segments": [1]}
     }
 
 
