@@ -102,14 +102,23 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def try_folder(folder: Path) -> None:
-    """Make a folder, and write and remove a file in it; raises OSError where that cannot be done."""
-    folder.mkdir(parents=True, exist_ok=True)
+def try_folder(folder: Path, *, keep: bool = True) -> None:
+    """Make a folder, and write and remove a file in it; raises OSError where that cannot be done.
+
+    Args:
+        keep: if false, folders that were made are removed again.
+    """
+    made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
     probe = draft_of(folder / "probe")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, there is no file
+            probe.unlink()
+        with suppress(OSError):  # another process has written there
+            for path in made:
+                path.rmdir()
 
 
 def sha256_of_file(path: Path) -> str:

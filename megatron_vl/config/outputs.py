@@ -29,16 +29,16 @@ def check_outputs(config: RunConfig) -> None:
     if logging.tensorboard_dir:
         _check_directory(Path(logging.tensorboard_dir), "logging.tensorboard_dir")
     if logging.profile:
-        _check_directory(profile_folder(config), "logging.profile_dir")
+        _check_directory(profile_folder(config), "logging.profile_dir", keep=False)  # a run may write no profile
     if logging.log_file:
         _check_directory(Path(logging.log_file).parent, "logging.log_file")
         if Path(logging.log_file).is_dir():
             raise ConfigError(f"logging.log_file: {logging.log_file} is a directory; expected a file")
 
 
-def _check_directory(path: Path, key: str) -> None:
+def _check_directory(path: Path, key: str, *, keep: bool = True) -> None:
     try:
-        try_folder(path)
+        try_folder(path, keep=keep)
     except OSError as error:
         raise ConfigError(
             f"{key}: {path} cannot be written to ({error.strerror or error}); choose another place, or mend its rights "

@@ -24,6 +24,23 @@ def test_a_place_under_a_file_is_refused(tmp_path: Path, key: str, monkeypatch: 
     assert [path.name for path in tmp_path.rglob(".probe*")] == []
 
 
+@pytest.mark.parametrize("place", ["save/profile", "elsewhere/deep"])
+def test_a_check_leaves_no_folder_of_a_profile(tmp_path: Path, place: str) -> None:
+    (tmp_path / "save").mkdir()
+    chosen = {} if place == "save/profile" else {"profile_dir": str(tmp_path / place)}
+    config = tiny_config(checkpoint={"save": str(tmp_path / "save")}, logging={"profile": True} | chosen)
+    check_outputs(config)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "save"]
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    with pytest.raises(ConfigError, match=rf"^logging.profile_dir: .*{place} cannot be written to \(File exists"):
+        check_outputs(config)
+    (tmp_path / place).unlink()
+    (tmp_path / place).mkdir()
+    check_outputs(config)
+    assert list((tmp_path / place).parent.iterdir()) == [tmp_path / place], "a folder that was there stays"
+
+
 def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(path: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
