@@ -62,7 +62,8 @@ def reasons(plan: Plan, plans: Sequence[Plan]) -> list[str]:
     if not plan.candidate.family.recomputes_all and any(one.candidate.family.recomputes_all for one in plans):
         found.append("no layer is computed twice")
     if plan is not plans[0]:
-        found.append(f"{plan.seconds_per_row / plans[0].seconds_per_row - 1:.0%} slower than plan 1")
+        percent = round(100 * (plan.seconds_per_row / plans[0].seconds_per_row - 1))
+        found.append(f"{percent}% slower than plan 1" if percent > 0 else "as fast as plan 1")
     time = plan.time
     losses = (
         ("bubble", time.bubble),
