@@ -98,7 +98,7 @@ def _question(options: argparse.Namespace, config: RunConfig) -> tuple[Question,
     for flag, value in (("--batch-tolerance", options.batch_tolerance), ("--usable-memory", options.usable_memory)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{flag} {value:g}: expected a share from 0 to 1")
-    gpu, measured = _measured(options)
+    gpu, measured = _measured(options, config)
     check_fp8(gpu, config.training)
     question = Question(
         config=config,
@@ -112,7 +112,7 @@ def _question(options: argparse.Namespace, config: RunConfig) -> tuple[Question,
     return question, measured
 
 
-def _measured(options: argparse.Namespace) -> tuple[Gpu, list[str]]:
+def _measured(options: argparse.Namespace, config: RunConfig) -> tuple[Gpu, list[str]]:
     """Return the GPU with what was measured of it, and what to say of that."""
     gpu = find_gpu(options.gpu)
     if options.measured is None:
@@ -122,10 +122,11 @@ def _measured(options: argparse.Namespace) -> tuple[Gpu, list[str]]:
     names = [item.name for item in fields(rates) if getattr(rates, item.name) is not None]
     if rates.stage_times is None:
         return gpu, names
-    from megatron_vl.planning.calibration import calibrate, describe
+    from megatron_vl.planning.calibration import calibrate, check_profile_is_of, describe
 
+    check_profile_is_of(rates.stage_times, gpu, config)
     found = calibrate(rates.stage_times, gpu)
-    for line in describe(rates.stage_times, found):
+    for line in describe(rates.stage_times, found, config.model):
         write_line(line)
     return replace(gpu, factors=found.factors), names
 

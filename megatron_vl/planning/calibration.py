@@ -14,20 +14,25 @@ One direction is a small system of linear equations, in the factors:
 
 Sums of weight gradients and collectives of tensor parallelism are subtracted first, at the rates of the GPU. Where the
 CPU limits a stage, its launches are compared instead of the kernels. Each equation is divided by the stage's mean.
+
+Factors are those of one kind of GPU and one precision. A profile of a CPU, of another kind or of another precision than
+the plan's says nothing about the plan, so :func:`check_profile_is_of` refuses it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vl.config.schema import ModelConfig, RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.activations import Keeping
-from megatron_vl.planning.gpus import AS_RATED, Gpu, PartFactors, Slowness
+from megatron_vl.planning.gpus import AS_RATED, GPUS, Gpu, PartFactors, Slowness
 from megatron_vl.planning.layout import StageLayout, resolve_layout, vision_part
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.stage_cost import PassCost, StageCost, UnitCosts, sum_of_gradients
@@ -42,6 +47,8 @@ _FARTHEST = 10.0
 """A factor that is so many times the common one, or so small a part of it, comes from noise; then they are drawn
 together until none is."""
 _ROUNDS = 10
+_NAMED = 4
+"""Differences of two models that are named."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,41 @@ class Calibration:
 
     factors: PartFactors
     stages: tuple[StageCheck, ...]
+
+
+def check_profile_is_of(profile: StageProfile, gpu: Gpu, config: RunConfig) -> None:
+    """Check that a profile was made on the kind of GPU and in the precision of a plan.
+
+    A kind is a word of the device's name as CUDA gives it, such as "NVIDIA H100 80GB HBM3": a GB200 is no B200.
+
+    Args:
+        config: the planned run. Its model may be another one.
+
+    Raises:
+        ConfigError: if not.
+    """
+    words = re.split(r"[^a-z0-9]+", profile.device.lower())
+    if gpu.name not in words:
+        kind = next((name for name in GPUS if name in words), None)
+        other = f"plan with --gpu {kind}, or profile" if kind else "profile"
+        raise ConfigError(
+            f"stage_times.device: a profile of {'a CPU' if words == ['cpu'] else repr(profile.device)} says nothing "
+            f"about --gpu {gpu.name}; {other} a run on that GPU (tools/train.py --profile)"
+        )
+    found, planned = _precision(profile.config), _precision(config)
+    if found != planned:
+        raise ConfigError(
+            f"stage_times.config: a profile in {found} says nothing about a plan in {planned}; give both the same "
+            "--bf16 and --fp8 flags"
+        )
+
+
+def _precision(config: RunConfig) -> str:
+    training = config.training
+    usual = "bf16" if training.bf16 else "fp32"
+    if training.fp8_format is None:
+        return usual
+    return f"{usual} with FP8 ({training.fp8_format}, {training.fp8_recipe}, parts: {training.fp8_parts})"
 
 
 def calibrate(profile: StageProfile, gpu: Gpu) -> Calibration:
@@ -240,8 +282,12 @@ def _least_squares(equations: Sequence[_Equation]) -> list[float]:
         alike *= _FACTOR_OF_ALIKE
 
 
-def describe(profile: StageProfile, found: Calibration) -> list[str]:
-    """Return what was taken from a profile, for people."""
+def describe(profile: StageProfile, found: Calibration, model: ModelConfig) -> list[str]:
+    """Return what was taken from a profile, for people.
+
+    Args:
+        model: that of the plan.
+    """
     steps, rows = profile.steps, len(profile.micro_batches)
     factors = (
         f"{name} {value.forward:.3g} forward, {value.backward:.3g} backward"
@@ -258,7 +304,24 @@ def describe(profile: StageProfile, found: Calibration) -> list[str]:
             f"{calculated.forward:.4g} + {calculated.backward:.4g}, with these factors {fitted.forward:.4g} + "
             f"{fitted.backward:.4g}"
         )
+    if other := _differences(profile.config.model, model):
+        more = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""
+        lines.append(f"  the profile is of another model than the plan: {', '.join(other[:_NAMED])}{more}")
     if profile.traced_ranks:
         ranks = ", ".join(map(str, profile.traced_ranks))
         lines.append(f"  rank {ranks} wrote a trace meanwhile, which slows launches (--no-use-pytorch-profiler)")
     return lines
+
+
+def _differences(profiled: ModelConfig, planned: ModelConfig) -> list[str]:
+    """Return the settings in which two models differ, with both values."""
+    pairs = zip(_settings(asdict(profiled)), _settings(asdict(planned)), strict=True)
+    return [f"{name} {one} (the plan: {other})" for (name, one), (_, other) in pairs if one != other]
+
+
+def _settings(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -7,7 +7,9 @@ with the work that it counts for the same micro-batch. The run's configuration l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from megatron_vl.config.records import Between
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import Work
 
@@ -56,7 +58,7 @@ class StageProfile:
 
     device: str
     """Name of the device of rank 0."""
-    world_size: int
+    world_size: Annotated[int, Between(least=1)]
     traced_ranks: tuple[int, ...]
     """Ranks whose launches a trace has slowed down meanwhile."""
     config: RunConfig

@@ -109,7 +109,9 @@ RULES = (
         says="lm loss",
     ),
     Rule(r"(python tools/train\.py .*)", rf"\1 {ONE_STEP}", says="lm loss"),
-    Rule(r"(python tools/plan\.py .*--measured runs/.*)", r"\1", says="with these factors"),  # which one of them wrote
+    Rule(  # there is a profile of a CPU, which one of them wrote
+        r"(python tools/plan\.py .*--measured runs/.*)", r"\1", status=2, says="a profile of a CPU says nothing about"
+    ),
     # Checked when the checkpoints are there that the others have written.
     Rule(
         r"torchrun --nproc-per-node (\d+) (tools/train\.py .*--\w+-model-parallel-size.*)",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_vl.cli.plan import main
 from megatron_vl.cli.train import main as train
 from megatron_vl.config.load import load_config
+from megatron_vl.planning.stage_profile import MicroBatchTimes, StageProfile
+from megatron_vl.planning.summary import reasons
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGE_2 = str(ROOT / "examples" / "qwen_vl" / "stage2_multitask.yaml")
@@ -72,6 +76,40 @@ def test_in_fp8_it_says_what_is_not_calculated(capsys: pytest.CaptureFixture[str
     assert "fp8" not in capsys.readouterr().out
     assert main([STAGE_2, *machine, "--fp8-format", "hybrid"]) == 0
     assert "training.fp8_format: memory counts the FP8 copies of weights" in capsys.readouterr().out
+
+
+def test_a_profile_is_of_the_planned_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def plan(device: str) -> int:
+        row = MicroBatchTimes(11, 0, 5, 2000, 1e6, 1000, (0.5,), (1.5,))
+        config = load_config(Path(STAGE_2), ["--tensor-model-parallel-size", "1", "--image-size", "224"])
+        profile = StageProfile(device, 8, (), config, (row,))
+        path = tmp_path / "times.json"
+        path.write_text(json.dumps({"stage_times": asdict(profile)}), encoding="utf-8")
+        layout = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+        return main([STAGE_2, "--gpus", "8", "--gpu", "h200", *layout, "--measured", str(path)])
+
+    assert plan("NVIDIA H200") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("profile: steps 11 to 11 on 8 x NVIDIA H200, 1 micro-batches") and "with these factors" in out
+    assert "another model than the plan: image_size 224 (the plan: 448)\n" in out
+    assert plan("CPU") == 2
+    caught = capsys.readouterr()
+    assert "a profile of a CPU says nothing about --gpu h200" in caught.err and caught.out == ""
+
+
+def test_plans_of_equal_time_are_as_fast() -> None:
+    def plan(seconds: float) -> Mock:
+        losses = ("bubble", "exposed_tensor", "exposed_data", "launches", "optimizer", "exposed")
+        return Mock(seconds_per_row=seconds, time=Mock(seconds=1.0, **dict.fromkeys(losses, 0.0)))
+
+    plans = [plan(1.0), plan(0.999), plan(1.004), plan(1.04)]
+    for number, one in enumerate(plans):
+        one.candidate.fullest.total = number
+    assert [reasons(one, plans)[-1] for one in plans[1:]] == [
+        "as fast as plan 1",
+        "as fast as plan 1",
+        "4% slower than plan 1",
+    ]
 
 
 @pytest.mark.parametrize(

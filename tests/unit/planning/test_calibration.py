@@ -12,7 +12,7 @@ import pytest
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
-from megatron_vl.planning.calibration import calibrate, describe
+from megatron_vl.planning.calibration import calibrate, check_profile_is_of, describe
 from megatron_vl.planning.flops import Work
 from megatron_vl.planning.gpus import GPUS, Gpu, PartFactors, Slowness, read_rates
 from megatron_vl.planning.layout import resolve_layout, vision_part
@@ -145,13 +145,78 @@ def test_a_frozen_tower_has_no_backward_pass_to_compare() -> None:
 def test_what_was_taken_is_said() -> None:
     config = config_of("--pipeline-model-parallel-size", "4", "--micro-batch-size", "8")
     profile = profile_of(config, TRUE, [8, 30, 1, 12])
-    lines = describe(profile, calibrate(profile, H100))
+    lines = describe(profile, calibrate(profile, H100), config.model)
     assert lines[0] == "profile: steps 11 to 11 on 8 x made up, 4 micro-batches"
     assert (
         "vision part 2 forward, 3 backward; language layers 1.5 forward, 1.25 backward; head 4 forward, 0.75"
         in lines[1]
     )
     assert len(lines) == 2 + 4 + 1 and "rank 0 wrote a trace meanwhile" in lines[-1]
+
+
+def test_another_model_is_named_in_a_line() -> None:
+    profile = profile_of(config_of("--micro-batch-size", "8"), TRUE, [8, 30])
+    found = calibrate(profile, H100)
+    deeper = config_of("--num-layers", "40", "--image-size", "224").model
+    (line,) = [line for line in describe(profile, found, deeper) if "another model" in line]
+    assert line.strip() == (
+        "the profile is of another model than the plan: image_size 448 (the plan: 224), "
+        "language.num_layers 32 (the plan: 40)"
+    )
+    tiny = replace(deeper, preset="tiny", vision=replace(deeper.vision, num_layers=4, hidden_size=64, patch_size=7))
+    (line,) = [line for line in describe(profile, found, tiny) if "another model" in line]
+    assert "preset qwen_vl_7b (the plan: tiny)" in line and line.endswith(
+        "vision.hidden_size 1664 (the plan: 64) and 2 more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+    ],
+)
+def test_a_profile_is_of_the_gpu_that_its_device_names(device: str, gpu: str) -> None:
+    config = config_of()
+    profile = replace(profile_of(config, TRUE, [4]), device=device)
+    check_profile_is_of(profile, GPUS[gpu], config)
+    for other in GPUS.keys() - {gpu}:
+        with pytest.raises(ConfigError, match=rf"{device}' says nothing about --gpu {other}; plan with --gpu {gpu}, "):
+            check_profile_is_of(profile, GPUS[other], config)
+
+
+@pytest.mark.parametrize(
+    ("device", "measured", "planned", "said"),
+    [
+        ("CPU", (), (), r"a profile of a CPU says nothing about --gpu h100; profile a run on that GPU"),
+        ("NVIDIA L40S", (), (), r"a profile of 'NVIDIA L40S' says nothing about --gpu h100; profile a run"),
+        ("NVIDIA H100 PCIe", ("--no-bf16",), (), r"a profile in fp32 says nothing about a plan in bf16; give both"),
+        (
+            "NVIDIA H100 PCIe",
+            (),
+            ("--fp8-format", "hybrid"),
+            r"in bf16 says .* plan in bf16 with FP8 \(hybrid, tensorw",
+        ),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(
+    device: str, measured: tuple[str, ...], planned: tuple[str, ...], said: str
+) -> None:
+    profile = replace(profile_of(config_of(), TRUE, [4]), device=device, config=config_of(*measured))
+    with pytest.raises(ConfigError, match=said):
+        check_profile_is_of(profile, GPUS["h100"], config_of(*planned))
+
+
+def test_a_profile_of_no_rank_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    profile = asdict(profile_of(config_of(), TRUE, [4])) | {"world_size": 0}
+    path.write_text(json.dumps({"stage_times": profile}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"world_size"):
+        read_rates(path)
 
 
 def test_the_file_is_read_back(tmp_path: Path) -> None:
