@@ -1,9 +1,13 @@
-"""The jobs for Kubernetes: their parts name each other, their commands are taken, and torchrun's agents meet again."""
+"""The jobs for Kubernetes: their parts name each other, their commands are taken, and pods meet again."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +21,27 @@ from tests.integration.test_launcher import environment
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "k8s"
 FILES = sorted(FOLDER.glob("*.yaml"))
+PATIENCE_S = 200
 FROM_KUBERNETES = {"JOB_COMPLETION_INDEX"}
 """What an indexed job sets in its pods."""
 RANK = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+import torch
+from torch import distributed
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 folder = Path(os.environ["SEEN"])
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-(folder / f"{attempt}.{os.environ['RANK']}").write_text(" ".join(sys.argv[1:]))
-while len(list(folder.glob(f"{attempt}.*"))) < int(os.environ["WORLD_SIZE"]):
+distributed.init_process_group("gloo")
+(folder / f"{os.environ['JOB_COMPLETION_INDEX']}.{os.getpid()}").write_text(" ".join(sys.argv[1:]))
+asked = torch.zeros(2)
+while not asked.any():  # all ranks stop at the same step
+    asked = torch.tensor([float(bool(stopped)), float((folder / "last_step").exists())])
+    distributed.all_reduce(asked)
     time.sleep(0.05)
-sys.exit(75 if attempt == 0 else 0)  # all ranks of a run stop at the same step
+sys.exit(75 if asked[0] else 0)
 """
+"""Trains until it is told to stop, and fails where another rank is lost, as ranks of a training do."""
 
 
 def objects(path: Path) -> dict[str, dict[str, Any]]:
@@ -134,36 +147,90 @@ def test_the_preparation_takes_its_flags(tmp_path: Path) -> None:
     assert done.returncode == 2 and "the files of all sources are missing" in done.stderr + done.stdout, done.stderr
 
 
-def test_two_pods_meet_and_after_a_stop_meet_again(tmp_path: Path, unused_port: int) -> None:
-    """The real agents of torchrun with the flags of the job, for two pods of one rank each."""
+def pod_script(port: int, **changes: str) -> str:
+    """The script of the training for two pods of one rank each on this machine."""
+    script = script_of(FOLDER / "train.yaml")
+    changed = {
+        "--nnodes 4 --nproc-per-node 8": "--nnodes 2 --nproc-per-node 1",
+        "qwen-vl-0.qwen-vl": "127.0.0.1",
+        "29400": str(port),
+    }
+    for old, new in (changed | changes).items():
+        assert old in script
+        script = script.replace(old, new)
+    return script
+
+
+def start(script: str, index: str, **variables: str) -> subprocess.Popen[str]:
+    env = environment(
+        JOB_COMPLETION_INDEX=index, POD_IP="127.0.0.1", DATA="data", FROM="before", RUN="run", **variables
+    )
+    return subprocess.Popen(["bash", "-ec", script], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("hit", "number", "own", "others"),
+    [
+        ("1", signal.SIGTERM, 75, {75}),
+        ("0", signal.SIGTERM, 75, {75, 1}),  # the other agent may lose the place where they meet
+        ("1", signal.SIGKILL, -signal.SIGKILL, {1}),
+        ("0", signal.SIGKILL, -signal.SIGKILL, {1}),
+    ],
+    ids=["drained", "drained-0", "killed", "killed-0"],
+)
+def test_after_the_end_of_a_pod_all_pods_start_anew(
+    hit: str, number: signal.Signals, own: int, others: set[int], tmp_path: Path, unused_port: int
+) -> None:
+    """With real agents of torchrun. A pod is drained, or its agent and its rank are killed."""
     rank, seen = tmp_path / "rank.py", tmp_path / "seen"
     rank.write_text(RANK, encoding="utf-8")
     seen.mkdir()
-    script = script_of(FOLDER / "train.yaml")
-    for old, new in (
-        ("--nnodes 4 --nproc-per-node 8", "--nnodes 2 --nproc-per-node 1"),
-        ("qwen-vl-0.qwen-vl:29400", f"127.0.0.1:{unused_port}"),
-        ("examples/pretrain_qwenvl.sh", str(rank)),
-    ):
-        assert old in script
-        script = script.replace(old, new)
-    variables = {"POD_IP": "127.0.0.1", "DATA": "data", "FROM": "before", "RUN": "run", "SEEN": str(seen)}
-    pods = [
-        subprocess.Popen(
-            ["bash", "-ec", script], cwd=ROOT, env=environment(JOB_COMPLETION_INDEX=index, **variables),
-            stderr=subprocess.PIPE, text=True,
-        )
-        for index in ("1", "0")
-    ]  # fmt: skip
+    script = pod_script(unused_port, **{"examples/pretrain_qwenvl.sh": str(rank)})
+    pods = {index: start(script, index, SEEN=str(seen)) for index in "10"}
     try:
-        errors = [pod.communicate(timeout=280)[1] for pod in pods]
+        wait_for(lambda: len(list(seen.glob("*.*"))) == 2, pods)
+        pods[hit].send_signal(number)
+        if number == signal.SIGKILL:
+            (killed,) = seen.glob(f"{hit}.*")
+            os.kill(int(killed.suffix[1:]), number)
+        errors = {index: pod.communicate(timeout=PATIENCE_S)[1] for index, pod in pods.items()}
+        (other,) = pods.keys() - {hit}
+        assert pods[hit].returncode == own and pods[other].returncode in others, errors
+        pods = {index: start(script, index, SEEN=str(seen)) for index in "10"}
+        wait_for(lambda: len(list(seen.glob("*.*"))) == 4, pods)
+        (seen / "last_step").touch()
+        errors = {index: pod.communicate(timeout=PATIENCE_S)[1] for index, pod in pods.items()}
+        assert {pod.returncode for pod in pods.values()} == {0}, errors
     finally:
-        for pod in pods:
+        for pod in pods.values():
             pod.kill()
-    assert [pod.returncode for pod in pods] == [0, 0], errors
-    assert {path.name for path in seen.iterdir()} == {"0.0", "0.1", "1.0", "1.1"}
     flags = "--data-path data --pretrained-checkpoint before --save run --auto-resume --save-interval 500"
-    assert {path.read_text() for path in seen.iterdir()} == {flags}
+    assert {path.read_text() for path in seen.glob("*.*")} == {flags}
+
+
+def wait_for(ready: Callable[[], bool], pods: dict[str, subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert all(pod.poll() is None for pod in pods.values()) and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_pod_waits_for_pod_0_and_not_for_ever(unused_port: int) -> None:
+    pod = start(pod_script(unused_port, **{"SECONDS > 1800": "SECONDS > 2"}), "1")
+    assert "no pod 0" in pod.communicate(timeout=PATIENCE_S)[1] and pod.returncode == 1
+
+
+def test_a_pod_that_is_drained_while_it_waits_is_no_failure(unused_port: int) -> None:
+    pod = start(pod_script(unused_port, **{"sleep 2": "echo waits >&2; sleep 2"}), "1")
+    assert pod.stderr is not None and pod.stderr.readline() == "waits\n"
+    pod.terminate()
+    pod.communicate(timeout=PATIENCE_S)
+    assert pod.returncode == ExitStatus.STOPPED
+
+
+def test_a_preparation_is_not_waited_for() -> None:
+    """Nothing in it handles SIGTERM, and Kubernetes would wait 30 seconds."""
+    assert pod_of(FOLDER / "prepare.yaml")["terminationGracePeriodSeconds"] <= 5
 
 
 @pytest.fixture
