@@ -29,8 +29,8 @@ def test_images_of_micro_batches_have_the_planned_mean_and_one_has_none() -> Non
     config = tiny_config(parallel=PP2)  # two rows a micro-batch, and at least four of these
     assert count_images(config, make_row(config, images=1.25, samples=1), 50) == (2, 0, 2, 3)
     assert count_images(config, make_row(config, images=1.25, samples=1), 3) == (2, 0, 2)
-    # 64 tokens hold 10 images of 4 queries and 2 markers, and a text.
-    assert count_images(config, make_row(config, images=5.2, samples=1), 4) == (10, 0, 10, 10)
+    # A row of 32 tokens holds 5 images of 4 queries and 2 markers, and a text.
+    assert count_images(config, make_row(config, images=5, samples=1), 4) == (10, 0, 10, 10)
     more = tiny_config(parallel={"pipeline_model_parallel_size": 4})
     assert len(count_images(more, make_row(more, images=1, samples=1), 50)) == 8
 
