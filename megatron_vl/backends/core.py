@@ -5,11 +5,12 @@ Each part is replaced because the original would break a promise of this project
 * the optimizer, where neither Apex nor Transformer Engine provides a fused one. torch's AdamW keeps a ``step`` for each
   parameter, which a distributed checkpoint of another layout cannot restore. :class:`GroupStepAdamW` keeps one for each
   parameter group, as the fused ones do;
-* the norm and the scaling of gradients on CUDA, where neither provides them. The original waits for the device once for
-  each parameter;
+* the norm and the scaling of gradients, where neither provides them. The original waits for a CUDA device once for
+  each parameter, and scales in two passes over memory;
 * the kernel by which linear layers add weight gradients to their fp32 sum, which Megatron-Core takes from Apex alone.
   Without it each micro-batch passes over all gradients once more;
 * the fused bias and GELU of an MLP. The original uses the tanh approximation; Qwen-VL's GELU is exact;
+* the fused SwiGLU of an MLP on a CPU. The original would be compiled, which needs a compiler on every machine;
 * the checkpoint writer. That of 0.16.1 starts processes, and if one is killed, the save waits forever. That of 0.19.2
   loses the reason of a failure, such as a full disk. Ours writes in the rank's own thread and hands the reason on;
 * the results queue of that writer, which would start a manager process;
@@ -22,15 +23,16 @@ are supported differ in the names of the writer's parts (``WRITERS``); docs/mega
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vl.backends import kernels, safe_metadata
+from megatron_vl.backends import elementwise, kernels, safe_metadata
 from megatron_vl.backends.versions import installed_core
 
 
@@ -68,8 +70,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means = [self._moment(parameter, "exp_avg") for parameter in parameters]
         squares = [self._moment(parameter, "exp_avg_sq") for parameter in parameters]
-        update = fused_adamw if parameters[0].is_cuda else exact_adamw
-        update((parameters, gradients, means, squares), group)
+        adamw((parameters, gradients, means, squares), group)
 
     def _moment(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
@@ -79,27 +80,46 @@ class GroupStepAdamW(torch.optim.Optimizer):
         return moment
 
 
-Moments = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+Moments = Sequence[list[Tensor]]
 """Parameters, their gradients, and the means of these and of their squares."""
 
 
-def exact_adamw(tensors: Moments, group: dict[str, Any]) -> None:
-    """Update in steps, each over all parameters of a group."""
-    parameters, gradients, means, squares = tensors
-    beta1, beta2 = group["betas"]
-    torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-    torch._foreach_lerp_(means, gradients, 1.0 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
-    denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, (1.0 - beta2 ** group["step"]) ** 0.5)
-    torch._foreach_add_(denominators, group["eps"])
-    torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1.0 - beta1 ** group["step"]))
+_TOGETHER = 16
+"""Numbers that a CPU updates at a time, at most: the kernel computes what is left of a tensor with other roundings."""
 
 
-def fused_adamw(tensors: Moments, group: dict[str, Any]) -> None:
-    """Update in a single pass over memory by torch's kernel, without copies."""
+def adamw(tensors: Moments, group: dict[str, Any]) -> None:
+    """Update in a single pass over memory by torch's kernel.
+
+    On a CPU the last numbers of a tensor go through the kernel in a tensor that is filled up with zeros. So an update
+    does not depend on where a rank's share of a parameter begins and ends.
+    """
+    if tensors[0][0].is_cuda:
+        _fused_adamw(tensors, group)
+        return
+    whole, rests = _split_tails(tensors)
+    _fused_adamw(whole, group)
+    if rests[0]:
+        filled = [[F.pad(rest, (0, -len(rest) % _TOGETHER)) for rest in column] for column in rests]
+        _fused_adamw(filled, group)
+        for column, rest_column in zip(filled, rests, strict=True):
+            for computed, rest in zip(column, rest_column, strict=True):
+                rest.copy_(computed[: len(rest)])
+
+
+def _split_tails(tensors: Moments) -> tuple[Moments, Moments]:
+    """Return views of the multiples of ``_TOGETHER`` numbers of each tensor, and of the rests that are not empty."""
+    flat = [[tensor.view(-1) for tensor in column] for column in tensors]
+    cuts = [len(tensor) - len(tensor) % _TOGETHER for tensor in flat[0]]
+    whole = [[tensor[:cut] for tensor, cut in zip(column, cuts, strict=True) if cut] for column in flat]
+    rests = [[tensor[cut:] for tensor, cut in zip(column, cuts, strict=True) if cut < len(tensor)] for column in flat]
+    return whole, rests
+
+
+def _fused_adamw(tensors: Moments, group: dict[str, Any]) -> None:
     parameters, gradients, means, squares = tensors
+    if not parameters:
+        return
     step = torch.full((), float(group["step"]), device=parameters[0].device)
     torch._fused_adamw_(
         parameters,
@@ -123,7 +143,7 @@ def install() -> None:
     _replace_optimizer()
     _replace_norms()
     _replace_weight_gradients()
-    _replace_gelu()
+    _replace_activations()
     _replace_writer()
     safe_metadata.install()
 
@@ -158,7 +178,7 @@ def _replace_norms() -> None:
     from megatron.core.optimizer import clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         setattr(clip_grads, "l2_norm_impl", l2_norm)
         setattr(clip_grads, "multi_tensor_scale_impl", scale)
 
@@ -172,10 +192,21 @@ def _replace_weight_gradients() -> None:
         setattr(layers, "fused_weight_gradient_mlp_cuda", kernel)
 
 
-def _replace_gelu() -> None:
+def bias_swiglu(both: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
+    """Compute SwiGLU: [..., 2 f] -> [..., f]. Megatron-Core fixes the signature; the language model has no biases."""
+    if both.is_cuda:
+        from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+        return bias_swiglu_impl(both, bias, *options)
+    assert bias is None
+    return elementwise.SwiGLU.apply(both)
+
+
+def _replace_activations() -> None:
     from megatron.core.transformer import mlp
 
     setattr(mlp, "bias_gelu_impl", kernels.bias_gelu)
+    setattr(mlp, "bias_swiglu_impl", bias_swiglu)
 
 
 def is_installed() -> bool:

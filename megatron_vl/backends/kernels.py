@@ -1,6 +1,7 @@
 """Small operations of a layer: one kernel each on CUDA, and elsewhere the steps of the published model, bit for bit.
 
-Only this module selects between the two, by the device of the tensors. On CUDA the passes over memory are the cost of a
+Only this module selects between the two, by the device of the tensors. On a CPU, ``elementwise.py`` takes
+these steps, with derivatives by hand. On CUDA the passes over memory are the cost of a
 chain of elementwise steps. So such a chain is one kernel of torch if torch has one, and is compiled otherwise. Compiled
 and fused kernels compute in fp32 and round once, while separate steps in bf16 round after each step. In fp32 both give
 the same up to the last bits.
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_vl.backends import elementwise
 
 _BY_SPEED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """The fastest on Hopper first. torch takes the first that supports the call, if asked to keep this order."""
@@ -50,19 +53,14 @@ def _one_kernel(steps: Callable[..., Tensor], first: Tensor, *others: Tensor) ->
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute RMSNorm over the last dimension: [..., h] -> [..., h]."""
-    return fused_rms_norm(hidden, weight, eps) if hidden.is_cuda else exact_rms_norm(hidden, weight, eps)
+    if hidden.is_cuda:
+        return fused_rms_norm(hidden, weight, eps)
+    return elementwise.RMSNorm.apply(hidden, weight, eps)
 
 
 def fused_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute RMSNorm by torch's kernel, which saves a number for each row and not a copy of the rows."""
     return F.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
-
-
-def exact_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute RMSNorm in Qwen's order: normalize in fp32, cast back, then multiply by the weight."""
-    wide = hidden.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).type_as(hidden) * weight
 
 
 def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
@@ -76,7 +74,9 @@ def _bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
 
 def rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate [t, b, heads, d] by angles [t, 1, 1, d] (rotary embedding); the halves of d are the two coordinates."""
-    return _one_kernel(_rotate, line, cosines, sines)
+    if line.is_cuda:
+        return _one_kernel(_rotate, line, cosines, sines)
+    return elementwise.Rotation.apply(line, cosines, sines)
 
 
 def _rotate(line: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

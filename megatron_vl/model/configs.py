@@ -119,7 +119,7 @@ def _language(config: RunConfig, target: Target) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": language.norm_epsilon,
         "activation_func": F.silu,
-        "bias_activation_fusion": target.device == "cuda" and kernels.can_compile(),  # SwiGLU in one kernel
+        "bias_activation_fusion": target.device != "cuda" or kernels.can_compile(),  # SwiGLU, see backends/core.py
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": True,

@@ -65,22 +65,48 @@ def test_adamw_equals_torch() -> None:
             torch.testing.assert_close(mine.state[found][name], reference.state[expected][name], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("number", [1, 2, 50])
-def test_the_fused_update_is_the_one_in_steps(number: int) -> None:
-    """To the rounding of fp32; on CUDA it is the one that runs."""
-    group = {**SETTINGS, "step": number}
+def _moments(number: int, shapes: list[tuple[int, ...]]) -> core.Moments:
     generator = torch.Generator().manual_seed(number)
-    before = [[torch.randn(33, 7, generator=generator), torch.randn(5, generator=generator)] for _ in range(3)]
-    before.append([torch.rand(33, 7, generator=generator), torch.rand(5, generator=generator)])
+    columns = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    return *columns, [torch.rand(shape, generator=generator) for shape in shapes]
+
+
+def _adamw_in_steps(tensors: core.Moments, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    for parameter, gradient, mean, square in zip(*tensors, strict=True):
+        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        mean.lerp_(gradient, 1.0 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        denominator = square.sqrt().div_((1.0 - beta2 ** group["step"]) ** 0.5).add_(group["eps"])
+        parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1.0 - beta1 ** group["step"]))
+
+
+@pytest.mark.parametrize("number", [1, 2, 50])
+def test_the_update_is_the_one_in_steps(number: int) -> None:
+    """To the rounding of fp32."""
+    group = {**SETTINGS, "step": number}
+    before = _moments(number, [(33, 7), (5,), (16,)])
     both = []
-    for update in (core.exact_adamw, core.fused_adamw):
+    for update in (core.adamw, _adamw_in_steps):
         tensors = tuple([tensor.clone() for tensor in tensors] for tensors in before)
         update(tensors, group)
         both.append(tensors)
-    for found, expected, old in zip(both[1], both[0], before, strict=True):
+    for found, expected, old in zip(both[0], both[1], before, strict=True):
         for one, other, start in zip(found, expected, old, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
             assert torch.equal(one, start) == (old is before[1]), "all but the gradients change"
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 4099), (1, 4099), (3, 17), (5, 6), (100, 1123), (4080, 4099)])
+def test_a_share_of_a_parameter_is_updated_as_the_whole(begin: int, end: int) -> None:
+    """Bit for bit, wherever the distributed optimizer cuts it."""
+    group = {**SETTINGS, "step": 5}
+    whole = _moments(0, [(4099,)])
+    share = tuple([tensor[begin:end].clone() for tensor in column] for column in whole)
+    core.adamw(whole, group)
+    core.adamw(share, group)
+    for found, expected in zip(share, whole, strict=True):
+        assert torch.equal(found[0], expected[0][begin:end])
 
 
 def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +115,6 @@ def test_norm_and_scale_are_megatron_core_s(monkeypatch: pytest.MonkeyPatch) -> 
 
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=generator) for shape in [(40, 30), (7,), (2, 3, 4)]]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(clip_grads, "l2_norm_impl", clip_grads.local_multi_tensor_l2_norm)
     norms = {
         "megatron.core.optimizer.clip_grads.l2_norm_impl": core.l2_norm,
@@ -175,7 +200,10 @@ def test_only_places_that_exist_are_replaced(replaced: dict[str, Any]) -> None:
         "megatron.core.optimizer.distrib_optimizer.Adam",
         "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
         "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+        "megatron.core.optimizer.clip_grads.l2_norm_impl",
+        "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
         "megatron.core.transformer.mlp.bias_gelu_impl",
+        "megatron.core.transformer.mlp.bias_swiglu_impl",
         f"{filesystem}.{NAMES.queue}",
         f"FileSystemWriterAsync.{NAMES.write}",
     }

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from megatron_vl.backends import kernels
+from megatron_vl.backends import core, kernels
+
+
+def _exact_rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in Qwen's steps."""
+    wide = hidden.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).type_as(hidden) * weight
 
 
 def _rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +36,7 @@ def _rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_fused_norm_is_the_exact_one_but_for_one_rounding(dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, gradient = _rows(dtype)
     both = []
-    for norm in (kernels.exact_rms_norm, kernels.fused_rms_norm):
+    for norm in (_exact_rms_norm, kernels.fused_rms_norm):
         output = norm(hidden, weight, 1e-6)
         assert output.dtype == dtype
         both.append((output, *torch.autograd.grad(output, (hidden, weight), gradient)))
@@ -43,14 +50,54 @@ def test_the_fused_norm_is_not_further_from_the_truth() -> None:
     truth = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
     errors = [
         float((norm(hidden, weight, 1e-6).double() - truth).abs().mean())
-        for norm in (kernels.exact_rms_norm, kernels.fused_rms_norm)
+        for norm in (_exact_rms_norm, kernels.fused_rms_norm)
     ]
     assert errors[1] <= errors[0]
 
 
-def test_a_cpu_computes_the_exact_norm() -> None:
-    hidden, weight, _ = _rows(torch.bfloat16)
-    assert torch.equal(kernels.rms_norm(hidden, weight, 1e-6), kernels.exact_rms_norm(hidden, weight, 1e-6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_computes_the_exact_norm(dtype: torch.dtype) -> None:
+    hidden, weight, gradient = _rows(dtype)
+    found, expected = kernels.rms_norm(hidden, weight, 1e-6), _exact_rms_norm(hidden, weight, 1e-6)
+    assert torch.equal(found, expected)
+    derived = [torch.autograd.grad(output, (hidden, weight), gradient) for output in (found, expected)]
+    for one, other in zip(*derived, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # autograd rounds once more on the way
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_a_frozen_norm_passes_the_gradient_on() -> None:
+    hidden, weight, gradient = _rows(torch.float32)
+    (expected,) = torch.autograd.grad(_exact_rms_norm(hidden, weight, 1e-6), hidden, gradient)
+    (found,) = torch.autograd.grad(kernels.rms_norm(hidden, weight.detach(), 1e-6), hidden, gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotation_has_the_bits_of_its_steps(dtype: torch.dtype) -> None:
+    """Of a line that is a part of a larger tensor, as queries and keys are."""
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randn(7, 1, 3, 36, generator=generator).to(dtype).requires_grad_()
+    angles = torch.randn(7, 1, 1, 12, generator=generator)
+    table = (angles.cos().to(dtype), angles.sin().to(dtype))
+    gradient = torch.randn(7, 1, 3, 12, generator=generator).to(dtype)
+    found, expected = (rotate(lines[..., 12:24], *table) for rotate in (kernels.rotate, kernels._rotate))
+    assert torch.equal(found, expected)
+    derived = [torch.autograd.grad(output, lines, gradient)[0] for output in (found, expected)]
+    assert torch.equal(*derived)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_has_the_bits_of_its_steps(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(5, 1, 22, generator=generator).to(dtype).requires_grad_()
+    gradient = torch.randn(5, 1, 11, generator=generator).to(dtype)
+    gate, up = both.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    found = core.bias_swiglu(both, None, False, False)
+    assert torch.equal(found, expected)
+    derived = [torch.autograd.grad(output, both, gradient)[0] for output in (found, expected)]
+    assert torch.equal(*derived)
 
 
 def test_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

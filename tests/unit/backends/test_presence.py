@@ -69,7 +69,7 @@ def test_packages_for_cuda_alone_are_not_used_on_a_cpu(tmp_path: Path, package: 
     done = _run(tmp_path, "-c", ON_A_CPU)
     assert done.returncode == 0, done.stderr
     norm, refusal = done.stdout.splitlines()
-    assert norm == "megatron.core.utils"
+    assert norm == "megatron_vl.backends.core"
     assert refusal.startswith("parallel.backend: transformer_engine needs a CUDA device, and none was found")
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vl.backends import kernels
 from megatron_vl.backends.attention_inputs import PackedLine
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.config.schema import (
@@ -25,7 +22,6 @@ from megatron_vl.config.schema import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vl.model import configs
 from megatron_vl.model.build import build_model
 from megatron_vl.planning.activations import (
     Keeping,
@@ -115,32 +111,6 @@ MODEL = ModelConfig(
 """The ratios of the published model, at an eighth of its width."""
 
 
-class _FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps what torch's kernel on CUDA keeps: its input and a number for each row."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(hidden, weight, scale)
-        return (hidden * scale * weight).type_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("only the forward pass is run")
-
-
-@contextmanager
-def _kernels_of_cuda() -> Iterator[None]:
-    """What decides how much is kept on CUDA, on the CPU: one kernel for a norm, and one for SwiGLU."""
-    language = configs._language
-
-    def fused(config: RunConfig, target: configs.Target) -> dict[str, Any]:
-        return language(config, target) | {"bias_activation_fusion": True}
-
-    with mock.patch.object(configs, "_language", fused), mock.patch.object(kernels, "rms_norm", _FusedNorm.apply):
-        yield
-
-
 def _kept_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
     """Bytes of all storages that autograd keeps, without parameters; views count once, with all of their storage."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
@@ -159,7 +129,7 @@ def _kept_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
 
 def _measure(start: Start, config: RunConfig) -> dict[str, int]:
     """The bytes that the parts of the model keep, each on an input that needs a gradient."""
-    with start.topology(config.parallel) as topology, _kernels_of_cuda():
+    with start.topology(config.parallel) as topology:
         (chunk,) = build_model(config, topology)
         chunk.train()
         language = chunk.language_model
