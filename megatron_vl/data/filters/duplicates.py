@@ -11,6 +11,8 @@ rows zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -25,6 +27,26 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(small[:, :-1] > small[:, 1:]).tobytes(), "big")
 
 
+def band_mask(band: int, distance: int) -> np.uint64:
+    """Return the bits of one of the ``distance + 1`` bands, set."""
+    return np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1)))
+
+
+def pairs_in_band(bits: Hashes, hashes: Hashes, distance: int) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield pairs of hashes within a distance in bits that agree in a band, as positions i < j; int64[pairs] each.
+
+    ``bits`` is uint64[n], the bits of the band, sorted. ``hashes`` is uint64[n]. Each pair occurs once.
+    """
+    begins = np.arange(len(bits) - 1)
+    step = 1
+    while len(begins):
+        begins = begins[begins + step < len(bits)]
+        begins = begins[bits[begins] == bits[begins + step]]
+        near = begins[np.bitwise_count(hashes[begins] ^ hashes[begins + step]) <= distance]
+        yield near, near + step
+        step += 1
+
+
 def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntArray]:
     """Return pairs of different hashes within a distance in bits, as indices i < j, in order of j; int64[pairs] each.
 
@@ -32,36 +54,13 @@ def near_duplicate_pairs(hashes: Hashes, distance: int) -> tuple[IntArray, IntAr
     """
     firsts, seconds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for band in range(distance + 1):
-        bits = hashes & np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1)))
+        bits = hashes & band_mask(band, distance)
         order = np.argsort(bits, kind="stable")
-        begins = np.arange(len(order) - 1)
-        step = 1
-        while len(begins):
-            begins = begins[begins + step < len(order)]
-            begins = begins[bits[order[begins]] == bits[order[begins + step]]]
-            i, j = order[begins], order[begins + step]
-            near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
-            firsts.append(np.minimum(i, j)[near])
-            seconds.append(np.maximum(i, j)[near])
-            step += 1
+        for i, j in pairs_in_band(bits[order], hashes[order], distance):
+            firsts.append(order[i])
+            seconds.append(order[j])
     pairs = np.unique(np.stack([np.concatenate(seconds), np.concatenate(firsts)]), axis=1)
     return pairs[1], pairs[0]
-
-
-def mark_repeats(hashes: Hashes, distance: int) -> npt.NDArray[np.bool_]:
-    """Return bool[n]: whether each image is a near duplicate of an earlier, kept one; ``hashes`` is uint64[n]."""
-    dropped = np.zeros(len(hashes), dtype=np.bool_)
-    nonzero = np.flatnonzero(hashes)
-    values, first, inverse = np.unique(hashes[nonzero], return_index=True, return_inverse=True)
-    in_order = np.argsort(first, kind="stable")
-    kept = np.ones(len(values), dtype=np.bool_)
-    for i, j in zip(*(pair.tolist() for pair in near_duplicate_pairs(values[in_order], distance)), strict=True):
-        if kept[i]:
-            kept[j] = False
-    survives = np.empty(len(values), dtype=np.bool_)
-    survives[in_order] = kept
-    dropped[nonzero] = ~survives[inverse] | (first[inverse] != np.arange(len(nonzero)))
-    return dropped
 
 
 def matches_any(hashes: Hashes, others: Hashes, distance: int) -> npt.NDArray[np.bool_]:

@@ -1,24 +1,32 @@
-"""All parts as columns of numbers, the input of merging.
+"""What is known of the samples of all parts, the input of drawing.
 
-Memory holds about forty bytes per sample and fifty per distinct image, whatever their size. Tokens, keys and images
-stay in the parts and are read one by one. From here on, each sample keeps its number. Numbers follow the sources in the
-order of the recipe, shards in the order of the source, and records in the order of the shard.
+The parts are read one after another. A byte of each sample is kept, which says whether its images drop it
+(image_drops.py), and a few numbers of each part. Everything else is counted, or read again when the samples of a block
+are packed (block_samples.py). From here on, each sample keeps its number. Numbers follow the sources in the order of
+the recipe, shards in the order of the source, and records in the order of the shard.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.dataset.manifest import NUM_EXAMPLES
-from megatron_vl.data.prepare.part_files import KEPT, PartIndex
+from megatron_vl.data.filters.options import FilterOptions
+from megatron_vl.data.prepare.image_drops import DROPS, Fates, ImageDrops, Looks
+from megatron_vl.data.prepare.part_files import KEPT, PartIndex, data_path, read_index
+from megatron_vl.data.prepare.part_reader import PartReader
+from megatron_vl.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
+_IMAGES_AT_A_TIME = 2**20
+"""Images that are compared with those of benchmarks at a time."""
 
 
 @dataclass
@@ -44,64 +52,111 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The samples of all parts."""
+class Parts:
+    """All parts, one entry each, in the order of the units."""
 
-    source: npt.NDArray[np.int16]
-    part: npt.NDArray[np.int32]
-    task: npt.NDArray[np.int8]
-    offset: IntArray
-    length: npt.NDArray[np.int32]
-    key_size: npt.NDArray[np.int32]
-    image_splits: IntArray
-    """int64[samples + 1]: sample s has the images image_ids[image_splits[s] : image_splits[s + 1]]."""
-    image_ids: npt.NDArray[np.int32]
-    """int32[images of all samples]: numbers of distinct images, see Images."""
+    prefixes: tuple[Path, ...]
+    source: IntArray
+    """int64[parts]."""
+    first: IntArray
+    """int64[parts]: number of the first sample."""
+    size: IntArray
+    """int64[parts]: samples that are used. A limit may leave out the last ones."""
 
-    def __len__(self) -> int:
-        return len(self.part)
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """Data files."""
+        return tuple(data_path(prefix) for prefix in self.prefixes)
 
-    @property
-    def image_counts(self) -> IntArray:
-        """int64[samples]: number of images."""
-        return np.diff(self.image_splits)
+    def read(self, part: int) -> PartIndex:
+        """Return the index of a part, with samples that a limit leaves out. Raises DataError if it is gone."""
+        index = read_index(self.prefixes[part])
+        if index is None:
+            raise DataError(f"{self.prefixes[part]}: the part is gone or damaged; start again")
+        return index
 
-
-@dataclass(frozen=True)
-class Images:
-    """The distinct images of all parts, in the order of their first use."""
-
-    part: npt.NDArray[np.int32]
-    offset: IntArray
-    size: npt.NDArray[np.int32]
-    digest: npt.NDArray[np.uint8]
-    """uint8[images, 32]: SHA-256."""
-    dhashes: npt.NDArray[np.uint64]
-    """uint64[images]: perceptual hash; 0 if no filter needs it."""
+    def keys(self, numbers: Sequence[int]) -> list[str]:
+        """Read the keys of samples, given by their numbers."""
+        reader, keys = PartReader(self.paths), []
+        try:
+            for number in numbers:
+                part = int(np.searchsorted(self.first + self.size, number, side="right"))
+                index, place = self.read(part), number - int(self.first[part])
+                begin = int(index.offsets[place]) + 4 * int(index.lengths[place])
+                keys.append(reader.read(part, begin, int(index.key_sizes[place])).decode("utf-8", "surrogatepass"))
+        finally:
+            reader.close()
+        return keys
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The samples and images of all parts, and counts of what was left out."""
+    """What is known of the samples of all parts."""
 
-    samples: Samples
-    images: Images
+    parts: Parts
+    fates: Fates
     all_counts: tuple[SourceCounts, ...]
-    """Counts of each source."""
+    """Counts of each source, without the samples that their images drop."""
     largest_token: int
     """Largest id of all samples; -1 if there is none."""
 
+    def stays(self, part: int) -> npt.NDArray[np.bool_]:
+        """Return bool[samples of a part]: whether each sample stays."""
+        return self.fates.of(int(self.parts.first[part]), int(self.parts.size[part])) == 0
 
-def gather(indices: Iterable[tuple[int, PartIndex]], num_sources: int) -> Gathered:
-    """Gather the columns of all parts. ``indices`` gives source and index of each part, in the order of the units."""
-    all_counts = tuple(SourceCounts() for _ in range(num_sources))
-    parts = []
-    largest = -1
-    for source, index in indices:
+
+def gather(parts: Iterable[tuple[int, Path, PartIndex]], filters: Sequence[FilterOptions], scratch: Path) -> Gathered:
+    """Read all parts, given as source, path prefix and index in the order of the units, and judge their images.
+
+    ``filters`` are those of the sources, in order. ``scratch``: folder for temporary files.
+
+    Raises:
+        DataError: A list of benchmark images cannot be read.
+    """
+    fates, all_counts, largest = Fates(), tuple(SourceCounts() for _ in filters), -1
+    drops = ImageDrops(filters, fates, scratch)
+    columns: list[tuple[Path, int, int, int]] = []
+    waiting: list[tuple[int, PartIndex]] = []
+    num_images = num_judged = 0
+    for source, prefix, index in parts:
         largest = max(largest, index.largest_token)
         _count(all_counts[source], index)
-        parts.append((source, dataclasses.replace(index, outcomes=index.outcomes[:0], examples=())))
-    return Gathered(*_columns(parts), all_counts, largest)
+        columns.append((prefix, source, len(fates), index.num_samples))
+        fates.extend(index.num_samples)
+        if drops.needs_images:
+            waiting.append((source, dataclasses.replace(index, outcomes=index.outcomes[:0], examples=())))
+            num_images += len(index.image_sizes)
+        if num_images >= _IMAGES_AT_A_TIME:
+            drops.add(Looks.of(waiting), num_judged)
+            waiting, num_images, num_judged = [], 0, len(fates)
+    if waiting:
+        drops.add(Looks.of(waiting), num_judged)
+    drops.finish()
+    prefixes, *numbers = zip(*columns, strict=True)
+    table = Parts(prefixes, *(np.array(column, dtype=np.int64) for column in numbers))
+    return Gathered(table, fates, all_counts, largest)
+
+
+def count_drops(gathered: Gathered) -> IntArray:
+    """Count the samples that their images drop, with their reasons; return int64[parts], the samples that stay."""
+    parts = gathered.parts
+    counts = np.zeros((len(gathered.all_counts), len(DROPS) + 1), dtype=np.int64)
+    first_ones: dict[tuple[int, int], list[int]] = {}
+    stay = np.zeros(len(parts.prefixes), dtype=np.int64)
+    places = zip(parts.source.tolist(), parts.first.tolist(), parts.size.tolist(), strict=True)
+    for part, (source, first, size) in enumerate(places):
+        fates = gathered.fates.of(first, size)
+        mine = np.bincount(fates, minlength=len(DROPS) + 1)
+        stay[part] = mine[0]
+        counts[source] += mine
+        for fate in np.flatnonzero(mine[1:]).tolist():
+            found = first_ones.setdefault((source, fate), [])
+            found += (first + np.flatnonzero(fates == fate + 1)[: NUM_EXAMPLES - len(found)]).tolist()
+    for fate, dropped in enumerate(DROPS):
+        for source, totals in enumerate(gathered.all_counts):
+            examples = parts.keys(first_ones.get((source, fate), []))
+            totals.skip(dropped.reason, int(counts[source, fate + 1]), examples)
+    return stay
 
 
 def cut(index: PartIndex, most: int) -> PartIndex:
@@ -125,59 +180,3 @@ def _count(counts: SourceCounts, index: PartIndex) -> None:
     skipped = np.bincount(index.outcomes[index.outcomes != KEPT], minlength=len(index.reasons))
     for reason, count in zip(index.reasons, skipped.tolist(), strict=True):
         counts.skip(reason, count, (item.text for item in index.examples if item.reason == reason))
-
-
-def _columns(parts: Sequence[tuple[int, PartIndex]]) -> tuple[Samples, Images]:
-    """Concatenate the columns of all parts. There must be at least one part."""
-
-    def join(column: Callable[[PartIndex], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        return np.concatenate([column(index) for _, index in parts])
-
-    stored = np.array([len(index.image_sizes) for _, index in parts], dtype=np.int64)
-    sizes = np.array([index.num_samples for _, index in parts], dtype=np.int64)
-    numbers = np.arange(len(parts), dtype=np.int32)
-    images, distinct = _distinct(
-        Images(
-            part=np.repeat(numbers, stored),
-            offset=join(lambda index: index.image_offsets),
-            size=join(lambda index: index.image_sizes),
-            digest=join(lambda index: index.digests),
-            dhashes=join(lambda index: index.dhashes),
-        )
-    )
-    uses = np.array([len(index.image_ids) for _, index in parts], dtype=np.int64)
-    image_ids = join(lambda index: index.image_ids) + np.repeat(np.cumsum(stored) - stored, uses)
-    counts = join(lambda index: index.image_counts)
-    samples = Samples(
-        source=np.repeat(np.array([source for source, _ in parts], dtype=np.int16), sizes),
-        part=np.repeat(numbers, sizes),
-        task=join(lambda index: index.tasks),
-        offset=join(lambda index: index.offsets),
-        length=join(lambda index: index.lengths),
-        key_size=join(lambda index: index.key_sizes),
-        image_splits=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)]),
-        image_ids=distinct[image_ids],
-    )
-    return samples, images
-
-
-def _distinct(images: Images) -> tuple[Images, npt.NDArray[np.int32]]:
-    """Keep each image once, at its first use, and return int32[images given]: the new number of every given image.
-
-    Images are equal if their SHA-256 is equal.
-    """
-    words = np.ascontiguousarray(images.digest).view(np.uint64).reshape(-1, 4)
-    order = np.lexsort(words.T)  # stable, so the first of equal images comes first
-    fresh = np.ones(len(order), dtype=np.bool_)
-    fresh[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-    firsts = order[fresh]
-    rank = np.empty(len(firsts), dtype=np.int32)
-    rank[np.argsort(firsts)] = np.arange(len(firsts), dtype=np.int32)
-    number = np.empty(len(order), dtype=np.int32)
-    number[order] = rank[np.cumsum(fresh) - 1]
-    kept = np.sort(firsts)
-    columns = {item.name: getattr(images, item.name)[kept] for item in dataclasses.fields(Images)}
-    # The first of equal images may come from a source whose filters need no hash.
-    columns["dhashes"] = np.zeros(len(kept), dtype=np.uint64)
-    np.maximum.at(columns["dhashes"], number, images.dhashes)
-    return Images(**columns), number

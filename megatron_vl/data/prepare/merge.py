@@ -1,15 +1,17 @@
 """The second half of preparation: from parts to packed rows and one data set.
 
 The samples are numbered in the order of the parts (gather.py), and some are dropped because of their images
-(image_drops.py). The others are used as often as the mixture says (mixture.py), and are packed. These steps use numbers
-only and run in one process. Then the position of every row is known (row_plan.py). Workers write slices of rows in any
-order (row_slices.py). The files become the data set when all slices are written (row_files.py).
+(image_drops.py). The others are used as often as the mixture says (mixture.py). They are packed block by block
+(blocks.py), so that memory holds the numbers of one block. These steps use numbers only and run in one process. Then
+the position of every row is known (row_plan.py). Workers write slices of rows in any order (row_slices.py). The files
+become the data set when all slices are written (row_files.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +25,24 @@ from megatron_vl.data.dataset.manifest import (
     SkipEntry,
     SourceTotals,
 )
-from megatron_vl.data.prepare.gather import Gathered, Samples, gather
-from megatron_vl.data.prepare.image_drops import image_drops
-from megatron_vl.data.prepare.mixture import Draw, Supply, copies_of, draw_samples
+from megatron_vl.data.prepare.block_samples import Block, join_pieces
+from megatron_vl.data.prepare.blocks import Blocks
+from megatron_vl.data.prepare.gather import Gathered, count_drops, gather
+from megatron_vl.data.prepare.image_drops import Dropped
+from megatron_vl.data.prepare.mixture import Draw, Supply, draw_samples
 from megatron_vl.data.prepare.outcome import check_drawn, check_outcome
 from megatron_vl.data.prepare.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
-from megatron_vl.data.prepare.part_files import PartIndex, data_path
-from megatron_vl.data.prepare.part_reader import PartReader
+from megatron_vl.data.prepare.part_files import PartIndex
 from megatron_vl.data.prepare.recipe import DataRecipe
 from megatron_vl.data.prepare.row_files import Progress, file_entries, write_rows
 from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_rows
+from megatron_vl.data.prepare.sorted_runs import scratch_folder
 from megatron_vl.data.prepare.workers import Pool
 from megatron_vl.data.prompting.tokenizer import QWEN_SHA256
 from megatron_vl.data.sample import TASKS
 
 IntArray = npt.NDArray[np.int64]
+_NOT_DRAWN = Dropped("not_drawn")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,10 @@ class FinishedPart:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _Drawing:
     """The samples that go into rows."""
 
-    samples: IntArray
-    """int64[n]: numbers of samples in order, each as often as it is used."""
+    blocks: Blocks
     draw: Draw
 
 
@@ -74,63 +78,36 @@ def merge_parts(
     Raises:
         DataError: As for ``check_outcome``.
     """
-    paths: list[Path] = []
-
-    def indices() -> Iterable[tuple[int, PartIndex]]:
-        for part in parts:
-            paths.append(data_path(part.prefix))
-            yield part.source, part.index
-
-    gathered = gather(indices(), len(recipe.sources))
-    chosen = _choose(recipe, gathered, paths)
-    packing = _pack(recipe, gathered.samples, chosen.samples)
-    plan = plan_rows(packing, chosen.samples, gathered.samples, gathered.images)
-    origins = Origins(tuple(paths), tuple(entry.source.name for entry in recipe.sources))
+    filters = [entry.filters for entry in recipe.sources]
+    with scratch_folder(folder / "sorting") as scratch:
+        gathered = gather(((part.source, part.prefix, part.index) for part in parts), filters, scratch)
+    drawing = _draw(recipe, gathered)
+    block = join_pieces(drawing.blocks.pieces(0))
+    plan = plan_rows(_pack(recipe, block), block)
+    origins = Origins(gathered.parts.paths, tuple(entry.source.name for entry in recipe.sources))
     stem = write_rows(plan, origins, folder, pool=pool, report=report)
-    return stem, _manifest(recipe, gathered, chosen, plan=plan, stem=stem)
+    return stem, _manifest(recipe, gathered, drawing.draw, plan=plan, stem=stem)
 
 
-def _choose(recipe: DataRecipe, gathered: Gathered, paths: Sequence[Path]) -> _Chosen:
-    """Choose the samples that go into rows, and count those that are left out."""
-    samples = gathered.samples
-    left = np.ones(len(samples), dtype=np.bool_)
-
-    def leave_out(reason: str, dropped: npt.NDArray[np.bool_]) -> None:
-        for source, counts in enumerate(gathered.all_counts):
-            mine = np.flatnonzero(dropped & (samples.source == source))
-            counts.skip(reason, len(mine), _keys(samples, mine[:NUM_EXAMPLES], paths))
-        left[dropped] = False
-
-    for dropped in image_drops(samples, gathered.images, [entry.filters for entry in recipe.sources]):
-        leave_out(dropped.reason, dropped.samples)
-    members = [np.flatnonzero(left & (samples.source == source)) for source in range(len(recipe.sources))]
+def _draw(recipe: DataRecipe, gathered: Gathered) -> _Drawing:
+    """Draw the samples that go into rows, and count those that are left out."""
+    staying = count_drops(gathered)
     check_outcome(recipe, gathered.all_counts)
-    supplies = [
-        Supply(len(mine), entry.weight, entry.group) for mine, entry in zip(members, recipe.sources, strict=True)
-    ]
+    available = np.bincount(gathered.parts.source, weights=staying, minlength=len(recipe.sources)).astype(np.int64)
+    sources = zip(available.tolist(), recipe.sources, strict=True)
+    supplies = [Supply(count, entry.weight, entry.group) for count, entry in sources]
     draw = draw_samples(supplies, recipe.mixture.groups, recipe.mixture.max_repeats)
-    copies = np.zeros(len(samples), dtype=np.int64)
-    for mine, count in zip(members, draw.counts, strict=True):
-        copies[mine] = copies_of(len(mine), count)
-    check_drawn(gathered.all_counts, int(copies.sum()))
-    leave_out("not_drawn", left & (copies == 0))
-    return _Chosen(np.repeat(np.arange(len(samples)), copies), draw)
+    check_drawn(gathered.all_counts, sum(draw.counts))
+    blocks = Blocks(gathered, staying, draw.counts, sum(draw.counts))
+    for source, counts in enumerate(gathered.all_counts):
+        examples = gathered.parts.keys(list(islice(blocks.unused(source), NUM_EXAMPLES)))
+        counts.skip(_NOT_DRAWN.reason, max(supplies[source].available - draw.counts[source], 0), examples)
+    return _Drawing(blocks, draw)
 
 
-def _keys(samples: Samples, chosen: IntArray, paths: Sequence[Path]) -> list[str]:
-    """Read the keys of the samples ``chosen``, int64[n]."""
-    reader = PartReader(paths)
-    begins = samples.offset[chosen] + 4 * samples.length[chosen].astype(np.int64)
-    columns = (samples.part[chosen], begins, samples.key_size[chosen])
-    try:
-        found = [reader.read(*place) for place in zip(*(column.tolist() for column in columns), strict=True)]
-    finally:
-        reader.close()
-    return [key.decode("utf-8", "surrogatepass") for key in found]
-
-
-def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
-    options, tasks = recipe.pack, samples.task[chosen]
+def _pack(recipe: DataRecipe, block: Block) -> Packing:
+    options, samples, chosen = recipe.pack, block.samples, block.chosen
+    tasks = samples.task[chosen]
     limits = PackLimits(recipe.seq_length, options.max_images, options.min_piece)
     items = Items(samples.length[chosen].astype(np.int64), samples.image_counts[chosen], tasks == TASKS.index("text"))
     if options.mode == "none":
@@ -140,8 +117,8 @@ def _pack(recipe: DataRecipe, samples: Samples, chosen: IntArray) -> Packing:
     return pack(items, limits=limits, seed=options.seed)
 
 
-def _manifest(recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: RowPlan, stem: Path) -> Manifest:
-    packing = plan.packing
+def _manifest(recipe: DataRecipe, gathered: Gathered, draw: Draw, *, plan: RowPlan, stem: Path) -> Manifest:
+    packing, block = plan.packing, plan.block
     files, hashes = file_entries(stem)
     names = [entry.source.name for entry in recipe.sources]
     named = list(zip(names, gathered.all_counts, strict=True))
@@ -154,7 +131,7 @@ def _manifest(recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: 
         max_sample_length=recipe.longest_sample,
         packing=recipe.pack.mode,
         num_rows=packing.num_rows,
-        num_samples=len(chosen.samples),
+        num_samples=len(block.chosen),
         num_segments=len(packing.samples),
         num_tokens=int((packing.stops - packing.starts).sum()),
         num_images=len(plan.image_numbers),
@@ -162,28 +139,29 @@ def _manifest(recipe: DataRecipe, gathered: Gathered, chosen: _Chosen, *, plan: 
         images_per_row=tuple(np.bincount(plan.images_per_row).tolist()),
         sources=tuple(
             SourceTotals(name, counts.read, int(kept))
-            for (name, counts), kept in zip(named, _kept(gathered.samples, chosen.samples, len(names)), strict=True)
+            for (name, counts), kept in zip(named, _kept(block, len(names)), strict=True)
         ),
-        counts=_counts(names, gathered.samples, chosen.samples),
+        counts=_counts(names, block),
         skips=tuple(
             SkipEntry(name, reason, counts.skips[reason], tuple(counts.examples[reason]))
             for name, counts in named
             for reason in sorted(counts.skips)
         ),
         files=files,
-        amounts_factor=float(chosen.draw.factor),
-        scarcest_group=chosen.draw.scarcest,
+        amounts_factor=float(draw.factor),
+        scarcest_group=draw.scarcest,
         hashes_sha256=hashes,
         largest_token=gathered.largest_token,
     )
 
 
-def _kept(samples: Samples, chosen: IntArray, num_sources: int) -> IntArray:
+def _kept(block: Block, num_sources: int) -> IntArray:
     """Return int64[sources]: distinct samples in the rows, counted independently of the skip counts."""
-    return np.bincount(samples.source[np.unique(chosen)], minlength=num_sources)
+    return np.bincount(block.samples.source[np.unique(block.chosen)], minlength=num_sources)
 
 
-def _counts(names: list[str], samples: Samples, chosen: IntArray) -> tuple[CountEntry, ...]:
+def _counts(names: list[str], block: Block) -> tuple[CountEntry, ...]:
+    samples, chosen = block.samples, block.chosen
     group = samples.source[chosen].astype(np.int64) * len(TASKS) + samples.task[chosen]
     counts = np.bincount(group)
     tokens = np.bincount(group, weights=samples.length[chosen])

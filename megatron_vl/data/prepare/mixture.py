@@ -66,10 +66,14 @@ def draw_samples(supplies: Sequence[Supply], amounts: dict[str, int], max_repeat
     return Draw(tuple(drawn), factor, scarcest)
 
 
-def copies_of(available: int, drawn: int) -> IntArray:
-    """Return int64[available]: uses of each sample of a source, spread evenly over the samples."""
+def uses_before(samples: IntArray, available: int, drawn: int) -> IntArray:
+    """Return the uses of all samples of a source that come before some, int64[n] each.
+
+    The ``drawn`` uses are spread evenly over the ``available`` samples. So the uses of any samples follow from their
+    positions alone.
+    """
     often, rest = divmod(drawn, max(available, 1))
-    return often + np.diff(np.arange(available + 1) * rest // max(available, 1))  # * drawn would exceed 64 bits
+    return often * samples + samples * rest // max(available, 1)  # samples * drawn would exceed 64 bits
 
 
 def _apportion(total: int, shares: Sequence[Fraction]) -> list[int]:

@@ -1,11 +1,11 @@
-"""Positions of every row and every image in the files of a data set, computed from numbers alone.
+"""Positions of every row and every image in the files of a block, computed from numbers alone.
 
 Packing fixes the length of every row and every image, and hence their positions in the files. So any worker can write
 the rows, in any order. They are divided into slices of a certain size. Each slice is a unit of work (row_slices.py)
 that holds all it needs. The borders of the slices depend only on the rows, never on the workers.
 
 An image is stored at its first use by a row, so the images of neighboring rows are close together. Each image is stored
-once, even if other rows use it too.
+once in a block, even if other rows of the block use it too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.dataset.rows import row_lengths
-from megatron_vl.data.prepare.gather import Images, Samples
+from megatron_vl.data.prepare.block_samples import Block
 from megatron_vl.data.prepare.packing import Packing
 from megatron_vl.data.prepare.row_slices import RowSlice
 
@@ -43,8 +43,7 @@ class Origins:
 class RowPlan:
     """Rows and images in the order in which they are stored."""
 
-    samples: Samples
-    images: Images
+    block: Block
     packing: Packing
     segments: IntArray
     """int64[segments]: the sample of each segment of the packing."""
@@ -55,14 +54,14 @@ class RowPlan:
     image_numbers: IntArray
     """int64[images of all rows]: index into the stored images."""
     stored: IntArray
-    """int64[stored images]: index into ``images``."""
+    """int64[stored images]: index into the images of the block."""
     first_stored: IntArray
     """int64[rows + 1]: row r is the first to use the stored images first_stored[r] to first_stored[r + 1]."""
 
     @property
     def stored_sizes(self) -> npt.NDArray[np.int32]:
         """int32[stored images]: bytes."""
-        return self.images.size[self.stored]
+        return self.block.images.size[self.stored]
 
     @property
     def images_per_row(self) -> IntArray:
@@ -70,9 +69,10 @@ class RowPlan:
         return np.diff(self.image_splits)
 
 
-def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Images) -> RowPlan:
-    """Return the plan of a packing whose samples are positions in ``chosen``, int64[n]."""
-    segments = chosen[packing.samples]
+def plan_rows(packing: Packing, block: Block) -> RowPlan:
+    """Return the plan of a packing whose samples are positions in the chosen samples of the block."""
+    samples = block.samples
+    segments = block.chosen[packing.samples]
     counts = samples.image_splits[segments + 1] - samples.image_splits[segments]
     segment_splits = _splits(counts)
     places = np.repeat(samples.image_splits[segments] - segment_splits[:-1], counts) + np.arange(segment_splits[-1])
@@ -84,8 +84,7 @@ def plan_rows(packing: Packing, chosen: IntArray, samples: Samples, images: Imag
     image_splits = segment_splits[packing.row_splits]
     tokens = _splits(packing.stops - packing.starts)[packing.row_splits]
     return RowPlan(
-        samples=samples,
-        images=images,
+        block=block,
         packing=packing,
         segments=segments,
         lengths=row_lengths(np.diff(packing.row_splits), np.diff(image_splits), np.diff(tokens)),
@@ -108,7 +107,7 @@ def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
 
 def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple[int, int]) -> RowSlice:
     """Return rows [first, last) with the necessary facts about samples, images and parts."""
-    samples, images, splits = plan.samples, plan.images, plan.packing.row_splits
+    samples, images, splits = plan.block.samples, plan.block.images, plan.packing.row_splits
     segment_range = slice(int(splits[first]), int(splits[last]))
     use_range = slice(int(plan.image_splits[first]), int(plan.image_splits[last]))
     segments = plan.segments[segment_range]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_vl.cli.prepare import main
 from megatron_vl.data.dataset.manifest import read_manifest
 from megatron_vl.data.prepare.job import prepare
-from megatron_vl.data.prepare.mixture import Supply, copies_of, draw_samples
+from megatron_vl.data.prepare.mixture import Supply, draw_samples, uses_before
 from megatron_vl.data.prepare.recipe import DataRecipe, load_recipe, without_missing
 from megatron_vl.errors import ConfigError
 from tests.helpers.data.prepared import recipe_values, write_recipe
@@ -121,7 +121,7 @@ def test_proportions_hold_and_repetition_is_bounded(
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.integers(0, 400), st.integers(0, 2000))
 def test_copies_are_spread_evenly(available: int, drawn: int) -> None:
-    copies = copies_of(available, drawn)
+    copies = np.diff(uses_before(np.arange(available + 1), available, drawn))
     assert len(copies) == available
     if available:
         assert copies.sum() == drawn
@@ -212,6 +212,6 @@ def test_missing_sources_are_left_out_on_request(tmp_path: Path, capsys: pytest.
 
 def test_copies_do_not_overflow() -> None:
     """A million samples, each 70 million times, and three of them once more: sample x draws is beyond 64 bits."""
-    found = copies_of(1_000_000, 70_000_000_000_003)
+    found = np.diff(uses_before(np.arange(1_000_001), 1_000_000, 70_000_000_000_003))
     assert found.tolist().count(70_000_000) == 999_997
     assert np.flatnonzero(found == 70_000_001).tolist() == [333_333, 666_666, 999_999], "spread evenly"
