@@ -149,7 +149,7 @@ def _labels(topology: Topology) -> dict[str, str]:
 
 def _state(model: ParallelModel) -> Found:
     found = Found()
-    for chunk in model.every:
+    for chunk in model.all_wrapped:
         found.weights += sum(value.nbytes for value in chunk.parameters())
         found.gradients += sum(value.main_grad.nbytes for value in chunk.parameters() if value.requires_grad)
         found.buckets += sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
@@ -159,7 +159,7 @@ def _state(model: ParallelModel) -> Found:
             continue
         for values in optimizer.state.values():
             found.moments += sum(one.nbytes for name, one in values.items() if name in ("exp_avg", "exp_avg_sq"))
-        own = {id(value) for chunk in model.every for value in chunk.parameters()}
+        own = {id(value) for chunk in model.all_wrapped for value in chunk.parameters()}
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         masters = [value for value in parameters if value.dtype == torch.float32 and id(value) not in own]
         found.masters += sum(value.nbytes for value in masters)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size, num_microbatches, with_rows
+from megatron_vl.config.data_files import check_data_files
 from megatron_vl.config.load import FlagParser, add_flags, dump_config, parse_flags, resolve
 from megatron_vl.config.outputs import check_outputs
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.config.validate import check_data_files, check_device, validate
+from megatron_vl.config.validate import check_device, validate
 from megatron_vl.errors import ConfigError, DataError, ExitStatus
 from megatron_vl.launch import has_cuda_device, hide_devices, read_launch, set_device_environment
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line

@@ -15,6 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+VisionParallel = Literal["pipeline", "data"]
+"""Where the vision part runs; see ``ParallelConfig``."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -113,7 +116,7 @@ class ParallelConfig:
     """Stages over the line V..V R L..L, for example 'V*24|V*24R|L*16|L*16'; 'auto' balances the computed cost."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel regions along the sequence as well."""
-    vision_parallel: Literal["pipeline", "data"] = "pipeline"
+    vision_parallel: VisionParallel = "pipeline"
     """Where the vision tower and the resampler run: 'pipeline' cuts them into stages with the language model, 'data'
     holds them whole on every rank, and each rank encodes its share of a step's images."""
     vision_micro_batch_size: int = 8

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_vl.config.data_files import unfinished_data_set
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.config.validate import unfinished_data_set
 from megatron_vl.data.dataset.manifest import Manifest, manifest_path
 from megatron_vl.data.dataset.rows import RowStore
 from megatron_vl.data.prompting.tokenizer import QWEN_SHA256, find_vocab_file, read_ranks

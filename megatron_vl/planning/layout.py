@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from megatron_vl.config.schema import ModelConfig, RunConfig
+from megatron_vl.config.schema import ModelConfig, RunConfig, VisionParallel
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
 from megatron_vl.planning.partition import balanced_partition
 
 _KEY = "parallel.pipeline_layout"
-VisionParallel = Literal["pipeline", "data"]
 _TERM = re.compile(r"([VRL])(?:\*(\d{1,5}))?")
 
 

@@ -91,9 +91,9 @@ def rehearse_rank(step: Step, grid: Grid, place: Place, objects: Sequence[bytes]
 
 
 def _held(model: ParallelModel, *, bf16: bool) -> Held:
-    parameters = [parameter for chunk in model.every for parameter in chunk.parameters()]
-    trained = _num_trained(model.every)
-    buffers = [buffer for chunk in model.every for buffer in chunk.buffers]
+    parameters = [parameter for chunk in model.all_wrapped for parameter in chunk.parameters()]
+    trained = _num_trained(model.all_wrapped)
+    buffers = [buffer for chunk in model.all_wrapped for buffer in chunk.buffers]
     return Held(
         trained=trained,
         frozen=sum(parameter.numel() for parameter in parameters) - trained,

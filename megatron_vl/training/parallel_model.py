@@ -36,19 +36,19 @@ class ParallelModel:
     @property
     def chunks(self) -> list[QwenVL]:
         """The network itself, with all weights gathered; all data-parallel ranks must read this property together."""
-        chunks: list[QwenVL] = [wrapped.module for wrapped in self.every]
+        chunks: list[QwenVL] = [wrapped.module for wrapped in self.all_wrapped]
         for chunk in chunks:
             chunk.make_weights_whole()
         return chunks
 
     @property
-    def every(self) -> list[DistributedDataParallel]:
+    def all_wrapped(self) -> list[DistributedDataParallel]:
         """All wrapped chunks, the vision part included."""
         return [self.encoder.wrapped, *self.wrapped] if self.encoder else self.wrapped
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        for chunk in self.every:
+        for chunk in self.all_wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 

@@ -153,7 +153,7 @@ class StageClock:
         cuda = self._topology.device.type == "cuda"
         spans, order = _Spans(self._ranges, cuda), self._order(len(batches))
         timers = _CoreTimers(spans, (one for one in order if one.is_backward))
-        configs = {id(chunk.config): chunk.config for chunk in self._model.every}
+        configs = {id(chunk.config): chunk.config for chunk in self._model.all_wrapped}
         hooks = [hook for number in range(self._topology.vp_size) for hook in self._hooks(number, spans)]
         for config in configs.values():
             config.timers = timers

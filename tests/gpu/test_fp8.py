@@ -102,7 +102,7 @@ def _train(start: Start, config: RunConfig) -> list[Step]:
 
 
 def _linears(model: ParallelModel) -> Iterator[tuple[str, Any]]:
-    for wrapped in model.every:
+    for wrapped in model.all_wrapped:
         for name, module in wrapped.module.named_modules():
             if isinstance(getattr(module, "weight", None), nn.Parameter) and ".linear_" in name:
                 yield name, module

@@ -122,7 +122,7 @@ def build_keeping(config: RunConfig, topology: Topology, notes: Notes) -> Parall
     """Build the model, and let the linear layers of both towers keep copies."""
     model = build_parallel_model(config, topology)
     kinds = {ColumnParallelLinear: _Column, RowParallelLinear: _Row}
-    for wrapped in model.every:
+    for wrapped in model.all_wrapped:
         for name, module in wrapped.module.named_modules():
             if ".layers." in name and type(module) in kinds:
                 module.__class__ = kinds[type(module)]
@@ -178,7 +178,7 @@ def train_with_copies(start: Start, config: RunConfig, schedule_knows: bool = Tr
         seed_all(config.training.seed)
         model = build_keeping(config, topology, notes)
         if not schedule_knows:
-            for wrapped in model.every:
+            for wrapped in model.all_wrapped:
                 wrapped.config.fp8 = None
         steps, validated = [], {}
         for step in range(STEPS):
@@ -211,7 +211,7 @@ def _batches(config: RunConfig, topology: Topology, step: int) -> Sequence[Any]:
 def _take(model: ParallelModel) -> dict[str, Passes]:
     return {
         name: module.take_passes()
-        for wrapped in model.every
+        for wrapped in model.all_wrapped
         for name, module in wrapped.module.named_modules()
         if isinstance(module, _Keeping)
     }

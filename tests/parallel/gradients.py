@@ -80,7 +80,7 @@ def own_images(batches: list[MicroBatch], config: RunConfig, topology: Topology)
 
 def _gather_shards(model: ParallelModel, topology: Topology) -> None:
     """The distributed optimizer leaves each data-parallel rank its shard of the reduced gradient; fill in the rest."""
-    for chunk in model.every:
+    for chunk in model.all_wrapped:
         for buffer in chunk.buffers:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:

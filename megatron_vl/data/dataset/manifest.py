@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vl.config.data_files import unfinished_data_set
 from megatron_vl.config.records import Builder
-from megatron_vl.config.validate import unfinished_data_set
 from megatron_vl.data.dataset.indexed import FileRange
 from megatron_vl.errors import DataError
 from megatron_vl.files import sha256_of_next, write_whole

@@ -27,7 +27,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vl.config.validate import parse_data_path
+from megatron_vl.config.data_files import parse_data_path
 
 IntArray = npt.NDArray[np.int64]
 _Share = Callable[[IntArray], IntArray]

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from megatron_vl.config.batch import num_microbatches
+from megatron_vl.config.data_files import parse_data_path
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.dataset.rows import RowStore, SegmentKey
 from megatron_vl.data.images.pixels import blank_pixels
 from megatron_vl.data.loading.balance import deal, image_shares, row_costs, split

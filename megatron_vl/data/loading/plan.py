@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.config.batch import with_rows
+from megatron_vl.config.data_files import parse_data_path
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.config.validate import parse_data_path
 from megatron_vl.data.dataset.manifest import Manifest, read_manifest
 from megatron_vl.data.loading.blend import Blend, mean_over
 from megatron_vl.errors import ConfigError, DataError

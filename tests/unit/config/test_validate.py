@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_vl.config.data_files import check_data_files, parse_data_path
 from megatron_vl.config.fields import iterate_fields
 from megatron_vl.config.load import apply_overrides, load_config
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.config.validate import MAY_BE_ZERO, check_data_files, check_device, parse_data_path, validate
+from megatron_vl.config.validate import MAY_BE_ZERO, check_device, validate
 from megatron_vl.errors import ConfigError
 
 TP = "parallel.tensor_model_parallel_size"
