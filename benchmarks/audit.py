@@ -308,8 +308,8 @@ def _buckets(case: Case, found: list[dict[str, Any]], counted: float) -> tuple[f
     planned = padding = 0.0
     for rank in found:
         plan = layout.ranks[rank["pipeline_rank"]]
-        own = data_traffic(config, plan.trained - layout.everywhere, gpu, DataGroup(size, 1))
-        every = data_traffic(config, layout.everywhere, gpu, DataGroup(WORLD, 1))
+        own = data_traffic(config, plan.trained - layout.everywhere, gpu, DataGroup((size,)))
+        every = data_traffic(config, layout.everywhere, gpu, DataGroup((WORLD,)))
         planned += own.nvlink + every.nvlink
         extra = rank["buckets"] - rank["gradients"]
         passes = 1.5 if config.parallel.use_distributed_optimizer else 2  # gradients and bf16 weights

@@ -22,6 +22,7 @@ from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import GPUS
+from megatron_vl.planning.hosts import Hosts
 from megatron_vl.planning.layout import resolve_layout
 from megatron_vl.planning.memory import Layout, rank_memories
 from megatron_vl.planning.plans import Answer, Candidate, Family, Plan, Question
@@ -93,9 +94,13 @@ class _Survey:
 
     def _look_for(self, tensor: int, pipeline: int, place: str) -> str | None:
         """Add the valid combinations with the vision part in this place; return why there is none."""
-        domain = self.question.gpu.within(self.question.num_gpus).nvlink_domain
-        if tensor > domain:
-            return f"NVLink connects {domain} GPUs, and tensor parallelism over the network is not planned"
+        gpus, gpu = self.question.num_gpus, self.question.gpu
+        hosts = Hosts(tensor, gpus // tensor, 1, gpu.within(gpus).nvlink_domain)
+        if (group := hosts.split_tensor_group) is not None:
+            return (
+                f"the tensor-parallel ranks {group[0]} to {group[-1]} are not on one host: NVLink connects "
+                f"{hosts.per_host} GPUs, and tensor parallelism over the network is not planned"
+            )
         why: list[str] = []
         before = len(self.valid)
         sizes: dict[str, int | str | None] = {_TENSOR: tensor, _PIPELINE: pipeline, _VISION: place}

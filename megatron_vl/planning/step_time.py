@@ -22,6 +22,7 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, boundary_bytes
 from megatron_vl.planning.flops import FrozenParts, Work, step_flops
 from megatron_vl.planning.gpus import Gpu, PartFactors
+from megatron_vl.planning.hosts import Hosts
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
@@ -120,6 +121,10 @@ class _Cluster:
         return data_parallel_size(self.config.parallel, self.world_size)
 
     @property
+    def hosts(self) -> Hosts:
+        return Hosts.of(self.config, self.gpu, self.world_size)
+
+    @property
     def pipeline(self) -> Pipeline:
         stages = self.layout.stages
         count = num_microbatches(self.config.training, self.data_parallel)
@@ -162,34 +167,45 @@ class _Cluster:
 
     def traffic(self, costs: Sequence[StageCost], work: Work) -> Traffic:
         """Return what a GPU sends in a step."""
-        pipeline, gpu = self.pipeline, self.gpu
-        links = boundary_links(self.config, gpu, self.world_size)
-        keeping = Keeping.of(self.config)
-        sent = {True: [0.0] * pipeline.size, False: [0.0] * pipeline.size}
-        for number, stage in enumerate(self.layout.stages.stages[:-1]):
-            size, rank = boundary_bytes(self.config, stage, work, keeping), number % pipeline.size
-            over_nvlink = links[rank] is gpu.nvlink
-            sent[over_nvlink][rank] += size
-            sent[over_nvlink][(rank + 1) % pipeline.size] += size if returns_gradient(self.config, stage) else 0.0
-        every, share = self._vision_data(), self._share(work)
-        if share is not None:  # once in a step: features to the first stage, gradients back
-            sent[not self._spans_nodes][0] += sum(share.exchanged_bytes) / pipeline.micro_batches
-        data = [self._data(rank) for rank in range(pipeline.size)]
+        pipeline, hosts = self.pipeline, self.hosts
+        near, far = [0.0], [0.0]
+        for rank in range(pipeline.size):
+            sent = self._sent_to_stages(rank, work)
+            for replica in range(hosts.data):
+                away = sum(size for peer, size in sent.items() if hosts.stages_apart(rank, peer, replica))
+                near.append(sum(sent.values()) - away)
+                far.append(away)
+        every, data = self._vision_data(), [self._data(rank) for rank in range(pipeline.size)]
         tensor = [
             sum(one.gathered for cost in self.chunks(costs, rank) for one in (cost.forward, cost.backward))
             for rank in range(pipeline.size)
         ]
         return Traffic(
             tensor=pipeline.micro_batches * max(tensor),
-            pipeline_nvlink=pipeline.micro_batches * max(sent[True]),
-            pipeline_network=pipeline.micro_batches * max(sent[False]),
+            pipeline_nvlink=max(near),
+            pipeline_network=max(far),
             data_nvlink=max(item.nvlink for item in data) + every.nvlink,
             data_network=max(item.network for item in data) + every.network,
         )
 
+    def _sent_to_stages(self, rank: int, work: Work) -> dict[int, float]:
+        """Return what a GPU of a pipeline rank sends in a step, by the pipeline rank that it sends to."""
+        config, size, stages = self.config, self.pipeline.size, self.layout.stages.stages
+        keeping, sent = Keeping.of(config), dict.fromkeys(range(size), 0.0)
+        for number in range(rank, len(stages), size):
+            if number < len(stages) - 1:
+                sent[(rank + 1) % size] += boundary_bytes(config, stages[number], work, keeping)
+            if number > 0 and returns_gradient(config, stages[number - 1]):
+                sent[(rank - 1) % size] += boundary_bytes(config, stages[number - 1], work, keeping)
+        share = self._share(work)  # it has the images of the whole step
+        return {
+            peer: one * self.pipeline.micro_batches + (share.sent_bytes(rank, peer) if share else 0.0)
+            for peer, one in sent.items()
+        }
+
     def _stage_times(self, costs: Sequence[StageCost], work: Work) -> tuple[StageTimes, ...]:
         gpu, keeping = self.gpu, Keeping.of(self.config)
-        links = boundary_links(self.config, gpu, self.world_size)
+        links = boundary_links(self.hosts, gpu)
         times = []
         for number, (stage, cost) in enumerate(zip(self.layout.stages.stages, costs, strict=True)):
             last = number == len(costs) - 1
@@ -199,32 +215,24 @@ class _Cluster:
         return tuple(times)
 
     def _data(self, rank: int) -> DataTraffic:
-        stride = self.config.parallel.tensor_model_parallel_size
-        group = DataGroup.of(self.gpu, self.data_parallel, stride, self.world_size)
         trained = self.layout.ranks[rank].trained - self.layout.everywhere
-        return data_traffic(self.config, trained, self.gpu, group)
+        return data_traffic(self.config, trained, self.gpu, DataGroup(self.hosts.replicas(rank)))
 
     def _vision_data(self) -> DataTraffic:
         """Return the exchange of the vision part over all ranks, which nothing hides."""
         parallel = replace(self.config.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
-        group = DataGroup.of(self.gpu, self.world_size, 1, self.world_size)
+        group = DataGroup(self.hosts.all_ranks())
         return data_traffic(replace(self.config, parallel=parallel), self.layout.everywhere, self.gpu, group)
 
     def _share(self, work: Work) -> VisionShare | None:
         return VisionShare.of(self.config, work, self.pipeline.micro_batches, self.layout.everywhere)
-
-    @property
-    def _spans_nodes(self) -> bool:
-        """Whether the ranks of a model-parallel group are on several nodes."""
-        links = boundary_links(self.config, self.gpu, self.world_size)
-        return self.pipeline.size > 1 and self.gpu.network in links
 
     def vision_seconds(self, work: Work) -> float:
         """Return the time of the vision part that every rank holds, or zero where stages hold it."""
         share = self._share(work)
         if share is None:
             return 0.0
-        return share.seconds(self.gpu) + share.exchange_seconds(self.gpu, over_network=self._spans_nodes)
+        return share.seconds(self.gpu) + share.exchange_seconds(self.gpu, self.hosts.far_stages)
 
     def _exposed_data(self, costs: Sequence[StageCost], rank: int) -> tuple[float, float]:
         chunks = self.chunks(costs, rank)

@@ -115,7 +115,8 @@ def describe_assumptions(question: Question, *, measured: Sequence[str]) -> list
         "a step is at least as long as calculated: kernels of a step are slower than the best of their kind, and "
         "nothing here waits for data, other jobs or slow GPUs. The H200 of docs/results/gpu.md took up to 1.3 times as "
         "long",
-        f"all ranks have the same work; NVLink connects {gpu.nvlink_domain} GPUs, and {gpu.per_node} share a host",
+        f"all ranks have the same work; NVLink connects {gpu.nvlink_domain} GPUs, and {gpu.per_node} share a host; "
+        "ranks fill hosts in their order",
     ]
     if question.config.training.fp8_format is not None:
         lines.append(

@@ -1,12 +1,12 @@
 """What ranks exchange in a step besides tensor parallelism: over which link, how much, and how long it takes.
 
-Ranks are in the order tensor, data, pipeline (``parallel/topology.py``). So tensor-parallel ranks are neighbors inside
-a node, data-parallel ones follow, and pipeline stages are furthest apart.
+Which ranks are on the same host says ``hosts.py``.
 
 Data parallelism with the distributed optimizer reduces fp32 gradients (4 bytes a parameter) and gathers bf16 weights (2
-bytes); without it, gradients are all-reduced, which moves 8 bytes. Of g ranks inside a node and k nodes, a GPU moves
-(g - 1) / g of that over NVLink, and (k - 1) / k of it divided by g over its network card. Rings run through both at
-once, so the slower link decides.
+bytes); without it, gradients are all-reduced, which moves 8 bytes. Of g ranks on each of k hosts, a GPU moves
+(g - 1) / g of that over NVLink, and (k - 1) / k of it divided by g over its network card. Where hosts have different
+numbers of the ranks, the host with fewest needs most of its cards: all but its own part comes through them. Rings run
+through both links at once, so the slower one decides.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.config.batch import data_parallel_size
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.gpus import Gpu, Link
+from megatron_vl.planning.hosts import Hosts
 from megatron_vl.planning.layout import StageLayout
 
 _BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
@@ -38,23 +38,18 @@ class Exchange:
 class DataGroup:
     """The data-parallel ranks that hold the same part of the model."""
 
-    within: int
-    """Ranks that NVLink connects."""
-    nodes: int
-    """Such groups of ranks."""
+    by_host: tuple[int, ...]
+    """Ranks of each host."""
 
-    @classmethod
-    def of(cls, gpu: Gpu, size: int, stride: int, world_size: int) -> DataGroup:
-        """Return the group of ``size`` ranks that are ``stride`` apart."""
-        if world_size <= gpu.nvlink_domain:
-            return cls(size, 1)
-        within = math.gcd(size, max(1, gpu.nvlink_domain // stride))
-        return cls(within, size // within)
+    @property
+    def size(self) -> int:
+        return sum(self.by_host)
 
     def exchange(self, gpu: Gpu, num_bytes: float, buckets: float) -> Exchange:
-        """Return one all-gather or reduce-scatter of ``num_bytes``."""
-        nvlink = num_bytes * (self.within - 1) / self.within
-        network = num_bytes / self.within * (self.nodes - 1) / self.nodes
+        """Return one all-gather or reduce-scatter of ``num_bytes``, on the GPU that sends most over each link."""
+        most, fewest = max(self.by_host), min(self.by_host)
+        nvlink = num_bytes * (most - 1) / most
+        network = num_bytes / fewest * (self.size - fewest) / self.size
         seconds = max(gpu.nvlink.seconds(nvlink, buckets), gpu.network.seconds(network, buckets))
         return Exchange(nvlink, network, seconds)
 
@@ -95,11 +90,10 @@ class DataTraffic:
 def data_traffic(config: RunConfig, trained: float, gpu: Gpu, group: DataGroup) -> DataTraffic:
     """Return what a rank with ``trained`` parameters exchanges with ``group``."""
     parallel, element = config.parallel, 2 if config.training.bf16 else 4
-    size = group.within * group.nodes
     overlapped = parallel.overlap_grad_reduce
-    buckets = max(1.0, math.ceil(trained / max(_BUCKET, _BUCKET_PER_RANK * size))) if overlapped else 1.0
+    buckets = max(1.0, math.ceil(trained / max(_BUCKET, _BUCKET_PER_RANK * group.size))) if overlapped else 1.0
     nothing = Exchange(0.0, 0.0, 0.0)
-    if size == 1 or not trained:
+    if group.size == 1 or not trained:
         return DataTraffic(nothing, nothing, buckets)
     if parallel.use_distributed_optimizer:
         reduce = group.exchange(gpu, 4 * trained, buckets)
@@ -115,16 +109,9 @@ def returns_gradient(config: RunConfig, before: StageLayout) -> bool:
     return not (frozen.vision and (frozen.resampler or not before.resampler))
 
 
-def boundary_links(config: RunConfig, gpu: Gpu, world_size: int) -> Sequence[Link]:
-    """Return the link from each pipeline rank to the next one; the last entry is that from the last to the first."""
-    parallel = config.parallel
-    tensor, size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    stride = tensor * data_parallel_size(parallel, world_size)
-    links = []
-    for rank in range(size):
-        first, second = rank * stride, (rank + 1) % size * stride
-        together = world_size <= gpu.nvlink_domain or (
-            stride < gpu.nvlink_domain and first // gpu.nvlink_domain == second // gpu.nvlink_domain
-        )
-        links.append(gpu.nvlink if together else gpu.network)
-    return links
+def boundary_links(hosts: Hosts, gpu: Gpu) -> Sequence[Link]:
+    """Return the link from each pipeline rank to the next one; the last entry is that from the last to the first.
+
+    It is the network where any replica needs it.
+    """
+    return [gpu.network if hosts.leaves(stage) else gpu.nvlink for stage in range(hosts.pipeline)]

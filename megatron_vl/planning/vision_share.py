@@ -53,6 +53,18 @@ class VisionShare:
         return self.all_images * model.resampler.num_queries * model.language.hidden_size * element
 
     @property
+    def own_bytes(self) -> float:
+        """Bytes of the features of the rank's share."""
+        return self.feature_bytes / model_parallel_size(self.config.parallel)
+
+    def sent_bytes(self, sender: int, receiver: int) -> float:
+        """Return the bytes that a rank of one stage sends to those of another in a step: features, or gradients."""
+        tensor = self.config.parallel.tensor_model_parallel_size
+        if receiver == 0:
+            return self.own_bytes * (tensor - 1 if sender == 0 else tensor)
+        return self.own_bytes if sender == 0 and not self._trains_nothing else 0.0
+
+    @property
     def kept_bytes(self) -> float:
         """Bytes that the vision part keeps while the schedule runs."""
         if self.recomputes:
@@ -72,11 +84,23 @@ class VisionShare:
         forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
         return self.parts * (forward * (2 if self.recomputes else 1) + backward)
 
-    def exchange_seconds(self, gpu: Gpu, *, over_network: bool) -> float:
-        """Return the time of features on their way to the first stage, and of gradients on their way back."""
-        link = gpu.network if over_network else gpu.nvlink
-        there, back = self.exchanged_bytes
-        return link.seconds(there) + link.seconds(back)
+    def exchange_seconds(self, gpu: Gpu, far_stages: int) -> float:
+        """Return the time of features on their way to the first stage, and of gradients on their way back.
+
+        A rank of the first stage receives from all ranks at once, so the slower link decides. It sends gradients to one
+        rank after another.
+
+        Args:
+            far_stages: stages on another host than the first one.
+        """
+        parallel = self.config.parallel
+        far = parallel.tensor_model_parallel_size * far_stages * self.own_bytes
+        there = max(gpu.nvlink.seconds(self.exchanged_bytes[0] - far), gpu.network.seconds(far))
+        if self._trains_nothing:
+            return there
+        near_stages = parallel.pipeline_model_parallel_size - 1 - far_stages
+        back = gpu.nvlink.seconds(near_stages * self.own_bytes, near_stages)
+        return there + back + gpu.network.seconds(far_stages * self.own_bytes, far_stages)
 
     @property
     def exchanged_bytes(self) -> tuple[float, float]:

@@ -108,7 +108,7 @@ class Comparer:
             (self.grid.data, one.held.trained - every + one.held.padding),
             (self.grid.world_size, every + one.held.vision_padding),
         ):
-            traffic = data_traffic(config, elements, gpu, DataGroup(size, 1))
+            traffic = data_traffic(config, elements, gpu, DataGroup((size,)))
             planned += traffic.reduce.nvlink + traffic.gather.nvlink
         found = sum(_moved(step, len(one.groups[step.group])) for step in _of_buffers(one))
         yield Comparison(f"rank {one.rank}: bytes of gradients and weights to other replicas", planned, found)

@@ -18,7 +18,7 @@ from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.stage_cost import PassCost, StageCost, UnitCosts
 from megatron_vl.planning.step_time import StepTime, fastest_possible, step_time
-from megatron_vl.planning.traffic import DataGroup, boundary_links, data_traffic
+from megatron_vl.planning.traffic import DataGroup, data_traffic
 
 ROOT = Path(__file__).resolve().parents[3]
 ROW = Row(images=4, samples=4, tokens=2048, sum_squared_spans=4 * 512**2, supervised=2048, source="")
@@ -119,8 +119,7 @@ def test_a_pass_takes_the_slower_of_gpu_and_cpu() -> None:
 def test_data_parallel_traffic_of_the_whole_model() -> None:
     """50.7 GB over NVLink, and over the network 6.3 GB on 8 nodes; half of the bytes are those of the gradients."""
     config, parameters = recipe("stage2"), 9_655_886_592
-    group = DataGroup.of(H100, 64, 1, 64)
-    assert group == DataGroup(within=8, nodes=8)
+    group = DataGroup((8,) * 8)
     traffic = data_traffic(config, parameters, H100, group)
     assert (traffic.reduce.nvlink + traffic.gather.nvlink) / 1e9 == pytest.approx(50.7, abs=0.05)
     assert (traffic.reduce.network + traffic.gather.network) / 1e9 == pytest.approx(6.34, abs=0.05)
@@ -128,21 +127,13 @@ def test_data_parallel_traffic_of_the_whole_model() -> None:
     whole = replace(config, parallel=replace(config.parallel, use_distributed_optimizer=False))
     reduced = data_traffic(whole, parameters, H100, group)
     assert reduced.reduce.nvlink == 2 * traffic.reduce.nvlink and reduced.gather.seconds == 0
-    assert data_traffic(config, parameters, H100, DataGroup(1, 1)).reduce.seconds == 0
-
-
-def test_groups_and_the_nodes_they_span() -> None:
-    assert DataGroup.of(H100, 8, 4, 64) == DataGroup(within=2, nodes=4)
-    assert DataGroup.of(H100, 4, 8, 64) == DataGroup(within=1, nodes=4)
-    rack = find_gpu("gb200")
-    assert DataGroup.of(rack.within(64), 64, 1, 64) == DataGroup(within=64, nodes=1)
-    assert DataGroup.of(rack.within(256), 256, 1, 256) == DataGroup(within=64, nodes=4)
+    assert data_traffic(config, parameters, H100, DataGroup((1,))).reduce.seconds == 0
 
 
 def test_overlap_hides_all_but_a_bucket() -> None:
     config = recipe("stage2")
     overlapped = replace(config, parallel=replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True))
-    group = DataGroup(8, 8)
+    group = DataGroup((8,) * 8)
     exposed = data_traffic(config, 9.6e9, H100, group).exposed(forward=1.0, backward=2.0, config=config)
     traffic = data_traffic(overlapped, 9.6e9, H100, group)
     assert traffic.buckets == 150
@@ -152,12 +143,22 @@ def test_overlap_hides_all_but_a_bucket() -> None:
     assert traffic.exposed(forward=0.0, backward=0.0, config=overlapped)[0] == traffic.reduce.seconds
 
 
-def test_links_between_stages() -> None:
-    """Stages are tensor x data ranks apart: eight GPUs away they are on another node."""
-    near = recipe("stage2", "--pipeline-model-parallel-size", "4")
-    assert boundary_links(near, H100, 8) == [H100.nvlink] * 4
-    assert boundary_links(near, H100, 16) == [H100.nvlink, H100.network, H100.nvlink, H100.network]
-    assert boundary_links(near, H100, 32) == [H100.network] * 4
+def test_messages_of_replicas_that_hosts_divide() -> None:
+    """Twelve GPUs as 1 x 3 x 4: ranks 0-2, 3-5, 6-8 and 9-11 are stages, and 8-11 are on the second host.
+
+    Each stage sends its output to the next one, and as much back. Rank 8 of the third stage sends on to 11 on its host
+    and back to 5 on the first host; rank 6 back to 3 there and on to 9; so no rank sends both over the network.
+    """
+    config = recipe("stage2", "--pipeline-model-parallel-size", "4", "--pipeline-layout", "V*48RL*2|L*10|L*10|L*10",
+                    "--micro-batch-size", "1", rows=12)  # fmt: skip
+    tokens = 2048 * 4096 * 2
+    sent = timed(config, world_size=12).traffic
+    assert sent.pipeline_network == 4 * tokens
+    assert sent.pipeline_nvlink == 4 * 2 * tokens  # ranks 3 and 4
+    assert timed(config, world_size=4).traffic.pipeline_network == 0
+    stages = timed(config, world_size=12).stages
+    over = H100.network.seconds(tokens)
+    assert [stage.send for stage in stages] == pytest.approx([H100.nvlink.seconds(tokens), over, over, 0.0])
 
 
 def test_a_step_of_one_gpu_is_its_micro_batches_and_the_optimizer() -> None:

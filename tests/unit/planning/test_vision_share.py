@@ -81,8 +81,13 @@ def test_features_go_to_the_first_stage_and_gradients_return() -> None:
     features = 32 * 256 * 4096 * 2
     there, back = features * 3 / 4, features / 4  # from three of four ranks; to one of the two on the other stage
     assert share.exchanged_bytes == (there, back)
-    expected = (there + back) / 36.5e9 + 2 * 210e-6
-    assert share.exchange_seconds(H100, over_network=True) == pytest.approx(expected)
+    # On another host: two shares come over the network and one over NVLink meanwhile, and one goes back.
+    assert share.exchange_seconds(H100, far_stages=1) == pytest.approx((features / 2 + back) / 36.5e9 + 2 * 210e-6)
+    assert share.exchange_seconds(H100, far_stages=0) == pytest.approx((there + back) / 360e9 + 2 * 40e-6)
+    # A rank sends its share to the other of the first stage, or to both of them, and gradients from there.
+    assert [share.sent_bytes(*pair) for pair in ((0, 0), (1, 0), (0, 1), (1, 1))] == [
+        features / 4, features / 2, features / 4, 0,
+    ]  # fmt: skip
 
 
 def test_features_and_the_backward_pass_need_memory() -> None:
@@ -108,4 +113,7 @@ def test_parts_of_a_step_add_up() -> None:
     )
     assert found.exposed_data > layout.everywhere * 6 * 7 / 8 / 360e9  # nothing hides the exchange over all ranks
     assert fastest_possible(config, layout, ROW, H100, 16) <= found.seconds
-    assert found.traffic.pipeline_network > 16 / 4 * 4 * 256 * 4096 * 2  # features and gradients, once a step
+    # Four micro-batches go to the other host, and once the features of a fourth of 16 images come to both first ranks.
+    features = 16 * 256 * 4096 * 2
+    assert found.traffic.pipeline_network == 4 * 1024 * 4096 * 2 + features / 2
+    assert found.traffic.pipeline_nvlink == features / 4
