@@ -38,14 +38,14 @@ from megatron_vl.config.schema import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vl.planning.activations import Keeping, boundary_bytes
+from megatron_vl.planning.activations import Keeping
 from megatron_vl.planning.flops import FrozenParts, Work, attention_flops, training_flops
 from megatron_vl.planning.gpus import GPUS
 from megatron_vl.planning.layout import resolve_layout
 from megatron_vl.planning.memory import Layout, state_bytes
 from megatron_vl.planning.parameters import stage_tensors, trains
 from megatron_vl.planning.stage_cost import UnitCosts
-from megatron_vl.planning.traffic import DataGroup, data_traffic, returns_gradient
+from megatron_vl.planning.traffic import DataGroup, data_traffic, stage_messages
 from megatron_vl.planning.vision_share import VisionShare
 
 Part = Literal["operations", "state", "traffic"]
@@ -268,8 +268,7 @@ def _tensor(case: Case, rank: dict[str, Any]) -> float:
     keeping = Keeping.of(case.config)
     chunks = case.layout.stages.stages_of_rank(rank["pipeline_rank"])
     units = [UnitCosts.of(case.config, work, keeping) for work in case.works(rank["data_rank"])]
-    costs = [unit.stage(chunk, trained=0) for unit in units for chunk in chunks]
-    return sum(cost.forward.gathered + cost.backward.gathered for cost in costs)
+    return sum(unit.stage(chunk, trained=0).gathered for unit in units for chunk in chunks)
 
 
 def _replicas(case: Case, rank: dict[str, Any]) -> float:
@@ -288,13 +287,12 @@ def _replicas(case: Case, rank: dict[str, Any]) -> float:
 
 def _messages(case: Case) -> float:
     """Return the planned bytes of all messages: between stages, of features, and of the gradients of features."""
-    config, stages = case.config, case.layout.stages.stages
-    keeping, tensor = Keeping.of(config), config.parallel.tensor_model_parallel_size
+    config, stages = case.config, case.layout.stages
+    tensor = config.parallel.tensor_model_parallel_size
     works = [work for rank in range(data_parallel_size(config.parallel, WORLD)) for work in case.works(rank)]
-    total = 0.0
-    for before in stages[:-1]:
-        size = sum(boundary_bytes(config, before, work, keeping) for work in works)
-        total += tensor * size * (2 if returns_gradient(config, before) else 1)
+    ranks = range(stages.pipeline_size)
+    sent = (stage_messages(config, stages, rank, work) for rank in ranks for work in works)
+    total = tensor * sum(size for one in sent for size in one.values())
     for images in IMAGES[: data_parallel_size(config.parallel, WORLD)]:
         share = VisionShare.of(config, Work(sum(images)), 1, case.layout.everywhere)
         total += tensor * sum(share.exchanged_bytes) if share else 0.0

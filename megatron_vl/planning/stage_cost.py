@@ -101,6 +101,11 @@ class StageCost:
     def __add__(self, other: StageCost) -> StageCost:
         return StageCost(self.forward + other.forward, self.backward + other.backward)
 
+    @property
+    def gathered(self) -> float:
+        """Bytes that a rank receives in collectives of tensor parallelism."""
+        return self.forward.gathered + self.backward.gathered
+
     def times(self, number: int) -> StageCost:
         """Return the cost of ``number`` of them."""
         return StageCost(self.forward.times(number), self.backward.times(number))

@@ -27,7 +27,7 @@ from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
 from megatron_vl.planning.stage_cost import StageCost, UnitCosts
-from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic, returns_gradient
+from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic, stage_messages
 from megatron_vl.planning.vision_share import VisionShare
 
 _PER_GRADIENT, _PER_STATE = 12, 46
@@ -176,10 +176,7 @@ class _Cluster:
                 near.append(sum(sent.values()) - away)
                 far.append(away)
         every, data = self._vision_data(), [self._data(rank) for rank in range(pipeline.size)]
-        tensor = [
-            sum(one.gathered for cost in self.chunks(costs, rank) for one in (cost.forward, cost.backward))
-            for rank in range(pipeline.size)
-        ]
+        tensor = [sum(cost.gathered for cost in self.chunks(costs, rank)) for rank in range(pipeline.size)]
         return Traffic(
             tensor=pipeline.micro_batches * max(tensor),
             pipeline_nvlink=max(near),
@@ -190,17 +187,10 @@ class _Cluster:
 
     def _sent_to_stages(self, rank: int, work: Work) -> dict[int, float]:
         """Return what a GPU of a pipeline rank sends in a step, by the pipeline rank that it sends to."""
-        config, size, stages = self.config, self.pipeline.size, self.layout.stages.stages
-        keeping, sent = Keeping.of(config), dict.fromkeys(range(size), 0.0)
-        for number in range(rank, len(stages), size):
-            if number < len(stages) - 1:
-                sent[(rank + 1) % size] += boundary_bytes(config, stages[number], work, keeping)
-            if number > 0 and returns_gradient(config, stages[number - 1]):
-                sent[(rank - 1) % size] += boundary_bytes(config, stages[number - 1], work, keeping)
         share = self._share(work)  # it has the images of the whole step
         return {
             peer: one * self.pipeline.micro_batches + (share.sent_bytes(rank, peer) if share else 0.0)
-            for peer, one in sent.items()
+            for peer, one in stage_messages(self.config, self.layout.stages, rank, work).items()
         }
 
     def _stage_times(self, costs: Sequence[StageCost], work: Work) -> tuple[StageTimes, ...]:

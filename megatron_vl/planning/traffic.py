@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.planning.flops import FrozenParts
+from megatron_vl.planning.activations import Keeping, boundary_bytes
+from megatron_vl.planning.flops import FrozenParts, Work
 from megatron_vl.planning.gpus import Gpu, Link
 from megatron_vl.planning.hosts import Hosts
-from megatron_vl.planning.layout import StageLayout
+from megatron_vl.planning.layout import PipelineLayout, StageLayout
 
 _BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
 """Parameters of a bucket of Megatron-Core: at least the first, and the second for each data-parallel rank."""
@@ -107,6 +108,25 @@ def returns_gradient(config: RunConfig, before: StageLayout) -> bool:
     if before.language_layers or before.word_embedding:
         return True
     return not (frozen.vision and (frozen.resampler or not before.resampler))
+
+
+def stage_messages(config: RunConfig, stages: PipelineLayout, rank: int, work: Work) -> dict[int, float]:
+    """Return the bytes that a GPU of a pipeline rank sends for a micro-batch, by the pipeline rank that it sends to.
+
+    Where nothing before a stage trains, it sends back one zero.
+    """
+    keeping, size = Keeping.of(config), stages.pipeline_size
+    sent = dict.fromkeys(range(size), 0.0)
+    for number in range(rank, len(stages.stages), size):
+        if number < len(stages.stages) - 1:
+            sent[(rank + 1) % size] += boundary_bytes(config, stages.stages[number], work, keeping)
+        if number > 0:
+            before = stages.stages[number - 1]
+            back = (
+                boundary_bytes(config, before, work, keeping) if returns_gradient(config, before) else keeping.element
+            )
+            sent[(rank - 1) % size] += back
+    return sent
 
 
 def boundary_links(hosts: Hosts, gpu: Gpu) -> Sequence[Link]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_vl.planning.activations import Keeping, boundary_bytes
+from megatron_vl.planning.activations import Keeping
 from megatron_vl.planning.flops import Work
 from megatron_vl.planning.gpus import find_gpu
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.parameters import parameters_by_rank
 from megatron_vl.planning.stage_cost import UnitCosts
-from megatron_vl.planning.traffic import DataGroup, data_traffic, returns_gradient
+from megatron_vl.planning.traffic import DataGroup, data_traffic, stage_messages
 from megatron_vl.planning.vision_share import VisionShare
 from megatron_vl.rehearsal.places import Grid, Place
 from megatron_vl.rehearsal.records import Operation, Rehearsed
@@ -73,31 +73,14 @@ class Comparer:
         layout = self.step.layout
         if layout.pipeline_size == 1:
             return
-        planned = dict.fromkeys(range(layout.pipeline_size), 0.0)
-        for chunk in range(layout.virtual_size):
-            stage = layout.stage_index(one.place.pipeline, chunk)
-            if stage < len(layout.stages) - 1:
-                planned[(stage + 1) % layout.pipeline_size] += self._boundary(stage)
-            if stage > 0:
-                planned[(stage - 1) % layout.pipeline_size] += self._back(stage)
+        works = [Work(max(count, 1)) for count in self.step.images]  # text alone brings a blank image
+        planned = [stage_messages(self.step.config, layout, one.place.pipeline, work) for work in works]
         sent = [message for message in self.step.stage_messages(one.program) if message.kind == "send"]
-        for peer, expected in planned.items():
+        for peer in range(layout.pipeline_size):
             rank = self.grid.rank(Place(one.place.data, peer, one.place.tensor))
             found = sum(message.num_bytes for message in sent if message.peer == rank)
+            expected = sum(messages[peer] for messages in planned)
             yield Comparison(f"rank {one.rank}: bytes to pipeline rank {peer}", expected, found)
-
-    def _boundary(self, stage: int) -> float:
-        """Return what a stage sends forward in the step."""
-        config, layout = self.step.config, self.step.layout
-        work = [Work(max(count, 1), 0, 0.0, 0) for count in self.step.images]  # text alone brings a blank image
-        return sum(boundary_bytes(config, layout.stages[stage], one, Keeping.of(config)) for one in work)
-
-    def _back(self, stage: int) -> float:
-        """Return what a stage sends backward in the step: gradients, or a zero for each micro-batch."""
-        config, layout = self.step.config, self.step.layout
-        if returns_gradient(config, layout.stages[stage - 1]):
-            return self._boundary(stage - 1)
-        return len(self.step.images) * Keeping.of(config).element
 
     def _data(self, one: Rehearsed) -> Iterator[Comparison]:
         """Compare what is reduced and gathered over replicas, and over all ranks for a vision part that all hold."""
@@ -123,8 +106,7 @@ class Comparer:
             work = Work(max(images, 1), self.step.num_tokens, 0.0, self.step.num_supervised(number))
             units = UnitCosts.of(config, work, Keeping.of(config))
             for stage in layout.stages_of_rank(one.place.pipeline):
-                cost = units.stage(stage, trained=0.0)
-                planned += cost.forward.gathered + cost.backward.gathered
+                planned += units.stage(stage, trained=0.0).gathered
         group = tuple(self.grid.rank(replace(one.place, tensor=tensor)) for tensor in range(size))
         left_out = {((one.held.norms,),), ((1,),)}  # the second is the norm of all gradients
         buffers = set(map(id, _of_buffers(one)))
