@@ -79,9 +79,7 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigError("command line: --gpus N and --gpu NAME say for which machine to plan; give both")
     check_at_least("--gpus", options.gpus, 1)
     check_at_least("--plan", options.plan, 1)
-    for flag in ("write", "timeline", "json"):
-        if getattr(options, flag) is not None:
-            check_writable(getattr(options, flag), flag=f"--{flag}")
+    _check_outputs(options, Path(words[0]))
     question, measured = _question(options, resolve(Path(words[0]), options))
     answer = search(question)
     if options.plan > len(answer.plans):
@@ -90,14 +88,34 @@ def _run(argv: Sequence[str]) -> None:
     _write(options, question, answer.plans[options.plan - 1])
 
 
+def _check_outputs(options: argparse.Namespace, recipe: Path) -> None:
+    """Raise an error if a file that will be written cannot be, or is one that is read or written already."""
+    taken = {"the recipe itself, and its comments would be lost": recipe, "the file of --measured": options.measured}
+    for flag in ("write", "timeline", "json"):
+        path: Path | None = getattr(options, flag)
+        if path is None:
+            continue
+        for what, other in taken.items():
+            if other is not None and _is_same(path, other):
+                raise ConfigError(f"--{flag} {path} is {what}; give a new file, such as planned.yaml")
+        check_writable(path, flag=f"--{flag}")
+        taken[f"the file of --{flag} as well"] = path
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two paths name one file, also through links."""
+    return one.samefile(other) if one.exists() and other.exists() else one.resolve() == other.resolve()
+
+
 def _question(options: argparse.Namespace, config: RunConfig) -> tuple[Question, list[str]]:
     """Return what is asked, and the names of the rates that the user has measured."""
     check_ranges(config)
     if not config.training.bf16:
         raise ConfigError("training.bf16 is false, and the rates of the GPUs are those of bf16; add --bf16")
-    for flag, value in (("--batch-tolerance", options.batch_tolerance), ("--usable-memory", options.usable_memory)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{flag} {value:g}: expected a share from 0 to 1")
+    if not 0 <= options.batch_tolerance <= 1:
+        raise ConfigError(f"--batch-tolerance {options.batch_tolerance:g}: expected a share from 0 to 1")
+    if not 0 < options.usable_memory <= 1:
+        raise ConfigError(f"--usable-memory {options.usable_memory:g}: expected a share above 0, up to 1")
     gpu, measured = _measured(options, config)
     check_fp8(gpu, config.training)
     question = Question(

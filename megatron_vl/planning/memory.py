@@ -18,7 +18,7 @@ memory that a plan leaves free (:data:`USABLE`), and the difference between a da
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_vl.config.batch import data_parallel_size, model_parallel_size
 from megatron_vl.config.schema import RunConfig
@@ -105,19 +105,43 @@ def rank_memories(
         work: of one micro-batch.
         micro_batches: of a data-parallel rank in a step.
     """
-    keeping = Keeping.of(config)
     data_parallel = data_parallel_size(config.parallel, world_size)
+    memories = schedule_memories(config, layout, work, data_parallel=data_parallel, micro_batches=micro_batches)
+    return with_vision(memories, VisionShare.of(config, work, micro_batches, layout.everywhere))
+
+
+def schedule_memories(
+    config: RunConfig, layout: Layout, work: Work, *, data_parallel: int, micro_batches: int
+) -> tuple[RankMemory, ...]:
+    """Return :func:`rank_memories` in the schedule alone, without what a vision part on every rank needs besides."""
+    keeping = Keeping.of(config)
     pipeline = Pipeline(layout.stages.pipeline_size, layout.stages.virtual_size, micro_batches)
-    share = VisionShare.of(config, work, micro_batches, layout.everywhere)
     return tuple(
         RankMemory(
             **state_bytes(config, layout.ranks[rank], data_parallel, everywhere=layout.everywhere),
-            **_with_vision(_held(config, layout, work, keeping, (pipeline, rank)), share),
-            communication=_communication(config, layout.stages, rank, work, keeping)
-            + (share.feature_bytes if share is not None and rank == 0 else 0.0),
+            **_held(config, layout, work, keeping, (pipeline, rank)),
+            communication=_communication(config, layout.stages, rank, work, keeping),
         )
         for rank in range(pipeline.size)
     )
+
+
+def with_vision(memories: Sequence[RankMemory], share: VisionShare | None) -> tuple[RankMemory, ...]:
+    """Add what the vision part on every rank needs.
+
+    Each rank has two moments: in the schedule, and in the backward pass of the vision part after it. The fuller one
+    counts. The first stage holds the features of all images in both.
+    """
+    if share is None:
+        return tuple(memories)
+    kept, working = share.backward_bytes
+    found = []
+    for rank, memory in enumerate(memories):
+        communication = memory.communication + (share.feature_bytes if rank == 0 else 0.0)
+        within = replace(memory, activations=memory.activations + share.kept_bytes, communication=communication)
+        after = replace(memory, activations=kept, logits=0.0, working=working, communication=communication)
+        found.append(max(within, after, key=lambda one: one.total))
+    return tuple(found)
 
 
 def state_bytes(
@@ -173,16 +197,6 @@ def _held(
     held, most = held_at_most(pipeline, rank, kept, besides)
     shown = min(max(logits), most)
     return {"activations": held, "logits": shown, "working": most - shown}
-
-
-def _with_vision(held: dict[str, float], share: VisionShare | None) -> dict[str, float]:
-    """Return the fuller of two moments: in the schedule, and in the backward pass of the vision part after it."""
-    if share is None:
-        return held
-    kept, working = share.backward_bytes
-    within = held | {"activations": held["activations"] + share.kept_bytes}
-    after = {"activations": kept, "logits": 0.0, "working": working}
-    return max(within, after, key=lambda parts: sum(parts.values()))
 
 
 def _communication(config: RunConfig, stages: PipelineLayout, rank: int, work: Work, keeping: Keeping) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_vl.config.batch import ROUNDING, data_parallel_size, num_microbatches
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import RunConfig, VisionParallel
 from megatron_vl.planning.gpus import Gpu
-from megatron_vl.planning.memory import USABLE, Layout, RankMemory, checkpoint_host_bytes, state_bytes
+from megatron_vl.planning.memory import USABLE, Layout, RankMemory, checkpoint_host_bytes
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.step_time import StepTime
 
@@ -41,8 +41,7 @@ class Family:
     pipeline: int
     recomputes_all: bool
     """Whether whole layers are recomputed. Selective recomputation saves so little that it makes no family."""
-    vision: str
-    """``parallel.vision_parallel``."""
+    vision: VisionParallel
 
     def __str__(self) -> str:
         recompute = "full recomputation" if self.recomputes_all else "no full recomputation"
@@ -60,13 +59,6 @@ class Candidate:
     memory: tuple[RankMemory, ...]
     """By pipeline rank."""
     num_gpus: int
-
-    def at(self, config: RunConfig) -> Candidate:
-        """Return this combination with another choice of what data-parallel ranks divide."""
-        everywhere = self.layout.everywhere
-        states = [state_bytes(config, rank, self.data_parallel, everywhere=everywhere) for rank in self.layout.ranks]
-        memory = tuple(replace(own, **state) for own, state in zip(self.memory, states, strict=True))
-        return replace(self, config=config, memory=memory)
 
     @property
     def family(self) -> Family:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.flops import FrozenParts
 from megatron_vl.planning.memory import RankMemory
 from megatron_vl.planning.parameters import count_parameters
@@ -84,7 +85,7 @@ def describe_best(question: Question, plan: Plan, number: int) -> list[str]:
     limit = f"{question.gpu.memory / _GB:.0f} GB x {question.usable:g} = {question.limit / _GB:.1f} GB"
     return [
         f"plan {number}: {one.micro_batches} micro-batches on each of {one.data_parallel} data-parallel ranks",
-        f"  pipeline layout: {one.layout.stages}",
+        f"  pipeline layout: {one.layout.stages}{_settings(one.config)}",
         f"  memory of the fullest rank ({one.memory.index(full)}): {full.total / _GB:.1f} GB of {limit}: {parts}",
         f"  host memory that a save gathers: up to {one.host_bytes / _GB:.1f} GB on a rank",
         f"  step: {time.seconds:.3g} s = computation {time.busiest:.3g} (in it tensor-parallel collectives "
@@ -95,6 +96,19 @@ def describe_best(question: Question, plan: Plan, number: int) -> list[str]:
         f"{sent.pipeline_nvlink / _GB:.3g} GB, data {sent.data_nvlink / _GB:.3g} GB; over the network: pipeline "
         f"{sent.pipeline_network / _GB:.3g} GB, data {sent.data_network / _GB:.3g} GB",
     ]
+
+
+def _settings(config: RunConfig) -> str:
+    """Return what a plan chooses beside the columns of the table."""
+    parallel, training = config.parallel, config.training
+    chosen = []
+    if parallel.tensor_model_parallel_size > 1:
+        chosen.append("with sequence parallelism" if parallel.sequence_parallel else "without sequence parallelism")
+    if parallel.vision_parallel == "data":
+        again = "and again for the backward pass" if parallel.vision_recompute else "and kept for the backward pass"
+        size = parallel.vision_micro_batch_size
+        chosen.append(f"images encoded {size} at a time" + ("" if training.freeze_vision else f" {again}"))
+    return "".join(f"; {text}" for text in chosen)
 
 
 def describe_assumptions(question: Question, *, measured: Sequence[str]) -> list[str]:
@@ -157,7 +171,6 @@ def _record_of(plan: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
         "vision",
         "exposed_tensor",
         "exposed_data",
-        "vision",
         "optimizer",
         "launches",
         "required",

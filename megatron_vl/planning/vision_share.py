@@ -16,9 +16,9 @@ from megatron_vl.config.batch import model_parallel_size
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping, chunk_bytes, working_bytes
 from megatron_vl.planning.flops import FrozenParts, Work
-from megatron_vl.planning.gpus import Gpu, PartFactors
+from megatron_vl.planning.gpus import Gpu
 from megatron_vl.planning.layout import vision_part
-from megatron_vl.planning.stage_cost import StageCost, UnitCosts
+from megatron_vl.planning.stage_cost import UnitCosts
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,19 @@ class VisionShare:
     @property
     def backward_bytes(self) -> tuple[float, float]:
         """Bytes that the backward pass of the images at a time keeps, and what it needs besides."""
-        part, work = vision_part(self.config.model), Work(self._at_a_time)
-        kept = self.kept_bytes or chunk_bytes(self.config, part, work, self._keeping)
-        return kept, working_bytes(self.config, part, work, self._keeping)
+        largest = Work(max((images for images, _ in self._parts), default=0.0))
+        part = vision_part(self.config.model)
+        kept = self.kept_bytes or chunk_bytes(self.config, part, largest, self._keeping)
+        return kept, working_bytes(self.config, part, largest, self._keeping)
 
     def seconds(self, gpu: Gpu) -> float:
         """Return the time in which the rank encodes its share and goes backward through it."""
-        cost = self._cost(gpu.factors)
-        forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
-        return self.parts * (forward * (2 if self.recomputes else 1) + backward)
+        part, total = vision_part(self.config.model), 0.0
+        for images, times in self._parts:
+            cost = self._units(images).stage(part, trained=self.trained, factors=gpu.factors)
+            forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
+            total += times * (forward * (2 if self.recomputes else 1) + backward)
+        return total
 
     def exchange_seconds(self, gpu: Gpu, far_stages: int) -> float:
         """Return the time of features on their way to the first stage, and of gradients on their way back.
@@ -131,14 +135,16 @@ class VisionShare:
         return math.ceil(self.images / self.config.parallel.vision_micro_batch_size)
 
     @property
-    def _at_a_time(self) -> float:
-        return self.images / max(1, self.parts)
+    def units(self) -> UnitCosts:
+        """The mean cost of the units for images that are encoded together."""
+        return self._units(self.images / max(1, self.parts))
 
     @property
-    def units(self) -> UnitCosts:
-        """The cost of the units for the images that are encoded together."""
-        return UnitCosts.of(self.config, Work(self._at_a_time), self._keeping)
+    def _parts(self) -> list[tuple[float, float]]:
+        """How many images are encoded together, and how often: full parts, and the rest."""
+        size = self.config.parallel.vision_micro_batch_size
+        full, rest = divmod(self.images, size)
+        return [(images, times) for images, times in ((size, full), (rest, 1)) if images and times]
 
-    def _cost(self, factors: PartFactors) -> StageCost:
-        """Return the cost of these images."""
-        return self.units.stage(vision_part(self.config.model), trained=self.trained, factors=factors)
+    def _units(self, images: float) -> UnitCosts:
+        return UnitCosts.of(self.config, Work(images), self._keeping)

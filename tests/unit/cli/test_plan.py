@@ -35,7 +35,7 @@ def test_what_is_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_pat
     fullest = max(rank["total"] for rank in second["memory_bytes"])
     assert f"{fullest / 1e9:.1f} GB of 80 GB x 0.92" in out
     config = load_config(recipe)
-    assert config.parallel.pipeline_model_parallel_size == second["parallel"]["pipeline_model_parallel_size"]
+    assert asdict(config.parallel) == second["parallel"]
     assert config.training.micro_batch_size == second["micro_batch_size"]
     assert (config.training.global_batch_samples, config.optimizer.lr) == (4096, 1e-5)
     assert picture.read_text(encoding="utf-8").startswith("<svg ")
@@ -119,7 +119,9 @@ def test_plans_of_equal_time_are_as_fast() -> None:
         (f"{STAGE_2} --gpus 8 --gpu v100", "--gpu v100 is not known"),
         (f"{STAGE_2} --gpus 0 --gpu h100", "--gpus 0: expected at least 1"),
         (f"{STAGE_2} --gpus 8 --gpu h100 --no-bf16", "training.bf16 is false"),
-        (f"{STAGE_2} --gpus 8 --gpu h100 --usable-memory 92", "--usable-memory 92: expected a share"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --usable-memory 92", "--usable-memory 92: expected a share above 0, up to 1"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --usable-memory 0", "--usable-memory 0: expected a share above 0, up to 1"),
+        (f"{STAGE_2} --gpus 8 --gpu h100 --write {STAGE_2}", "is the recipe itself, and its comments would be lost"),
         (f"{STAGE_2} --gpus 1 --gpu h100", "nothing fits 1 x h100"),
         (f"{STAGE_2} --gpus 8 --gpu h200 --plan 9", "--plan 9: there are"),
         (f"{STAGE_2} --gpus 8 --gpu h200 --micro-batch-sise 2", "Did you mean --micro-batch-size"),
@@ -138,6 +140,24 @@ def test_plans_of_equal_time_are_as_fast() -> None:
 def test_what_is_refused(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv.split()) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_file_that_is_read_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, rates = tmp_path / "recipe.yaml", tmp_path / "rates.json"
+    text = "# kept\n" + Path(STAGE_2).read_text(encoding="utf-8")
+    recipe.write_text(text, encoding="utf-8")
+    rates.write_text("{}", encoding="utf-8")
+    (tmp_path / "link.yaml").symlink_to(recipe)
+    (tmp_path / "hard.yaml").hardlink_to(recipe)
+    for name in ("recipe.yaml", "link.yaml", "hard.yaml"):
+        assert main([str(recipe), *MACHINE, "--write", str(tmp_path / name)]) == 2
+        assert "is the recipe itself, and its comments would be lost; give a new file" in capsys.readouterr().err
+    assert main([str(recipe), *MACHINE, "--measured", str(rates), "--json", str(rates)]) == 2
+    assert "is the file of --measured" in capsys.readouterr().err
+    both = ["--timeline", str(tmp_path / "x"), "--json", str(tmp_path / ".." / tmp_path.name / "x")]
+    assert main([str(recipe), *MACHINE, *both]) == 2
+    assert "is the file of --timeline as well" in capsys.readouterr().err
+    assert recipe.read_text(encoding="utf-8") == text and rates.read_text(encoding="utf-8") == "{}"
 
 
 def test_a_dry_run_counts_the_micro_batches_of_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import find_gpu
 from megatron_vl.planning.plans import Answer, Question
 from megatron_vl.planning.rows import assumed_row, make_row
-from megatron_vl.planning.search import _Survey, describe, search
+from megatron_vl.planning.search import search
 from megatron_vl.planning.step_time import step_time
 from megatron_vl.planning.summary import reasons
+from megatron_vl.planning.survey import Survey, describe
 
 ROOT = Path(__file__).resolve().parents[3]
 MICRO, TENSOR = "training.micro_batch_size", "parallel.tensor_model_parallel_size"
+PIPELINE = "parallel.pipeline_model_parallel_size"
 
 
 def recipe(stage: str, *flags: str) -> RunConfig:
@@ -54,7 +56,7 @@ def test_plans_are_valid_fit_and_come_in_order(answer: Answer) -> None:
 def test_the_best_plan_is_that_of_trying_everything() -> None:
     """Bounds skip most simulations; none of those may be faster."""
     asked = question(recipe("stage2"), 4, "b200")
-    survey = _Survey(asked)
+    survey = Survey(asked)
     survey.look()
     fitting = [one for one in survey.valid if one.fullest.total <= asked.limit]
     times = [
@@ -130,8 +132,36 @@ def test_nothing_fits_names_the_smallest_need_and_what_helps() -> None:
         search(question(recipe("stage2"), 1, "h100"))
     told = str(caught.value)
     assert "nothing fits 1 x h100: the smallest need is 17" in told and "80 GB x 0.92 = 73.6 GB are usable" in told
-    assert "full recomputation, micro-batch 1" in told and "more --gpus" in told
-    assert "--gpu gb200" not in told  # 18 bytes for each of 9.66 billion parameters
+    assert "full recomputation, micro-batch 1" in told
+    # 18 bytes for each of 9.66 billion parameters are 174 GB: one GB200 has 186 x 0.92 = 171, two ranks need 87 each.
+    assert "--gpu gb200" not in told and "What helps: --gpus 4, where tensor" in told
+
+
+ONE_LAYOUT = ("--micro-batch-size", "1", "--recompute-granularity", "full")
+OF_ONE_LAYOUT = (MICRO, "training.recompute_granularity")
+
+
+def refusal(asked: Question, usable: float) -> str:
+    with pytest.raises(ConfigError) as caught:
+        search(replace(asked, usable=usable))
+    return str(caught.value)
+
+
+def test_more_gpus_are_advised_only_if_they_help() -> None:
+    """A rank of any number needs more than 80 MB: a layer of the language model alone has 0.2 billion parameters."""
+    config = recipe("stage2", "--tensor-model-parallel-size", "1", *ONE_LAYOUT)
+    told = refusal(question(config, 1, fixed=(TENSOR, *OF_ONE_LAYOUT)), 0.001)
+    assert "80 GB x 0.001 = 0.08 GB are usable. Neither another GPU nor more of them help: the fullest of 64" in told
+    told = refusal(question(config, 8, fixed=(TENSOR, *OF_ONE_LAYOUT)), 0.001)
+    assert "What helps: --usable-memory 0.92, as usual" in told and "--gpus" not in told
+
+
+def test_flags_that_keep_a_run_from_fitting_are_named() -> None:
+    """With everything on one rank of eight, 7.5 bytes for each of 9.66 billion parameters leave 1.2 GB of 73.6."""
+    sizes = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1")
+    told = refusal(question(recipe("stage2", *sizes, *ONE_LAYOUT), 8, fixed=(TENSOR, PIPELINE, *OF_ONE_LAYOUT)), 0.92)
+    assert "without the flags that set the layout, tensor " in told
+    assert "; --gpu h200 or b200 or gb200; --gpus 16, where tensor 1, pipeline 1, " in told
 
 
 def test_assumed_rows() -> None:
@@ -180,7 +210,10 @@ def test_options_of_one_place_of_the_vision_part_leave_the_other_open() -> None:
 
 def test_tensor_parallelism_across_hosts_is_refused() -> None:
     config = recipe("stage2", "--tensor-model-parallel-size", "16", "--global-batch-samples", "4096")
-    with pytest.raises(ConfigError, match="NVLink connects 8 GPUs, and tensor parallelism over the network is not"):
+    with pytest.raises(
+        ConfigError,
+        match="ranks 0 to 15 are not on one host: NVLink connects 8 GPUs, and",
+    ):
         search(question(config, 32, fixed=(TENSOR,)))
 
 
@@ -189,7 +222,7 @@ def test_an_exchange_that_is_not_hidden_is_planned_as_the_trainer_takes_it(
     flags: tuple[str, ...], fixed: tuple[str, ...]
 ) -> None:
     asked = question(recipe("stage2", *flags), 8, fixed=fixed)
-    survey = _Survey(asked)
+    survey = Survey(asked)
     survey.look()
     assert survey.valid
     for one in survey.valid[::7]:
@@ -201,11 +234,11 @@ def test_what_the_recipe_overlaps_rejects_no_family() -> None:
     """Stage 3 says ``overlap_param_gather``, which an optimizer on every rank does not have."""
     config = recipe("stage3", "--no-use-distributed-optimizer")
     asked = replace(question(config, 8, "b200", samples=3, fixed=(SHARDED,)), tolerance=0.2)
-    survey = _Survey(asked)
+    survey = Survey(asked)
     survey.look()
     assert survey.valid and not any(one.config.parallel.overlap_param_gather for one in survey.valid)
     gathers = recipe("stage3", "--overlap-param-gather")
-    survey = _Survey(replace(question(gathers, 8, "b200", samples=3, fixed=(GATHER,)), tolerance=0.2))
+    survey = Survey(replace(question(gathers, 8, "b200", samples=3, fixed=(GATHER,)), tolerance=0.2))
     survey.look()
     assert survey.valid and all(one.config.parallel.use_distributed_optimizer for one in survey.valid)
 

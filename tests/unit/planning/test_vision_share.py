@@ -11,9 +11,9 @@ from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping
 from megatron_vl.planning.flops import Work
-from megatron_vl.planning.gpus import GPUS
+from megatron_vl.planning.gpus import GPUS, MeasuredRates, with_rates
 from megatron_vl.planning.layout import resolve_layout, vision_part
-from megatron_vl.planning.memory import Layout, rank_memories, state_bytes
+from megatron_vl.planning.memory import Layout, rank_memories, schedule_memories, state_bytes
 from megatron_vl.planning.rows import Row
 from megatron_vl.planning.stage_cost import UnitCosts
 from megatron_vl.planning.step_time import fastest_possible, step_time
@@ -75,6 +75,16 @@ def test_the_time_of_a_share_is_two_forward_passes_and_a_backward_pass() -> None
     assert frozen.seconds(H100) < expected / 3
 
 
+def test_images_that_are_encoded_together_are_full_parts_and_a_rest() -> None:
+    """The trainer cuts 20 images into 16 and 4, and not into 10 and 10."""
+    config = recipe("stage2", "--vision-micro-batch-size", "16")
+    twenty, sixteen, four = (VisionShare(config, number, 4 * number, 0.0) for number in (20, 16, 4))
+    assert twenty.backward_bytes == sixteen.backward_bytes
+    assert twenty.seconds(H100) == pytest.approx(sixteen.seconds(H100) + four.seconds(H100))
+    assert sixteen.seconds(H100) > 1.2 * four.seconds(H100)
+    assert VisionShare(config, 0.0, 0.0, 0.0).seconds(H100) == 0
+
+
 def test_features_go_to_the_first_stage_and_gradients_return() -> None:
     share = VisionShare.of(recipe("stage2"), ROW.work(1), 8, 0.0)
     assert share is not None
@@ -117,3 +127,36 @@ def test_parts_of_a_step_add_up() -> None:
     features = 16 * 256 * 4096 * 2
     assert found.traffic.pipeline_network == 4 * 1024 * 4096 * 2 + features / 2
     assert found.traffic.pipeline_nvlink == features / 4
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "again", "in_windows"),
+    [(5.0, {8: 2.61, 16: 1.68}, {1: 5.88, 2: 2.94, 3: 1.96, 12: 1.26}), (1.0, {8: 1.70, 16: 1.68}, {1: 1.37, 2: 1.31})],
+)
+def test_the_table_of_windows_in_the_documentation(
+    milliseconds: float, again: dict[int, float], in_windows: dict[int, float]
+) -> None:
+    """docs/scale.md: 240 images of a step on four ranks, in 24 micro-batches; two windows are kept at a time."""
+    gpu = with_rates(H100, MeasuredRates(host_ms_per_layer=milliseconds))
+    config = recipe("stage2", "--micro-batch-size", "2")
+    trained = layout_of(config).everywhere
+    for size, seconds in again.items():
+        own = replace(config, parallel=replace(config.parallel, vision_micro_batch_size=size))
+        assert VisionShare(own, 60, 240, trained).seconds(gpu) == pytest.approx(seconds, abs=0.006)
+    kept = replace(config.parallel, vision_recompute=False, vision_micro_batch_size=100)
+    for width, seconds in in_windows.items():
+        window = VisionShare(replace(config, parallel=kept), 2.5 * width, 10 * width, trained)
+        assert 24 / width * window.seconds(gpu) == pytest.approx(seconds, abs=0.006)
+        assert window.kept_bytes == pytest.approx(2.5 * width * 2.98e9, rel=2e-3)
+
+
+def test_the_memory_of_windows_in_the_documentation() -> None:
+    """docs/scale.md: 35.9 GB without images, 50.6 and 75.0 with what is encoded again."""
+    row = replace(ROW, images=5, samples=5.5, supervised=2048 - 5 * 258)
+    config = recipe("stage2", "--micro-batch-size", "2", rows=768)
+    for size, total in ((8, 50.6), (16, 75.0)):
+        own = replace(config, parallel=replace(config.parallel, vision_micro_batch_size=size))
+        memory = rank_memories(own, layout_of(own), row.work(2), world_size=64, micro_batches=24)
+        assert memory[0].total / 1e9 == pytest.approx(total, abs=0.06)
+    plain = schedule_memories(config, layout_of(config), row.work(2), data_parallel=16, micro_batches=24)
+    assert plain[0].total / 1e9 == pytest.approx(35.9, abs=0.06)
