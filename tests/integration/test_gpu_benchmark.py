@@ -40,7 +40,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_parts_run_at_small_sizes(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--small", "--json", str(tmp_path / "rows.json")]
     command += ["--parts", "machine", "stage2", "--log", str(tmp_path / "log")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "packages: torch" in done.stdout and "2 of 2 parts ended well" in done.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -83,7 +83,7 @@ def ranks_seen(checkout: Path, *, check: bool = False) -> list[dict[str, str | l
 
 
 def start(checkout: Path, command: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
-    return run(command, checkout, environment(SEEN=str(checkout / "seen"), **changes))
+    return run(command, checkout, environment(SEEN=str(checkout / "seen"), PYTHONPATH="", **changes))
 
 
 def test_valid_bash_and_valid_python() -> None:
@@ -147,7 +147,7 @@ def test_bash_starts_nothing_after_a_refusal(checkout: Path) -> None:
 
 def test_two_agents_on_one_machine(checkout: Path, unused_port: int) -> None:
     common = {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port)}
-    env = environment(SEEN=str(checkout / "seen"), **common)
+    env = environment(SEEN=str(checkout / "seen"), PYTHONPATH="", **common)
     agents = [
         subprocess.Popen(["bash", SCRIPT], cwd=checkout, env=env | {"NODE_RANK": node}, stderr=PIPE, text=True)
         for node in ("0", "1")
