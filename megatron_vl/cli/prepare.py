@@ -17,6 +17,9 @@ from megatron_vl.launch import read_launch
 from megatron_vl.log import write_line
 
 if TYPE_CHECKING:
+    from megatron_vl.data.dataset.manifest import Manifest
+    from megatron_vl.data.prepare.recipe import DataRecipe
+    from megatron_vl.data.prepare.share import Share
     from megatron_vl.data.prepare.workers import Pool
 
 
@@ -53,6 +56,15 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_bpe_tokens of this model preset"
     )
+    parser.add_argument(
+        "--phase",
+        choices=("parts", "plan", "rows"),
+        help="do a share of one phase: every share of parts, then plan, then every share of rows (default: all)",
+    )
+    parser.add_argument(
+        "--shard-index", type=int, help="which share of the phase is done here, from 0 (default: all of it)"
+    )
+    parser.add_argument("--num-shards", type=int, help="number of shares, the same in all jobs of a phase")
     parser.add_argument("--verify", action="store_true", help="do not prepare: check the files of a finished data set")
     parser.add_argument(
         "--keep-parts",
@@ -87,15 +99,32 @@ def _run(options: argparse.Namespace) -> None:
         verify_files(prefix)
         write_line(f"{prefix}: all files are as the manifest says")
         return
-    with open_pool(options.workers) as pool:
+    share = _share(options)
+    with open_pool(1 if options.phase == "plan" else options.workers) as pool:
         if pool is not None:  # otherwise another rank has the result of this rank's work
-            _prepare(options, prefix, pool)
+            recipe = _recipe(options)
+            if options.phase:
+                _phase(options, recipe, prefix, share=share, pool=pool)
+            else:
+                _whole(options, recipe, prefix, pool)
 
 
-def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
-    from megatron_vl.data.prepare.job import prepare
+def _share(options: argparse.Namespace) -> Share:
+    """Return the share of this process. Raises ConfigError if flags contradict each other."""
+    from megatron_vl.data.prepare.share import Share
+
+    index, count = options.shard_index, options.num_shards
+    if options.phase is None and (index is not None or count is not None):
+        raise ConfigError("--shard-index and --num-shards need --phase, which says what is shared")
+    if options.phase == "plan" and (index or 0, count or 1) != (0, 1):
+        raise ConfigError("--phase plan: one process plans, so leave out --shard-index and --num-shards")
+    if (index is None) != (count is None):
+        raise ConfigError("expected --shard-index and --num-shards, or neither of them: found only one")
+    return Share() if index is None else Share(index, count)
+
+
+def _recipe(options: argparse.Namespace) -> DataRecipe:
     from megatron_vl.data.prepare.recipe import load_recipe, without_missing
-    from megatron_vl.data.prepare.summary import summary_lines, warning_lines
 
     preset = PRESETS.get(options.model_preset)
     defaults = {"num_queries": preset.resampler.num_queries, "num_bpe_tokens": preset.num_bpe_tokens} if preset else {}
@@ -104,9 +133,30 @@ def _prepare(options: argparse.Namespace, prefix: Path, pool: Pool) -> None:
         recipe, missing = without_missing(recipe)
         for line in missing:
             write_line(line)
-    if options.allow_empty:
-        recipe = dataclasses.replace(recipe, allow_empty=True)
+    return dataclasses.replace(recipe, allow_empty=True) if options.allow_empty else recipe
+
+
+def _whole(options: argparse.Namespace, recipe: DataRecipe, prefix: Path, pool: Pool) -> None:
+    from megatron_vl.data.prepare.job import prepare
+
     manifest = prepare(recipe, prefix, pool=pool, progress=not options.quiet, keep_parts=options.keep_parts)
+    _report(manifest, prefix)
+
+
+def _phase(options: argparse.Namespace, recipe: DataRecipe, prefix: Path, *, share: Share, pool: Pool) -> None:
+    from megatron_vl.data.prepare.phases import Settings, run_phase
+
+    settings = Settings(share, pool, progress=not options.quiet, keep_parts=options.keep_parts)
+    outcome = run_phase(recipe, prefix, options.phase, settings)
+    if outcome.manifest is None:
+        write_line(outcome.line)
+    else:
+        _report(outcome.manifest, prefix)
+
+
+def _report(manifest: Manifest, prefix: Path) -> None:
+    from megatron_vl.data.prepare.summary import summary_lines, warning_lines
+
     for line in summary_lines(manifest):
         write_line(line)
     write_line(f"prepared {prefix}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,3 +46,47 @@ def test_the_lock_goes_with_a_process_that_is_killed(tmp_path: Path) -> None:
         process.communicate()
     with folder_lock.hold(tmp_path, ".lock"):
         pass
+
+
+def test_members_of_a_group_are_in_together_and_nobody_else(tmp_path: Path) -> None:
+    with folder_lock.join(tmp_path, ".lock", "parts", "3"):
+        with folder_lock.join(tmp_path, ".lock", "parts", "4"):
+            with pytest.raises(FolderInUseError, match=f"^parts: process {os.getpid()} "):
+                folder_lock.join(tmp_path, ".lock", "rows", "5").__enter__()
+            with pytest.raises(FolderInUseError, match=f"^parts: process {os.getpid()} "):
+                folder_lock.hold(tmp_path, ".lock").__enter__()
+        with folder_lock.join(tmp_path, ".lock", "parts", "4"):
+            pass
+        with pytest.raises(FolderInUseError, match=f"^process {os.getpid()} on "):
+            folder_lock.join(tmp_path, ".lock", "parts", "3").__enter__()
+    with folder_lock.join(tmp_path, ".lock", "rows", "3"):
+        pass
+    with (
+        folder_lock.hold(tmp_path, ".lock"),
+        pytest.raises(FolderInUseError, match=f"^process {os.getpid()} on "),
+    ):
+        folder_lock.join(tmp_path, ".lock", "rows", "3").__enter__()
+
+
+def test_a_group_outlives_the_member_that_named_it(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(folder_lock.join(tmp_path, ".lock", "parts", "1"))
+        second.enter_context(folder_lock.join(tmp_path, ".lock", "parts", "2"))
+        first.close()
+        with pytest.raises(FolderInUseError, match="^parts: "):
+            folder_lock.join(tmp_path, ".lock", "rows", "1").__enter__()
+
+
+JOIN = """
+import sys, time
+from pathlib import Path
+from megatron_vl import folder_lock
+for _ in range(40):
+    with folder_lock.join(Path(sys.argv[1]), ".lock", "parts", sys.argv[2]):
+        pass
+"""
+
+
+def test_members_that_come_and_go_at_the_same_time_are_never_refused(tmp_path: Path) -> None:
+    members = [subprocess.Popen([sys.executable, "-c", JOIN, str(tmp_path), str(number)]) for number in range(4)]
+    assert [member.wait(60) for member in members] == [0] * 4

@@ -1,41 +1,45 @@
 """The offline job that makes a data set from a recipe, in several processes or MPI ranks.
 
-    plan_units      list the work in a fixed order                              here, once
-    write_part      read, clean, check and tokenize one unit                    in workers, in any order
-    merge_parts     number, drop, draw and pack, with numbers only              here, once
-    write_slice     write some rows and their images at their positions         in workers, in any order
+    plan_units        list the work in a fixed order                              here, once
+    write_part        read, clean, check and tokenize one unit                    in workers, in any order
+    plan_rows_of      number, drop, draw and pack, with numbers only              here, once
+    write_slice       write some rows and their images at their positions         in workers, in any order
+    finish, commit    keys, indices, hashes; the files get their names            here, once
 
 The output depends only on the recipe and the raw files. Any number of workers gives the same bytes. Finished work lies
-in ``<prefix>.parts`` until the data set is complete. A killed job resumes from there when it is started again.
+in ``<prefix>.parts`` until the data set is complete. A killed job resumes from there when it is started again. The same
+steps in many jobs, which need not know of each other: phases.py.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from megatron_vl import folder_lock
 from megatron_vl.data.dataset.manifest import Manifest
-from megatron_vl.data.prepare.gather import SourceCounts, cut
-from megatron_vl.data.prepare.merge import FinishedPart, merge_parts
+from megatron_vl.data.prepare.gather import SourceCounts
+from megatron_vl.data.prepare.made_for import made_for
 from megatron_vl.data.prepare.outcome import check_outcome
-from megatron_vl.data.prepare.part_files import data_path, index_path, read_index
-from megatron_vl.data.prepare.parts import Unit, part_prefix, plan_units, write_part
+from megatron_vl.data.prepare.part_work import (
+    LOCK,
+    PartWork,
+    finished_parts,
+    make_parts,
+    remove_finished,
+    remove_others,
+)
+from megatron_vl.data.prepare.parts import Unit, part_prefix, plan_units
 from megatron_vl.data.prepare.recipe import DataRecipe
-from megatron_vl.data.prepare.row_files import commit, is_of_rows
-from megatron_vl.data.prepare.workers import Pool, hand_out, this_process
+from megatron_vl.data.prepare.row_files import commit, remove_rows
+from megatron_vl.data.prepare.row_work import finish_rows, plan_rows_of, remove_plan, write_rows
+from megatron_vl.data.prepare.workers import Pool, this_process
 from megatron_vl.errors import DataError, FolderInUseError
-
-_LOCK = "lock"
-_OURS = re.compile(rf"{_LOCK}|rows-.*|[0-9a-f]{{32}}\..*")
-"""Names of our files in the folder of parts. All other files belong to someone else."""
 
 
 def prepare(
@@ -50,32 +54,49 @@ def prepare(
         DataError: Files are missing, no samples remain, or another process is preparing the same prefix.
     """
     pool = pool or this_process()
-    folder = prefix.with_name(prefix.name + ".parts")
-    with _disk_errors_named(folder):
-        units = plan_units(recipe)
-        if not units:
-            check_outcome(recipe, [SourceCounts() for _ in recipe.sources])
-        with _locked(folder):
-            _remove_others(folder, units)
-            with _bar("tokenizing", "shard", show=progress) as bar:
-                bar.total = len(units)
-                _make_parts(recipe, units, folder, pool=pool, bar=bar)
-            with _bar("writing", "row", show=progress) as bar:
-                parts = _finished_parts(recipe, units, folder)
-                stem, manifest = merge_parts(recipe, parts, folder, pool=pool, report=_shown_by(bar))
-            commit(prefix, stem, manifest)
+    folder = parts_folder(prefix)
+    with disk_errors_named(folder):
+        units = units_of(recipe)
+        with in_use_named(folder), folder_lock.hold(folder, LOCK):
+            work = PartWork(recipe, units, folder)
+            remove_others(work)
+            remove_plan(folder)
+            with progress_bar("tokenizing", "shard", show=progress) as bar:
+                make_parts(work, pool=pool, bar=bar)
+            with progress_bar("writing", "row", show=progress) as bar:
+                parts = finished_parts(work, _refuse(work))
+                plan = plan_rows_of(recipe, parts, folder, made_for(recipe, units))
+                write_rows(plan, pool=pool, report=shown_by(bar))
+            manifest = finish_rows(plan)
+            commit(prefix, plan.stem, manifest)
+            remove_rows(folder)
         if not keep_parts:
-            _remove_finished(folder)
+            remove_finished(folder)
     return manifest
 
 
-def _bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
+def units_of(recipe: DataRecipe) -> list[Unit]:
+    """Return the units of a recipe. Raises DataError if there is none, or if files of a source are missing."""
+    units = plan_units(recipe)
+    if not units:
+        check_outcome(recipe, [SourceCounts() for _ in recipe.sources])
+    return units
+
+
+def parts_folder(prefix: Path) -> Path:
+    """Return the folder of a preparation's unfinished work."""
+    return prefix.with_name(prefix.name + ".parts")
+
+
+def progress_bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
     """Return a progress bar for a terminal. In a log, it prints one line per minute, from the second minute on."""
     wait_seconds = 0.0 if sys.stderr.isatty() else 60.0
     return tqdm(desc=what, unit=unit, disable=not show, delay=wait_seconds, mininterval=wait_seconds or 0.1)
 
 
-def _shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
+def shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """Return a function that shows numbers of finished and of all rows in a bar."""
+
     def report(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
@@ -83,97 +104,8 @@ def _shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
     return report
 
 
-class _Progress:
-    """Number of samples that the units gave, and which units are still needed."""
-
-    def __init__(self, recipe: DataRecipe, units: Sequence[Unit]) -> None:
-        self.num_kept = 0
-        self._limits = [entry.limit for entry in recipe.sources]
-        self._waiting: defaultdict[int, deque[Unit]] = defaultdict(deque)
-        for unit in units:
-            self._waiting[unit.source_index].append(unit)
-        self._kept: dict[Unit, int] = {}
-        self._given = [0] * len(recipe.sources)
-        """For each source: samples of its units, up to the first unfinished unit."""
-
-    def is_wanted(self, unit: Unit) -> bool:
-        """Return False if the earlier units have already given all samples that the source may give."""
-        limit = self._limits[unit.source_index]
-        return limit is None or self._given[unit.source_index] < limit
-
-    def finish(self, unit: Unit, kept: int) -> None:
-        """Record the number of samples that a unit gave."""
-        self.num_kept += kept
-        self._kept[unit] = kept
-        waiting = self._waiting[unit.source_index]
-        while waiting and waiting[0] in self._kept:
-            self._given[unit.source_index] += self._kept.pop(waiting.popleft())
-
-
-def _make_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path, *, pool: Pool, bar: tqdm[Any]) -> None:
-    """Make all parts that are needed and absent."""
-    progress = _Progress(recipe, units)
-
-    def finish(unit: Unit, kept: int) -> None:
-        progress.finish(unit, kept)
-        bar.update()
-        bar.set_postfix(samples=progress.num_kept, refresh=False)
-
-    # Do not check for a part that another machine will make: NFS would cache that it is absent.
-    present = set(folder.iterdir())
-
-    def jobs() -> Iterator[tuple[Unit, Callable[..., int], tuple[Any, ...]]]:
-        for unit in units:
-            place = part_prefix(folder, unit)
-            index = read_index(place) if index_path(place) in present and progress.is_wanted(unit) else None
-            if index is not None and not index.lacks_files:
-                if not bar.disable:
-                    bar.initial += 1  # not work of this run, so not part of the rate
-                finish(unit, index.num_samples)
-            elif progress.is_wanted(unit):
-                yield unit, write_part, (recipe, unit, folder)
-            else:
-                bar.update()
-
-    hand_out(pool, jobs(), finish)
-
-
-def _finished_parts(recipe: DataRecipe, units: Sequence[Unit], folder: Path) -> Iterator[FinishedPart]:
-    """Yield the parts in the order of the units. If a source has a limit, stop at its last sample."""
-    left = [entry.limit for entry in recipe.sources]
-    for unit in units:
-        most = left[unit.source_index]
-        if most == 0:
-            continue
-        index = read_index(part_prefix(folder, unit))
-        if index is None:
-            raise DataError(f"{part_prefix(folder, unit)}: the part of {unit.shard.path} is gone; start again")
-        if most is not None:
-            index = cut(index, most)
-            left[unit.source_index] = most - index.num_samples
-        yield FinishedPart(unit.source_index, part_prefix(folder, unit), index)
-
-
-def _remove_others(folder: Path, units: Sequence[Unit]) -> None:
-    """Remove files that no unit needs: parts of other recipes or older files, and unfinished files."""
-    prefixes = [part_prefix(folder, unit) for unit in units]
-    wanted = {_LOCK, *(path(prefix).name for prefix in prefixes for path in (data_path, index_path))}
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in wanted and not is_of_rows(path):
-            path.unlink(missing_ok=True)
-
-
-def _remove_finished(folder: Path) -> None:
-    """Remove the parts, and also the folder if nothing else is in it."""
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
-
-
 @contextmanager
-def _disk_errors_named(folder: Path) -> Iterator[None]:
+def disk_errors_named(folder: Path) -> Iterator[None]:
     """Add the location and a remedy to errors of the file system, here or in a worker. Raises DataError for them."""
     try:
         yield
@@ -185,12 +117,19 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it against a second preparation."""
+def in_use_named(folder: Path) -> Iterator[None]:
+    """Say where another preparation is at work, and what to do. Raises DataError."""
     try:
-        with folder_lock.hold(folder, _LOCK):
-            yield
+        yield
     except FolderInUseError as holder:
         raise DataError(
             f"{folder}: another preparation is at work here ({holder}); wait for it, or choose another --output"
         ) from holder
+
+
+def _refuse(work: PartWork) -> Callable[[list[int]], NoReturn]:
+    def refuse(missing: list[int]) -> NoReturn:
+        unit = work.units[missing[0]]
+        raise DataError(f"{part_prefix(work.folder, unit)}: the part of {unit.shard.path} is gone; start again")
+
+    return refuse

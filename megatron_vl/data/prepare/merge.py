@@ -3,13 +3,12 @@
 The samples are numbered in the order of the parts (gather.py), and some are dropped because of their images
 (image_drops.py). The others are used as often as the mixture says (mixture.py). They are packed block by block
 (blocks.py), so that memory holds the numbers of one block. These steps use numbers only and run in one process. Then
-the position of every row is known (row_plan.py). Workers write slices of rows in any order (row_slices.py). The files
-become the data set when all slices are written (row_files.py).
+the position of every row is known (row_plan.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,10 +33,9 @@ from megatron_vl.data.prepare.outcome import check_drawn, check_outcome
 from megatron_vl.data.prepare.packing import Items, Packing, PackLimits, one_per_row, pack, pack_by_group
 from megatron_vl.data.prepare.part_files import PartIndex
 from megatron_vl.data.prepare.recipe import DataRecipe
-from megatron_vl.data.prepare.row_files import Progress, file_entries, write_rows
-from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_rows
+from megatron_vl.data.prepare.row_plan import Origins, RowPlan, plan_rows, plan_slices
+from megatron_vl.data.prepare.row_slices import RowSlice
 from megatron_vl.data.prepare.sorted_runs import scratch_folder
-from megatron_vl.data.prepare.workers import Pool
 from megatron_vl.data.prompting.tokenizer import QWEN_SHA256
 from megatron_vl.data.sample import TASKS
 
@@ -62,18 +60,10 @@ class _Drawing:
     draw: Draw
 
 
-def merge_parts(
-    recipe: DataRecipe,
-    parts: Iterable[FinishedPart],
-    folder: Path,
-    *,
-    pool: Pool,
-    report: Progress = lambda done, total: None,
-) -> tuple[Path, Manifest]:
-    """Pack the samples of all parts and write the rows into ``folder``.
+def merge_parts(recipe: DataRecipe, parts: Iterable[FinishedPart], folder: Path) -> tuple[Iterator[RowSlice], Manifest]:
+    """Pack the samples of all parts; return the slices of the rows, and the manifest without its files.
 
-    Return the path prefix of the written files, and the manifest of the new data set. ``parts`` are in the order of the
-    units.
+    ``parts`` are in the order of the units. ``folder``: that of the parts, which has room for sorting.
 
     Raises:
         DataError: As for ``check_outcome``.
@@ -85,8 +75,7 @@ def merge_parts(
     block = join_pieces(drawing.blocks.pieces(0))
     plan = plan_rows(_pack(recipe, block), block)
     origins = Origins(gathered.parts.paths, tuple(entry.source.name for entry in recipe.sources))
-    stem = write_rows(plan, origins, folder, pool=pool, report=report)
-    return stem, _manifest(recipe, gathered, drawing.draw, plan=plan, stem=stem)
+    return plan_slices(plan, origins), _manifest(recipe, gathered, drawing.draw, plan=plan)
 
 
 def _draw(recipe: DataRecipe, gathered: Gathered) -> _Drawing:
@@ -117,9 +106,8 @@ def _pack(recipe: DataRecipe, block: Block) -> Packing:
     return pack(items, limits=limits, seed=options.seed)
 
 
-def _manifest(recipe: DataRecipe, gathered: Gathered, draw: Draw, *, plan: RowPlan, stem: Path) -> Manifest:
+def _manifest(recipe: DataRecipe, gathered: Gathered, draw: Draw, *, plan: RowPlan) -> Manifest:
     packing, block = plan.packing, plan.block
-    files, hashes = file_entries(stem)
     names = [entry.source.name for entry in recipe.sources]
     named = list(zip(names, gathered.all_counts, strict=True))
     return Manifest(
@@ -147,10 +135,10 @@ def _manifest(recipe: DataRecipe, gathered: Gathered, draw: Draw, *, plan: RowPl
             for name, counts in named
             for reason in sorted(counts.skips)
         ),
-        files=files,
+        files=(),
         amounts_factor=float(draw.factor),
         scarcest_group=draw.scarcest,
-        hashes_sha256=hashes,
+        hashes_sha256="",
         largest_token=gathered.largest_token,
     )
 
