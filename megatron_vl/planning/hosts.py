@@ -55,6 +55,8 @@ class Hosts:
     @property
     def split_tensor_group(self) -> range | None:
         """The first tensor-parallel group that is not on one host, or None."""
+        if self.per_host % self.tensor == 0:
+            return None
         groups = (range(first, first + self.tensor) for first in range(0, self.world_size, self.tensor))
         return next((group for group in groups if self.apart(group[0], group[-1])), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_vl.config.batch import ROUNDING, data_parallel_size, num_microbatches
@@ -129,3 +130,8 @@ class Answer:
     num_valid: int
     num_fitting: int
     num_fitting_families: int
+
+
+def in_thousandths(seconds: float) -> int:
+    """Return a number that grows by one for each thousandth by which a time is longer; zero has the smallest."""
+    return round(1000 * math.log(max(seconds, 1e-12)))

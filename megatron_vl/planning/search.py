@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.advice import nothing_fits
-from megatron_vl.planning.plans import Answer, Candidate, Family, Plan, Question
+from megatron_vl.planning.plans import Answer, Candidate, Family, Plan, Question, in_thousandths
 from megatron_vl.planning.step_time import fastest_possible, step_time
 from megatron_vl.planning.survey import Survey
 
@@ -77,9 +77,9 @@ def _computing(config: RunConfig) -> tuple[object, ...]:
     return parallel.sequence_parallel, parallel.vision_micro_batch_size, parallel.vision_recompute
 
 
-def _rank(plan: Plan) -> tuple[float, float]:
-    """Order plans by time; among those that differ by less than a thousandth, by memory."""
-    return float(f"{plan.seconds_per_row:.3g}"), plan.candidate.fullest.total
+def _rank(plan: Plan) -> tuple[int, float]:
+    """Order plans by time; among those whose times are the same in thousandths, by memory."""
+    return in_thousandths(plan.seconds_per_row), plan.candidate.fullest.total
 
 
 def _too_large(question: Question, valid: Sequence[Candidate]) -> list[str]:

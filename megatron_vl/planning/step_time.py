@@ -59,6 +59,8 @@ class StepTime:
     exposed_data: float
     vision: float
     """Time in which ranks encode their share of the images and exchange features, where each holds the vision part."""
+    vision_launches: float
+    """Time inside ``vision`` in which the GPU waits for the CPU."""
     optimizer: float
     launches: float
     """Time inside ``busiest`` in which the GPU waits for the CPU."""
@@ -159,6 +161,7 @@ class _Cluster:
             "exposed_tensor": pipeline.micro_batches * sum(one.exposed_seconds(gpu) for one in passes),
             "exposed_data": exposed_data + everywhere.reduce.seconds + everywhere.gather.seconds,
             "vision": vision,
+            "vision_launches": share.launch_seconds(gpu) if (share := self._share(work)) else 0.0,
             "optimizer": optimizer,
             "launches": pipeline.micro_batches * sum(one.seconds(gpu) - one.gpu_seconds(gpu) for one in passes),
             "timeline": timeline,
@@ -188,10 +191,11 @@ class _Cluster:
     def _sent_to_stages(self, rank: int, work: Work) -> dict[int, float]:
         """Return what a GPU of a pipeline rank sends in a step, by the pipeline rank that it sends to."""
         share = self._share(work)  # it has the images of the whole step
-        return {
+        sent = {
             peer: one * self.pipeline.micro_batches + (share.sent_bytes(rank, peer) if share else 0.0)
             for peer, one in stage_messages(self.config, self.layout.stages, rank, work).items()
         }
+        return {peer: size for peer, size in sent.items() if size}
 
     def _stage_times(self, costs: Sequence[StageCost], work: Work) -> tuple[StageTimes, ...]:
         gpu, keeping = self.gpu, Keeping.of(self.config)

@@ -14,8 +14,8 @@ from megatron_vl.planning.plans import Answer, Plan, Question
 
 _GB = 1e9
 _HEAD: tuple[str, ...] = (
-    "plan", "tensor", "pipeline", "virtual", "vision", "data", "micro-batch", "recompute", "optimizer", "GB", "s/step",
-    "tokens/s/GPU", "MFU", "days", "GPU-hours",
+    "plan", "tensor", "pipeline", "virtual", "vision", "data", "micro-batch", "recompute", "optimizer", "GB", "rows",
+    "s/step", "tokens/s/GPU", "MFU", "days", "GPU-hours",
 )  # fmt: skip
 _NOTABLE = 0.02
 """Share of a step from which a loss is a reason."""
@@ -70,7 +70,7 @@ def reasons(plan: Plan, plans: Sequence[Plan]) -> list[str]:
         ("bubble", time.bubble),
         ("exposed tensor-parallel communication", time.exposed_tensor),
         ("exposed data-parallel communication", time.exposed_data),
-        ("waiting for the CPU's launches", time.launches),
+        ("waiting for the CPU's launches", time.launches + time.vision_launches),
         ("optimizer", time.optimizer),
     )
     found += [f"{name} {share / time.seconds:.0%}" for name, share in losses if share > _NOTABLE * time.seconds]
@@ -81,16 +81,18 @@ def describe_best(question: Question, plan: Plan, number: int) -> list[str]:
     """Return memory, time and traffic of one plan, part by part."""
     one, time, sent = plan.candidate, plan.time, plan.time.traffic
     full = one.fullest
-    parts = ", ".join(f"{name} {value / _GB:.1f}" for name, value in asdict(full).items())
+    waiting = f" (in it waiting for the CPU {time.vision_launches:.2g})" if time.vision_launches else ""
+    parts = ", ".join(f"{name} {_decimal(value / _GB, 1)}" for name, value in asdict(full).items())
     limit = f"{question.gpu.memory / _GB:.0f} GB x {question.usable:g} = {question.limit / _GB:.1f} GB"
     return [
         f"plan {number}: {one.micro_batches} micro-batches on each of {one.data_parallel} data-parallel ranks",
         f"  pipeline layout: {one.layout.stages}{_settings(one.config)}",
-        f"  memory of the fullest rank ({one.memory.index(full)}): {full.total / _GB:.1f} GB of {limit}: {parts}",
-        f"  host memory that a save gathers: up to {one.host_bytes / _GB:.1f} GB on a rank",
+        f"  memory of the fullest rank ({one.memory.index(full)}): {_decimal(full.total / _GB, 1)} GB of {limit}: "
+        f"{parts}",
+        f"  host memory that a save gathers: up to {_decimal(one.host_bytes / _GB, 1)} GB on a rank",
         f"  step: {time.seconds:.3g} s = computation {time.busiest:.3g} (in it tensor-parallel collectives "
         f"{time.exposed_tensor:.2g}, waiting for the CPU {time.launches:.2g}) + bubble {time.bubble:.2g} + vision part "
-        f"on every rank {time.vision:.2g} + exposed data-parallel {time.exposed_data:.2g} + optimizer "
+        f"on every rank {time.vision:.2g}{waiting} + exposed data-parallel {time.exposed_data:.2g} + optimizer "
         f"{time.optimizer:.2g}",
         f"  a GPU sends in a step, over NVLink: tensor {sent.tensor / _GB:.3g} GB, pipeline "
         f"{sent.pipeline_nvlink / _GB:.3g} GB, data {sent.data_nvlink / _GB:.3g} GB; over the network: pipeline "
@@ -169,6 +171,7 @@ def _record_of(plan: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
         "busiest",
         "bubble",
         "vision",
+        "vision_launches",
         "exposed_tensor",
         "exposed_data",
         "optimizer",
@@ -208,13 +211,19 @@ def _cells(number: int, plan: Plan) -> tuple[str, ...]:
         str(training.micro_batch_size),
         training.recompute_granularity or "none",
         "sharded" if parallel.use_distributed_optimizer else "whole",
-        f"{one.fullest.total / _GB:.1f}",
-        f"{plan.time.seconds:.2f}",
-        f"{plan.tokens_per_gpu:,.0f}",
-        f"{plan.mfu:.3f}",
-        f"{plan.hours / 24:.2f}",
-        f"{plan.gpu_hours:,.0f}",
+        _decimal(one.fullest.total / _GB, 1),
+        f"{training.global_batch_size:,}",
+        _decimal(plan.time.seconds, 2),
+        _decimal(plan.tokens_per_gpu, 0),
+        _decimal(plan.mfu, 3),
+        _decimal(plan.hours / 24, 2),
+        _decimal(plan.gpu_hours, 0),
     )
+
+
+def _decimal(value: float, places: int) -> str:
+    """Return a number with so many decimal places, or more where they would leave fewer than two digits of it."""
+    return f"{value:,.{places}f}" if value >= 10 ** (1 - places) or not value else f"{value:.2g}"
 
 
 def _exposed(plan: Plan) -> float:

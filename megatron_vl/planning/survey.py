@@ -27,7 +27,7 @@ from megatron_vl.errors import ConfigError
 from megatron_vl.planning.hosts import Hosts
 from megatron_vl.planning.layout import resolve_layout
 from megatron_vl.planning.memory import Layout, RankMemory, rank_memories, schedule_memories, state_bytes, with_vision
-from megatron_vl.planning.plans import Candidate, Question
+from megatron_vl.planning.plans import Candidate, Question, in_thousandths
 from megatron_vl.planning.vision_share import VisionShare
 
 TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -172,9 +172,9 @@ class Survey:
             keeps = self._options(VISION_RECOMPUTE, (True,) if frozen else (True, False))
             ways: list[Overrides] = [{VISION_MICRO: size, VISION_RECOMPUTE: again} for again in keeps for size in sizes]
 
-            def costs(way: Overrides) -> tuple[float, float]:
+            def costs(way: Overrides) -> tuple[int, float]:
                 own = replace(share, config=applied(share.config, way))
-                return float(f"{own.seconds(self.question.gpu):.3g}"), own.kept_bytes + sum(own.backward_bytes)
+                return in_thousandths(own.seconds(self.question.gpu)), own.kept_bytes + sum(own.backward_bytes)
 
             self._encoders[key] = sorted(ways, key=costs)
         return self._encoders[key]

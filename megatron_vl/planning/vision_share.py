@@ -10,6 +10,7 @@ all ranks of the world. Nothing hides their exchange (``training/image_encoder.p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.batch import model_parallel_size
@@ -18,7 +19,7 @@ from megatron_vl.planning.activations import Keeping, chunk_bytes, working_bytes
 from megatron_vl.planning.flops import FrozenParts, Work
 from megatron_vl.planning.gpus import Gpu
 from megatron_vl.planning.layout import vision_part
-from megatron_vl.planning.stage_cost import UnitCosts
+from megatron_vl.planning.stage_cost import PassCost, UnitCosts
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,19 @@ class VisionShare:
 
     def seconds(self, gpu: Gpu) -> float:
         """Return the time in which the rank encodes its share and goes backward through it."""
-        part, total = vision_part(self.config.model), 0.0
+        return sum(times * one.seconds(gpu) for one, times in self._passes(gpu))
+
+    def launch_seconds(self, gpu: Gpu) -> float:
+        """Return the part of it in which the GPU waits for the CPU."""
+        return sum(times * (one.seconds(gpu) - one.gpu_seconds(gpu)) for one, times in self._passes(gpu))
+
+    def _passes(self, gpu: Gpu) -> Iterator[tuple[PassCost, float]]:
+        """Yield each kind of pass, and how often a step has it."""
+        part = vision_part(self.config.model)
         for images, times in self._parts:
             cost = self._units(images).stage(part, trained=self.trained, factors=gpu.factors)
-            forward, backward = cost.forward.seconds(gpu), cost.backward.seconds(gpu)
-            total += times * (forward * (2 if self.recomputes else 1) + backward)
-        return total
+            yield cost.forward, times * (2 if self.recomputes else 1)
+            yield cost.backward, times
 
     def exchange_seconds(self, gpu: Gpu, far_stages: int) -> float:
         """Return the time of features on their way to the first stage, and of gradients on their way back.

@@ -99,7 +99,7 @@ def test_a_profile_is_of_the_planned_gpu(capsys: pytest.CaptureFixture[str], tmp
 
 def test_plans_of_equal_time_are_as_fast() -> None:
     def plan(seconds: float) -> Mock:
-        losses = ("bubble", "exposed_tensor", "exposed_data", "launches", "optimizer", "exposed")
+        losses = ("bubble", "exposed_tensor", "exposed_data", "launches", "vision_launches", "optimizer", "exposed")
         return Mock(seconds_per_row=seconds, time=Mock(seconds=1.0, **dict.fromkeys(losses, 0.0)))
 
     plans = [plan(1.0), plan(0.999), plan(1.004), plan(1.04)]

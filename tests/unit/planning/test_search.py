@@ -13,11 +13,11 @@ from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.config.validate import validate
 from megatron_vl.errors import ConfigError
 from megatron_vl.planning.gpus import find_gpu
-from megatron_vl.planning.plans import Answer, Question
+from megatron_vl.planning.plans import Answer, Question, in_thousandths
 from megatron_vl.planning.rows import assumed_row, make_row
 from megatron_vl.planning.search import search
 from megatron_vl.planning.step_time import step_time
-from megatron_vl.planning.summary import reasons
+from megatron_vl.planning.summary import describe_best, describe_plans, reasons
 from megatron_vl.planning.survey import Survey, describe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,6 +64,12 @@ def test_the_best_plan_is_that_of_trying_everything() -> None:
         for one in fitting
     ]
     assert search(asked).plans[0].seconds_per_row == pytest.approx(min(times), rel=1e-3)
+
+
+def test_times_are_equal_only_within_a_thousandth() -> None:
+    """Three digits would take 10.10 s and 10.14 s for the same."""
+    assert in_thousandths(0.01013) - in_thousandths(0.01009) == 4
+    assert in_thousandths(9.9995) == in_thousandths(9.9999) and in_thousandths(0.0) < in_thousandths(1e-9)
 
 
 def test_rejections_have_their_arithmetic(answer: Answer) -> None:
@@ -180,7 +186,11 @@ def test_a_tiny_model_can_be_planned() -> None:
     config = recipe("stage2", "--preset", "tiny")
     tiny = replace(config, model=PRESETS["tiny"])
     row = make_row(tiny, images=20, samples=20)
-    assert search(Question(tiny, row, find_gpu("a100"), 4)).plans[0].candidate.fullest.total < 1e9
+    asked = Question(tiny, row, find_gpu("a100"), 4)
+    plan = search(asked).plans[0]
+    assert plan.candidate.fullest.total < 1e9
+    told = "\n".join([*describe_plans([plan]), *describe_best(asked, plan, 1)])
+    assert " 0.0 GB" not in told and " 0.00 " not in told and " 0.000 " not in told  # two digits at least
 
 
 def test_the_planner_knows_every_field_of_the_layout() -> None:
