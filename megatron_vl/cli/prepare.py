@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vl.addresses import require_local
 from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.config.presets import PRESETS
@@ -35,6 +36,7 @@ def output_prefix(output: str | None, recipe: Path) -> Path:
         return recipe.with_suffix("")
     if output.endswith(".json"):
         raise ConfigError(f"--output {output}: expected the data set's prefix, the path without .json")
+    require_local(output, "--output", "prepare there, and copy the data set to its store afterwards")
     path = Path(output)
     return path / recipe.stem if output.endswith("/") or path.is_dir() else path
 
@@ -48,7 +50,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", type=Path, help="YAML file that lists the sources and how rows are packed")
     parser.add_argument("--output", help="prefix of the data set, or a folder (default: the recipe without .yaml)")
     parser.add_argument(
-        "--root", type=Path, help="folder from which relative paths count (default: the recipe's folder)"
+        "--root",
+        help="folder, or address such as s3://BUCKET/FOLDER, from which relative paths count (default: the recipe's "
+        "folder)",
     )
     parser.add_argument(
         "--workers", type=int, help="processes (default: one per core); under mpirun the other ranks work instead"

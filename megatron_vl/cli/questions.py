@@ -45,6 +45,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", type=Path, help="a recipe of tools/prepare_data.py, whose sources are asked")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the questions, as JSON lines")
     parser.add_argument("--limit", type=int, default=200, metavar="N", help="questions of each source")
-    parser.add_argument("--root", type=Path, help="folder from which relative paths of the recipe count")
+    parser.add_argument("--root", help="folder, or address, from which relative paths of the recipe count")
     parser.add_argument("--model-preset", choices=sorted(PRESETS), default="qwen_vl_7b", help="the model's sizes")
     return parser

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from megatron_vl.addresses import require_local
 from megatron_vl.config.fields import (
     FieldSpec,
     Value,
@@ -73,12 +74,20 @@ def resolve(recipe: Path | None, flags: argparse.Namespace) -> RunConfig:
     """Return the configuration of ``recipe`` with parsed ``flags`` applied; raises as :func:`load_config`."""
     overrides = {} if recipe is None else read_recipe(recipe)
     overrides |= _overrides_from_flags(flags)
+    _refuse_addresses(overrides)
     preset = overrides.get("model.preset", RunConfig().model.preset)
     if preset not in PRESETS:
         raise ConfigError(
             f"model.preset is {preset!r}; expected one of {', '.join(PRESETS)}{suggestion(str(preset), PRESETS)}"
         )
     return apply_overrides(RunConfig(model=PRESETS[str(preset)]), overrides)
+
+
+def _refuse_addresses(overrides: Overrides) -> None:
+    for dotted, value in overrides.items():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, str):
+                require_local(item, dotted, "copy what is there to one (only raw data is read from addresses)")
 
 
 def apply_overrides(config: RunConfig, overrides: Overrides) -> RunConfig:

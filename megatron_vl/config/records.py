@@ -16,7 +16,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,6 +99,8 @@ class Builder:
     error: type[MegatronVLError] = ConfigError
     root: Path | None = None
     """The folder from which relative paths count."""
+    locate: Callable[[Path | None, str | Path], Path] | None = None
+    """What makes a path of ``root`` and a value; raises ValueError. By default it is a path on the disk."""
     purpose: str = ""
     """Said of keys that are unknown or missing, for example `` for source type vqa``."""
     ours: bool = False
@@ -139,7 +141,10 @@ class Builder:
             return tuple(self.convert(item, shape.element, f"{where}[{i}]") for i, item in enumerate(value))
         if shape.base is dict and isinstance(value, Mapping):
             return {str(key): self.convert(item, shape.element, below(where, key)) for key, item in value.items()}
-        found = self._scalar(value, shape)
+        try:
+            found = self._scalar(value, shape)
+        except ValueError as error:  # what ``locate`` refuses
+            raise self.error(f"{where}: {error}") from error
         if found is None:
             raise self.error(_wrong_type(value, shape, where))
         return found
@@ -149,7 +154,7 @@ class Builder:
         if isinstance(value, bool) or shape.base is bool:
             return value if shape.base is bool and isinstance(value, bool) else None
         if shape.base is Path:
-            return (self.root or Path()) / value if isinstance(value, str | Path) and str(value) else None
+            return self._path(value) if isinstance(value, str | Path) and str(value) else None
         if shape.base is str:
             return value if isinstance(value, str) and (not shape.choices or value in shape.choices) else None
         number = _float_of(value) if shape.base is float else value if isinstance(value, int) else None
@@ -157,6 +162,9 @@ class Builder:
         if number is None or not (math.isfinite(number) or self.ours):
             return None
         return number if bounds.least <= number <= bounds.most and number > bounds.above else None
+
+    def _path(self, value: str | Path) -> Path:
+        return self.locate(self.root, value) if self.locate else (self.root or Path()) / value
 
 
 def below(where: str, key: object) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from megatron_vl.data.remote.places import scan
 from megatron_vl.errors import DataError
 
 HEAD_BYTES = 512
@@ -75,7 +76,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _ending_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    with os.scandir(folder) as entries:  # there may be a million images
+    with scan(folder) as entries:  # there may be a million images
         named = [entry for entry in entries if entry.name.lower().endswith(suffixes)]
     return sorted(folder / entry.name for entry in named if entry.is_file() and not is_clutter(entry.name))
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vl.addresses import require_local
 from megatron_vl.config.data_files import unfinished_data_set
 from megatron_vl.config.records import Builder
 from megatron_vl.data.dataset.indexed import FileRange
@@ -154,6 +155,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
     Raises:
         DataError: The file is missing, is not a manifest of this format version, or disagrees with the other files.
     """
+    require_local(prefix, "the data set", "copy its files to one", error=DataError)
     path = manifest_path(prefix)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

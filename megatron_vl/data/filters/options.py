@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_vl.config.records import Between, Builder
+from megatron_vl.data.remote.places import place_of
 from megatron_vl.errors import ConfigError
 
 MOST_DISTANCE = 7
@@ -85,7 +86,7 @@ def read_filters(values: Any, where: str, *, root: Path, base: FilterOptions | N
     Raises:
         ConfigError: A key or value is wrong; the message names the key.
     """
-    options = Builder(root=root).build(FilterOptions, values, where, base=base or FilterOptions())
+    options = Builder(root=root, locate=place_of).build(FilterOptions, values, where, base=base or FilterOptions())
     for name in ("exclude_images", "benchmark_images"):
         path = getattr(options, name)
         if name in values and path is not None and not path.exists():

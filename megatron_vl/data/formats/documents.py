@@ -49,10 +49,10 @@ def document_shards(
     places = archives if path.suffix == ".zip" or path.name.endswith(whole) else [path, *archives]
     shards = []
     for place in places:
-        names = _names(place, suffixes)
-        for first in range(0, len(names), documents_per_shard):
-            mine = names[first : first + documents_per_shard]
-            contents = hash_of_files((name, place / name) for name in mine) if place.is_dir() else ""
+        documents = _documents(place, suffixes)
+        for first in range(0, len(documents), documents_per_shard):
+            mine = documents[first : first + documents_per_shard]
+            contents = hash_of_files(mine) if place.is_dir() else ""
             shards.append(Shard(f"{place.relative_to(root)}:{first}", place, first, len(mine), contents=contents))
     shards += [Shard(str(file.relative_to(root)), file) for file in _files(path, whole)]
     if not shards:
@@ -63,24 +63,24 @@ def document_shards(
 def read_documents(shard: Shard, suffixes: tuple[str, ...]) -> Iterator[Document | Skipped]:
     """Yield the documents of a shard, with ``Skipped`` for those that cannot be read."""
     last = None if shard.count is None else shard.first + shard.count
-    for name in _names(shard.path, suffixes)[shard.first : last]:
+    for name, file in _documents(shard.path, suffixes)[shard.first : last]:
         key = name if shard.path.suffix != ".zip" else f"{shard.path.name}/{name}"
         try:
             if shard.path.suffix == ".zip":
                 yield Document(key, read_member(shard.path, name, MAX_DOCUMENT_BYTES))
             else:
-                yield Document(key, _read_file(shard.path / name if shard.path.is_dir() else shard.path))
+                yield Document(key, _read_file(file))
         except SkipSample as error:
             yield skipped(key, error)
 
 
-def _names(place: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the names of the documents of a folder, an archive or a single file, sorted."""
+def _documents(place: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Return name and path of each document of a folder, an archive or a single file, sorted."""
     if place.suffix == ".zip":
-        return list_members(place, suffixes)
+        return [(name, place) for name in list_members(place, suffixes)]
     if place.is_file():
-        return [place.name]
-    return [file.relative_to(place).as_posix() for file in _files(place, suffixes)]
+        return [(place.name, place)]
+    return [(file.relative_to(place).as_posix(), file) for file in _files(place, suffixes)]
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from megatron_vl.data.formats.shard import unreadable
 from megatron_vl.data.formats.zips import check_zip, read_member, split_zip
+from megatron_vl.data.remote.address import Address
+from megatron_vl.data.remote.places import below
 from megatron_vl.data.sample import ImageRef
 from megatron_vl.errors import DataError, SkipSample
 
@@ -122,10 +124,14 @@ def read_first_image(root: Path, names: Sequence[str], declared: tuple[int, int]
 
 def read_bytes(root: Path, name: str) -> bytes:
     """Return the bytes of ``root / name`` under the rules above. Raises SkipSample with the reason."""
+    if isinstance(root, Address):
+        name = name.removeprefix(f"{root}/")
     if "://" in name or name.startswith("data:"):
         raise SkipSample("image_is_url", f"{name[:80]}: images are read from {root} only, download them first")
     path = _resolve(root, name)
     try:
+        if isinstance(path, Address) and split_zip(path) is not None:  # every question in vain is a request
+            raise FileNotFoundError
         return _read_file(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = split_zip(path)
@@ -146,7 +152,7 @@ def _other_spelling(root: Path, name: str) -> str:
     """Return the name with composed or decomposed accents if a file has it; macOS decomposes names."""
     for form in () if name.isascii() else ("NFC", "NFD"):
         other = unicodedata.normalize(form, name)
-        if other != name and os.path.exists(os.path.join(root, other)):
+        if other != name and (root / other).exists():
             return other
     return ""
 
@@ -162,6 +168,11 @@ def _read_file(path: Path) -> bytes:
 
 def _resolve(root: Path, name: str) -> Path:
     """Return the real path of ``root / name``. Every image passes here, and ``Path`` is half as fast as ``os.path``."""
+    if isinstance(root, Address):
+        found = below(root, name)
+        if found is None:
+            raise SkipSample("image_outside_root", f"{name[:80]!r} does not lie under {root}")
+        return found
     try:
         base = os.path.realpath(root)
         path = os.path.realpath(os.path.join(base, name))

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_vl.data.file_kinds import foreign_form
 from megatron_vl.data.formats.shard import Skipped, require_file
+from megatron_vl.data.remote.places import for_library
 from megatron_vl.errors import DataError
 
 BATCH_ROWS = 64
@@ -58,7 +59,7 @@ def _open(path: Path) -> Any:
     """Return pyarrow's ParquetFile, or ``Skipped`` if the file is not parquet."""
     arrow, parquet = _load_pyarrow()
     try:
-        return parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        return parquet.ParquetFile(for_library(path), buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (arrow.ArrowException, OSError) as error:
         return Skipped(path.name, "bad_parquet", f"{path}: {foreign_form(path, 'a parquet file') or error}")
 

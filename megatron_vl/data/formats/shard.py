@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vl.data.remote.places import state_of
 from megatron_vl.errors import DataError, SkipSample
 
 _FAULTS_OF_FILES = frozenset({
@@ -94,9 +95,8 @@ def slice_of(records: list[Any], shard: Shard) -> Iterator[tuple[int, Any]]:
 
 
 def hash_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Return a hash of the names, sizes and times of files. An absent file contributes only its name."""
+    """Return a hash of the names and states of files. An absent file contributes only its name."""
     digest = hashlib.sha256()
     for name, path in files:
-        state = path.stat() if path.exists() else None
-        digest.update(f"{name!r} {state and (state.st_size, state.st_mtime_ns)}\n".encode())
+        digest.update(f"{name!r} {state_of(path)}\n".encode())
     return digest.hexdigest()[:32]

@@ -25,9 +25,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from megatron_vl.data.file_kinds import foreign_form, is_clutter
+from megatron_vl.data.remote.places import open_whole
 from megatron_vl.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -70,7 +71,7 @@ class _Member(NamedTuple):
 def read_tar(path: Path) -> Iterator[TarRecord]:
     """Yield the records of a tar in the order of their first members. Raises DataError if the file is missing."""
     try:
-        stream = path.open("rb")
+        stream = open_whole(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; expected a .tar archive") from error
     with stream:
@@ -86,7 +87,7 @@ def read_tar(path: Path) -> Iterator[TarRecord]:
 class _Archive:
     """Positions of the members of a tar, or of several concatenated tars (``cat a.tar b.tar``)."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.groups: dict[str, list[_Member]] = {}
         """The members of each key, in the order of the headers."""
         self.last_key = ""

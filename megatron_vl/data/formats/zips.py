@@ -19,6 +19,8 @@ from typing import IO
 
 from megatron_vl.data.file_kinds import foreign_form, is_clutter
 from megatron_vl.data.formats.shard import unreadable
+from megatron_vl.data.remote.address import Address
+from megatron_vl.data.remote.places import for_library, scan
 from megatron_vl.errors import DataError, SkipSample
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
@@ -28,7 +30,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 def split_zip(path: Path) -> tuple[Path, str] | None:
     """Return the archive and the member name ("" for the archive itself), or None if ``path`` leads into no zip."""
     for parent in (path, *path.parents):
-        if parent.suffix.lower() == ".zip" and parent.is_file():
+        if parent.suffix.lower() == ".zip" and _is_file(parent):
             inside = path.relative_to(parent).as_posix()
             return parent, "" if inside == "." else inside
     return None
@@ -72,8 +74,8 @@ def list_folder(path: Path, suffix: str) -> list[str]:
     """Return the sorted names of a folder's files that end in ``suffix``, without subfolders; it may lie in a zip."""
     inside = split_zip(path)
     if inside is None:
-        names_here = (entry.name for entry in os.scandir(path))
-        return sorted(name for name in names_here if name.endswith(suffix) and not is_clutter(name))
+        with scan(path) as entries:
+            return sorted(e.name for e in entries if e.name.endswith(suffix) and not is_clutter(e.name))
     archive, folder = inside
     names = map(PurePosixPath, _open_zip(archive, os.getpid()).namelist())
     inside_folder = (name.name for name in names if str(name.parent) == (folder or "."))
@@ -91,11 +93,29 @@ def check_zip(archive: Path) -> None:
     _open_zip(archive, os.getpid())
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether a file is there; of an address, ask its store until it is, and then not for every member."""
+    if not isinstance(path, Address):
+        return path.is_file()
+    try:
+        _require_remote(path, os.getpid())
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def _require_remote(path: Address, process: int) -> None:
+    """Raise FileNotFoundError, which is not kept, unless a file is there."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+
+
 @lru_cache(maxsize=4)
 def _open_zip(archive: Path, process: int) -> zipfile.ZipFile:
     """Open an archive once per process, because forked processes must not share the file position."""
     try:
-        return zipfile.ZipFile(archive)
+        return zipfile.ZipFile(for_library(archive))
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         said = foreign_form(archive, "a zip archive") if isinstance(error, zipfile.BadZipFile) else ""
         said = said or "is the download complete?"

@@ -30,6 +30,7 @@ from megatron_vl.data.prepare.part_files import PartWriter, write_part_files
 from megatron_vl.data.prepare.recipe import DataRecipe, SourceEntry
 from megatron_vl.data.prompting.tokenize import TokenizeOptions, tokenize_sample
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
+from megatron_vl.data.remote.places import state_of
 from megatron_vl.data.sample import TASKS, ImageRef, Sample
 from megatron_vl.errors import DataError, SkipSample
 
@@ -57,13 +58,12 @@ def plan_units(recipe: DataRecipe) -> list[Unit]:
     """
     units = []
     for source_index, entry in enumerate(recipe.sources):
-        common = _common_facts(recipe, entry)
         with _named(entry):
-            shards = entry.source.shards()
-        for shard in shards:
-            state = None if shard.contents and shard.path.is_dir() else _state(shard.path)
-            facts = json.dumps([common, dataclasses.asdict(shard), state], default=str)
-            units.append(Unit(source_index, shard, hashlib.sha256(facts.encode()).hexdigest()[:32]))
+            common = _common_facts(recipe, entry)
+            for shard in entry.source.shards():
+                state = None if shard.contents and shard.path.is_dir() else _state(shard.path)
+                facts = json.dumps([common, dataclasses.asdict(shard), state], default=str)
+                units.append(Unit(source_index, shard, hashlib.sha256(facts.encode()).hexdigest()[:32]))
     return units
 
 
@@ -176,13 +176,10 @@ def _common_facts(recipe: DataRecipe, entry: SourceEntry) -> list[object]:
     ]  # fmt: skip
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """Return size and time of a file, or of the archive that a path leads into, to detect changes.
-
-    For a folder that is a shard, the time changes when a file is added or removed.
-    """
+def _state(path: Path) -> tuple[int, int | str] | None:
+    """Return the state of a file, or of the archive that a path leads into, to detect changes."""
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
-            found = place.stat()
-            return found.st_size, found.st_mtime_ns
+            if (state := state_of(place)) is not None:
+                return state
     return None

@@ -25,12 +25,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from megatron_vl.addresses import is_address, require_local
 from megatron_vl.config.records import Between, Builder
 from megatron_vl.config.strict_yaml import read_yaml
 from megatron_vl.data.dataset.rows import MAX_IMAGES_PER_ROW
 from megatron_vl.data.filters.options import FilterOptions, read_filters
 from megatron_vl.data.formats.values import as_number
 from megatron_vl.data.prompting.chat import ChatStyle
+from megatron_vl.data.remote.places import place_of
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.registry import build_source
 from megatron_vl.errors import ConfigError
@@ -104,14 +106,16 @@ class DataRecipe:
         return self.max_sample_length or self.seq_length
 
 
-def load_recipe(path: Path, defaults: Mapping[str, int] | None = None, *, root: Path | None = None) -> DataRecipe:
+def load_recipe(path: Path, defaults: Mapping[str, int] | None = None, *, root: str | Path | None = None) -> DataRecipe:
     """Read a recipe. ``defaults`` give ``num_queries`` and ``num_bpe_tokens`` of a model preset if they are missing.
 
-    Relative paths are relative to ``root``, by default the recipe's folder.
+    Relative paths are relative to ``root``, by default the recipe's folder. Both may be addresses: paths of sources,
+    and ``root``.
 
     Raises:
         ConfigError: The recipe is not valid; the message names file and key.
     """
+    require_local(path, "the recipe", "copy it to one")
     values, _ = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping with 'sources', found {type(values).__name__}")
@@ -120,7 +124,7 @@ def load_recipe(path: Path, defaults: Mapping[str, int] | None = None, *, root: 
         if key not in values:
             hint = "" if key == "sources" else " (or give --model-preset)"
             raise ConfigError(f"{path}: {key} is missing{hint}")
-    root = root or path.parent
+    root = _root(root) if root else path.parent
     filters = read_filters(values.get("filters", {}), f"{path}: filters", root=root)
     sources, amounts = _sources(_with_defaults(values), path, root, filters)
     read = {
@@ -133,6 +137,13 @@ def load_recipe(path: Path, defaults: Mapping[str, int] | None = None, *, root: 
     _check_values(recipe, str(path))
     _check_groups(recipe, str(path))
     return recipe
+
+
+def _root(given: str | Path) -> Path:
+    try:
+        return place_of(None, given)
+    except ValueError as error:
+        raise ConfigError(f"--root: {error}") from error
 
 
 def without_missing(recipe: DataRecipe) -> tuple[DataRecipe, list[str]]:
@@ -272,6 +283,7 @@ def _vocab_file(value: Any, where: str, root: Path) -> str | None:
         return None
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: found {value!r:.60}, expected a path")
+    require_local(value if is_address(value) else root / value, where, "download the file, or leave the key out")
     path = root / value
     if not path.is_file():
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 An entry is ``{name: scenes, type: vqa, questions: ..., image_root: ...}``. ``type`` selects the row, and every other
 key is a field of the reader's dataclass. The name of a data set in ``presets.DATA_SETS`` is a type too: its reader with
-some fields set. Relative paths are relative to the folder of the recipe.
+some fields set. Relative paths are relative to the folder of the recipe. A path may be an address (``data/remote``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_vl.config.records import Builder
 from megatron_vl.config.suggestions import suggestion_or_list
+from megatron_vl.data.remote.places import place_of
 from megatron_vl.data.sources.ai2d import AI2D
 from megatron_vl.data.sources.base import Source
 from megatron_vl.data.sources.caption_files import CaptionFiles
@@ -77,4 +78,5 @@ def build_source(entry: Mapping[str, Any], *, where: str, root: Path | None = No
     for key in lists & values.keys():
         if not isinstance(values[key], list | tuple):
             values[key] = [values[key]]  # one name in place of a list of names
-    return Builder(root=root, purpose=f" for source type {kind}").build(reader, values, where)
+    builder = Builder(root=root, locate=place_of, purpose=f" for source type {kind}")
+    return builder.build(reader, values, where)

@@ -260,3 +260,17 @@ def test_dump_reads_back_to_the_same_configuration(
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--data-path s3://b/set", "data.data_path: s3://b/set"),
+        ("--data-path 0.7 data/a 0.3 gs://b/set", "data.data_path: gs://b/set"),
+        ("--valid-data-path s3://b/set", "data.valid_data_path: s3://b/set"),
+        ("--save s3://b/run", "checkpoint.save: s3://b/run"),
+    ],
+)
+def test_what_a_run_reads_and_writes_is_on_a_disk(flags: str, expected: str) -> None:
+    said = f"{expected} is an address, expected a path on a disk; copy what is there to one (only raw data is read from"
+    assert message(argv=flags).startswith(said)
