@@ -5,6 +5,7 @@ Unlike the checks of ``validate.py``, :func:`check_data_files` needs the machine
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def check_data_files(config: RunConfig) -> None:
 
 def unfinished_data_set(prefix: str | Path) -> str | None:
     """What to say where rows of a data set are there and its manifest is not; None if the rows are not there either."""
-    rows = Path(f"{prefix}.tokens.bin")
-    if not rows.is_file():
+    path = Path(prefix)
+    blocks = sorted(path.parent.glob(f"{glob.escape(path.name)}.00000-of-?????.tokens.bin"))
+    rows = next((rows for rows in (Path(f"{prefix}.tokens.bin"), *blocks) if rows.is_file()), None)
+    if rows is None:
         return None
     return (
         f"{rows} is there, but {prefix}.json, which is written last, is not: the copy or the preparation is "

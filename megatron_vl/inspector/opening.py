@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,4 +81,12 @@ def _no_data_set(prefix: str) -> str:
 def _prefixes_in(folder: Path) -> list[str]:
     """Return the prefixes of a folder's finished data sets: those with a manifest and an index of rows."""
     manifests = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    return [str(path.with_suffix("")) for path in manifests if Path(f"{path.with_suffix('')}.tokens.idx").is_file()]
+    names = [str(path.with_suffix("")) for path in manifests]
+    return [name for name in names if any(Path(f"{block}.tokens.idx").is_file() for block in _possible_blocks(name))]
+
+
+def _possible_blocks(prefix: str) -> list[str]:
+    """Return the prefixes that the first block of a data set may have."""
+    path = Path(prefix)
+    found = path.parent.glob(f"{glob.escape(path.name)}.00000-of-?????.tokens.idx")
+    return [prefix, *(str(index).removesuffix(".tokens.idx") for index in found)]

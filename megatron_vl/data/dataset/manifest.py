@@ -4,6 +4,10 @@ The manifest is written last and read first. A prefix without a manifest is not 
 everything that a run must agree with (tokenizer, slots per image, row length), the sizes and hashes of the files, and
 the figures that recipes compute with (samples per row). Nothing in it depends on the machine, the time or the number of
 workers. So two preparations of the same recipe are equal byte by byte.
+
+A large data set has several blocks. Each block has its rows, its images and its keys in files of its own, whose names
+have ``.00003-of-00084`` after the prefix. Rows and images are numbered through all blocks. The manifest of one block is
+that of version 4, byte by byte, and the names have no number.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from megatron_vl.errors import DataError
 from megatron_vl.files import sha256_of_next, write_whole
 
 FORMAT_VERSION = 4
+"""Version of a data set of one block."""
+BLOCKS_VERSION = 5
+"""Version of a data set of several blocks, which earlier readers do not know."""
 HASHES = ".sha256"
 NUM_EXAMPLES = 5
 """Number of skipped samples whose keys the manifest lists for each source and reason."""
@@ -35,6 +42,14 @@ class FileEntry:
     suffix: str
     """Part of the name after the prefix, for example ``.tokens.bin``."""
     size: int
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """One of several blocks."""
+
+    num_rows: int
+    num_stored_images: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,9 @@ class Manifest:
     """Segments in the rows."""
     num_tokens: int
     num_images: int
-    """Images in the rows. Each is stored once, even if several samples use it."""
+    """Images in the rows. Each is stored once in a block, even if several samples use it."""
     num_stored_images: int
+    """Images in the files of all blocks."""
     images_per_row: tuple[int, ...]
     """Histogram: numbers of rows with 0, 1, 2, ... images."""
     sources: tuple[SourceTotals, ...]
@@ -107,9 +123,21 @@ class Manifest:
     """SHA-256 of ``<prefix>.sha256``, which holds the hashes of the other files; see ``hash_lines``."""
     largest_token: int = -1
     """Largest id of all samples; -1 if it is unknown."""
+    blocks: tuple[BlockEntry, ...] = ()
+    """The blocks in order, at least two. Empty: there is only one."""
 
     def __post_init__(self) -> None:
-        """Check for every source that kept + left out = read. Raises ValueError if records are unaccounted for."""
+        """Check that kept + left out = read for every source, and that the blocks have all rows and images.
+
+        Raises:
+            ValueError: Records, rows or images are unaccounted for.
+        """
+        if (self.format_version == BLOCKS_VERSION) != bool(self.blocks) or len(self.blocks) == 1:
+            raise ValueError(f"format_version is {self.format_version}, but there are {len(self.blocks)} blocks")
+        for name in ("num_rows", "num_stored_images"):
+            found = sum(getattr(block, name) for block in self.blocks)
+            if self.blocks and found != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but the blocks have {found}")
         for totals in self.sources:
             left_out = sum(skip.count for skip in self.skips if skip.source == totals.source)
             if totals.kept + left_out != totals.read:
@@ -140,8 +168,21 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the content of the file. Derived figures are written for human readers and ignored when read back."""
+        values = dataclasses.asdict(self)
+        if not self.blocks:
+            del values["blocks"]
         derived = {"samples_per_row": round(self.samples_per_row, 6), "fill": round(self.fill, 6)}
-        return json.dumps({**dataclasses.asdict(self), "derived": derived}, indent=2) + "\n"
+        return json.dumps({**values, "derived": derived}, indent=2) + "\n"
+
+    def block_prefixes(self, prefix: str | Path) -> list[str]:
+        """Return the path prefixes of the files of each block of the data set at ``prefix``."""
+        total = max(len(self.blocks), 1)
+        return [f"{prefix}{block_name(number, total)}" for number in range(total)]
+
+
+def block_name(number: int, total: int) -> str:
+    """Return what follows the prefix in the names of the files of a block: nothing if it is the only one."""
+    return f".{number:05d}-of-{total:05d}" if total > 1 else ""
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -170,8 +211,11 @@ def read_manifest(prefix: str | Path) -> Manifest:
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); prepare the data again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {version}, expected {FORMAT_VERSION}; prepare the data again.")
+    if version not in (FORMAT_VERSION, BLOCKS_VERSION):
+        raise DataError(
+            f"{path}: format_version is {version}, expected {FORMAT_VERSION} or {BLOCKS_VERSION}; prepare the data "
+            "again."
+        )
     try:
         manifest = Builder(DataError, ours=True).build(Manifest, values, str(path))
     except DataError as error:

@@ -9,6 +9,9 @@ where a row is cut, and need no second file. Only ``join_tokens`` and ``split_to
 sequence holds the number of images, so that rows can be dealt evenly over ranks using only the index.
 ``<prefix>.images`` holds each encoded image once, as bytes. ``<prefix>.keys`` holds a JSON list for each row, with one
 entry ``[source, task, key, start, stop]`` per segment: the sample of the segment, and the range of its tokens.
+
+A large data set has such files for each of several blocks (manifest.py). The ids in a row count the images of its
+block. Whoever reads a row gets ids that count those of the whole data set.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vl.data.dataset.indexed import IndexedFile
-from megatron_vl.data.dataset.manifest import read_manifest
+from megatron_vl.data.dataset.manifest import BlockEntry, read_manifest
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.errors import DataError
 
@@ -73,8 +76,8 @@ def row_lengths(segments: IntArray, images: IntArray, tokens: IntArray) -> IntAr
     return _HEADER_LENGTH + segments + images + tokens
 
 
-def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
-    """Decode a row from its stored form int32[items].
+def decode_row(stored: npt.NDArray[np.int32], where: str, *, first_image: int = 0) -> PackedRow:
+    """Decode a row from its stored form int32[items]. ``first_image`` is the number of the first image of its block.
 
     Raises:
         DataError: The entries contradict each other; ``where`` names the row in the message.
@@ -82,9 +85,9 @@ def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
     if len(stored) < _HEADER_LENGTH:
         raise DataError(f"{where}: too short for a row; the data set is damaged. Prepare it again.")
     num_segments, num_images = int(stored[0]), int(stored[1])
-    first_image = _HEADER_LENGTH + num_segments
-    first_token = first_image + num_images
-    segment_lengths = stored[_HEADER_LENGTH:first_image]
+    image_begin = _HEADER_LENGTH + num_segments
+    first_token = image_begin + num_images
+    segment_lengths = stored[_HEADER_LENGTH:image_begin]
     joined = stored[first_token:]
     if min(num_segments, num_images) < 0 or int(segment_lengths.sum()) != len(joined):
         raise DataError(
@@ -97,7 +100,7 @@ def decode_row(stored: npt.NDArray[np.int32], where: str) -> PackedRow:
         tokens=tokens,
         supervised=supervised,
         segment_lengths=segment_lengths,
-        image_ids=stored[first_image:first_token].astype(np.int64),
+        image_ids=first_image + stored[image_begin:first_token].astype(np.int64),
     )
 
 
@@ -107,42 +110,66 @@ def encode_keys(keys: Sequence[SegmentKey]) -> bytes:
     return json.dumps(entries, separators=(",", ":")).encode("ascii")
 
 
+@dataclass(frozen=True)
+class _Files:
+    """The files of one block."""
+
+    tokens: IndexedFile
+    images: IndexedFile
+    keys: IndexedFile
+
+    @classmethod
+    def open(cls, prefix: str) -> _Files:
+        return cls(
+            IndexedFile(f"{prefix}.tokens", with_modes=True),
+            IndexedFile(f"{prefix}.images"),
+            IndexedFile(f"{prefix}.keys"),
+        )
+
+
 class RowStore:
     """A prepared data set, opened for reading: rows, images and keys by index.
 
-    Opening reads the manifest and the indices. It raises DataError if anything is missing, truncated or inconsistent.
+    Rows and images are numbered through all blocks. Opening reads the manifest and the indices. It raises DataError if
+    anything is missing, truncated or inconsistent.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.manifest = read_manifest(prefix)
-        self._tokens = IndexedFile(f"{prefix}.tokens", with_modes=True)
-        self._images = IndexedFile(f"{prefix}.images")
-        self._keys = IndexedFile(f"{prefix}.keys")
-        if not len(self._tokens) == len(self._keys) == self.manifest.num_rows:
-            raise DataError(
-                f"{prefix}: {len(self._tokens)} rows and {len(self._keys)} lists of keys, the manifest says "
-                f"{self.manifest.num_rows}. The files belong to different data sets; prepare the data again."
-            )
+        self.block_prefixes = tuple(self.manifest.block_prefixes(prefix))
+        """Path prefix of the files of each block."""
+        self._blocks = [_Files.open(block) for block in self.block_prefixes]
+        blocks = self.manifest.blocks or (BlockEntry(self.manifest.num_rows, self.manifest.num_stored_images),)
+        for block_prefix, files, entry in zip(self.block_prefixes, self._blocks, blocks, strict=True):
+            if not len(files.tokens) == len(files.keys) == entry.num_rows:
+                raise DataError(
+                    f"{block_prefix}: {len(files.tokens)} rows and {len(files.keys)} lists of keys, the manifest says "
+                    f"{entry.num_rows}. The files belong to different data sets; prepare the data again."
+                )
+        self._first_rows = np.cumsum([0, *(len(files.tokens) for files in self._blocks)])
+        self._first_images = np.cumsum([0, *(len(files.images) for files in self._blocks)])
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return int(self._first_rows[-1])
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int32]:
         """int32[rows]: length of each stored row, tokens and a few header entries. It is the cost of the row."""
-        return self._tokens.lengths
+        lengths = [files.tokens.lengths for files in self._blocks]
+        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
 
     @property
     def row_images(self) -> npt.NDArray[np.int8]:
         """int8[rows]: number of images in each row."""
-        assert self._tokens.modes is not None
-        return self._tokens.modes
+        counts = [_modes(files.tokens) for files in self._blocks]
+        return counts[0] if len(counts) == 1 else np.concatenate(counts)
 
     def row(self, index: int) -> PackedRow:
         """Return one row. Raises DataError if its entries contradict each other."""
-        stored = np.frombuffer(self._tokens.read_bytes(index), dtype=np.int32)
-        return decode_row(stored, f"{self.prefix}, row {index}")
+        block, place = self._locate_row(index)
+        stored = np.frombuffer(self._blocks[block].tokens.read_bytes(place), dtype=np.int32)
+        return decode_row(stored, f"{self.prefix}, row {index}", first_image=int(self._first_images[block]))
 
     def segment_lengths(self, index: int) -> npt.NDArray[np.int32]:
         """Return the number of tokens in each segment of a row as int32[segments], without reading the tokens.
@@ -150,11 +177,13 @@ class RowStore:
         Raises:
             DataError: The entries contradict the length of the row.
         """
-        length, num_images = int(self._tokens.lengths[index]), int(self.row_images[index])
-        head = np.frombuffer(self._tokens.read_bytes(index, stop=min(length, _USUAL_HEAD)), dtype=np.int32)
+        block, place = self._locate_row(index)
+        tokens = self._blocks[block].tokens
+        length, num_images = int(tokens.lengths[place]), int(_modes(tokens)[place])
+        head = np.frombuffer(tokens.read_bytes(place, stop=min(length, _USUAL_HEAD)), dtype=np.int32)
         stop = _HEADER_LENGTH + max(int(head[0]), 0) if len(head) else length + 1
         if len(head) < stop <= length:
-            head = np.frombuffer(self._tokens.read_bytes(index, stop=stop), dtype=np.int32)
+            head = np.frombuffer(tokens.read_bytes(place, stop=stop), dtype=np.int32)
         lengths = head[_HEADER_LENGTH:stop]
         if stop + num_images + int(lengths.sum(dtype=np.int64)) != length:
             raise DataError(f"{self.prefix}, row {index}: its head contradicts its length; prepare the data again.")
@@ -162,20 +191,40 @@ class RowStore:
 
     def keys(self, index: int) -> list[SegmentKey]:
         """Return the origin of each segment of a row. Raises DataError if the entries are damaged."""
+        block, place = self._locate_row(index)
         try:
-            return [SegmentKey(*entry) for entry in json.loads(self._keys.read_bytes(index))]
+            return [SegmentKey(*entry) for entry in json.loads(self._blocks[block].keys.read_bytes(place))]
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.prefix}, row {index}: damaged keys ({error}); prepare the data again.") from error
 
     def image(self, index: int) -> bytes:
         """Return one encoded image. Raises DataError if there is no such image."""
-        if not 0 <= index < len(self._images):
+        if not 0 <= index < self._first_images[-1]:
             raise DataError(
-                f"{self.prefix}: a row refers to image {index} of {len(self._images)}; prepare the data again."
+                f"{self.prefix}: a row refers to image {index} of {self._first_images[-1]}; prepare the data again."
             )
-        return self._images.read_bytes(index)
+        blocks, places = self.locate_images(np.array([index]))
+        return self._blocks[int(blocks[0])].images.read_bytes(int(places[0]))
+
+    def locate_images(self, indices: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the block of each image and its index in the files of this block; int64[n] all.
+
+        An image that no block has gets the nearest block and an index that is not in it.
+        """
+        blocks = np.searchsorted(self._first_images[1:-1], indices, side="right")
+        return blocks, indices - self._first_images[blocks]
 
     def close(self) -> None:
         """Close all files."""
-        for file in (self._tokens, self._images, self._keys):
-            file.close()
+        for files in self._blocks:
+            for file in (files.tokens, files.images, files.keys):
+                file.close()
+
+    def _locate_row(self, index: int) -> tuple[int, int]:
+        block = int(np.searchsorted(self._first_rows[1:-1], index, side="right"))
+        return block, index - int(self._first_rows[block])
+
+
+def _modes(tokens: IndexedFile) -> npt.NDArray[np.int8]:
+    assert tokens.modes is not None
+    return tokens.modes

@@ -95,17 +95,21 @@ class DataSets:
         self.stores = [RowStore(prefix) for _, prefix in pairs]
         self.plan = DataPlan.of(config, data_path, [(store.prefix, store.manifest) for store in self.stores])
         self.blend = self.plan.blend
+        self.image_files = [prefix for store in self.stores for prefix in store.block_prefixes]
+        """Path prefixes of the files of images of all data sets."""
+        self._first_files = np.cumsum([0, *(len(store.block_prefixes) for store in self.stores)])
         self.lengths = np.concatenate([store.row_lengths for store in self.stores])
         self.images = np.concatenate([store.row_images for store in self.stores])
 
     def read(self, row_id: int) -> tuple[PackedRow, str, npt.NDArray[np.int64]]:
-        """Return a row, its name for messages, and its images as int64[n, 2] (data set, image)."""
+        """Return a row, its name for messages, and its images as int64[n, 2] (index into ``image_files``, image)."""
         if row_id == PADDING_ROW:
             return empty_row(), "padding", np.zeros((0, 2), dtype=np.int64)
         store_id, index = self._find(row_id)
         store = self.stores[store_id]
         row = store.row(index)
-        images = np.stack([np.full(len(row.image_ids), store_id), row.image_ids], axis=1)
+        blocks, places = store.locate_images(row.image_ids)
+        images = np.stack([self._first_files[store_id] + blocks, places], axis=1)
         return row, f"{store.prefix}, row {index}", images
 
     def keys(self, row_id: int) -> list[SegmentKey]:
@@ -167,9 +171,9 @@ class RowLoader:
             blank_images=config.data.blank_images,
         )
         decodes = with_pixels and not config.data.blank_images and bool(self.data_sets.images.any())
-        prefixes = [store.prefix for store in self.data_sets.stores]
+        files = self.data_sets.image_files
         self._num_workers = config.data.num_workers
-        self._pool = DecodePool(prefixes, config.model.image_size, num_workers=self._num_workers) if decodes else None
+        self._pool = DecodePool(files, config.model.image_size, num_workers=self._num_workers) if decodes else None
 
     @property
     def num_rows(self) -> int:

@@ -52,6 +52,8 @@ class PackOptions:
     """Shorter gaps are not filled with text."""
     seed: Annotated[int, Between(0)] = 0
     """Seed of the shuffle before packing."""
+    block_samples: _Positive = 2**24
+    """Greatest number of samples that are packed together. More are packed in blocks with files of their own."""
 
 
 @dataclass(frozen=True)

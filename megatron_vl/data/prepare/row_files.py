@@ -9,8 +9,10 @@ has either a complete data set or none.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ from megatron_vl.errors import DataError
 from megatron_vl.files import move, sha256_of_file, sync
 
 _KEYS = ".keys"
+_KINDS = tuple(f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx"))
+_SUFFIX = re.compile(rf"(\.\d{{5}}-of-\d{{5}})?({'|'.join(map(re.escape, _KINDS))})")
+"""Suffixes of the files of rows, of any number of blocks."""
 
 
 def is_of_rows(path: Path) -> bool:
@@ -31,10 +36,10 @@ def is_of_rows(path: Path) -> bool:
     return path.name.startswith("rows-")
 
 
-def file_entries(stem: Path) -> tuple[tuple[FileEntry, ...], str]:
-    """Return the manifest's facts about the finished files: their sizes, and the hash of their hashes."""
-    kinds = [f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx")]
-    entries = tuple(FileEntry(kind, Path(f"{stem}{kind}").stat().st_size) for kind in (*kinds, HASHES))
+def file_entries(stem: Path, blocks: Sequence[str]) -> tuple[tuple[FileEntry, ...], str]:
+    """Return the manifest's facts about the finished files of blocks: their sizes, and the hash of their hashes."""
+    suffixes = [f"{block}{kind}" for block in blocks for kind in _KINDS]
+    entries = tuple(FileEntry(suffix, Path(f"{stem}{suffix}").stat().st_size) for suffix in (*suffixes, HASHES))
     return entries, sha256_of_file(Path(f"{stem}{HASHES}"))
 
 
@@ -48,6 +53,7 @@ def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
     """
     write_manifest(stem, manifest)  # here first, so that a full disk is detected before anything is renamed
     manifest_path(prefix).unlink(missing_ok=True)
+    _remove_outdated(prefix, {entry.suffix for entry in manifest.files})
     left = []
     for entry in manifest.files:
         old, new = Path(f"{stem}{entry.suffix}"), Path(f"{prefix}{entry.suffix}")
@@ -56,6 +62,14 @@ def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
         elif not new.is_file() or new.stat().st_size != entry.size:
             raise DataError(f"{old}: gone; plan again (--phase plan, or start again), and the rows are written again")
     move(*left, (manifest_path(stem), manifest_path(prefix)))
+
+
+def _remove_outdated(prefix: Path, wanted: set[str]) -> None:
+    """Remove the files of an earlier data set at ``prefix`` that the new one, of other blocks, does not replace."""
+    for path in list(prefix.parent.iterdir()):
+        suffix = path.name.removeprefix(prefix.name)
+        if path.name.startswith(prefix.name) and _SUFFIX.fullmatch(suffix) and suffix not in wanted:
+            path.unlink(missing_ok=True)
 
 
 def renaming(stem: Path) -> bool:
@@ -97,11 +111,26 @@ def remove_rows(folder: Path, kept: Collection[Path] = ()) -> None:
             path.unlink(missing_ok=True)
 
 
-def finish_files(stem: Path, slices: Iterable[tuple[SliceRecord, SliceShape]]) -> None:
-    """Write the keys, slice after slice, the indices and the hashes."""
+def finish_files(stem: Path, slices: Iterable[tuple[str, SliceRecord, SliceShape]]) -> list[str]:
+    """Write the keys, slice after slice, the indices and the hashes; return the names of the blocks.
+
+    ``slices`` are given with the names of their blocks, block after block.
+    """
+    blocks = []
+    with Path(f"{stem}{HASHES}").open("wb") as file:
+        for block, members in itertools.groupby(slices, key=lambda item: item[0]):
+            for line in _finish_block(stem, block, ((record, shape) for _, record, shape in members)):
+                file.write(line.encode())
+            blocks.append(block)
+        sync(file)
+    return blocks
+
+
+def _finish_block(stem: Path, block: str, slices: Iterable[tuple[SliceRecord, SliceShape]]) -> Iterator[str]:
+    """Write the keys and the indices of a block; yield the lines of its hashes."""
     ranges: dict[str, list[FileRange]] = {TOKENS: [], IMAGES: [], _KEYS: []}
     key_lengths, shapes = [], []
-    with Path(f"{stem}{_KEYS}.bin").open("wb") as file:
+    with Path(f"{stem}{block}{_KEYS}.bin").open("wb") as file:
         for record, shape in slices:
             ranges[TOKENS].append(record.tokens)
             ranges[IMAGES].append(record.images)
@@ -112,13 +141,12 @@ def finish_files(stem: Path, slices: Iterable[tuple[SliceRecord, SliceShape]]) -
         sync(file)
     row_lengths = np.concatenate([shape.row_lengths for shape in shapes])
     images_per_row = np.concatenate([shape.images_per_row for shape in shapes])
+    image_sizes = np.concatenate([shape.image_sizes for shape in shapes])
     indices = {
-        TOKENS: write_index(f"{stem}{TOKENS}", row_lengths, "int32", images_per_row),
-        IMAGES: write_index(f"{stem}{IMAGES}", np.concatenate([shape.image_sizes for shape in shapes]), "uint8"),
-        _KEYS: write_index(f"{stem}{_KEYS}", np.concatenate(key_lengths), "uint8"),
+        TOKENS: write_index(f"{stem}{block}{TOKENS}", row_lengths, "int32", images_per_row),
+        IMAGES: write_index(f"{stem}{block}{IMAGES}", image_sizes, "uint8"),
+        _KEYS: write_index(f"{stem}{block}{_KEYS}", np.concatenate(key_lengths), "uint8"),
     }
-    with Path(f"{stem}{HASHES}").open("wb") as file:
-        for suffix, index in indices.items():
-            for line in (*hash_lines(f"{suffix}.bin", ranges[suffix]), *hash_lines(f"{suffix}.idx", [index])):
-                file.write(line.encode())
-        sync(file)
+    for kind, index in indices.items():
+        yield from hash_lines(f"{block}{kind}.bin", ranges[kind])
+        yield from hash_lines(f"{block}{kind}.idx", [index])

@@ -10,6 +10,7 @@ once in a block, even if other rows of the block use it too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,18 +96,20 @@ def plan_rows(packing: Packing, block: Block) -> RowPlan:
     )
 
 
-def plan_slices(plan: RowPlan, origins: Origins) -> Iterator[RowSlice]:
-    """Yield the slices of a plan, in order."""
+def plan_slices(plan: RowPlan, origins: Origins, block: str) -> Iterator[RowSlice]:
+    """Yield the slices of a plan, in order. ``block`` is the name of the block, see ``block_name``."""
     token_begins = 4 * _splits(plan.lengths)
     image_begins = _splits(plan.stored_sizes)[plan.first_stored]
     numbers = (token_begins + image_begins)[:-1] // SLICE_BYTES + plan.packing.row_splits[:-1] // SLICE_PIECES
     borders = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
     for first, last in zip(borders[:-1], borders[1:], strict=True):
-        yield _slice(plan, first, last, origins, (int(token_begins[first]), int(image_begins[first])))
+        begins = (int(token_begins[first]), int(image_begins[first]))
+        work = _slice(plan, first, last, origins)
+        yield dataclasses.replace(work, block=block, token_begin=begins[0], image_begin=begins[1])
 
 
-def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple[int, int]) -> RowSlice:
-    """Return rows [first, last) with the necessary facts about samples, images and parts."""
+def _slice(plan: RowPlan, first: int, last: int, origins: Origins) -> RowSlice:
+    """Return rows [first, last) with the necessary facts about samples, images and parts, but not their places."""
     samples, images, splits = plan.block.samples, plan.block.images, plan.packing.row_splits
     segment_range = slice(int(splits[first]), int(splits[last]))
     use_range = slice(int(plan.image_splits[first]), int(plan.image_splits[last]))
@@ -114,8 +117,9 @@ def _slice(plan: RowPlan, first: int, last: int, origins: Origins, begins: tuple
     fresh = plan.stored[plan.first_stored[first] : plan.first_stored[last]]
     parts, numbers = np.unique(np.concatenate([samples.part[segments], images.part[fresh]]), return_inverse=True)
     return RowSlice(
-        token_begin=begins[0],
-        image_begin=begins[1],
+        block="",
+        token_begin=0,
+        image_begin=0,
         paths=tuple(origins.paths[part] for part in parts.tolist()),
         names=origins.names,
         row_splits=splits[first : last + 1] - splits[first],

@@ -1,7 +1,9 @@
 """The unit of work of the merge: writing a slice of rows to fixed positions in files.
 
-    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of the whole data set; every worker writes its own range
+    rows-<plan>.tokens.bin, rows-<plan>.images.bin     of a block of the data set; every worker writes its own range
     rows-<plan>-<slice>.npz                            the record of a finished slice: hashes of its ranges, its keys
+
+If there are several blocks, ``<plan>`` is followed by the name of the block.
 
 The record is written last, when the ranges are on the disk. The name of a slice is the hash of its inputs and its
 positions. The name of a plan is the hash of its slices. So a slice with a record is not written again, and a killed
@@ -40,6 +42,8 @@ _BUFFER_BYTES = 4 * 2**20
 class RowSlice:
     """Consecutive rows, and the positions of everything they need."""
 
+    block: str
+    """What follows the prefix in the names of the files of its block."""
     token_begin: int
     """First byte of its rows in the file of tokens."""
     image_begin: int
@@ -114,11 +118,11 @@ def write_slice(work: RowSlice, stem: Path) -> int:
     """
     reader = PartReader(work.paths)
     try:
-        with _stretch(Path(f"{stem}{IMAGES}.bin"), work.image_begin) as images:
+        with _stretch(Path(f"{stem}{work.block}{IMAGES}.bin"), work.image_begin) as images:
             places = (work.image_part, work.image_offset, work.image_size)
             for part, offset, size in zip(*(column.tolist() for column in places), strict=True):
                 images.write(reader.read(part, offset, size))
-        with _stretch(Path(f"{stem}{TOKENS}.bin"), work.token_begin) as tokens:
+        with _stretch(Path(f"{stem}{work.block}{TOKENS}.bin"), work.token_begin) as tokens:
             keys = [_write_row(work, row, reader, tokens) for row in range(work.num_rows)]
     finally:
         reader.close()

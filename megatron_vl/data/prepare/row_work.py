@@ -8,6 +8,7 @@ finish_rows      the keys, the indices and the hashes of the written slices     
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def plan_rows_of(recipe: DataRecipe, parts: Iterable[FinishedPart], folder: Path
     Raises:
         DataError: As for ``check_outcome``.
     """
-    slices, manifest = merge_parts(recipe, parts, folder)
-    plan = StoredPlan(folder, store_slices(slices, folder), manifest, made_for)
+    merged = merge_parts(recipe, parts, folder)
+    slices = store_slices(merged.slices(), folder)
+    plan = StoredPlan(folder, slices, merged.manifest(), made_for)
     records = [record_path(plan.stem, item.name) for item in plan.slices]
     make_room(_sizes(plan), plan.stem, records, kept=[slice_path(folder, item.name) for item in plan.slices])
     store_plan(plan)
@@ -104,8 +106,8 @@ def finish_rows(plan: StoredPlan) -> Manifest:
     Raises:
         DataError: A slice, or its record, is gone or damaged.
     """
-    finish_files(plan.stem, ((_finished(plan, item.name), _shape(plan, item.name)) for item in plan.slices))
-    files, hashes = file_entries(plan.stem)
+    work = ((item.block, _finished(plan, item.name), _shape(plan, item.name)) for item in plan.slices)
+    files, hashes = file_entries(plan.stem, finish_files(plan.stem, work))
     return dataclasses.replace(plan.manifest, files=files, hashes_sha256=hashes)
 
 
@@ -123,8 +125,9 @@ def _finished(plan: StoredPlan, name: str) -> SliceRecord:
 
 
 def _sizes(plan: StoredPlan) -> dict[str, int]:
-    """Return the size of each file of rows, by suffix."""
-    return {
-        TOKENS: sum(item.token_bytes for item in plan.slices),
-        IMAGES: sum(item.image_bytes for item in plan.slices),
-    }
+    """Return the size of each file of rows, by suffix without ``.bin``."""
+    sizes: Counter[str] = Counter()
+    for item in plan.slices:
+        sizes[f"{item.block}{TOKENS}"] += item.token_bytes
+        sizes[f"{item.block}{IMAGES}"] += item.image_bytes
+    return sizes

@@ -32,7 +32,7 @@ from megatron_vl.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 _NAME_BYTES = 16
-_IN_HEADER = ("token_begin", "image_begin", "names")
+_IN_HEADER = ("block", "token_begin", "image_begin", "names")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class StoredSlice:
     """A slice that is stored, and the room that its rows take."""
 
     name: str
+    block: str
+    """What follows the prefix in the names of the files of its block."""
     num_rows: int
     token_bytes: int
     image_bytes: int
@@ -103,7 +105,7 @@ def store_slices(slices: Iterable[RowSlice], folder: Path) -> tuple[StoredSlice,
             _store_slice(path, work)
         shape = shape_of(work)
         room = (4 * int(shape.row_lengths.sum()), int(shape.image_sizes.sum(dtype=np.int64)))
-        stored.append(StoredSlice(work.name, work.num_rows, *room))
+        stored.append(StoredSlice(work.name, work.block, work.num_rows, *room))
     return tuple(stored)
 
 
@@ -122,8 +124,9 @@ def write_stored_slice(folder: Path, name: str, stem: Path) -> int:
 
 def store_plan(plan: StoredPlan) -> None:
     """Write the plan, whose slices must be stored."""
+    blocks = list(dict.fromkeys(item.block for item in plan.slices))
     header = {
-        "manifest": json.loads(plan.manifest.to_json()), "recipe": dict(plan.made_for.recipe),
+        "blocks": blocks, "manifest": json.loads(plan.manifest.to_json()), "recipe": dict(plan.made_for.recipe),
     }  # fmt: skip
     store_columns(
         plan_path(plan.folder),
@@ -131,6 +134,7 @@ def store_plan(plan: StoredPlan) -> None:
             "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
             "units": _to_bytes(plan.made_for.units),
             "slices": _to_bytes([item.name for item in plan.slices]),
+            "block": np.array([blocks.index(item.block) for item in plan.slices], dtype=np.int32),
             "num_rows": np.array([item.num_rows for item in plan.slices], dtype=np.int64),
             "token_bytes": np.array([item.token_bytes for item in plan.slices], dtype=np.int64),
             "image_bytes": np.array([item.image_bytes for item in plan.slices], dtype=np.int64),
@@ -146,6 +150,7 @@ def load_plan(folder: Path) -> StoredPlan | None:
             return None
         header = json.loads(stored["header"].tobytes())
         columns = [stored[name].tolist() for name in ("num_rows", "token_bytes", "image_bytes")]
+        columns.insert(0, [header["blocks"][block] for block in stored["block"].tolist()])
         slices = tuple(StoredSlice(*facts) for facts in zip(_to_names(stored["slices"]), *columns, strict=True))
         manifest = Builder(DataError, ours=True).build(Manifest, header["manifest"], str(plan_path(folder)))
         return StoredPlan(folder, slices, manifest, MadeFor(header["recipe"], _to_names(stored["units"])))
