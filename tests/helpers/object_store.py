@@ -1,8 +1,8 @@
 """A small S3 server over a folder: a bucket is a folder in it, an object is a file. It can break connections.
 
 It speaks as much of S3 as reading needs: HEAD and GET of an object, with Range and If-Match, and ListObjectsV2 with
-pages. One key is right; signatures are not checked. (moto does all of S3, but breaks no connection, and the packages
-that it needs are larger than all others of the tests together.)
+pages. One key is right, and the bucket ``public`` needs none; signatures are not checked. (moto does all of S3, but
+breaks no connection, and the packages that it needs are larger than all others of the tests together.)
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         key, query = unquote(parts.path).strip("/"), {k: v[0] for k, v in parse_qs(parts.query).items()}
         self.served.requests.append(f"{self.command} {key} {self.headers.get('Range', '')}".strip())
         path = self.served.root / key
-        if f"Credential={ACCESS_KEY}/" not in self.headers.get("Authorization", ""):
+        is_known = f"Credential={ACCESS_KEY}/" in self.headers.get("Authorization", "")
+        if not is_known and key.partition("/")[0] != "public":
             self._refuse(403, "AccessDenied", "no such key", with_body)
         elif not (self.served.root / key.partition("/")[0]).is_dir():
             self._refuse(404, "NoSuchBucket", "no such bucket", with_body)

@@ -127,6 +127,17 @@ def test_what_keeps_a_store_shut_is_one_line(
     assert re.match(rf"error: source 'captions': s3://raw/of tests/captions: {expected}", line), line
 
 
+def test_settings_of_fsspec_open_a_public_bucket(store: ObjectStore, tmp_path: Path) -> None:
+    expected = from_disk(store)
+    (store.root / "raw").rename(store.root / "public")
+    settings = {"FSSPEC_S3_ANON": "true", "FSSPEC_S3_ENDPOINT_URL": store.url, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    no_key = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    flags = "--workers", "1", "--root", "s3://public/of tests"
+    status, said = run(store, tmp_path / "new" / "set", *flags, **settings, **no_key)
+    assert status == 0, said
+    assert hashes(tmp_path / "new" / "set") == expected
+
+
 def test_what_is_not_there_is_one_line(store: ObjectStore, tmp_path: Path) -> None:
     (store.root / "raw/of tests/text.jsonl").unlink()
     status, said = run(store, tmp_path / "new" / "set", "--workers", "1")

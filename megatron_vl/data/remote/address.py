@@ -10,7 +10,8 @@ the store gives. Planning asks once for each folder and not for each file. Where
 another process, the file must still be the same. There are no links in a store, and ``..`` is not a part of a key.
 
 ``Path`` may be subclassed from Python 3.12 on. In 3.11 this works for ``PosixPath``, whose methods make new paths in
-the same way.
+the same way. universal_pathlib 0.3 has such paths for every store, but they are no ``Path``, forget what a listing
+says, and repeat nothing.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _CREDENTIALS: Mapping[str, str] = {
     "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; of a public bucket FSSPEC_S3_ANON=true",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS; of a public bucket FSSPEC_GS_TOKEN=anon",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-    "oss": "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET",
+    "oss": "FSSPEC_OSS_KEY, FSSPEC_OSS_SECRET and OSS_ENDPOINT",
     "hf": "HF_TOKEN, for what is not public",
 }
 
