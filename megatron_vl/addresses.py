@@ -12,7 +12,7 @@ from os import PathLike
 
 from megatron_vl.errors import ConfigError, MegatronVLError
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """A protocol and at least one slash, because a ``Path`` has only one left. No path on a disk is likely to begin so."""
 
 

@@ -2,7 +2,7 @@
 
 It speaks as much of S3 as reading needs: HEAD and GET of an object, with Range and If-Match, and ListObjectsV2 with
 pages. One key is right, and the bucket ``public`` needs none; signatures are not checked. (moto does all of S3, but
-breaks no connection, and the packages that it needs are larger than all others of the tests together.)
+breaks no connection, and its boto3 asks for another botocore than s3fs.)
 """
 
 from __future__ import annotations

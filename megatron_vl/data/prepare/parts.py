@@ -60,9 +60,12 @@ def plan_units(recipe: DataRecipe) -> list[Unit]:
     for source_index, entry in enumerate(recipe.sources):
         with _named(entry):
             common = _common_facts(recipe, entry)
+            states: dict[Path, tuple[int, int | str] | None] = {}  # one question for each file, not for each shard
             for shard in entry.source.shards():
-                state = None if shard.contents and shard.path.is_dir() else _state(shard.path)
-                facts = json.dumps([common, dataclasses.asdict(shard), state], default=str)
+                if shard.path not in states:
+                    by_contents = shard.contents and shard.path.is_dir()
+                    states[shard.path] = None if by_contents else _state(shard.path)
+                facts = json.dumps([common, dataclasses.asdict(shard), states[shard.path]], default=str)
                 units.append(Unit(source_index, shard, hashlib.sha256(facts.encode()).hexdigest()[:32]))
     return units
 

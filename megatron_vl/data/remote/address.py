@@ -215,5 +215,6 @@ def _entry_of(path: Path, said: Mapping[str, Any]) -> Entry:
     identity = next((said[name] for name in _IDENTITIES if said.get(name)), None)
     if identity is None or said.get("size") is None:
         raise DataError(f"{path}: the store tells no size, or neither tag nor time of it; copy it to a disk")
-    text = str(identity.timestamp()) if isinstance(identity, datetime) else str(identity)
+    # A listing and a question may differ in the quotes of a tag, and in the form of a time.
+    text = str(identity.timestamp()) if isinstance(identity, datetime) else str(identity).strip('"')
     return Entry(is_folder=False, size=int(said["size"]), identity=text)

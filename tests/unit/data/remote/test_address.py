@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +173,19 @@ def test_a_file_is_read_on_where_the_connection_broke(folder: Address, monkeypat
     assert failing.num_requests == 4
     use(FailingStore(*[reset] * 4), monkeypatch)
     with pytest.raises(DataError, match=r"^memory://addresses/a.txt: cannot read it from byte 0 on, in 4 attempts"):
+        open_whole(folder / "a.txt")
+
+
+def test_a_tar_that_does_not_fit_into_the_temporary_folder_is_named(
+    folder: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(
+        DataError, match=r"^memory://addresses/a.txt: 5 bytes do not fit into .*; let TMPDIR name a folder"
+    ):
         open_whole(folder / "a.txt")
 
 
