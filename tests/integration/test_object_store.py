@@ -32,16 +32,16 @@ store.PAUSES = (0.0, 0.0, 0.0)
 """
 DIES = """
 import os, signal
-from megatron_vl.data.prepare import job
+from megatron_vl.data.prepare import part_work
 num_parts = 0
-write_part = job.write_part
+write_part = part_work.write_part
 def mortal(*arguments):
     global num_parts
     num_parts += 1
     if num_parts == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return write_part(*arguments)
-job.write_part = mortal
+part_work.write_part = mortal
 """
 
 
