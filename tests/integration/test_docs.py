@@ -193,7 +193,7 @@ def test_flags_in_the_text_exist(page: Path, outcomes: dict[str, Outcome]) -> No
     known += "".join(outcomes[command.help].output for command in COMMANDS if command.help)
     known += " --all --smoke --output --release --format --reference --vocab-file --vision --language --no-deps "
     known += " --resize_mode --save_additional_columns --kill-on-bad-exit --max-restarts "  # not our flags
-    known += " --requeue --signal --capture-range "
+    known += " --requeue --signal --dependency --capture-range "
     known += "".join(f" --{name.replace('_', '-')} " for name in synonyms.NOTES)  # refused with a reason
     named = re.findall(r"(--[a-z][\w-]+)", " ".join(re.findall(r"`([^`\n]+)`", prose(page))))
     assert {flag for flag in named if not re.search(rf"{flag}\b(?!-)", known)} == set()

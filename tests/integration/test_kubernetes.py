@@ -21,6 +21,7 @@ from tests.integration.test_launcher import environment
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "k8s"
 FILES = sorted(FOLDER.glob("*.yaml"))
+PREPARATIONS = [path for path in FILES if path.stem.startswith("prepare")]
 PATIENCE_S = 200
 FROM_KUBERNETES = {"JOB_COMPLETION_INDEX"}
 """What an indexed job sets in its pods."""
@@ -72,7 +73,7 @@ def option(name: str) -> str:
 
 
 def test_there_are_a_training_and_a_preparation() -> None:
-    assert [path.name for path in FILES] == ["prepare.yaml", "train.yaml"]
+    assert [path.stem for path in FILES] == ["prepare", "prepare_parts", "prepare_plan", "prepare_rows", "train"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -117,11 +118,10 @@ def test_statuses_mean_what_they_mean_elsewhere() -> None:
         "FailJob": {ExitStatus.USER_ERROR, ExitStatus.NOT_FINITE},
         "Ignore": {ExitStatus.STOPPED},
     }
-    (prepare,) = [
-        rule for rule in objects(FOLDER / "prepare.yaml")["Job"]["spec"]["podFailurePolicy"]["rules"]
-        if rule["action"] == "FailJob"
-    ]  # fmt: skip
-    assert prepare["onExitCodes"]["values"] == [ExitStatus.USER_ERROR]
+    for path in PREPARATIONS:
+        rules = objects(path)["Job"]["spec"]["podFailurePolicy"]["rules"]
+        (prepare,) = [rule for rule in rules if rule["action"] == "FailJob"]
+        assert prepare["onExitCodes"]["values"] == [ExitStatus.USER_ERROR]
 
 
 def test_the_trainer_takes_the_flags_of_the_training() -> None:
@@ -137,11 +137,12 @@ def test_the_trainer_takes_the_flags_of_the_training() -> None:
     assert f"# {world} ranks = tensor 2" in done.stdout and "save: /shared/runs/stage2" in done.stdout
 
 
-def test_the_preparation_takes_its_flags(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", PREPARATIONS, ids=lambda path: path.stem)
+def test_the_preparation_takes_its_flags(tmp_path: Path, path: Path) -> None:
     """Up to the answer that no data set is there."""
-    variables = {"RAW": str(tmp_path), "DATA": str(tmp_path / "rows"), "CORES": "1"}
+    variables = {"RAW": str(tmp_path), "DATA": str(tmp_path / "rows"), "CORES": "1", "JOB_COMPLETION_INDEX": "3"}
     done = subprocess.run(
-        ["bash", "-ec", script_of(FOLDER / "prepare.yaml")],
+        ["bash", "-ec", script_of(path)],
         cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and "the files of all sources are missing" in done.stderr + done.stdout, done.stderr
@@ -228,9 +229,10 @@ def test_a_pod_that_is_drained_while_it_waits_is_no_failure(unused_port: int) ->
     assert pod.returncode == ExitStatus.STOPPED
 
 
-def test_a_preparation_is_not_waited_for() -> None:
+@pytest.mark.parametrize("path", PREPARATIONS, ids=lambda path: path.stem)
+def test_a_preparation_is_not_waited_for(path: Path) -> None:
     """Nothing in it handles SIGTERM, and Kubernetes would wait 30 seconds."""
-    assert pod_of(FOLDER / "prepare.yaml")["terminationGracePeriodSeconds"] <= 5
+    assert pod_of(path)["terminationGracePeriodSeconds"] <= 5
 
 
 @pytest.fixture
