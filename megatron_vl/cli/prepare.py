@@ -58,6 +58,12 @@ def _build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, help="processes (default: one per core); under mpirun the other ranks work instead"
     )
     parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="who works: processes of this machine, or the ranks of mpirun; or a Ray cluster that runs",
+    )
+    parser.add_argument(
         "--model-preset", choices=sorted(PRESETS), help="take num_queries and num_bpe_tokens of this model preset"
     )
     parser.add_argument(
@@ -104,7 +110,8 @@ def _run(options: argparse.Namespace) -> None:
         write_line(f"{prefix}: all files are as the manifest says")
         return
     share = _share(options)
-    with open_pool(1 if options.phase == "plan" else options.workers) as pool:
+    workers, engine = (1, "processes") if options.phase == "plan" else (options.workers, options.engine)
+    with open_pool(workers, engine) as pool:
         if pool is not None:  # otherwise another rank has the result of this rank's work
             recipe = _recipe(options)
             if options.phase:

@@ -1,12 +1,14 @@
-"""Workers for the units of work: this process, processes of this machine, or the ranks of an MPI job.
+"""Workers for the units of work: this process, processes of this machine, the ranks of an MPI job, or a Ray cluster.
 
-All three are executors of ``concurrent.futures``, so handing out work and reporting errors are the same for all. Under
+All four are executors of ``concurrent.futures``, so handing out work and reporting errors are the same for all. Under
 MPI, rank 0 hands out work and merges, and the other ranks work. An error on any rank reaches rank 0, which reports it
-and ends the job on all ranks. Local workers end with the process that started them, even if it is killed.
+and ends the job on all ranks. Local workers end with the process that started them, even if it is killed, and so do
+tasks of Ray. Ray starts a task again if its worker dies. That is right here, since work may be done twice.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,7 +21,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 from megatron_vl.errors import ConfigError, DataError, MegatronVLError
 from megatron_vl.launch import read_launch
@@ -61,15 +64,22 @@ def this_process() -> Pool:
 
 
 @contextmanager
-def open_pool(workers: int | None = None) -> Iterator[Pool | None]:
+def open_pool(workers: int | None = None, engine: Literal["processes", "ray"] = "processes") -> Iterator[Pool | None]:
     """Yield the workers of this job: MPI ranks if several, else ``workers`` processes (default: one per core).
 
-    On MPI ranks other than 0, yield None after all work is done.
+    On MPI ranks other than 0, yield None after all work is done. With the engine ``ray``, yield the workers of the Ray
+    cluster that runs, as many as it has cores if ``workers`` does not say otherwise.
 
     Raises:
-        ConfigError: A launcher started several processes that MPI does not know.
+        ConfigError: A launcher started several processes that MPI does not know; there is no Ray or no cluster.
     """
     ranks = read_launch().world_size
+    if engine == "ray":
+        if ranks > 1:
+            raise ConfigError(f"--engine ray: {ranks} processes were started, but one hands out the work; start one")
+        with _ray_pool(workers) as pool:
+            yield pool
+        return
     if ranks > 1:
         with _mpi_pool(ranks) as pool:
             yield pool
@@ -128,6 +138,66 @@ def _mpi_pool(ranks: int) -> Iterator[Pool | None]:
             is_users = isinstance(error, MegatronVLError)
             write_line(f"error: {error}" if is_users else traceback.format_exc(), error=True)
             world.Abort(2 if is_users else 1)
+
+
+@contextmanager
+def _ray_pool(workers: int | None) -> Iterator[Pool]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--engine ray: the package ray is not installed here (pip install ray)") from error
+    folder = str(Path(__file__).parents[3])
+    try:
+        ray.init(
+            address="auto",
+            runtime_env={"env_vars": {"PYTHONPATH": folder}},  # where workers find this package
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            "--engine ray: no Ray cluster runs here. Start one (ray start --head), or say where it is (RAY_ADDRESS)"
+        ) from error
+    try:
+        yield Pool(_OnRay(ray), workers or max(int(ray.cluster_resources().get("CPU", 1)), 1))
+    finally:
+        ray.shutdown()  # ends the tasks that still run
+
+
+class _OnRay:
+    """Executor whose work is tasks of Ray."""
+
+    def __init__(self, ray: Any) -> None:
+        self._task = ray.remote(_call)
+        self._errors = ray.exceptions
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def pass_on(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(self._original(error))
+
+        self._task.remote(fn, *args).future().add_done_callback(pass_on)
+        return future
+
+    def _original(self, error: BaseException) -> BaseException:
+        """Return the exception of the work itself, or a DataError if Ray has lost the work."""
+        if isinstance(error, self._errors.RayTaskError):
+            cause: BaseException = error.cause
+            return cause
+        if isinstance(error, self._errors.RayError):
+            reason = str(error).splitlines()[0]
+            return DataError(f"Ray lost a worker ({reason}); start again: it goes on from what is finished")
+        return error
+
+
+def _call(fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(*args)
 
 
 def hand_out(
