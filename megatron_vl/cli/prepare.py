@@ -110,8 +110,8 @@ def _run(options: argparse.Namespace) -> None:
         write_line(f"{prefix}: all files are as the manifest says")
         return
     share = _share(options)
-    workers, engine = (1, "processes") if options.phase == "plan" else (options.workers, options.engine)
-    with open_pool(workers, engine) as pool:
+    alone = options.phase == "plan"
+    with open_pool(1 if alone else options.workers, "processes" if alone else options.engine) as pool:
         if pool is not None:  # otherwise another rank has the result of this rank's work
             recipe = _recipe(options)
             if options.phase:

@@ -102,10 +102,7 @@ def run_phase(recipe: DataRecipe, prefix: Path, phase: Phase, settings: Settings
     with disk_errors_named(folder):
         units = units_of(recipe)
         task = _Task(PartWork(recipe, units, folder), prefix, made_for(recipe, units), phase, settings)
-        if _is_complete(task):
-            outcome = Outcome(f"{prefix}: the data set is complete")
-        else:
-            outcome = {"parts": _parts, "plan": _plan, "rows": _rows}[phase](task)
+        outcome = _nothing_left(task) or {"parts": _parts, "plan": _plan, "rows": _rows}[phase](task)
         if phase == "rows" and _is_complete(task):
             _clean(task)
     return outcome
@@ -114,6 +111,8 @@ def run_phase(recipe: DataRecipe, prefix: Path, phase: Phase, settings: Settings
 def _parts(task: _Task) -> Outcome:
     share, pool = task.settings.share, task.settings.pool
     with _joined(task), progress_bar("tokenizing", "shard", show=task.settings.progress) as bar:
+        if done := _nothing_left(task):  # since it was asked without the lock
+            return done
         plan = load_plan(task.folder)
         if plan is not None and plan.made_for.fingerprint == task.made_for.fingerprint:
             return Outcome(f"{share}: nothing to do, the rows are planned already (go on with --phase rows)")
@@ -124,6 +123,8 @@ def _parts(task: _Task) -> Outcome:
 
 def _plan(task: _Task) -> Outcome:
     with in_use_named(task.folder), folder_lock.hold(task.folder, LOCK):
+        if done := _nothing_left(task):
+            return done
         before = load_plan(task.folder)
         if before is not None and renaming(before.stem) and not difference(before.made_for, task.made_for, task.units):
             return Outcome("all rows are written already (--phase rows completes the data set)")
@@ -136,6 +137,8 @@ def _plan(task: _Task) -> Outcome:
 def _rows(task: _Task) -> Outcome:
     share, pool = task.settings.share, task.settings.pool
     with _joined(task), progress_bar("writing", "row", show=task.settings.progress) as bar:
+        if done := _nothing_left(task):
+            return done
         plan = _fitting_plan(task)
         if not renaming(plan.stem):
             write_rows(plan, pool=pool, report=shown_by(bar), share=share)
@@ -150,8 +153,8 @@ def _complete(task: _Task, plan: StoredPlan) -> Outcome:
     """Make the data set of a plan whose slices are written, unless another job is at it, or has done it."""
     try:
         with folder_lock.hold(task.folder, _COMMIT):
-            if _is_complete(task):
-                return Outcome(f"{task.settings.share}: another job has completed the data set")
+            if done := _nothing_left(task):
+                return done
             manifest = read_renaming(plan.stem) or finish_rows(plan)
             facts = {"made_for": task.made_for.fingerprint, "manifest": manifest.fingerprint}
             write_whole(task.folder / _COMPLETE, json.dumps(facts), durable=True)  # true once the manifest is there
@@ -161,6 +164,10 @@ def _complete(task: _Task, plan: StoredPlan) -> Outcome:
             f"{task.settings.share}: its slices are written, and another job completes the data set ({holder})"
         )
     return Outcome(f"prepared {task.prefix}", manifest)
+
+
+def _nothing_left(task: _Task) -> Outcome | None:
+    return Outcome(f"{task.prefix}: the data set is complete") if _is_complete(task) else None
 
 
 def _is_complete(task: _Task) -> bool:

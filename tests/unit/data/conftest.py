@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.data.prepare import row_plan
-from tests.helpers.data.jobs import NUM_TARS
+from megatron_vl.data.prepare.recipe import DataRecipe, load_recipe
+from tests.helpers.data.jobs import NUM_TARS, recipe_file
 from tests.helpers.data.prepared import png, write_raw
 from tests.helpers.data.reading import write_tar
 
@@ -26,3 +27,8 @@ def raw(tmp_path: Path) -> Path:
         members = [("a.png", png(number)), ("a.txt", b"a shade"), ("b.png", b"broken"), ("b.txt", b"nothing")]
         write_tar(tmp_path / "captions" / f"{number:05d}.tar", members)
     return tmp_path
+
+
+@pytest.fixture
+def recipe(raw: Path) -> DataRecipe:
+    return load_recipe(recipe_file(raw))

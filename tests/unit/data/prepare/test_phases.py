@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,39 +15,26 @@ import pytest
 
 from megatron_vl.cli.prepare import main
 from megatron_vl.data.dataset.manifest import read_manifest, verify_files
-from megatron_vl.data.prepare import row_work
+from megatron_vl.data.prepare import phases, row_work
 from megatron_vl.data.prepare.job import prepare
 from megatron_vl.data.prepare.parts import part_prefix, plan_units
-from megatron_vl.data.prepare.phases import Outcome, Phase, Settings, run_phase
+from megatron_vl.data.prepare.phases import Phase
 from megatron_vl.data.prepare.recipe import DataRecipe, load_recipe
-from megatron_vl.data.prepare.share import Share
-from megatron_vl.data.prepare.stored_plan import load_plan, slice_path
+from megatron_vl.data.prepare.stored_plan import load_plan
 from megatron_vl.data.prepare.workers import Pool, this_process
 from megatron_vl.errors import DataError
 from tests.helpers.data.jobs import RUN, SMALL_SLICES, hashes, recipe_file, run_tool
+from tests.helpers.data.phases import run, run_all
 from tests.helpers.data.prepared import png, recipe_values
 from tests.helpers.data.reading import write_tar
+from tests.unit.data.prepare.test_jobs import mpirun
 
 pytestmark = pytest.mark.usefixtures("small_slices")
-
-
-def run(recipe: DataRecipe, prefix: Path, phase: Phase, index: int = 0, count: int = 1, **settings: Any) -> Outcome:
-    pool = settings.pop("pool", None) or this_process()
-    return run_phase(recipe, prefix, phase, Settings(Share(index, count), pool, progress=False, **settings))
-
-
-def run_all(recipe: DataRecipe, prefix: Path, phase: Phase, count: int) -> list[str]:
-    return [run(recipe, prefix, phase, index, count).line for index in range(count)]
 
 
 def numbers_of_units(recipe: DataRecipe, folder: Path) -> set[int]:
     """Of which units the parts are there."""
     return {i for i, unit in enumerate(plan_units(recipe)) if part_prefix(folder, unit).with_suffix(".npz").exists()}
-
-
-@pytest.fixture
-def recipe(raw: Path) -> DataRecipe:
-    return load_recipe(recipe_file(raw))
 
 
 @pytest.mark.parametrize(("of_parts", "of_rows"), [(1, 1), (3, 2), (20, 40)])
@@ -210,6 +196,28 @@ def test_once_complete_every_phase_has_nothing_to_do(raw: Path, recipe: DataReci
     assert not (raw / "set.parts").exists()
 
 
+def test_a_job_that_comes_while_another_completes_the_data_set_has_nothing_to_do(
+    raw: Path, recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its first look and its lock, the other one completes the data set, and removes the parts and the plan."""
+    look = phases._is_complete
+    for phase in ("parts", "plan", "rows"):
+        prefix, looks = raw / f"at-{phase}", [0]
+        run(recipe, prefix, "parts")
+        run(recipe, prefix, "plan")
+
+        def late(task: Any, prefix: Path = prefix, looks: list[int] = looks) -> bool:
+            looks[0] += 1
+            if looks[0] == 1:
+                assert run(recipe, prefix, "rows").manifest is not None
+                return False
+            return look(task)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(phases, "_is_complete", late)
+            assert run(recipe, prefix, phase).line == f"{prefix}: the data set is complete"
+
+
 def test_who_else_is_at_work_is_refused(raw: Path, recipe: DataRecipe) -> None:
     other = load_recipe(recipe_file(raw, max_sample_length=40))
     others = [
@@ -252,96 +260,6 @@ def test_jobs_at_the_same_time_complete_the_data_set_once(raw: Path, recipe: Dat
     assert [path.name for path in (raw / "set.parts").iterdir()] == ["rows-complete.json"]
 
 
-DIES = """
-import os, signal
-num_renames, replace = 0, os.replace
-def mortal(*names):
-    global num_renames
-    if num_renames == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    num_renames += 1
-    replace(*names)
-os.replace = mortal
-"""
-
-
-def test_a_killed_job_is_run_again(raw: Path, recipe: DataRecipe) -> None:
-    """In each phase, before its third file gets its name."""
-    prepare(recipe, raw / "one", progress=False)
-    flags = [str(raw / "data.yaml"), "--output", str(raw / "set"), "--quiet", "--workers", "1"]
-    phases: tuple[tuple[Phase, int], ...] = (("parts", 3), ("plan", 1), ("rows", 2))
-    for phase, shards in phases:
-        share = ["--shard-index", str(shards - 1), "--num-shards", str(shards)]
-        killed = run_tool(*flags, "--phase", phase, *share, code=SMALL_SLICES + DIES + RUN)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        run_all(recipe, raw / "set", phase, shards)
-    assert hashes(raw / "set") == hashes(raw / "one")
-
-
-@pytest.mark.parametrize("dies_at", range(-1, 8))
-def test_killed_at_any_rename_of_the_commit_it_is_completed(
-    raw: Path, recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, dies_at: int
-) -> None:
-    """Before the rename of that number, of the files of the data set; -1: before all of them."""
-    prefix, made, replace = raw / "set", list[str](), os.replace
-    prepare(recipe, raw / "one", progress=False)
-    assert len(hashes(raw / "one")) == 8
-    prefix.with_suffix(".json").write_text("an older one")
-    run(recipe, prefix, "parts")
-    run(recipe, prefix, "plan")
-
-    def mortal(source: Path, target: Path) -> None:
-        is_last = len(made) == dies_at if target.parent == raw else dies_at < 0 and target.name == "rows-complete.json"
-        if is_last:
-            raise KeyboardInterrupt
-        if target.parent == raw:
-            made.append(target.name)
-        replace(source, target)
-
-    def inodes() -> dict[str, int]:
-        return {name: (raw / name).stat().st_ino for name in made}
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", mortal)
-        run(recipe, prefix, "rows")
-    assert prefix.with_suffix(".json").exists() == (dies_at < 0), "the old one stays until the new one is finished"
-    if dies_at >= 0:
-        assert "--phase rows completes" in run(recipe, prefix, "plan").line
-    before = inodes()
-    assert run(recipe, prefix, "rows", 1, 2).line == f"prepared {prefix}"
-    assert hashes(prefix) == hashes(raw / "one")
-    assert inodes() == before, "what has its name keeps it"
-
-
-@pytest.mark.parametrize("damage", ["slice", "room", "record"])
-def test_damage_between_phases_is_named_and_mended(raw: Path, recipe: DataRecipe, damage: str) -> None:
-    prepare(recipe, raw / "one", progress=False)
-    run(recipe, raw / "set", "parts")
-    run(recipe, raw / "set", "plan")
-    plan = load_plan(raw / "set.parts")
-    assert plan is not None
-    if damage == "slice":
-        path = slice_path(plan.folder, plan.slices[2].name)
-        path.write_bytes(path.read_bytes()[:-30])
-        with pytest.raises(DataError, match=rf"{path.name}: gone or damaged; plan again"):
-            run(recipe, raw / "set", "rows")
-        run(recipe, raw / "set", "plan")
-    elif damage == "room":
-        Path(f"{plan.stem}.tokens.bin").unlink()
-        with pytest.raises(DataError, match=r"gone or changed; plan again \(--phase plan\)"):
-            run(recipe, raw / "set", "rows")
-        run(recipe, raw / "set", "plan")
-    else:
-        run(recipe, raw / "set", "rows", 0, 2)
-        record = Path(f"{plan.stem}-{plan.slices[0].name}.npz")
-        record.write_bytes(b"")
-        with pytest.raises(DataError, match=r"gone or damaged; start again, and its rows are written again"):
-            run(recipe, raw / "set", "rows", 1, 2)
-        run(recipe, raw / "set", "rows", 0, 2)
-    run(recipe, raw / "set", "rows")
-    assert hashes(raw / "set") == hashes(raw / "one")
-
-
 def test_in_any_order_among_all_kinds_of_workers(raw: Path, recipe: DataRecipe) -> None:
     """A preparation in one go takes up what jobs have begun, and jobs what it has left."""
     prepare(recipe, raw / "one", progress=False)
@@ -361,6 +279,22 @@ def test_in_any_order_among_all_kinds_of_workers(raw: Path, recipe: DataRecipe) 
         prepare(recipe, raw / "set", pool=Pool(Dying(), 1), progress=False)
     for index, count in shards:
         run(recipe, raw / "set", "rows", index, count)
+    assert hashes(raw / "set") == hashes(raw / "one")
+
+
+def test_a_share_may_have_processes_or_ranks_of_its_own(raw: Path, recipe: DataRecipe) -> None:
+    prepare(recipe, raw / "one", progress=False)
+    flags = [str(raw / "data.yaml"), "--output", str(raw / "set"), "--quiet", "--num-shards", "2", "--shard-index"]
+    for phase, of_ranks in (("parts", "0"), ("rows", "1")):
+        of_processes = "1" if of_ranks == "0" else "0"
+        done = [
+            mpirun(2, *flags, of_ranks, "--phase", phase, code=SMALL_SLICES + RUN),
+            run_tool(*flags, of_processes, "--phase", phase, "--workers", "2", code=SMALL_SLICES + RUN),
+        ]
+        assert [job.returncode for job in done] == [0, 0], [job.stderr for job in done]
+        assert all(job.stdout.count("share ") == 1 for job in done[: 1 if phase == "rows" else 2]), "one rank speaks"
+        if phase == "parts":
+            run(recipe, raw / "set", "plan")
     assert hashes(raw / "set") == hashes(raw / "one")
 
 
