@@ -6,7 +6,9 @@ What is planned is made up: indices of parts as the workers write them, of the s
 with sparse files in place of tokens and images. Filters ask for similar images, so that everything is sorted that can
 be. Planning runs in a process of its own, from the first part to the last stored slice; its resident memory is read
 twenty times a second. Two numbers of samples in blocks of the same size give the bytes that each further sample takes.
-A third run is one full block of the default size. From both follows the peak of 1.4 thousand million samples.
+They sort a little at a time, so that both need files, and give back to the system what they free, so that the holes of
+the C library's heap are not counted as growth. A third run is one full block with the usual settings. From these
+follows the peak of 1.4 thousand million samples.
 
 The default takes some 4 GB in ``--folder``, which is removed at the end.
 """
@@ -15,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +48,25 @@ MOST_GB = 16.0
 MOST_HERE_GB = 12.0
 _EVERY_SECONDS = 0.05
 _IMAGE_BYTES = 45_000
+_RUN_BYTES = 2**24
+"""Bytes that the first two runs sort at a time."""
 _KEY_BYTES = 20
 _REPEATED = 0.01
 """Share of the images that are among the same few."""
 _NUM_POINTS = 24
 """Points of a curve that are printed."""
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+"""By default, the thresholds grow with what is freed, and tens of megabytes stay with the process."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a planning is run."""
+
+    block: int
+    part: int
+    run_bytes: int = sorted_runs.RUN_BYTES
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,9 @@ def main() -> None:
         begin = time.monotonic()
         make_parts(Path(folder), most, options.part)
         print(f"made the parts of {most:,} samples in {time.monotonic() - begin:.0f} s", flush=True)
-        small, large = (_run(Path(folder), count, options.block_samples, options) for count in sorted(options.samples))
-        full = _run(Path(folder), options.full_block, options.full_block, options)
+        watched = _Settings(options.block_samples, options.part, options.run_bytes, _GIVE_BACK)
+        small, large = (_run(Path(folder), count, watched) for count in sorted(options.samples))
+        full = _run(Path(folder), options.full_block, _Settings(options.full_block, options.part))
     rows = compare(small, large, full)
     for row in rows:
         verdict = "" if row.met is None else f"; goal <= {row.goal:.2f}: {'met' if row.met else 'MISSED'}"
@@ -99,12 +117,12 @@ def compare(small: Run, large: Run, full: Run) -> list[Row]:
     halves: list[dict[str, str]] = [{"end": "gathered"}, {"begin": "gathered"}]
     slopes = [1e9 * (large.peak(**half) - small.peak(**half)) / more for half in halves]
     resident = max(*slopes, 1.0)  # noise may hide the byte that each sample has
-    paper = max(large.peak(**halves[0]), full.peak(**halves[1])) + resident * PAPER / 1e9
+    gathering, planning = (full.peak(**half) for half in halves)
+    paper = max(gathering, planning) + resident * (PAPER - full.samples) / 1e9
     print(f"bytes a further sample: {slopes[0]:.2f} while parts are gathered, {slopes[1]:.2f} while blocks are planned")
-    gathering, planning = large.peak(**halves[0]), full.peak(**halves[1])
     print(
-        f"{PAPER:,} samples: the larger of {gathering:.2f} GB (gathering) and {planning:.2f} GB (one block of "
-        f"{full.samples:,}), and {resident:.2f} bytes a sample: {paper:.2f} GB"
+        f"{PAPER:,} samples: {gathering:.2f} GB to gather or {planning:.2f} GB to plan {full.samples:,} in one block, "
+        f"and {resident:.2f} bytes of every other sample: {paper:.2f} GB"
     )
     return [
         _row(f"GB, peak of planning {large.samples:,} samples; reference the limit", large.peak(), MOST_HERE_GB),
@@ -164,13 +182,15 @@ def _part_columns(rng: np.random.Generator, size: int, repeated: Any) -> tuple[d
     return columns, int(ends[-1])
 
 
-def _run(folder: Path, count: int, block: int, options: argparse.Namespace) -> Run:
+def _run(folder: Path, count: int, settings: _Settings) -> Run:
     """Plan the first ``count`` samples in a process of its own, and watch its memory."""
     command = [sys.executable, __file__, "--plan", str(folder), "--samples", str(count), str(count)]
-    command += ["--block-samples", str(block), "--run-bytes", str(options.run_bytes), "--part", str(options.part)]
+    command += ["--block-samples", str(settings.block), "--part", str(settings.part)]
+    command += ["--run-bytes", str(settings.run_bytes)]
     begin = time.monotonic()
     curve = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, **settings.environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         while process.poll() is None:
             curve.append((time.monotonic() - begin, _resident_gb(process.pid)))
             time.sleep(_EVERY_SECONDS)
@@ -180,7 +200,7 @@ def _run(folder: Path, count: int, block: int, options: argparse.Namespace) -> R
         raise SystemExit(f"planning {count:,} samples failed")
     marks = {name: at - begin for name, at in found.pop("marks").items()}
     run = Run(count, time.monotonic() - begin, tuple(curve), marks, found)
-    _print_curve(run, block)
+    _print_curve(run, settings.block)
     return run
 
 
@@ -247,7 +267,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="few samples: shows that it runs")
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, default=_PART, help=argparse.SUPPRESS)
-    parser.add_argument("--run-bytes", type=int, default=sorted_runs.RUN_BYTES, help=argparse.SUPPRESS)
+    parser.add_argument("--run-bytes", type=int, default=_RUN_BYTES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.smoke:
         options.samples, options.block_samples, options.full_block = [20_000, 60_000], 8_192, 40_000
