@@ -3,6 +3,9 @@
 After any rank that does not exit with 0, torchrun itself exits with status 1 and a traceback of its own. It does so
 even after ranks that have saved and stopped at a SIGTERM, so a scheduler cannot tell what to do. Here the status is
 that of the first rank that failed, or the one that the signal stands for; see ``ExitStatus``.
+
+torchrun makes a folder for logs and errors of the ranks in that of temporary files, and leaves it there. Here it is
+removed, unless ``--redirects`` or ``--tee`` put logs into it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron_vl.errors import ExitStatus
 from megatron_vl.log import write_line
@@ -54,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(word.startswith(("--shutdown-timeout", "--shutdown_timeout")) for word in words):
         arguments.shutdown_timeout = _TIME_TO_SAVE_S
     try:
-        torchrun.run(arguments)
+        with _without_leftovers(arguments):
+            torchrun.run(arguments)
     except SignalException as stopped:
         return _OF_SIGNAL.get(stopped.sigval, _SHELL_SIGNAL_BASE + stopped.sigval)
     except ChildFailedError as failed:
@@ -64,3 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_line(str(failed), error=True)
         return first.exitcode if first.exitcode > 0 else _SHELL_SIGNAL_BASE - first.exitcode
     return ExitStatus.DONE
+
+
+@contextmanager
+def _without_leftovers(arguments: argparse.Namespace) -> Iterator[None]:
+    """Name a folder for logs that is removed afterwards, where no log goes there and the user has named none."""
+    if arguments.log_dir or arguments.redirects != "0" or arguments.tee != "0":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True) as folder:
+        arguments.log_dir = folder
+        yield

@@ -36,6 +36,8 @@ _PROGRESS = re.compile(r"iteration +(\d+)/ *(\d+) .*lm loss: (\S+) .*tokens/s: (
 _TAIL_LINES = 25
 _SECONDS_TO_STOP = 60
 _AT_ONCE = 2
+_TORCHRUN = "import sys; from megatron_vl.cli.start import run; sys.exit(run('torchrun'))"
+"""As ``tools/torchrun.py`` does, which leaves no temporary files."""
 
 
 class StepFailed(MegatronVLError):
@@ -202,7 +204,7 @@ def condense(line: str) -> str:
 
 def _resolve(command: Sequence[str]) -> list[str]:
     """Return the command with the running interpreter in the place of ``python`` and ``torchrun``."""
-    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-c", _TORCHRUN]}
     return [*programs.get(command[0], [command[0]]), *command[1:]]
 
 

@@ -28,6 +28,10 @@ from typing import Any, Self
 from megatron_vl.errors import DataError, SkipSample
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+SOCKET = "org.chromium.Chromium.123456/SingletonSocket"
+"""What a browser makes in its folder of temporary files, and leaves there when a signal ends it."""
+SOCKET_BYTES = 107
+"""The longest name of a socket (unix(7)); with a longer one the browser ends at once."""
 ADDRESS = "https://page.invalid/"
 """Address under which the page is served to the browser. The domain .invalid never exists."""
 START_SECONDS = 60.0
@@ -84,7 +88,7 @@ class Browser:
             arguments.insert(1, "--no-sandbox")  # root cannot set up Chromium's sandbox
         null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
         pipes = [(os.POSIX_SPAWN_DUP2, incoming, 3), (os.POSIX_SPAWN_DUP2, outgoing, 4)]
-        environment = {"HOME": self._profile, "PATH": os.defpath, "LANG": "C.UTF-8"}
+        environment = {"HOME": self._profile, "PATH": os.defpath, "LANG": "C.UTF-8"} | _temporary(self._profile)
         self._pid = os.posix_spawn(program, arguments, environment, file_actions=[*null, *pipes], setpgroup=0)
         os.close(incoming)
         os.close(outgoing)
@@ -219,6 +223,12 @@ class Page:
     def screenshot(self) -> bytes:
         """Return the view as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png"})["data"])
+
+
+def _temporary(profile: str) -> dict[str, str]:
+    """Return what makes temporary files part of the profile, which is removed; nothing where the path is too long."""
+    fits = len(os.fsencode(f"{profile}/{SOCKET}")) <= SOCKET_BYTES
+    return {"TMPDIR": profile} if fits else {}
 
 
 def _pipe() -> tuple[int, int]:

@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,10 +185,19 @@ def test_a_page_that_does_not_end_costs_one_record(tmp_path: Path) -> None:
 def test_a_browser_that_is_killed_is_named_and_ended(tmp_path: Path) -> None:
     with Browser(find_browser()) as browser:
         assert browser.call("Browser.getVersion")["product"]
+        assert [*Path(browser._profile).glob("*/SingletonSocket")], "its temporary files go with its profile"
         os.killpg(browser._pid, signal.SIGKILL)
         with pytest.raises(BrowserGone, match="the browser ended"):
             browser.call("Browser.getVersion")
     assert not Path(browser._profile).exists()
+
+
+@needs_browser
+def test_a_browser_starts_where_paths_are_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ("long" * 20)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
+    with Browser(find_browser()) as browser:
+        assert browser.call("Browser.getVersion")["product"]
 
 
 def test_without_a_browser_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +220,7 @@ def test_a_program_that_is_no_browser_is_refused(tmp_path: Path) -> None:
 def record(kind: str, body: bytes, uri: str = "https://s.ex/a", size: int | None = None) -> bytes:
     length = len(body) if size is None else size
     head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nContent-Length: {length}\r\n\r\n"
-    return gzip.compress(head.encode() + body + b"\r\n\r\n")
+    return gzip.compress(head.encode() + body + b"\r\n\r\n", mtime=0)
 
 
 def response(body: bytes, status: str = "200 OK", kind: str = "text/html; charset=ISO-8859-1") -> bytes:
@@ -248,8 +258,8 @@ def test_a_warc_gives_its_html_responses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "body", "encoded"),
     [
-        ("", gzip.compress(b"<p>a</p>"), True),
-        ("Content-Encoding: gzip", gzip.compress(b"<p>a</p>"), True),
+        ("", gzip.compress(b"<p>a</p>", mtime=0), True),
+        ("Content-Encoding: gzip", gzip.compress(b"<p>a</p>", mtime=0), True),
         ("Content-Encoding: gzip", b"<p>a</p>", False),
         ("Transfer-Encoding: chunked", b"8\r\n<p>a</p>\r\n0\r\n\r\n", True),
         ("Transfer-Encoding: chunked", b"<p>a</p>", False),
@@ -275,7 +285,12 @@ def test_a_warc_cut_anywhere_keeps_what_came_before(tmp_path: Path, cut: int) ->
 
 @pytest.mark.parametrize(
     "data",
-    [b"no gzip", gzip.compress(b"no warc"), record("response", b"x", size=-1), record("response", b"x", size=99)],
+    [
+        b"no gzip",
+        gzip.compress(b"no warc", mtime=0),
+        record("response", b"x", size=-1),
+        record("response", b"x", size=99),
+    ],
 )
 def test_other_files_are_counted_and_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.warc.gz").write_bytes(data)
