@@ -57,6 +57,11 @@ STAGES = {
     "stage 3": (448, TrainingConfig(freeze_vision=True)),
 }
 """Image size and frozen parts of the recipes."""
+SHALLOW = replace(
+    ModelConfig(),
+    vision=replace(ModelConfig().vision, num_layers=4),
+    language=replace(ModelConfig().language, num_layers=4),
+)
 NARROW = ModelConfig(
     preset="tiny",
     image_size=112,
@@ -153,7 +158,7 @@ def main() -> None:
     rows: list[Row] = []
     parts: list[Part] = options.parts
     if "operations" in parts:
-        rows += _report(operations(), "{:.6g} TFLOP", 1e12)
+        rows += _report(operations(SHALLOW if options.smoke else ModelConfig()), "{:.6g} TFLOP", 1e12)
     if "state" in parts or "traffic" in parts:
         cases = CASES[3:4] if options.smoke else CASES
         found = run_ranks(cases)
@@ -178,12 +183,12 @@ def _report(lines: Iterator[Line], unit: str, scale: float) -> list[Row]:
     return rows
 
 
-def operations() -> Iterator[Line]:
-    """Count the products of the published model in every stage, with images and without."""
+def operations(model: ModelConfig) -> Iterator[Line]:
+    """Count the products of the model in every stage, with images and without."""
     from audit_operations import count_operations
 
     for name, (image_size, training) in STAGES.items():
-        config = RunConfig(model=replace(ModelConfig(), image_size=image_size), training=training)
+        config = RunConfig(model=replace(model, image_size=image_size), training=training)
         for images in (3, 0):
             work = Work(images, 2048, 2048**2, 700)
             counted = count_operations(config, work)
@@ -226,6 +231,7 @@ def run_ranks(cases: list[Case]) -> dict[str, list[dict[str, Any]]]:
         job.write_bytes(pickle.dumps({case.name: (case.config, IMAGES) for case in cases}))
         rank = Path(__file__).with_name("audit_rank.py")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+        launcher += ["--log-dir", directory]
         subprocess.run([*launcher, str(rank), str(job), str(result)], check=True)
         found: dict[str, list[dict[str, Any]]] = json.loads(result.read_text())
         return found
@@ -320,7 +326,7 @@ def _parse() -> argparse.Namespace:
     parts = ("operations", "state", "traffic")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what to compare")
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
-    parser.add_argument("--smoke", action="store_true", help="one layout: shows that it runs")
+    parser.add_argument("--smoke", action="store_true", help="four layers of each kind, one layout: shows that it runs")
     return parser.parse_args()
 
 

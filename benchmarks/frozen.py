@@ -48,6 +48,12 @@ MODEL = ModelConfig(
         num_layers=3, hidden_size=1024, ffn_hidden_size=2752, num_attention_heads=8, vocab_size=4608
     ),
 )
+SMALL = replace(
+    MODEL,
+    vision=replace(MODEL.vision, hidden_size=128, ffn_hidden_size=512),
+    language=replace(MODEL.language, hidden_size=128, ffn_hidden_size=344, vocab_size=1024),
+    num_bpe_tokens=500,
+)
 LENGTH = 512
 IMAGES = 2
 
@@ -57,17 +63,18 @@ def main() -> None:
     options = _parse()
     torch.set_num_threads(options.threads)
     print(describe_machine())
-    configs = {name: _config(training) for name, (_, training) in STAGES.items()}
-    batch = make_batch(MODEL, Workload(1, LENGTH, IMAGES, None))
+    model = SMALL if options.smoke else MODEL
+    configs = {name: _config(model, training) for name, (_, training) in STAGES.items()}
+    batch = make_batch(model, Workload(1, LENGTH, IMAGES, None))
     rows = _times(configs, batch, turns=options.turns) + _products(configs, batch)
     if options.json:
         write_rows(options.json, rows)
 
 
-def _config(training: TrainingConfig) -> RunConfig:
+def _config(model: ModelConfig, training: TrainingConfig) -> RunConfig:
     training = replace(training, micro_batch_size=1, global_batch_size=1)
     parallel, data = ParallelConfig(backend="local"), DataConfig(seq_length=LENGTH)
-    return RunConfig(model=MODEL, parallel=parallel, data=data, training=training)
+    return RunConfig(model=model, parallel=parallel, data=data, training=training)
 
 
 def _times(configs: dict[str, RunConfig], batch: MicroBatch, *, turns: int) -> list[Row]:
@@ -123,7 +130,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=9, help="measured passes of each stage")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
-    parser.add_argument("--smoke", action="store_true", help="two turns: shows that it runs")
+    parser.add_argument("--smoke", action="store_true", help="two turns of a narrow model: shows that it runs")
     options = parser.parse_args()
     if options.smoke:
         options.turns = 2

@@ -54,10 +54,11 @@ def main() -> None:
     count = options.micro_batches
     stream = sorted(pack_stream(100_000).images[:count].tolist(), reverse=True)
     print(f"images of the {count} micro-batches of the stream: {' '.join(map(str, stream))}")
+    steps = {"4 images": [EVEN] * count, "stream": stream}
     rows: list[Row] = []
     for size in options.pipeline:
-        for name, images in (("4 images", [EVEN] * count), ("stream", stream)):
-            cases = make_cases(images, size)
+        for name in options.steps:
+            cases = [case.scaled(options.speed) for case in make_cases(steps[name], size)]
             rows += _report(name, size, measure(cases, turns=options.turns))
     if options.json:
         write_rows(options.json, rows)
@@ -141,10 +142,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=32, help="of a step, one row each")
     parser.add_argument("--turns", type=int, default=5, help="measured steps of each place")
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
-    parser.add_argument("--smoke", action="store_true", help="two ranks, few micro-batches: shows that it runs")
+    parser.add_argument("--smoke", action="store_true", help="two ranks, few short micro-batches: shows that it runs")
     options = parser.parse_args()
+    options.steps, options.speed = ["4 images", "stream"], 1.0
     if options.smoke:
         options.pipeline, options.micro_batches, options.turns = [2], 4, 2
+        options.steps, options.speed = ["stream"], 0.2
     return options
 
 

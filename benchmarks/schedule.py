@@ -39,13 +39,14 @@ def main() -> None:
     for size in options.pipeline:
         for virtual in options.virtual:
             cases = make_cases(size, virtual, options.micro_batches, options.images)
+            cases = [case.scaled(options.step_seconds / case.simulated()) for case in cases]
             rows += _report(cases, measure(cases, turns=options.turns))
     if options.json:
         write_rows(options.json, rows)
 
 
 def make_cases(size: int, virtual: int, micro_batches: int, images: list[int]) -> list[Case]:
-    """Return a case for each number of images, and one for the stream."""
+    """Return a case for each number of images, and one for the stream; all in operations."""
     parallel = ParallelConfig(
         pipeline_model_parallel_size=size, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
     )
@@ -56,8 +57,7 @@ def make_cases(size: int, virtual: int, micro_batches: int, images: list[int]) -
     for name, step in counts.items():
         # A text-only micro-batch has a blank image, so the tower encodes one at least.
         work = [Work(max(count, 1), ROW, ROW**2, ROW - IMAGE * count) for count in step]
-        case = case_of(name, layout, work, MODEL)
-        cases.append(case.scaled(STEP_SECONDS / case.simulated()))
+        cases.append(case_of(name, layout, work, MODEL))
     return cases
 
 
@@ -85,11 +85,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=32, help="of a step, one row each")
     parser.add_argument("--turns", type=int, default=3, help="measured steps of each case, at least 2")
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
-    parser.add_argument("--smoke", action="store_true", help="two ranks, few micro-batches: shows that it runs")
+    parser.add_argument("--smoke", action="store_true", help="two ranks, few short micro-batches: shows that it runs")
     options = parser.parse_args()
-    options.images = [0, 1, 4, 7]
+    options.images, options.step_seconds = [0, 1, 4, 7], STEP_SECONDS
     if options.smoke:
         options.pipeline, options.micro_batches, options.turns, options.images = [2], 4, 2, [4]
+        options.step_seconds = STEP_SECONDS / 10
     return options
 
 

@@ -94,7 +94,7 @@ def measure(cases: Sequence[Case], *, turns: int) -> dict[str, list[float]]:
         job, result = Path(directory) / "job.json", Path(directory) / "result.json"
         job.write_text(json.dumps({"turns": turns, "cases": [asdict(case) for case in cases]}))
         rank = Path(__file__).with_name("sleeping_rank.py")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", directory]
         launcher += ["--nproc-per-node", str(cases[0].size), str(rank), str(job), str(result)]
         subprocess.run(launcher, check=True, stderr=subprocess.DEVNULL)
         found: dict[str, list[float]] = json.loads(result.read_text())
