@@ -4,6 +4,9 @@
 #   bash tests/run.sh [--all] [arguments of pytest]
 #
 # --all adds the tests marked "long". Arguments choose tests as usual: bash tests/run.sh tests/unit -k packing
+#
+# Without arguments two processes of pytest run the tests (tests/helpers/scheduler.py): while one starts a program or
+# waits, the other computes. With arguments there is one process, in which --pdb and -x do what they do elsewhere.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -17,6 +20,8 @@ export CUDA_VISIBLE_DEVICES=
 
 marks="not long"
 arguments=()
+processes=(-n 2 --dist loadscope --no-loadscope-reorder)  # in the order of the folders: the longest come first
+if (($#)); then processes=(); fi
 for argument in "$@"; do
     if [[ "$argument" == --all ]]; then marks=""; else arguments+=("$argument"); fi
 done
@@ -27,4 +32,4 @@ python -m ruff format --check .
 echo "== mypy"
 python -m mypy
 echo "== pytest"
-python -m pytest -q -m "$marks" "${arguments[@]}"
+python -m pytest -q -m "$marks" "${processes[@]}" "${arguments[@]}"

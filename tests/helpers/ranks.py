@@ -25,6 +25,8 @@ from megatron_vl.launch import Launch
 if TYPE_CHECKING:
     from megatron_vl.parallel.topology import Topology
 
+START_S = 300
+"""For the imports of all ranks, which other processes may slow down."""
 TIMEOUT_S = 120
 
 
@@ -67,12 +69,15 @@ class Ranks:
         """
         if not self._processes:
             self._start()
+            self._answers(START_S)
         store = str(Path(self._directory.name) / uuid.uuid4().hex)
         for pipe in self._pipes:
             pipe.send((function, store, args, self.repeats))
+        return self._answers(TIMEOUT_S * max(1, self.repeats // 5))
+
+    def _answers(self, limit: int) -> list[Any]:
         results: list[Any] = [None] * self.world_size
         waiting = dict(enumerate(self._pipes))
-        limit = TIMEOUT_S * max(1, self.repeats // 5)
         deadline = time.monotonic() + limit
         while waiting:
             ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
@@ -126,6 +131,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
 
     gc.collect()
     gc.freeze()  # each call ends with a collection, which then looks at the objects of that call alone
+    pipe.send((False, None))  # ready
     while True:
         function, store, args, repeats = pipe.recv()
         start = Start(Launch(rank, world_size, rank), f"file://{store}")

@@ -15,15 +15,10 @@ from megatron_vl.checkpoint.tensors import open_checkpoint
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError, DamagedCheckpointError
 from tests.helpers.listening import heard
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
 from tests.integration.running import RunRecord, train_on_rank
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
 
 
 def _config(prefix: str, *, steps: int, world_size: int = 2, **checkpoint: Any) -> RunConfig:

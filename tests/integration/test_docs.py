@@ -30,11 +30,12 @@ from tests.unit.report.fake_run import write_fake_run
 COMMANDS = documented_commands()
 LINKED = ("examples", "tools", "tests", "benchmarks", "docs", "megatron_vl", "setup.py", "constraints-cpu.txt")
 TOOLS = tuple(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))
-RAW = "python tools/make_synthetic_data.py runs/quickstart/raw/{} --split {} --num-scenes 60 --no-progress"
+FEW = "--num-workers 1 --no-progress --num-scenes"
+RAW = f"python tools/make_synthetic_data.py runs/quickstart/raw/{{}} --split {{}} {FEW} 60"
 BEFORE = (
     RAW.format("train", "train"),
     RAW.format("heldout", "heldout"),
-    "python tools/make_synthetic_data.py raw --num-scenes 40 --no-progress",
+    f"python tools/make_synthetic_data.py raw {FEW} 40",
     "python tools/prepare_data.py my_data.yaml --model-preset tiny --output data/other --workers 1 --quiet",
     "python make_inputs.py",
 )

@@ -50,10 +50,8 @@ def run(command: list[str], folder: Path, **changes: str) -> subprocess.Complete
 
 
 @pytest.fixture
-def address() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+def address(unused_port: int) -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port), "WORLD_SIZE": "2"}
 
 
 def start(address: dict[str, str], rank: int, how: str, timeout_s: int) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import train_step
 from megatron_vl.training.trainer import Trainer
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import micro_batches, tiny_config
 
@@ -115,11 +115,6 @@ def test_gradients_are_clipped_to_the_norm(ranks: RankPools, sharded: bool) -> N
     assert reported > 0.5
     assert {norm for norm, _ in found.values()} == {reported}
     assert [applied for _, applied in found.values()] == pytest.approx([reported, 0.125, reported], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
 
 
 def _config(prefix: str, **sections: dict[str, Any]) -> RunConfig:

@@ -61,8 +61,16 @@ def test_one_process_writes_the_original_s_numbers(one_process: dict[str, Tensor
         assert one_process[name].item() == pytest.approx(value.item(), rel=2e-5), name  # as in test_golden.py
 
 
-@pytest.mark.parametrize("flags", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("", marks=pytest.mark.long),
+        "--tensor-model-parallel-size 2",
+        pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.long),
+    ],
+)
 def test_two_ranks_write_what_one_process_writes(folder: Path, one_process: dict[str, Tensor], flags: str) -> None:
+    """Without torchrun, ``tests/parallel/test_golden.py`` and ``test_derived.py`` write the same at every layout."""
     done = _run(TORCHRUN, folder, "new/two.safetensors", *flags.split())
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "new" / "two.safetensors")

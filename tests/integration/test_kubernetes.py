@@ -172,10 +172,10 @@ def start(script: str, index: str, **variables: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("hit", "number", "own", "others"),
     [
-        ("1", signal.SIGTERM, 75, {75}),
+        pytest.param("1", signal.SIGTERM, 75, {75}, marks=pytest.mark.long),
         ("0", signal.SIGTERM, 75, {75, 1}),  # the other agent may lose the place where they meet
         ("1", signal.SIGKILL, -signal.SIGKILL, {1}),
-        ("0", signal.SIGKILL, -signal.SIGKILL, {1}),
+        pytest.param("0", signal.SIGKILL, -signal.SIGKILL, {1}, marks=pytest.mark.long),
     ],
     ids=["drained", "drained-0", "killed", "killed-0"],
 )
@@ -233,13 +233,3 @@ def test_a_pod_that_is_drained_while_it_waits_is_no_failure(unused_port: int) ->
 def test_a_preparation_is_not_waited_for(path: Path) -> None:
     """Nothing in it handles SIGTERM, and Kubernetes would wait 30 seconds."""
     assert pod_of(path)["terminationGracePeriodSeconds"] <= 5
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

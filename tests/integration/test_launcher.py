@@ -146,8 +146,10 @@ def test_bash_starts_nothing_after_a_refusal(checkout: Path) -> None:
 
 
 def test_two_agents_on_one_machine(checkout: Path, unused_port: int) -> None:
+    (checkout / "temporary").mkdir()
     common = {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port)}
-    env = environment(SEEN=str(checkout / "seen"), PYTHONPATH="", **common)
+    own = {"SEEN": str(checkout / "seen"), "PYTHONPATH": "", "TMPDIR": str(checkout / "temporary")}
+    env = environment(**own, **common)
     agents = [
         subprocess.Popen(["bash", SCRIPT], cwd=checkout, env=env | {"NODE_RANK": node}, stderr=PIPE, text=True)
         for node in ("0", "1")
@@ -157,6 +159,7 @@ def test_two_agents_on_one_machine(checkout: Path, unused_port: int) -> None:
     ranks = ranks_seen(checkout)
     assert [(item["RANK"], item["WORLD_SIZE"]) for item in ranks] == [(str(rank), "4") for rank in range(4)]
     assert [item["LOCAL_RANK"] for item in ranks] == ["0", "1", "0", "1"]
+    assert not list((checkout / "temporary").glob("torchelastic*"))
 
 
 def test_several_nodes_need_an_address(checkout: Path) -> None:
@@ -252,13 +255,3 @@ def test_at_7b_without_cuda_the_tiny_recipe_is_named(tmp_path: Path) -> None:
     done = run(["bash", SCRIPT, "--data-path", str(tmp_path / "rows")], ROOT, environment(GPUS_PER_NODE="1"))
     assert done.returncode == 2
     assert "9,655,886,592 parameters and no CUDA" in done.stderr and "bash examples/quickstart.sh" in done.stderr
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -47,14 +47,6 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "rank.py"
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
-
-
 def start(command: list[str], script: Path, *flags: str, **changes: str) -> subprocess.Popen[str]:
     words = [*command, str(script), str(script.parent), *flags]
     env = environment(PYTHONPATH=str(ROOT), **changes)
@@ -86,16 +78,17 @@ def test_torchrun(script: Path, world_size: int) -> None:
     assert local_ranks(script, world_size) == list(range(world_size))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_torchrun_with_a_port(script: Path, port: int, world_size: int) -> None:
-    end(start([*TORCHRUN, "--master-port", str(port), "--nproc-per-node", str(world_size)], script))
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_torchrun_with_a_port(script: Path, unused_port: int, world_size: int) -> None:
+    end(start([*TORCHRUN, "--master-port", str(unused_port), "--nproc-per-node", str(world_size)], script))
     assert local_ranks(script, world_size) == list(range(world_size))
 
 
 @pytest.mark.parametrize("each", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_two_agents_of_torchrun(script: Path, port: int, each: int) -> None:
-    meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", str(each)]
-    end(*[start([*TORCHRUN, *meet, "--node-rank", node], script) for node in ("0", "1")])
+def test_two_agents_of_torchrun(script: Path, unused_port: int, each: int) -> None:
+    meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(unused_port)]
+    meet += ["--nproc-per-node", str(each), "--node-rank"]
+    end(*[start([*TORCHRUN, *meet, node], script) for node in ("0", "1")])
     assert local_ranks(script, 2 * each) == list(range(each)) * 2
 
 
@@ -107,15 +100,15 @@ def test_torchrun_starts_ranks_again(script: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("mpirun", path=environment()["PATH"]) is None, reason="needs mpirun")
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_mpirun(script: Path, port: int, world_size: int) -> None:
+def test_mpirun(script: Path, unused_port: int, world_size: int) -> None:
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), sys.executable]
-    end(start(mpirun, script, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+    end(start(mpirun, script, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(unused_port)))
     assert local_ranks(script, world_size) == list(range(world_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_srun(script: Path, port: int, world_size: int) -> None:
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world_size > 1 else {}
+def test_srun(script: Path, unused_port: int, world_size: int) -> None:
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port)} if world_size > 1 else {}
     tasks = [
         {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": str(world_size), "SLURM_NTASKS": "9"}
         for rank in map(str, range(world_size))

@@ -19,16 +19,11 @@ from megatron_vl.errors import CheckpointError, ExitStatus, NotFiniteError
 from megatron_vl.training.not_finite import check_before_save
 from megatron_vl.training.trainer import Trainer
 from tests.helpers.listening import heard
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
 
 MICRO_BATCHES = 2
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,6 @@ from tests.helpers.tiny import tiny_config
 from tests.integration.running import RunRecord, train_on_rank
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
-
-
 def _config(prefix: str, *, steps: int, **sections: dict[str, Any]) -> RunConfig:
     base: dict[str, dict[str, Any]] = {
         "data": {"data_path": (prefix,), "seq_length": SEQ_LENGTH, "attention_span": "segment"},

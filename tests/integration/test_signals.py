@@ -17,7 +17,7 @@ import pytest
 from megatron_vl.checkpoint import store
 from megatron_vl.config.load import dump_config
 from tests.helpers.interruptible import interruptible_children
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.tiny import tiny_config
 from tests.integration.test_launcher import environment
 
@@ -52,11 +52,6 @@ sys.exit(train.main())
 """
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
-
-
 class Running:
     """A training in a session of its own."""
 
@@ -67,13 +62,19 @@ class Running:
             optimizer={"lr": 1e-5, "min_lr": 1e-5},
             logging={"log_interval": 1, "progress": False},
         )
-        folder.mkdir(exist_ok=True)
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_config(config))
         self.save, self.log = folder / "run", folder / f"log{len(list(folder.iterdir()))}"
         arguments = [sys.executable, *command, str(folder / "recipe.yaml"), "--save", str(self.save), "--auto-resume"]
         with self.log.open("w") as stream, interruptible_children():
             self.process = subprocess.Popen(
-                arguments, cwd=ROOT, env=environment(), stdout=stream, stderr=stream, start_new_session=True
+                arguments,
+                cwd=ROOT,
+                env=environment(TMPDIR=str(self.temporary)),
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
             )
 
     def wait_for(self, ready: Callable[[str], bool]) -> None:
@@ -123,7 +124,7 @@ def _last_run(run: Running) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "number", "status"),
     [
-        (TRAIN, signal.SIGTERM, 75),
+        pytest.param(TRAIN, signal.SIGTERM, 75, marks=pytest.mark.long),
         (TRAIN, signal.SIGINT, 130),
         ([*OURS, "2", *TRAIN], signal.SIGTERM, 75),
         ([*OURS, "2", *TRAIN], signal.SIGINT, 130),
@@ -147,8 +148,9 @@ def test_a_signal_saves_and_ends(start: Start, command: list[str], number: int, 
     expected = {"exit_status": 75 if number == signal.SIGTERM else 130, "step": step, "reason": reason}
     assert expected.items() <= _last_run(run).items()
     assert log.count(f"stopping after step {step}: {reason}") == 1
-    if status != 1:  # torchrun has a traceback of its own
+    if status != 1:  # torchrun has a traceback of its own, and leaves a folder
         assert "Traceback" not in log
+        assert not list(run.temporary.glob("torchelastic*"))
 
 
 def test_a_sigterm_before_the_first_step_ends_at_once_and_is_recorded(start: Start) -> None:

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.tiny import MODEL
 
 RUN = """
@@ -37,11 +35,6 @@ for tool, arguments in json.loads(sys.argv[1]).items():
         early[tool] = "megatron.core" in sys.modules
 print(json.dumps(early))
 """
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("rows"))
 
 
 def test_no_tool_imports_megatron_core_before_the_process_is_prepared(prefix: str, tmp_path: Path) -> None:

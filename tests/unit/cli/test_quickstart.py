@@ -192,11 +192,14 @@ def test_training_lines_are_shortened_and_others_kept() -> None:
 
 
 def test_steps_run_together_unless_one_needs_the_other_or_trains(bench: _Bench) -> None:
-    """Each step notes when it begins and when it ends."""
+    """Each step notes when it begins and when it ends; none ends before two have begun."""
     notes = bench.folder / "notes"
     code = (
-        f"import sys, time; note = lambda what: open({str(notes)!r}, 'a').write(sys.argv[1] + what + ' '); note('+'); "
-        "time.sleep(0.5); note('-')"
+        f"import sys, time; note = lambda what: open({str(notes)!r}, 'a').write(sys.argv[1] + what + ' '); note('+')\n"
+        "for _ in range(6000):\n"
+        f"    if open({str(notes)!r}).read().count('+') >= 2: break\n"
+        "    time.sleep(0.01)\n"
+        "note('-')"
     )
     steps = [bench.step(name, code, [name]) for name in "abc"]
     steps.append(bench.step("d", code, ["d", str(bench.output("c"))]))

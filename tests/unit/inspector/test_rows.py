@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vl.data.dataset.rows import RowStore, SegmentKey
@@ -147,6 +147,7 @@ _TAGS = st.integers(_SPECIAL, _SPECIAL + 9)  # the tags, and one id beyond the v
 _TOKENS = st.lists(st.one_of(st.integers(0, MODEL.num_bpe_tokens - 1), _TAGS), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(tokens=_TOKENS, data=st.data())
 def test_any_sequence_of_tokens_is_shown_whole(vocabulary: Vocabulary, tokens: list[int], data: st.DataObject) -> None:
     supervised = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
@@ -188,6 +189,7 @@ def test_contradictions_are_named(vocabulary: Vocabulary) -> None:
     assert [segment.key for segment in view.segments] == ["k", "?"]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80) | st.text(max_size=40).map(lambda text: text.encode()))
 def test_marks_hold_every_byte(data: bytes) -> None:
     assert bytes_of(make_marks(data)) == data

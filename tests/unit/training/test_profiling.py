@@ -30,18 +30,13 @@ from megatron_vl.planning.stage_profile import StageProfile
 from megatron_vl.training import profiling
 from megatron_vl.training.stopping import Stop
 from megatron_vl.training.trainer import Trainer
-from tests.helpers.prepared import SEQ_LENGTH, prepare_tiny
+from tests.helpers.prepared import SEQ_LENGTH
 from tests.helpers.ranks import RankPools, Start
 from tests.helpers.tiny import tiny_config
 from tests.integration.running import train_on_rank
 
 STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 EVERYWHERE = {"tensor_model_parallel_size": 2, "vision_parallel": "data"}
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_tiny(tmp_path_factory.mktemp("data"))
 
 
 def profiled(prefix: str, folder: Path | None, *, parallel: dict[str, Any] | None = None, **logging: Any) -> RunConfig:

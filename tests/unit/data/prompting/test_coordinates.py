@@ -18,7 +18,7 @@ def test_every_cell_survives_the_round_trip() -> None:
     assert all(to_cell(from_cell(cell)) == cell for cell in range(GRID))
 
 
-@settings(derandomize=True, max_examples=200)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.lists(FRACTIONS, min_size=4, max_size=4))
 def test_coordinates_err_by_half_a_cell_at_most(box: list[float]) -> None:
     parsed = parse_points(format_points(box), 2)
@@ -26,7 +26,7 @@ def test_coordinates_err_by_half_a_cell_at_most(box: list[float]) -> None:
     assert all(abs(a - b) <= 0.5 / GRID + 1e-12 for a, b in zip(box, parsed, strict=True))
 
 
-@settings(derandomize=True, max_examples=100)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.lists(CELLS, min_size=8, max_size=8))
 def test_text_survives_the_round_trip(cells: list[int]) -> None:
     text = ",".join(f"({x},{y})" for x, y in zip(cells[::2], cells[1::2], strict=True))
@@ -42,7 +42,7 @@ def test_a_mirrored_cell_is_a_cell() -> None:
 BOTH_SIDES = st.tuples(*[st.integers(1, 4000)] * 4)
 
 
-@settings(derandomize=True, max_examples=300)
+@settings(derandomize=True, max_examples=300, deadline=None)
 @given(x=st.floats(-100, 4000), y=st.floats(-100, 4000), w=st.floats(0, 4000), h=st.floats(0, 4000), image=BOTH_SIDES)
 def test_a_box_survives_flips_and_resizes_to_half_a_cell(
     x: float, y: float, w: float, h: float, image: tuple[int, int, int, int]
