@@ -21,6 +21,7 @@ from tests.helpers.data.jobs import ROOT, RUN, hashes, recipe_file
 from tests.helpers.data.prepared import png, write_raw
 from tests.helpers.data.reading import write_tar
 from tests.helpers.object_store import ALONE, ObjectStore, serve
+from tests.unit.data.prepare.test_interrupted import DIES
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
 
@@ -29,19 +30,6 @@ import sys
 from megatron_vl.cli import prepare
 from megatron_vl.data.remote import store
 store.PAUSES = (0.0, 0.0, 0.0)
-"""
-DIES = """
-import os, signal
-from megatron_vl.data.prepare import part_work
-num_parts = 0
-write_part = part_work.write_part
-def mortal(*arguments):
-    global num_parts
-    num_parts += 1
-    if num_parts == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write_part(*arguments)
-part_work.write_part = mortal
 """
 
 
@@ -97,7 +85,7 @@ def test_a_connection_that_breaks_in_the_middle_is_tried_again(store: ObjectStor
 
 def test_a_killed_preparation_goes_on(store: ObjectStore, tmp_path: Path) -> None:
     expected = from_disk(store)
-    status, said = run(store, tmp_path / "new" / "set", "--workers", "1", code=NO_PAUSES + DIES)
+    status, said = run(store, tmp_path / "new" / "set", "--workers", "1", code=NO_PAUSES + DIES.format(survives=5))
     assert status == -signal.SIGKILL, said
     store.requests.clear()
     status, said = run(store, tmp_path / "new" / "set", "--workers", "1")
