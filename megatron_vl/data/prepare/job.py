@@ -63,9 +63,10 @@ def prepare(
             remove_plan(folder)
             with progress_bar("tokenizing", "shard", show=progress) as bar:
                 make_parts(work, pool=pool, bar=bar)
-            with progress_bar("writing", "row", show=progress) as bar:
+            with progress_bar("planning", "block", show=progress) as bar:
                 parts = finished_parts(work, _refuse(work))
-                plan = plan_rows_of(recipe, parts, folder, made_for(recipe, units))
+                plan = plan_rows_of(recipe, parts, folder, made_for(recipe, units), report=shown_by(bar))
+            with progress_bar("writing", "row", show=progress) as bar:
                 write_rows(plan, pool=pool, report=shown_by(bar))
             manifest = finish_rows(plan)
             commit(prefix, plan.stem, manifest)
@@ -95,7 +96,7 @@ def progress_bar(what: str, unit: str, *, show: bool) -> tqdm[Any]:
 
 
 def shown_by(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    """Return a function that shows numbers of finished and of all rows in a bar."""
+    """Return a function that shows how much is finished, and of how much, in a bar."""
 
     def report(done: int, total: int) -> None:
         bar.total = total

@@ -8,7 +8,7 @@ the position of every row is known (row_plan.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,8 @@ from megatron_vl.data.prompting.tokenizer import QWEN_SHA256
 from megatron_vl.data.sample import TASKS
 
 IntArray = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]
+"""Callback with how much is finished and how much there is."""
 _NOT_DRAWN = Dropped("not_drawn")
 
 
@@ -70,10 +72,12 @@ class MergedParts:
         """Number of blocks."""
         return self._blocks.number
 
-    def slices(self) -> Iterator[RowSlice]:
-        """Pack block after block, and yield the slices of the rows."""
+    def slices(self, report: Progress = lambda done, total: None) -> Iterator[RowSlice]:
+        """Pack block after block, and yield the slices of the rows. ``report`` gets numbers of finished blocks."""
         for block in range(self.num_blocks):
+            report(block, self.num_blocks)
             yield from self._slices(block)
+        report(self.num_blocks, self.num_blocks)
 
     def manifest(self) -> Manifest:
         """Return the manifest of the data set without its files, after all slices."""

@@ -129,7 +129,8 @@ def _plan(task: _Task) -> Outcome:
         if before is not None and renaming(before.stem) and not difference(before.made_for, task.made_for, task.units):
             return Outcome("all rows are written already (--phase rows completes the data set)")
         parts = finished_parts(task.work, _refuse_missing(task))
-        plan = plan_rows_of(task.work.recipe, parts, task.folder, task.made_for)
+        with progress_bar("planning", "block", show=task.settings.progress) as bar:
+            plan = plan_rows_of(task.work.recipe, parts, task.folder, task.made_for, report=shown_by(bar))
         remove_others(task.work)  # not before all parts are found: the recipe may be the wrong one
     return Outcome(f"{plan.manifest.num_rows} rows are planned, in {len(plan.slices)} slices")
 

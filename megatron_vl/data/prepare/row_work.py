@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_vl.data.dataset.manifest import Manifest
 from megatron_vl.data.prepare.made_for import MadeFor
-from megatron_vl.data.prepare.merge import FinishedPart, merge_parts
+from megatron_vl.data.prepare.merge import FinishedPart, Progress, merge_parts
 from megatron_vl.data.prepare.recipe import DataRecipe
 from megatron_vl.data.prepare.row_files import file_entries, finish_files, has_room, make_room
 from megatron_vl.data.prepare.row_slices import IMAGES, TOKENS, SliceRecord, read_record, record_path
@@ -34,20 +34,20 @@ from megatron_vl.data.prepare.stored_plan import (
 from megatron_vl.data.prepare.workers import Pool, hand_out
 from megatron_vl.errors import DataError
 
-Progress = Callable[[int, int], None]
-"""Callback with the number of finished rows and the number of all rows."""
 
-
-def plan_rows_of(recipe: DataRecipe, parts: Iterable[FinishedPart], folder: Path, made_for: MadeFor) -> StoredPlan:
+def plan_rows_of(
+    recipe: DataRecipe, parts: Iterable[FinishedPart], folder: Path, made_for: MadeFor, *, report: Progress
+) -> StoredPlan:
     """Plan the rows of all parts, store the plan in their folder, and make room for its rows.
 
-    ``parts`` are in the order of the units. Written slices of the same plan stay. What belongs to other plans goes.
+    ``parts`` are in the order of the units. ``report`` gets the numbers of planned and of all blocks. Written slices of
+    the same plan stay. What belongs to other plans goes.
 
     Raises:
         DataError: As for ``check_outcome``.
     """
     merged = merge_parts(recipe, parts, folder)
-    slices = store_slices(merged.slices(), folder)
+    slices = store_slices(merged.slices(report), folder)
     plan = StoredPlan(folder, slices, merged.manifest(), made_for)
     records = [record_path(plan.stem, item.name) for item in plan.slices]
     make_room(_sizes(plan), plan.stem, records, kept=[slice_path(folder, item.name) for item in plan.slices])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_vl.data.dataset.manifest import BlockEntry, Manifest, block_name
 from megatron_vl.data.prepare import row_plan
 from megatron_vl.data.prepare.gather import Parts
-from megatron_vl.data.prepare.merge import FinishedPart, merge_parts
+from megatron_vl.data.prepare.merge import FinishedPart, Progress, merge_parts
 from megatron_vl.data.prepare.mixture import uses_before
 from megatron_vl.data.prepare.recipe import DataRecipe, PackOptions, SourceEntry
 from megatron_vl.data.prepare.row_slices import RowSlice
@@ -84,6 +84,16 @@ def test_blocks_mix_the_sources() -> None:
         assert any(len(set(work.source[a:b].tolist())) == 2 for a, b in itertools.pairwise(work.row_splits))
 
 
+def test_progress_is_told_block_by_block() -> None:
+    told: list[tuple[int, int]] = []
+    _plan(
+        _recipe([1.0], PackOptions(block_samples=4)),
+        [(0, [MadeUp(length=5)] * 12)],
+        report=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
 def test_equal_blocks_are_not_in_the_same_random_order() -> None:
     parts = [(0, [MadeUp(length=5)] * 60)]
     slices, _ = _plan(_recipe([1.0], PackOptions(block_samples=30)), parts)
@@ -112,7 +122,9 @@ def _recipe(weights: list[float], pack: PackOptions) -> DataRecipe:
     return DataRecipe(sources, num_queries=4, num_bpe_tokens=100, seq_length=ROW, pack=pack)
 
 
-def _plan(recipe: DataRecipe, parts: list[tuple[int, list[MadeUp]]]) -> tuple[list[RowSlice], Manifest]:
+def _plan(
+    recipe: DataRecipe, parts: list[tuple[int, list[MadeUp]]], report: Progress = lambda done, total: None
+) -> tuple[list[RowSlice], Manifest]:
     finished = [
         FinishedPart(source, Path(f"part{number}"), part_index(samples))
         for number, (source, samples) in enumerate(parts)
@@ -125,7 +137,7 @@ def _plan(recipe: DataRecipe, parts: list[tuple[int, list[MadeUp]]]) -> tuple[li
     ):
         patch.setattr("megatron_vl.data.prepare.merge.scratch_folder", mock.MagicMock())
         merged = merge_parts(recipe, finished, Path("unused"))
-        return list(merged.slices()), merged.manifest()
+        return list(merged.slices(report)), merged.manifest()
 
 
 def _drawn(parts: list[tuple[int, list[MadeUp]]], weights: list[float]) -> Counter[tuple[int, int]]:
