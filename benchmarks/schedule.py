@@ -1,4 +1,4 @@
-"""The simulator of ``planning/schedule.py`` beside Megatron-Core's own schedules, whose stages sleep.
+"""The simulator of ``planning/simulation.py`` beside Megatron-Core's own schedules, whose stages sleep.
 
     python benchmarks/schedule.py [--pipeline 2 4 8] [--virtual 1 2] [--micro-batches 32] [--turns 3] [--json FILE]
                                   [--smoke]
@@ -8,6 +8,9 @@ images (none, one, four or seven), or as many as the packed rows of ``stream.py`
 operations (``sleeping.py``). The simulator gets the same durations, and no time for messages. So its error is what it
 does not know of the schedule: an order that differs, or a wait. What sleeping, gloo and Python cost besides is in the
 measured time.
+
+Compared are the makespan, and the begin of every pass of every rank. A pass that begins early or late shows where the
+simulator waits too long or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from statistics import median
 
 from balance import pack_stream
 from measure import Row, Spread, describe_machine, write_rows
-from sleeping import Case, case_of, measure
+from sleeping import Case, SleptStep, case_of, measure
 from stream import IMAGE, ROW
 
 from megatron_vl.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -27,8 +30,8 @@ from megatron_vl.planning.layout import resolve_layout
 
 MODEL = ModelConfig()
 GOAL = 1.03
-STEP_SECONDS = 4.0
-"""About what a step takes, so that what Python and gloo cost for each pass matters little."""
+PASS_SECONDS = 0.1
+"""What a step takes for each pass of a rank: so much that 1 to 2 ms for sleeping, Python and gloo matter little."""
 
 
 def main() -> None:
@@ -39,7 +42,8 @@ def main() -> None:
     for size in options.pipeline:
         for virtual in options.virtual:
             cases = make_cases(size, virtual, options.micro_batches, options.images)
-            cases = [case.scaled(options.step_seconds / case.simulated()) for case in cases]
+            seconds = 2 * virtual * options.micro_batches * options.pass_seconds
+            cases = [case.scaled(seconds / case.simulated()) for case in cases]
             rows += _report(cases, measure(cases, turns=options.turns))
     if options.json:
         write_rows(options.json, rows)
@@ -61,21 +65,35 @@ def make_cases(size: int, virtual: int, micro_batches: int, images: list[int]) -
     return cases
 
 
-def _report(cases: list[Case], found: dict[str, list[float]]) -> list[Row]:
-    """Print the measured makespans over the simulated ones."""
+def _report(cases: list[Case], found: dict[str, list[SleptStep]]) -> list[Row]:
+    """Print the measured makespans over the simulated ones, and how far from its simulated time a pass begins."""
     rows = []
     for case in cases:
-        measured, simulated = found[case.name], case.simulated()
-        spread = Spread.of([seconds / simulated for seconds in measured])
+        steps, simulated = found[case.name], case.simulated()
+        spread = Spread.of([step.makespan / simulated for step in steps])
         met = spread.middle <= GOAL and 1 / spread.middle <= GOAL
+        off = median(_furthest(case, step) for step in steps)
         name = f"pipeline {case.size}, virtual {case.pipeline.virtual}, {case.name}"
         print(
             f"{name}: measured / simulated {spread.middle:.3f} [{spread.low:.3f} .. {spread.high:.3f}]; "
-            f"goal within {GOAL}: {'met' if met else 'MISSED'}",
+            f"goal within {GOAL}: {'met' if met else 'MISSED'}; passes begin within {off / simulated:.1%} of the step",
             flush=True,
         )
-        rows.append(Row(f"makespan, {name}", median(measured), simulated, spread.middle, GOAL, met))
+        measured = median(step.makespan for step in steps)
+        rows.append(Row(f"makespan, {name}", measured, simulated, spread.middle, GOAL, met))
+        share = off / simulated
+        rows.append(Row(f"begin of a pass, {name}", off, simulated, share, GOAL - 1, share <= GOAL - 1))
     return rows
+
+
+def _furthest(case: Case, step: SleptStep) -> float:
+    """Return the largest difference between the measured and the simulated begin of a pass, in seconds."""
+    both = zip(case.timeline().ranks, step.passes, strict=True)
+    return max(
+        abs(begin - one.start)
+        for simulated, measured in both
+        for one, (begin, _) in zip(simulated, measured, strict=True)
+    )
 
 
 def _parse() -> argparse.Namespace:
@@ -87,10 +105,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write name, ours, reference, ratio, goal, met of each comparison")
     parser.add_argument("--smoke", action="store_true", help="two ranks, few short micro-batches: shows that it runs")
     options = parser.parse_args()
-    options.images, options.step_seconds = [0, 1, 4, 7], STEP_SECONDS
+    options.images, options.pass_seconds = [0, 1, 4, 7], PASS_SECONDS
     if options.smoke:
         options.pipeline, options.micro_batches, options.turns, options.images = [2], 4, 2, [4]
-        options.step_seconds = STEP_SECONDS / 10
+        options.pass_seconds = PASS_SECONDS / 2
     return options
 
 

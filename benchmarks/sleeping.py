@@ -14,11 +14,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vl.config.schema import ModelConfig
 from megatron_vl.planning.flops import FrozenParts, Work, unit_flops
 from megatron_vl.planning.layout import PipelineLayout, StageLayout
-from megatron_vl.planning.schedule import Pipeline, StageTimes, simulate
+from megatron_vl.planning.schedule import Pipeline
+from megatron_vl.planning.simulation import StageTimes, Timeline, simulate
 
 _FORWARD = FrozenParts(vision=True, resampler=True, language_model=True)
 
@@ -59,14 +61,27 @@ class Case:
             times(self.after),
         )
 
-    def simulated(self) -> float:
-        """Return the makespan by ``planning/schedule.py``, without messages."""
+    def timeline(self) -> Timeline:
+        """Return when each pass runs by ``planning/simulation.py``, if messages take no time."""
         times = [
             [StageTimes(forward, backward) for forward, backward in zip(*stage, strict=True)]
             for stage in zip(self.forward, self.backward, strict=True)
         ]
-        timeline = simulate(self.pipeline, times, self.before)
+        return simulate(self.pipeline, times, self.before)
+
+    def simulated(self) -> float:
+        """Return the makespan of :meth:`timeline`."""
+        timeline = self.timeline()
         return max(timeline.end_of(rank) + self.after[rank] for rank in range(self.size))
+
+
+@dataclass(frozen=True)
+class SleptStep:
+    """A measured step of a case, in seconds after its common start."""
+
+    makespan: float
+    passes: list[list[tuple[float, float]]]
+    """When each rank began and ended each of its passes, in the order of the rank."""
 
 
 def case_of(name: str, layout: PipelineLayout, rows: Sequence[Work], model: ModelConfig) -> Case:
@@ -88,8 +103,8 @@ def operations(stage: StageLayout, row: Work, model: ModelConfig) -> tuple[float
     return own, sum(both[unit] for unit in units) - own
 
 
-def measure(cases: Sequence[Case], *, turns: int) -> dict[str, list[float]]:
-    """Return the makespans of each case in seconds, one for each turn; the cases take turns, on the same ranks."""
+def measure(cases: Sequence[Case], *, turns: int) -> dict[str, list[SleptStep]]:
+    """Return the steps of each case, one for each turn; the cases take turns, on the same ranks."""
     with tempfile.TemporaryDirectory() as directory:
         job, result = Path(directory) / "job.json", Path(directory) / "result.json"
         job.write_text(json.dumps({"turns": turns, "cases": [asdict(case) for case in cases]}))
@@ -97,5 +112,5 @@ def measure(cases: Sequence[Case], *, turns: int) -> dict[str, list[float]]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", directory]
         launcher += ["--nproc-per-node", str(cases[0].size), str(rank), str(job), str(result)]
         subprocess.run(launcher, check=True, stderr=subprocess.DEVNULL)
-        found: dict[str, list[float]] = json.loads(result.read_text())
-        return found
+        found: dict[str, list[dict[str, Any]]] = json.loads(result.read_text())
+        return {name: [SleptStep(**step) for step in steps] for name, steps in found.items()}

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from sleeping import Case  # noqa: E402
+from sleeping import Case, SleptStep  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from megatron_vl.config.schema import ParallelConfig, RunConfig  # noqa: E402
@@ -29,18 +30,31 @@ from megatron_vl.parallel.schedule import P2P  # noqa: E402
 from megatron_vl.parallel.topology import Topology  # noqa: E402
 
 
+class _Diary:
+    """When this process began and ended each pass."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[float, float]] = []
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, and note when."""
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.passes.append((start, time.perf_counter()))
+
+
 class _Sleep(torch.autograd.Function):
     """The identity, which takes a time in each direction."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, forward: float, backward: float) -> Tensor:
-        time.sleep(forward)
-        ctx.backward_seconds = backward
+    def forward(ctx: Any, value: Tensor, seconds: tuple[float, float], diary: _Diary) -> Tensor:
+        ctx.backward_seconds, ctx.diary = seconds[1], diary
+        diary.sleep(seconds[0])
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        time.sleep(ctx.backward_seconds)
+        ctx.diary.sleep(ctx.backward_seconds)
         return gradients[0], None, None
 
 
@@ -50,11 +64,14 @@ class SleepingStage(nn.Module):
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, config: Any, durations: Sequence[tuple[float, float]], vp_stage: int | None) -> None:
+    def __init__(
+        self, config: Any, durations: Sequence[tuple[float, float]], vp_stage: int | None, diary: _Diary
+    ) -> None:
         super().__init__()
         self.config = config
         self.durations = durations
         self.vp_stage = vp_stage
+        self.diary = diary
         self.received: Tensor | None = None
 
     def set_input_tensor(self, received: Any) -> None:
@@ -64,13 +81,13 @@ class SleepingStage(nn.Module):
     def forward(self, micro_batch: int) -> Tensor:
         """Sleep for a micro-batch; the output is as small as the schedule allows."""
         value = torch.zeros(1, 1, 8, requires_grad=True) if self.received is None else self.received
-        output: Tensor = _Sleep.apply(value, *self.durations[micro_batch])
+        output: Tensor = _Sleep.apply(value, self.durations[micro_batch], self.diary)
         return output
 
 
-def run_step(case: Case, config: RunConfig, topology: Topology) -> float:
-    """Run a step; return the seconds from its common start to the end of the last rank."""
-    rank = topology.pp_rank
+def run_step(case: Case, config: RunConfig, topology: Topology) -> SleptStep:
+    """Run a step. Ranks are processes of one machine, so they read the same clock."""
+    rank, diary = topology.pp_rank, _Diary()
     core = core_configs(config, Target("cpu", transformer_engine=False)).schedule
     virtual = case.pipeline.virtual
     stages = [
@@ -78,6 +95,7 @@ def run_step(case: Case, config: RunConfig, topology: Topology) -> float:
             core,
             list(zip(case.forward[number], case.backward[number], strict=True)),
             vp_stage=chunk if virtual > 1 else None,
+            diary=diary,
         )
         for chunk, number in enumerate(range(rank, case.pipeline.num_stages, case.size))
     ]
@@ -87,7 +105,12 @@ def run_step(case: Case, config: RunConfig, topology: Topology) -> float:
     _run_schedule(stages, case.pipeline.micro_batches, topology)
     time.sleep(case.after[rank])
     dist.barrier()
-    return time.perf_counter() - start
+    makespan = time.perf_counter() - start
+    everywhere: list[Any] = [None] * case.size
+    dist.all_gather_object(everywhere, (start, diary.passes))
+    common = max(start for start, _ in everywhere)
+    passes = [[(begin - common, end - common) for begin, end in own] for _, own in everywhere]
+    return SleptStep(makespan, passes)
 
 
 def _run_schedule(stages: list[SleepingStage], micro_batches: int, topology: Topology) -> None:
@@ -110,7 +133,7 @@ def _run_schedule(stages: list[SleepingStage], micro_batches: int, topology: Top
 
 
 def main() -> None:
-    """Run every case in turn; rank 0 writes the makespans."""
+    """Run every case in turn; rank 0 writes the steps."""
     job = json.loads(Path(sys.argv[1]).read_text())
     cases = [Case(**fields) for fields in job["cases"]]
     virtual = cases[0].pipeline.virtual
@@ -119,13 +142,13 @@ def main() -> None:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
     )
     config = RunConfig(parallel=parallel)
-    found: dict[str, list[float]] = {case.name: [] for case in cases}
+    found: dict[str, list[Any]] = {case.name: [] for case in cases}
     with Topology(config.parallel) as topology:
         for turn in range(1 + job["turns"]):
             for case in cases:
-                seconds = run_step(case, config, topology)
+                step = run_step(case, config, topology)
                 if turn:  # the first is a warm-up
-                    found[case.name].append(seconds)
+                    found[case.name].append(asdict(step))
         if topology.rank == 0:
             Path(sys.argv[2]).write_text(json.dumps(found))
 

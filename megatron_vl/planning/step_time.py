@@ -25,7 +25,8 @@ from megatron_vl.planning.gpus import Gpu, PartFactors
 from megatron_vl.planning.hosts import Hosts
 from megatron_vl.planning.memory import Layout
 from megatron_vl.planning.rows import Row
-from megatron_vl.planning.schedule import Pipeline, StageTimes, Timeline, simulate_repeating
+from megatron_vl.planning.schedule import Pipeline
+from megatron_vl.planning.simulation import StageTimes, Timeline, simulate_repeating
 from megatron_vl.planning.stage_cost import StageCost, UnitCosts
 from megatron_vl.planning.traffic import DataGroup, DataTraffic, boundary_links, data_traffic, stage_messages
 from megatron_vl.planning.vision_share import VisionShare
@@ -101,12 +102,18 @@ def step_time(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size:
 
 
 def fastest_possible(config: RunConfig, layout: Layout, row: Row, gpu: Gpu, world_size: int) -> float:
-    """Return a lower bound of :func:`step_time` that needs no simulation: the busiest rank without any waiting."""
+    """Return a lower bound of :func:`step_time` that needs no simulation.
+
+    A rank computes all its passes. Before the first and after the last of them, one micro-batch passes through the
+    first chunks of the ranks before it, forward and backward. For equal stages, this is the time of the schedule.
+    """
     cluster = _Cluster(config, layout, gpu.within(world_size), world_size)
     work = row.computed(config)
     costs = stage_costs(config, layout, work, gpu.factors)
-    busiest = max(cluster.busy(costs, rank) for rank in range(cluster.pipeline.size))
-    return cluster.pipeline.micro_batches * busiest + cluster.vision_seconds(work)
+    count = cluster.pipeline.micro_batches
+    ranks = range(cluster.pipeline.size)
+    least = max(count * cluster.busy(costs, rank) + cluster.seconds(costs[:rank]) for rank in ranks)
+    return least + cluster.vision_seconds(work)
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,11 @@ class _Cluster:
 
     def busy(self, costs: Sequence[StageCost], rank: int) -> float:
         """Return the seconds that a rank computes for a micro-batch."""
-        chunks = self.chunks(costs, rank)
-        return sum(cost.forward.seconds(self.gpu) + cost.backward.seconds(self.gpu) for cost in chunks)
+        return self.seconds(self.chunks(costs, rank))
+
+    def seconds(self, costs: Sequence[StageCost]) -> float:
+        """Return the seconds of a micro-batch in stages, one after the other."""
+        return sum(cost.forward.seconds(self.gpu) + cost.backward.seconds(self.gpu) for cost in costs)
 
     def timed(self, costs: Sequence[StageCost], work: Work) -> dict[str, Any]:
         """Return the times of a step by the names of :class:`StepTime`."""

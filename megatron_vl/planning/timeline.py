@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from megatron_vl.planning.plans import Plan
-from megatron_vl.planning.schedule import Pipeline, StageTimes, Timed, Timeline, simulate
+from megatron_vl.planning.schedule import Pipeline
+from megatron_vl.planning.simulation import StageTimes, Timed, Timeline, simulate
 
 _WIDTH, _LEFT, _RIGHT = 1200, 24, 24
 _TITLE, _LANE, _BAR, _LEGEND = 96, 84, 36, 120

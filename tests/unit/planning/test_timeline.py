@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_vl.planning.schedule import Pipeline, StageTimes
+from megatron_vl.planning.schedule import Pipeline
+from megatron_vl.planning.simulation import StageTimes
 from megatron_vl.planning.timeline import Drawing, Lane, draw
 from tests.helpers.browser import needs_chromium, visit
 
