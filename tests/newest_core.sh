@@ -29,7 +29,7 @@ layouts="tp2-pp2-dp1 or tp1-pp2-dp2 or tp2-pp1-dp2 or tp1-pp4-dp1"
 python -m pytest -q -m "not long" \
     tests/parallel/test_layouts.py tests/parallel/test_golden.py tests/parallel/test_checkpoints.py \
     tests/integration/test_resume.py tests/unit/backends tests/unit/checkpoint tests/unit/parallel \
-    tests/unit/planning/test_schedule.py \
+    tests/unit/planning/test_schedule.py tests/unit/planning/test_calls.py \
     -k "not test_layouts or late_receiver or (($layouts) and not legacy and not text)"
 
 folder="$(mktemp -d)"

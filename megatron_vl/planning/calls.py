@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A rank waits until messages have arrived where they are sent to, by itself or by others."""
+    """The rank waits until messages that it sends or receives have arrived."""
 
     messages: Messages
 

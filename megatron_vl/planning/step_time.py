@@ -2,7 +2,7 @@
 
 1. Each stage's passes take the time of their operations, memory traffic and collectives (``stage_cost.py``) at the
    rates of the GPU, or that of the CPU that launches them.
-2. The schedule runs with these times and the messages between stages (``schedule.py``). Where every rank holds the
+2. The schedule runs with these times and the messages between stages (``simulation.py``). Where every rank holds the
    vision part, its time comes before and after the schedule (``vision_share.py``).
 3. What data parallelism exchanges and cannot hide comes before and after it (``traffic.py``).
 4. The optimizer reads and writes its state. In bytes a parameter: gradients are scaled by the number of tokens (8)
