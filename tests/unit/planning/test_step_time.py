@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vl.config.batch import data_parallel_size, num_microbatches
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.planning.activations import Keeping
@@ -187,7 +188,7 @@ def test_parts_of_a_step_add_up_and_the_bound_is_below(flags: tuple[str, ...]) -
     parts = found.busiest + found.bubble + found.vision + found.exposed_data + found.optimizer
     assert found.seconds == pytest.approx(parts)
     seconds = [own.forward + own.backward for own in found.stages]
-    count, size = len({one.what.micro_batch for one in found.timeline.ranks[0]}), len(found.timeline.ranks)
+    count, size = num_microbatches(config.training, data_parallel_size(config.parallel, 8)), len(found.timeline.ranks)
     bound = max(count * sum(seconds[rank::size]) + sum(seconds[:rank]) for rank in range(size))
     assert fastest_possible(config, layout, ROW, H100, 8) == pytest.approx(bound) and bound <= found.seconds
     assert found.launches <= found.busiest and found.exposed_tensor <= found.busiest
