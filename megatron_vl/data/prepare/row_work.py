@@ -93,8 +93,9 @@ def write_rows(plan: StoredPlan, *, pool: Pool, report: Progress, share: Share =
 def num_missing(plan: StoredPlan) -> int:
     """Return how many slices of a plan are not written.
 
-    Opening a folder asks the server for its current state (``nfs_lookup_verify_inode`` in Linux). So of jobs that end
-    at the same time, at least the one that writes last finds the slices of all.
+    Opening a folder asks an NFS server for its current state (``nfs_lookup_verify_inode`` in Linux, unless mounted with
+    ``nocto``). So of jobs that end at the same time, at least the one that writes last finds the slices of all. Should
+    none find them, any job that is run again completes the data set.
     """
     present = set(plan.folder.iterdir())
     return sum(record_path(plan.stem, item.name) not in present for item in plan.slices)
