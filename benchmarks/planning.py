@@ -259,7 +259,13 @@ def _prefix(folder: Path, number: int) -> Path:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", nargs=2, type=int, default=[5_000_000, 20_000_000], help="two numbers of samples")
+    parser.add_argument(
+        "--samples",
+        nargs=2,
+        type=int,
+        default=[5_000_000, 20_000_000],
+        help="two numbers of samples, of at least two million",
+    )
     parser.add_argument("--block-samples", type=int, default=2**21, help="samples of a block in these two runs")
     parser.add_argument("--full-block", type=int, default=_default_block(), help="samples of the run with one block")
     parser.add_argument("--folder", type=Path, help="where the parts are made (default: that of temporary files)")
