@@ -105,7 +105,7 @@ def test_a_killed_preparation_of_blocks_ends_with_the_same_bytes(raw: Path, monk
 
 def test_a_run_reads_the_images_of_every_block(tmp_path: Path) -> None:
     """Beside a data set of one block, whose images are numbered by themselves."""
-    prefixes = [make_data_set(tmp_path, "one"), make_data_set(tmp_path, "several", pack=BLOCKS)]
+    prefixes = [make_data_set(tmp_path, "several", pack=BLOCKS), make_data_set(tmp_path, "one")]
     loader = RowLoader(run_config(*prefixes, num_workers=1), share=DataShare(0, 1))
     sets = loader.data_sets
     for row_id in range(loader.num_rows):

@@ -103,3 +103,16 @@ def test_fates_are_those_of_comparing_all(
             numbers = [number for number in mine if expected[number] == fate]
             assert counts.skips.get(dropped.reason, 0) == len(numbers)
             assert counts.examples.get(dropped.reason, []) == [str(number) for number in numbers[:5]]
+
+
+@pytest.mark.parametrize("run_bytes", [1, 2**20])
+def test_an_image_stays_if_those_like_it_are_dropped(folder: Path, run_bytes: int) -> None:
+    """Of hashes one bit apart, 1, 11, 111, 1111, every other one stays; the order of the samples decides."""
+    looks = [0b1, 0b11, 0b111, 0b1111, 0b11]
+    samples = [MadeUp(images=((number, look),)) for number, look in enumerate(looks)]
+    filters = [FilterOptions(duplicates="near", duplicate_distance=1)]
+    for order, expected in (([0, 1, 2, 3, 4], [0, 3, 0, 3, 3]), ([1, 3, 0, 4, 2], [0, 0, 3, 3, 3])):
+        made = (0, folder / "part", part_index([samples[number] for number in order]))
+        with mock.patch.object(sorted_runs, "RUN_BYTES", run_bytes):
+            gathered = gather([made], filters, folder / "scratch")
+        assert gathered.fates.of(0, 5).tolist() == expected
