@@ -161,7 +161,7 @@ def test_a_signal_ends_the_steps_that_run_and_their_time_counts(tmp_path: Path, 
         line = process.stdout.readline().strip()
         seen |= {line} if line.endswith("up") else set()
     process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
     assert [timing.finished for timing in Ledger(tmp_path).times()] == [False] * len(names)
     assert not (tmp_path / "worked").exists()
 

@@ -175,7 +175,7 @@ def test_samples_per_row_is_the_manifests(prefix: str) -> None:
 
 @pytest.fixture
 def pool(prefix: str) -> Iterator[DecodePool]:
-    made = DecodePool([prefix], 14, num_workers=1, timeout=20.0)
+    made = DecodePool([prefix], 14, num_workers=1, timeout=120.0)
     yield made
     made.close()
 
