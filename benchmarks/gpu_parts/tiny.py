@@ -20,7 +20,8 @@ from megatron_vl.checkpoint import contents
 from megatron_vl.config.load import load_config
 from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.generation.engine import Engine
+from megatron_vl.generation.requests import GenerationOptions, Request
 from megatron_vl.parallel.topology import Topology
 from megatron_vl.training.parallel_model import build_parallel_model
 from megatron_vl.training.step import train_step
@@ -85,14 +86,18 @@ def _answer(checkpoint: Path, report: Report) -> None:
         engine = Engine.from_checkpoint(checkpoint, parallel=ParallelConfig(backend="local"), topology=topology)
         prompt, options = _prompt(engine), GenerationOptions(max_new_tokens=8)
         answers: list[list[list[int]]] = []
-        times = seconds_of(lambda: answers.append(engine.generate([prompt], options)), repeat=1, warm_up=1)
+        times = seconds_of(lambda: answers.append(_ask(engine, prompt, options)), repeat=1, warm_up=1)
     differ = sum(a != b for a, b in zip(*answers, strict=True))
     report.cost("tiny: answers that differ when asked twice", differ, 0.0)
     report.figure(f"tiny: ms an answer of 8 tokens on {current_device().type}", 1e3 * times[0])
 
 
-def _prompt(engine: Engine) -> Prompt:
+def _ask(engine: Engine, prompt: Request, options: GenerationOptions) -> list[list[int]]:
+    return [list(answer.tokens) for answer in engine.generate([prompt], options)]
+
+
+def _prompt(engine: Engine) -> Request:
     special, model = SpecialTokens(engine.model.num_bpe_tokens), engine.model
     image = [special.img_start, *[special.img_pad] * model.resampler.num_queries, special.img_end]
     pixels = torch.randint(0, 256, (1, 3, model.image_size, model.image_size), dtype=torch.uint8)
-    return Prompt((*image, 5, 6, 7), pixels)
+    return Request((*image, 5, 6, 7), pixels)

@@ -6,6 +6,9 @@ image is a path relative to the file, or a list of paths. prompt is text, and ma
 question is empty, prediction is null and the field skipped holds the reason. The last line that is printed counts the
 skipped questions.
 
+The file may have any length: questions are read, images decoded and answers written as they come, to OUTPUT.part until
+the last one. After a kill, the same command continues there. Another checkpoint, question file or setting is refused.
+
 With --chat-format raw, the model continues the text of the images and the prompt, as a base model does. With
 --chat-format chatml, the prompt is a turn of a dialogue. A line may then have system, a text, and history, a list of
 [query, reply]. A query may contain images as <img>PATH</img>. prompt may also be a list of {"image": path}, {"text":
@@ -16,34 +19,35 @@ dialogue.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_vl.checkpoint import store
 from megatron_vl.cli.command import check_at_least, exit_status
 from megatron_vl.cli.inference_flags import add_inference_flags, check_layout, parallel_config
-from megatron_vl.cli.output import check_writable, write_whole
+from megatron_vl.cli.output import check_writable
 from megatron_vl.cli.parser import CommandParser
-from megatron_vl.config.schema import ModelConfig
-from megatron_vl.data.prompting.chat import DEFAULT_SYSTEM
-from megatron_vl.data.prompting.markup import count_images, join_parts, parse_markup
-from megatron_vl.data.prompting.tasks import Piece
-from megatron_vl.data.prompting.tokenize import encode_pieces
+from megatron_vl.cli.sampling_flags import add_sampling_flags, generation_options, sampling_of
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
-from megatron_vl.errors import DataError, SkipSample
-from megatron_vl.evaluation.questions import Prediction, Question, read_questions, to_lines
-from megatron_vl.generation.chat import MAX_WINDOW_SIZE, ChatEncoder, Dialogue, stop_sequences
-from megatron_vl.log import log_rank_0, setup_logging, silence_dependency_warnings, write_line
-
-if TYPE_CHECKING:
-    from megatron_vl.generation.engine import Prompt
+from megatron_vl.evaluation.answer_file import AnswerFile, Tally
+from megatron_vl.evaluation.answering import QuestionEncoder, answer_questions, check_question
+from megatron_vl.evaluation.questions import Prediction, iterate_questions
+from megatron_vl.files import sha256_of_file
+from megatron_vl.generation.chat import MAX_WINDOW_SIZE, stop_sequences
+from megatron_vl.launch import read_launch
+from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after an error of the user."""
     silence_dependency_warnings()
-    return exit_status(lambda: _run(_build_parser().parse_args(argv)))
+    return exit_status(
+        lambda: _run(_build_parser().parse_args(argv)), if_interrupted="interrupted; the same command continues"
+    )
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -56,6 +60,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_inference_flags(parser)
     parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--restart", action="store_true", help="drop what a run that was stopped has left")
     parser.add_argument(
         "--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is presented to the model"
     )
@@ -66,123 +71,117 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of the system text and the history of a dialogue; older exchanges are left out",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered together")
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    add_sampling_flags(parser)
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     setup_logging()
-    check_at_least("--max-new-tokens", options.max_new_tokens, 1)
-    check_at_least("--batch-size", options.batch_size, 1)
+    sampling_of(options)
     check_at_least("--max-window-size", options.max_window_size, 0)
     check_writable(options.output)
     check_layout(options)
-    questions = _read(options.inputs, options.chat_format)
+    if read_launch().rank != 0:
+        _compute(options, None)
+        return
+    with _writer(options) as writer:
+        _compute(options, writer)
+    write_line(f"{options.output}: {writer.tally.summary}")
+
+
+@contextmanager
+def _writer(options: argparse.Namespace) -> Iterator[_Writer]:
+    """Open the output for the block, which answers what is left; then the output is whole."""
+    number = _check_questions(options)
+    options.checkpoint = store.choose(options.checkpoint)
+    output = AnswerFile(options.output, _settings(options), options.restart)
+    with output.locked():
+        tally = output.resume(iterate_questions(options.inputs))
+        yield _Writer(output, tally, number, progress=not options.no_progress)
+        output.finish()
+
+
+def _check_questions(options: argparse.Namespace) -> int:
+    """Return the number of questions. Raises DataError, which names the line, if one is wrong."""
+    number = 0
+    for question in iterate_questions(options.inputs):
+        check_question(question, options.chat_format)
+        number += 1
+    return number
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides the answers."""
+    return {
+        "questions": f"SHA-256 {sha256_of_file(options.inputs)}",
+        "checkpoint": f"SHA-256 {sha256_of_file(options.checkpoint / store.MANIFEST)}",
+        **asdict(sampling_of(options)),
+        **{
+            name: getattr(options, name)
+            for name in ("max_new_tokens", "stop", "chat_format", "max_window_size", "blank_images", "bf16")
+        },
+    }
+
+
+class _Writer:
+    """Writes on rank 0, with a progress bar where standard error is a terminal."""
+
+    def __init__(self, output: AnswerFile, tally: Tally, number: int, *, progress: bool) -> None:
+        self._output, self.tally = output, tally
+        self._number, self._progress = number, progress
+
+    def write(self, predictions: Iterator[Prediction]) -> None:
+        from tqdm import tqdm
+
+        silent = None if self._progress else True
+        first = self.tally.lines
+        with tqdm(total=self._number, initial=first, unit="question", disable=silent, dynamic_ncols=True) as bar:
+            self._output.append(predictions, self.tally, bar.update)
+
+
+def _compute(options: argparse.Namespace, writer: _Writer | None) -> None:
+    """Answer the questions that have no answer yet, on all ranks; rank 0 writes."""
     from megatron_vl.backends.platform import prepare_process
 
     prepare_process()
     from megatron_vl.parallel.topology import Topology
 
     with Topology(parallel_config(options)) as topology:
-        answers = _answers(questions, options, topology)
-        if topology.rank == 0:
-            write_whole(options.output, to_lines(answers))
-            write_line(f"{options.output}: {_summary(answers)}")
+        _write_answers(options, topology, writer)
 
 
-def _summary(answers: Sequence[Prediction]) -> str:
-    skipped = [f"{answer.name}, {answer.skipped}" for answer in answers if answer.skipped is not None]
-    said = f"{len(answers) - len(skipped)} answers"
-    return f"{said}; skipped {len(skipped)} of {len(answers)} questions: {'; '.join(skipped[:3])}" if skipped else said
+def _write_answers(options: argparse.Namespace, topology: Any, writer: _Writer | None) -> None:
+    from megatron_vl.parallel.agreement import by_rank_0
+
+    done = by_rank_0(lambda: 0 if writer is None else writer.tally.lines)
+    predictions = _answers(options, topology, done)
+    if writer is not None:
+        writer.write(predictions)
+    else:
+        for _ in predictions:
+            pass
 
 
-def _answers(questions: Sequence[Question], options: argparse.Namespace, topology: Any) -> list[Prediction]:
-    """Answer each question, the same on every rank."""
-    from megatron_vl.generation.engine import Engine, GenerationOptions
+def _answers(options: argparse.Namespace, topology: Any, done: int) -> Iterator[Prediction]:
+    """Yield the answer to each question after the first ``done``, the same on every rank."""
+    from megatron_vl.generation.engine import Engine
 
+    questions = islice(iterate_questions(options.inputs), done, None)
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
     tokenizer = QwenTokenizer(engine.model.num_bpe_tokens, options.vocab_file)
-    prompts: list[Prompt] = []
-    answers: list[Prediction] = []
-    for question in questions:
-        try:
-            prompts.append(_prompt(question, tokenizer, engine.model, options))
-            answers.append(Prediction(**vars(question)))
-        except SkipSample as error:
-            answers.append(Prediction(**vars(question), skipped=str(error)))
-    limits = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        stop_sequences=stop_sequences(options.chat_format, tokenizer),
+    encoder = QuestionEncoder(
+        tokenizer, engine.model, options.chat_format, options.max_window_size, options.blank_images
     )
-    replies = iter(engine.generate(prompts, limits))
-    return [
-        replace(item, prediction=tokenizer.decode(next(replies)).strip()) if item.skipped is None else item
-        for item in answers
-    ]
-
-
-def _read(path: Path, chat_format: str) -> tuple[Question, ...]:
-    """Read the questions. The parts of a prompt are checked when it is assembled."""
-    questions = read_questions(path)
-    for item in questions if chat_format == "raw" else ():
-        if item.history or item.system or not isinstance(item.prompt, str):
-            raise DataError(f"{path}, {item.name}: 'history', 'system' and a list of parts need --chat-format chatml")
-    return questions
-
-
-def _prompt(question: Question, tokenizer: QwenTokenizer, model: ModelConfig, options: argparse.Namespace) -> Prompt:
-    import numpy as np
-    import torch
-
-    from megatron_vl.data.images.pixels import blank_pixels
-    from megatron_vl.generation.engine import Prompt
-
-    paths = question.images
-    if options.chat_format == "chatml":
-        encoder = ChatEncoder(tokenizer, model.resampler.num_queries, options.max_window_size)
-        tokens, paths = _chat(question, encoder)
-    else:
-        pieces = [Piece("image")] * len(paths) + parse_markup(question.text, images=False)
-        tokens = tuple(encode_pieces(pieces, tokenizer, num_queries=model.resampler.num_queries).tokens.tolist())
-    if not tokens:
-        raise SkipSample("empty_prompt", "neither text nor an image")
-    if not paths:
-        return Prompt(tokens)
-    if options.blank_images:
-        return Prompt(tokens, torch.from_numpy(blank_pixels(len(paths), model.image_size)))
-    pixels = [_pixels(question.file.parent / path, model.image_size) for path in paths]
-    return Prompt(tokens, torch.from_numpy(np.stack(pixels)))
-
-
-def _chat(question: Question, encoder: ChatEncoder) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the tokens of a dialogue, and the paths of the images in it."""
-    text = question.prompt
-    parts = [*({"image": path} for path in question.images), *([{"text": text}] if isinstance(text, str) else text)]
-    try:
-        query = join_parts(parts, images_before=sum(count_images(earlier) for earlier, _ in question.history))
-    except DataError as error:
-        raise DataError(f"--inputs, {question.name}: {error}") from error
-    system = DEFAULT_SYSTEM if question.system is None else question.system
-    prompt = encoder.prompt(Dialogue(query, question.history, system))
-    if prompt.left_out:
-        log_rank_0(
-            f"--inputs, {question.name}: the oldest {prompt.left_out} of {len(question.history)} exchanges do not fit "
-            f"--max-window-size {encoder.max_window_size}",
-        )
-    return prompt.tokens, prompt.images
-
-
-def _pixels(path: Path, image_size: int) -> Any:
-    from megatron_vl.data.images.decode import to_pixels
-
-    try:
-        return to_pixels(path.read_bytes(), image_size)
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        raise SkipSample("missing_image", f"{path}: {error}") from error
-    except SkipSample as error:
-        raise SkipSample(error.reason, f"{path}: {error.detail}") from error
+    chosen = generation_options(options, tokenizer, stop_sequences(options.chat_format, tokenizer))
+    stops = chosen.stop_texts
+    assert stops is not None
+    return answer_questions(
+        questions,
+        encoder,
+        lambda requests: engine.generate(requests, chosen),
+        lambda tokens: stops.cut(tokenizer.decode(tokens)).strip(),
+    )

@@ -7,6 +7,7 @@ newer files stay readable.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,15 +39,21 @@ def read_json(path: Path, *, written_by: str) -> Any:
 
 def read_json_lines(path: Path, *, written_by: str, is_log: bool = False) -> dict[int, Any]:
     """Return the values of JSON lines by their numbers; a torn last line of a log (a killed writer) is left out."""
-    lines = _read_text(path, written_by).split("\n")
-    records = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            records[number] = json.loads(line)
-        except json.JSONDecodeError as error:
-            if is_log and number == len(lines):
-                break
-            raise DataError(f"{path}, line {number}: not JSON ({error}); it is written by {written_by}") from None
-    return records
+    return dict(iterate_json_lines(path, written_by=written_by, is_log=is_log))
+
+
+def iterate_json_lines(path: Path, *, written_by: str, is_log: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield what :func:`read_json_lines` returns, one line at a time."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        if is_log and not line.endswith("\n"):
+                            break
+                        said = f"not JSON ({error}); it is written by {written_by}"
+                        raise DataError(f"{path}, line {number}: {said}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); it is written by {written_by}") from error

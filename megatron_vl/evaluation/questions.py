@@ -6,14 +6,14 @@ A line of predictions is its question, and the answer. So it can be asked again:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.prompting.markup import join_parts
 from megatron_vl.errors import DataError
-from megatron_vl.evaluation.json_records import read_json_lines
+from megatron_vl.evaluation.json_records import iterate_json_lines, read_json_lines
 from megatron_vl.generation.chat import read_history
 
 Json = dict[str, Any]
@@ -87,8 +87,13 @@ def to_lines(questions: Iterable[Question]) -> str:
 
 def read_questions(path: Path) -> tuple[Question, ...]:
     """Read a file of questions. Raises DataError, which names the line."""
-    lines = read_json_lines(path, written_by="tools/make_questions.py or by hand")
-    return tuple(_question(fields, path, number) for number, fields in lines.items())
+    return tuple(iterate_questions(path))
+
+
+def iterate_questions(path: Path) -> Iterator[Question]:
+    """Yield the questions of a file, one line at a time. Raises DataError, which names the line."""
+    for number, fields in iterate_json_lines(path, written_by="tools/make_questions.py or by hand"):
+        yield _question(fields, path, number)
 
 
 def read_predictions(path: Path) -> tuple[Prediction, ...]:

@@ -1,108 +1,68 @@
-"""Greedy generation with a key-value cache, on any tensor x pipeline x data layout.
+"""Answers and log-likelihoods from a model with a key-value cache, on any tensor x pipeline x data layout.
 
-Prompts of a batch are padded on the left, so that the last position predicts the next token of every prompt. One
-forward pass reads the prompts (images included) and fills the cache; then each pass feeds one token. Stages run one
-after the other, and each sends its output to the next, so a virtual pipeline works too. Data-parallel ranks take
-prompts in turn.
+Requests are an iterable, and answers an iterator in the same order, so neither has to fit in memory. A few batches of
+requests are taken at a time (``batches.py``). Data-parallel ranks take these batches in turn, and then exchange the
+answers. Every rank must be given the same requests, and gets all answers.
 
-Of equal logits the lowest id is chosen, at any layout. In fp32 the tokens equal those of recomputing the whole sequence
-for each token. In bf16 a pass over one token rounds differently than one over the sequence, so tokens may differ where
-logits are that close.
+Of a batch, one forward pass reads the prompts (images included) and fills the cache; then each pass feeds one token.
+How a token is chosen from the logits is in ``sampling.py``. The first rank of the last stage chooses for its replica.
 
-The layers are those of the local backend, whose attention takes a mask for the padding. Sequence parallelism is off: a
-pass over one token has nothing to split.
+In fp32 the tokens equal those of recomputing the whole sequence for each token, whatever the batch and the layout. In
+bf16 a pass over one token rounds differently than one over the sequence, so tokens may differ where logits are that
+close.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_vl.backends.attention_inputs import AttentionInputs
-from megatron_vl.backends.local.attention import LocalInputs
 from megatron_vl.checkpoint.inference import load_for_inference
 from megatron_vl.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_vl.config.special_tokens import SpecialTokens
-from megatron_vl.errors import NotFiniteError
-from megatron_vl.model.fusion import fuse
+from megatron_vl.errors import NotFiniteError, SkipSample
+from megatron_vl.generation.batches import PaddedBatch, Row, batches_by_length, pad_rows, windows
+from megatron_vl.generation.choosing import Chooser
+from megatron_vl.generation.requests import Answer, Choices, GenerationOptions, Likelihoods, Request
+from megatron_vl.generation.stages import Pass, StagedModel, Targets
+from megatron_vl.generation.stops import cut_stop_sequence
 from megatron_vl.model.qwen_vl import QwenVL
-from megatron_vl.model.rotary import LongContext
-from megatron_vl.parallel.agreement import by_all
-from megatron_vl.parallel.collectives import from_last_stage, receive, send
+from megatron_vl.parallel.agreement import by_all, together
+from megatron_vl.parallel.collectives import first_of_replica, from_last_stage
 from megatron_vl.parallel.topology import Topology
-from megatron_vl.planning.layout import PipelineLayout, resolve_layout
 
-_NOT_A_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids with image slots, and the images that fill them."""
-
-    tokens: tuple[int, ...]
-    pixels: Tensor | None = None
-    """uint8[k, 3, H, W], one for each image span of ``tokens``."""
+_WINDOW = 4
+"""Number of batches of each data-parallel rank that are formed together."""
+A = TypeVar("A", Request, Choices)
+B = TypeVar("B", Answer, Likelihoods)
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """When to stop, and which tokens are excluded."""
+class _Decoded:
+    """The requests of a batch whose images could be used, and their images."""
 
-    max_new_tokens: int = 64
-    batch_size: int = 32
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that end an answer and are not part of it; <|endoftext|> always is one."""
-    banned_ids: tuple[int, ...] = ()
-    """Tokens that are never chosen."""
-
-
-@dataclass(frozen=True)
-class _PaddedBatch:
-    tokens: Tensor
-    """int64[b, longest], padded on the left."""
-    padding: Tensor
-    """bool[b, longest]."""
-    slots: Tensor
-    """int64[images * queries]: positions of image slots in the flattened batch."""
+    usable: tuple[int, ...]
+    """Their indices in the batch."""
+    skipped: dict[int, str]
+    """The reasons of the others."""
     pixels: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One pass of all stages."""
-
-    tokens: Tensor
-    """int64[b, s], the new tokens."""
-    inputs: AttentionInputs
-    prompts: _PaddedBatch | None
-    """On the first pass, which also reads the images."""
-
-    @property
-    def pixels(self) -> Tensor | None:
-        return None if self.prompts is None else self.prompts.pixels
-
-
 class Engine:
-    """A model that generates answers."""
+    """A model that answers."""
 
     def __init__(self, chunks: Sequence[QwenVL], config: RunConfig, topology: Topology) -> None:
         """Take ``chunks``, which must have been built without sequence parallelism, from the local backend."""
-        assert not config.parallel.sequence_parallel and config.parallel.backend == "local"
-        self.chunks = list(chunks)
+        self.staged = StagedModel(chunks, config, topology)
         self.topology = topology
-        self.layout: PipelineLayout = resolve_layout(config)
         self.model = config.model
         self.special = SpecialTokens(config.model.num_bpe_tokens)
-        self._long_context = LongContext(config.model.language)
-        self._dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        for chunk in self.chunks:
-            chunk.eval()
 
     @classmethod
     def from_checkpoint(cls, path: Path, *, parallel: ParallelConfig, topology: Topology, bf16: bool = False) -> Engine:
@@ -117,159 +77,187 @@ class Engine:
         loaded = load_for_inference(path, lambda saved: replace(saved, parallel=own, training=training), topology)
         return cls(loaded.chunks, loaded.config, topology)
 
+    @property
+    def chunks(self) -> list[QwenVL]:
+        """The model chunks of this rank."""
+        return self.staged.chunks
+
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
-        """Return the new tokens of each prompt, in the order of the prompts, on every rank.
+    def generate(self, requests: Iterable[Request], options: GenerationOptions) -> Iterator[Answer]:
+        """Yield the answer to each request, in their order, on every rank.
 
         Raises:
             NotFiniteError: on every rank, if the logits of a prompt are not numbers.
         """
-        gathered = by_all(lambda: self._answer_own(prompts, options))
-        merged = {index: tokens for own in gathered for index, tokens in own.items()}
-        return [merged[index] for index in range(len(prompts))]
+        yield from self._in_turn(requests, options.batch_size, lambda batch: self._answer(batch, options))
 
-    def _answer_own(self, prompts: Sequence[Prompt], options: GenerationOptions) -> dict[int, list[int]]:
-        """Return the answers to the prompts of this data-parallel rank, by index. All ranks of a replica fail alike."""
-        answers: dict[int, list[int]] = {}
-        for indices in self._batches(prompts, options.batch_size):
-            batch = self._answer([prompts[index] for index in indices], options)
-            answers.update(zip(indices, batch, strict=True))
-        return answers
+    @torch.no_grad()
+    def log_likelihoods(self, choices: Iterable[Choices], *, batch_size: int = 32) -> Iterator[Likelihoods]:
+        """Yield the log-likelihoods of the continuations of each prompt, in their order, on every rank.
 
-    def _batches(self, prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-        """Return this rank's prompts by their index, batched by length so that there is little padding.
+        A prompt and a continuation are one sequence, as in ``tools/forward.py``. An image is encoded once for all
+        continuations of a prompt.
 
-        A prompt whose length changes the rotary base (those above some length) is in a batch of its own, so its answer
-        does not depend on other prompts.
+        Args:
+            batch_size: prompts that are read together, each as often as it has continuations.
+
+        Raises:
+            NotFiniteError: on every rank, if the loss of a token is not a number.
         """
-        mine = range(self.topology.dp_rank, len(prompts), self.topology.dp_size)
-        by_length = sorted(mine, key=lambda index: (len(prompts[index].tokens), index))
-        plain = [i for i in by_length if self._long_context.ntk_alpha(len(prompts[i].tokens)) == 1]
-        batches = [plain[start : start + size] for start in range(0, len(plain), size)]
-        return batches + [[index] for index in by_length[len(plain) :]]
+        yield from self._in_turn(choices, batch_size, self._score)
 
-    def _answer(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
-        batch = self._pad(prompts)
-        stops = ((self.special.endoftext,), *options.stop_sequences)
-        number, length = batch.tokens.shape
+    def _in_turn(self, asked: Iterable[A], batch_size: int, work: Callable[[list[A]], list[B]]) -> Iterator[B]:
+        """Yield the result of each item in order, as soon as those before it are there."""
+        ranks = self.topology.dp_size
+        remaining = windows(asked, batch_size * ranks * _WINDOW)
+        while window := together(lambda: next(remaining, None)):
+            lengths = [_length(item) for item in window]
+            batches = batches_by_length(lengths, most=batch_size, ranks=ranks, stands_alone=self._changes_base)
+            done: dict[int, B] = {}
+            following = 0
+            for first in range(0, len(batches), ranks):
+                for found in self._work_on(batches[first : first + ranks], window, work):
+                    done |= found
+                while following in done:
+                    yield done.pop(following)
+                    following += 1
+
+    def _work_on(
+        self, batches: Sequence[list[int]], window: Sequence[A], work: Callable[[list[A]], list[B]]
+    ) -> list[dict[int, B]]:
+        """Work on at most one batch on each data-parallel rank; return the results of all ranks, by their index.
+
+        All ranks of a replica fail alike.
+        """
+        own = batches[self.topology.dp_rank] if self.topology.dp_rank < len(batches) else []
+
+        def results() -> dict[int, B]:
+            return dict(zip(own, work([window[index] for index in own]), strict=True)) if own else {}
+
+        return by_all(results)
+
+    def _changes_base(self, length: int) -> bool:
+        """Return whether a length changes the rotary base; then an answer must not depend on other prompts."""
+        return self.staged.long_context.ntk_alpha(length) != 1
+
+    def _decode(self, requests: Sequence[Request]) -> _Decoded:
+        """Decode the images of a batch; the ranks of a replica agree on those that cannot be used."""
+        pixels: dict[int, Tensor] = {}
+        failed: dict[int, str] = {}
+        for index, request in enumerate(requests):
+            if request.pixels is not None and self.staged.decodes_images:
+                try:
+                    pixels[index] = request.pixels if isinstance(request.pixels, Tensor) else request.pixels()
+                except SkipSample as error:
+                    failed[index] = str(error)
+        if any(request.pixels is not None for request in requests):
+            failed = first_of_replica(failed, topology=self.topology)
+        usable = tuple(index for index in range(len(requests)) if index not in failed)
+        kept = [pixels[index] for index in usable if index in pixels]
+        return _Decoded(usable, failed, torch.cat(kept) if kept else None)
+
+    def _answer(self, requests: list[Request], options: GenerationOptions) -> list[Answer]:
+        decoded = self._decode(requests)
+        answers = {index: Answer(requests[index].number, skipped=why) for index, why in decoded.skipped.items()}
+        if decoded.usable:
+            asked = [requests[index] for index in decoded.usable]
+            tokens = self._continue(asked, decoded.pixels, options)
+            found = (Answer(request.number, tuple(new)) for request, new in zip(asked, tokens, strict=True))
+            answers |= dict(zip(decoded.usable, found, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def _continue(
+        self, requests: Sequence[Request], pixels: Tensor | None, options: GenerationOptions
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt of a batch."""
+        batch = self._pad([(request.tokens, (request.tokens,)) for request in requests], pixels)
+        (number, length), padding = batch.tokens.shape, batch.padding
+        chooser = Chooser(batch, [request.number for request in requests], options, self.topology)
         caches = [StaticInferenceContext(number, length + options.max_new_tokens) for _ in self.chunks]
         answers: list[list[int]] = [[] for _ in range(number)]
         finished = [False] * number
-        padding = batch.padding
-        first = _Pass(batch.tokens, self._attention_inputs(length, padding, prompt=length), batch)
-        newest = self._forward(first, caches, banned_ids=options.banned_ids)
-        for produced in range(1, options.max_new_tokens + 1):
+        this = Pass(batch.tokens, self.staged.attention_inputs(length, padding, read=length), batch)
+        for position in range(options.max_new_tokens):
+            newest = chooser.choose(self.staged.run(this, caches), position=position)
             for index, token in enumerate(newest.tolist()):
                 if not finished[index]:
                     answers[index].append(token)
-                    finished[index] = _cut_stop(answers[index], stops)
-            if all(finished) or produced == options.max_new_tokens:
+                    finished[index] = self._ends(answers[index], options)
+            if all(finished) or position + 1 == options.max_new_tokens:
                 break
             padding = torch.cat([padding, padding.new_zeros(number, 1)], dim=1)
-            one_more = _Pass(newest[:, None], self._attention_inputs(1, padding, prompt=length), None)
-            newest = self._forward(one_more, caches, banned_ids=options.banned_ids)
+            this = Pass(newest[:, None], self.staged.attention_inputs(1, padding, read=length), None)
         return answers
 
-    def _pad(self, prompts: Sequence[Prompt]) -> _PaddedBatch:
-        longest, device = max(len(prompt.tokens) for prompt in prompts), self.topology.device
-        tokens = torch.full((len(prompts), longest), self.special.endoftext, dtype=torch.int64)
-        padding = torch.ones_like(tokens, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-            padding[row, longest - len(prompt.tokens) :] = False
-        slots = torch.nonzero(tokens.flatten() == self.special.img_pad).flatten()
-        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-        return _PaddedBatch(
-            tokens.to(device), padding.to(device), slots.to(device), torch.cat(pixels).to(device) if pixels else None
-        )
-
-    def _forward(self, this: _Pass, caches: Sequence[StaticInferenceContext], *, banned_ids: Sequence[int]) -> Tensor:
-        """Run all stages; return int64[b], the next tokens, on every rank."""
-        reads_text = next(index for index, stage in enumerate(self.layout.stages) if stage.word_embedding)
-        state: Tensor | None = None
-        for index in range(0 if this.pixels is not None else reads_text, len(self.layout.stages)):
-            owner = index % self.layout.pipeline_size
-            if owner == self.topology.pp_rank:
-                chunk = index // self.layout.pipeline_size
-                state = self._run_stage(self.chunks[chunk], this, state, cache=caches[chunk])
-            if index + 1 < len(self.layout.stages):
-                state = self._hand_over(state, owner, (index + 1) % self.layout.pipeline_size)
-        number, length = this.tokens.shape
-        for cache in caches:
-            cache.sequence_len_offset += length
-            cache.enable_decode_mode()
-        newest = torch.zeros(number, dtype=torch.int64, device=this.tokens.device)
-        if self.topology.on_last_stage:
-            assert state is not None
-            state[:, list(banned_ids)] = float("-inf")
-            newest = state.argmax(-1).masked_fill(state.isnan().any(-1), _NOT_A_TOKEN)
-        from_last_stage(newest, topology=self.topology)
-        if bool((newest == _NOT_A_TOKEN).any()):
-            raise NotFiniteError("the model's logits are not numbers: its weights are damaged, or have diverged")
-        return newest
-
-    def _hand_over(self, state: Tensor | None, owner: int, following: int) -> Tensor | None:
-        """Send a stage's output to the following stage if another rank holds that."""
-        if owner == following:
-            return state
-        if self.topology.pp_rank == owner:
-            assert state is not None
-            send(state, following, topology=self.topology)
-        elif self.topology.pp_rank == following:
-            return receive(owner, dtype=self._dtype, topology=self.topology)
-        return None
-
-    def _run_stage(
-        self, chunk: QwenVL, this: _Pass, state: Tensor | None, *, cache: StaticInferenceContext
-    ) -> Tensor | None:
-        if this.pixels is not None:
-            state = chunk.see(state, this.pixels)
-        language = chunk.language_model
-        if language is None:
-            return state
-        number, length = this.tokens.shape
-        if chunk.stage.word_embedding:
-            line = language.embed(this.tokens.flatten())
-            if this.prompts is not None and state is not None:
-                images = torch.arange(state.shape[1], device=line.device)
-                line = fuse(line, state, slots=this.prompts.slots, span_images=images)
-            state = line.view(number, length, -1).transpose(0, 1).contiguous()
-        state = language(state, this.inputs, inference=cache)
-        if chunk.stage.head:
-            everyone = torch.arange(number, device=state.device)
-            logits = language.logits(state[-1:].transpose(0, 1), positions=everyone)
-            state = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        return state
-
-    def _attention_inputs(self, new: int, padding: Tensor, *, prompt: int) -> AttentionInputs:
-        """Return the mask of ``new`` queries over all keys so far, and the angles of all positions.
-
-        The length of the ``prompt`` sets the rotary base, also for the tokens that follow it. The scale of a query
-        depends on its index in its own sequence, without padding.
-
-        Args:
-            padding: bool[b, keys]: padding.
-        """
-        keys = padding.shape[1]
-        future = torch.ones(new, keys, dtype=torch.bool, device=padding.device).triu(keys - new + 1)
-        mask = future | padding[:, None, None, :]
-        # A padding query would attend to nothing, and its softmax would be NaN: let it attend to itself.
-        itself = torch.eye(new, dtype=torch.bool, device=padding.device)
-        mask[..., keys - new :] &= ~itself
-        language = next((chunk.language_model for chunk in self.chunks if chunk.language_model is not None), None)
-        rotary = None if language is None else language.angles(keys, padding.device, read=prompt)
-        packed = None
-        if self._long_context.needed(keys):
-            indices = torch.arange(keys - new, keys, device=padding.device)[:, None] - padding.sum(1)
-            scale = self._long_context.query_scale(indices)
-            packed = LocalInputs(query_scale=None if scale is None else scale[..., None, None])
-        return AttentionInputs(mask=mask, rotary=rotary, packed=packed)
-
-
-def _cut_stop(answer: list[int], stops: Sequence[tuple[int, ...]]) -> bool:
-    """Return whether an answer ends in one of ``stops``; remove that stop sequence."""
-    for stop in stops:
-        if tuple(answer[-len(stop) :]) == stop:
-            del answer[-len(stop) :]
+    def _ends(self, answer: list[int], options: GenerationOptions) -> bool:
+        """Return whether an answer is complete; remove the stop sequence that has ended it."""
+        if cut_stop_sequence(answer, ((self.special.endoftext,), *options.stop_sequences)):
             return True
-    return False
+        return options.stop_texts is not None and options.stop_texts.reached(answer)
+
+    def _score(self, choices: list[Choices]) -> list[Likelihoods]:
+        decoded = self._decode([item.request for item in choices])
+        scores = {
+            index: Likelihoods(choices[index].request.number, skipped=why) for index, why in decoded.skipped.items()
+        }
+        if decoded.usable:
+            asked = [choices[index] for index in decoded.usable]
+            alone = self._changes_base(max(map(_length, asked)))
+            found = self._each_alone(asked[0], decoded.pixels) if alone else self._likelihoods(asked, decoded.pixels)
+            scores |= dict(zip(decoded.usable, found, strict=True))
+        return [scores[index] for index in range(len(choices))]
+
+    def _each_alone(self, item: Choices, pixels: Tensor | None) -> list[Likelihoods]:
+        """Return the log-likelihoods of continuations in passes of their own: each has the base of its own length."""
+        passes = [self._likelihoods([replace(item, continuations=(one,))], pixels)[0] for one in item.continuations]
+        return [Likelihoods(item.request.number, tuple(found.per_token[0] for found in passes))]
+
+    def _likelihoods(self, asked: Sequence[Choices], pixels: Tensor | None) -> list[Likelihoods]:
+        """Return the log-likelihoods of a batch, from one pass over every prompt with each of its continuations."""
+        batch = self._pad([(item.request.tokens, _wholes(item)) for item in asked], pixels)
+        length, device = batch.tokens.shape[1], batch.tokens.device
+        endings = [ending for item in asked for ending in item.continuations]
+        places = [
+            row * length + length - 1 - len(ending) + place
+            for row, ending in enumerate(endings)
+            for place in range(len(ending))
+        ]
+        wanted = [token for ending in endings for token in ending]
+        targets = Targets(torch.tensor(places, device=device), torch.tensor(wanted, device=device))
+        inputs = self.staged.attention_inputs(length, batch.padding, read=length)
+        losses = self.staged.run(Pass(batch.tokens, inputs, batch, targets), [None for _ in self.chunks])
+        values = torch.zeros(len(wanted), device=device)
+        if self.topology.on_last_stage:
+            assert losses is not None
+            values = -losses
+        per_token = iter(from_last_stage(values, topology=self.topology).tolist())
+        if values.isnan().any():
+            raise NotFiniteError("the model's losses are not numbers: its weights are damaged, or have diverged")
+        return [
+            Likelihoods(
+                item.request.number,
+                tuple(tuple(next(per_token) for _ in ending) for ending in item.continuations),
+            )
+            for item in asked
+        ]
+
+    def _pad(
+        self, prompts: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]], pixels: Tensor | None
+    ) -> PaddedBatch:
+        """Pad prompts and the rows that are made of each. All rows of a prompt have its images."""
+        rows: list[Row] = []
+        first = 0
+        for prompt, wholes in prompts:
+            images = tuple(range(first, first + prompt.count(self.special.img_start)))
+            first += len(images)
+            rows += [Row(whole, images) for whole in wholes]
+        return pad_rows(rows, pixels, special=self.special, device=self.topology.device)
+
+
+def _wholes(item: Choices) -> list[tuple[int, ...]]:
+    return [(*item.request.tokens, *ending) for ending in item.continuations]
+
+
+def _length(item: Request | Choices) -> int:
+    """Return the number of tokens of the longest row of an item."""
+    return len(item.tokens) if isinstance(item, Request) else max(map(len, _wholes(item)))

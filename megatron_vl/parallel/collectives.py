@@ -56,6 +56,23 @@ def from_last_stage(values: torch.Tensor, *, topology: Topology) -> torch.Tensor
     return values
 
 
+def from_head(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:
+    """Broadcast a tensor of known shape from the first rank of the last stage to all ranks of its replica, in place."""
+    if topology.tp_size > 1 and topology.on_last_stage:
+        dist.broadcast(values, src=topology.tp_source, group=topology.tp_group)
+    return from_last_stage(values, topology=topology)
+
+
+def first_of_replica(found: dict[int, str], *, topology: Topology) -> dict[int, str]:
+    """Return what the ranks of a replica have found, by key; of several findings that of the lowest rank."""
+    size = topology.mp_group.size()
+    if size == 1:
+        return found
+    gathered = [found] * size
+    dist.all_gather_object(gathered, found, group=topology.mp_group)
+    return {key: text for own in reversed(gathered) for key, text in own.items()}
+
+
 def sum_over_data_parallel(values: torch.Tensor, *, topology: Topology) -> torch.Tensor:
     """Sum a tensor over data-parallel ranks, in place."""
     if topology.dp_size > 1:

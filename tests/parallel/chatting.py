@@ -11,10 +11,11 @@ from megatron_vl.cli.generate import main
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.images.decode import to_pixels
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
-from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.generation.engine import Engine
+from megatron_vl.generation.requests import GenerationOptions, Request
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import Start
-from tests.parallel.generating import prompts
+from tests.parallel.generating import new_tokens, prompts
 
 LONG = 12
 
@@ -26,7 +27,7 @@ def stop_on_rank(
     with start.topology(config.parallel) as topology:
         engine = Engine(build_model(config, topology), config, topology)
         options = GenerationOptions(max_new_tokens=LONG, batch_size=batch_size, stop_sequences=stop_sequences)
-        return engine.generate(prompts(config), options)
+        return new_tokens(engine, prompts(config), options)
 
 
 def answer_texts(start: Start, config: RunConfig, checkpoint: Path, texts: list[tuple[str, list[Path]]]) -> list[str]:
@@ -37,8 +38,8 @@ def answer_texts(start: Start, config: RunConfig, checkpoint: Path, texts: list[
         given = []
         for text, images in texts:
             pixels = torch.from_numpy(np.stack([to_pixels(path.read_bytes(), size) for path in images]))
-            given.append(Prompt(tuple(tokenizer.encode_with_specials(text)), pixels))
-        answers = engine.generate(given, GenerationOptions(max_new_tokens=LONG))
+            given.append(Request(tuple(tokenizer.encode_with_specials(text)), pixels))
+        answers = new_tokens(engine, given, GenerationOptions(max_new_tokens=LONG))
         return [tokenizer.decode(answer).strip() for answer in answers]
 
 

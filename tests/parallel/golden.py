@@ -26,10 +26,12 @@ from megatron_vl.data.loading.batch import CollateOptions, MicroBatch, collate
 from megatron_vl.data.sample import PackedRow
 from megatron_vl.evaluation.forward import forward, forward_config, outputs_of, run_eval_forward
 from megatron_vl.evaluation.forward_inputs import ForwardInputs
-from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.generation.engine import Engine
+from megatron_vl.generation.requests import GenerationOptions, Request
 from megatron_vl.parallel.topology import Topology
 from tests.helpers.pieces import Piece, take_pieces
 from tests.helpers.ranks import Start
+from tests.parallel.generating import new_tokens
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen_vl" / "qwen_vl_hf_tiny"
 MODEL = import_folder(FOLDER).model
@@ -145,11 +147,11 @@ class Generated:
 
 
 def generate_on_rank(
-    start: Start, layout: Layout, prompts: list[Prompt], options: GenerationOptions, checkpoint: Path
+    start: Start, layout: Layout, prompts: list[Request], options: GenerationOptions, checkpoint: Path
 ) -> Generated:
     """Greedy tokens with the key-value cache."""
     with start.topology(layout.config) as topology:
         engine = Engine.from_checkpoint(checkpoint, parallel=layout.config, topology=topology)
         heads = [chunk.language_model.output_layer for chunk in engine.chunks if chunk.stage.head]
         with outputs_of(heads) as logits:
-            return Generated(engine.generate(prompts, options), logits)
+            return Generated(new_tokens(engine, prompts, options), logits)

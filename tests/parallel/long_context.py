@@ -21,7 +21,8 @@ from megatron_vl.config.special_tokens import SpecialTokens
 from megatron_vl.conversion.hf_config import hf_config
 from megatron_vl.conversion.qwen_vl import correspondences
 from megatron_vl.data.loading.batch import MicroBatch
-from megatron_vl.generation.engine import Engine, GenerationOptions, Prompt
+from megatron_vl.generation.engine import Engine
+from megatron_vl.generation.requests import GenerationOptions, Request
 from megatron_vl.model.build import build_model
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training.parallel_model import build_parallel_model
@@ -29,6 +30,7 @@ from megatron_vl.training.step import evaluate, forward_backward
 from tests.helpers.ranks import Start
 from tests.helpers.reference import reference_forward
 from tests.helpers.tiny import MODEL, tiny_config
+from tests.parallel.generating import new_tokens
 
 NATIVE = 16
 NEW_TOKENS = 5
@@ -164,8 +166,8 @@ def step_after_evaluation_on_rank(start: Start, config: RunConfig, batch: MicroB
         if evaluated:
             before = evaluate(model.wrapped, [[batch]], topology=topology).mean
             assert all(module.training for chunk in model.wrapped for module in chunk.modules())
-            prompt = Prompt(tuple(batch.tokens.tolist()))
-            Engine(model.chunks, config, topology).generate([prompt], GenerationOptions(max_new_tokens=2))
+            prompt = Request(tuple(batch.tokens.tolist()))
+            new_tokens(Engine(model.chunks, config, topology), [prompt], GenerationOptions(max_new_tokens=2))
             for chunk in model.wrapped:
                 chunk.train()
         for chunk in model.wrapped:
@@ -187,4 +189,4 @@ def answers_on_rank(
                 chunk.language_model.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
         banned = (SpecialTokens(config.model.num_bpe_tokens).endoftext,)
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, batch_size=batch_size, banned_ids=banned)
-        return engine.generate([Prompt(tuple(text)) for text in texts], options), logits
+        return new_tokens(engine, [Request(tuple(text)) for text in texts], options), logits

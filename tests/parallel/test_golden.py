@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vl.conversion.qwen_vl import correspondences
 from megatron_vl.data.images.decode import to_pixels
 from megatron_vl.data.images.pixels import normalize
-from megatron_vl.generation.engine import GenerationOptions, Prompt
+from megatron_vl.generation.requests import GenerationOptions, Request
 from tests.helpers.pieces import whole_tensors
 from tests.helpers.ranks import RankPools
 from tests.helpers.reference import reference_forward
@@ -167,8 +167,8 @@ def test_greedy_tokens_equal_the_original(
     free = [token for token in range(VOCABULARY) if token not in BANNED]
     assert torch.equal(recomputed[:, free].argmax(-1), greedy)
 
-    prompt = Prompt(tuple(inputs.input_ids[0].tolist()), inputs.pixels)
-    other = Prompt(tuple(expected["text_only.input_ids"][0].tolist()))
+    prompt = Request(tuple(inputs.input_ids[0].tolist()), inputs.pixels)
+    other = Request(tuple(expected["text_only.input_ids"][0].tolist()))
     options = GenerationOptions(max_new_tokens=len(greedy), banned_ids=tuple(BANNED))
     for prompts in ([prompt], [other, prompt]):
         answers: list[Generated] = ranks(layout.world_size).run(generate_on_rank, layout, prompts, options, checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -13,12 +14,14 @@ from PIL import Image
 from megatron_vl.cli import generate
 from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.errors import DataError
+from megatron_vl.evaluation.answer_file import Tally
 from megatron_vl.evaluation.questions import Prediction, read_questions, to_lines
-from megatron_vl.generation.engine import Engine, GenerationOptions
+from megatron_vl.generation.engine import Engine
+from megatron_vl.generation.requests import GenerationOptions
 from megatron_vl.model.build import build_model
 from tests.helpers.ranks import RankError, RankPools, Start
 from tests.helpers.tiny import tiny_config
-from tests.parallel.generating import prompts
+from tests.parallel.generating import new_tokens, prompts
 from tests.parallel.saving import save_fresh_weights
 
 DIALOGUE = {"image": ["e.png", "f.png"], "prompt": [{"text": "a"}], "system": "d", "history": [["b", "c"]]}
@@ -49,7 +52,7 @@ def test_line_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
 def answers(start: Start, arguments: list[str]) -> list[Prediction]:
     options = generate._build_parser().parse_args(arguments)
     with start.topology(generate.parallel_config(options)) as topology:
-        return generate._answers(read_questions(options.inputs), options, topology)
+        return list(generate._answers(options, topology, 0))
 
 
 def test_what_cannot_be_asked_is_skipped_and_counted(ranks: RankPools, tmp_path: Path) -> None:
@@ -64,9 +67,45 @@ def test_what_cannot_be_asked_is_skipped_and_counted(ranks: RankPools, tmp_path:
     assert found[0].prediction == found[4].prediction and found[0].skipped is None
     reasons = [str(answer.skipped).partition(":")[0] for answer in found[1:4]]
     assert reasons == ["unreadable_image", "empty_prompt", "missing_image"]
-    said = generate._summary(found)
+    tally = Tally()
+    for answer in found:
+        tally.count(answer.name, answer.skipped)
+    said = tally.summary
     assert said.startswith("2 answers; skipped 3 of 5 questions: line 2 (k), unreadable_image: ")
     assert "line 3, empty_prompt" in said
+
+
+def continue_run(start: Start, arguments: list[str], lines: int | None = None) -> None:
+    """What the command does; ``lines``: it is killed after so many lines, within the next."""
+    options = generate._build_parser().parse_args(arguments)
+    with start.topology(generate.parallel_config(options)) as topology:
+        if topology.rank != 0:
+            generate._write_answers(options, topology, None)
+            return
+        with generate._writer(options) as writer:
+            generate._write_answers(options, topology, writer)
+    if lines is not None:
+        written = options.output.read_bytes().splitlines(keepends=True)
+        (options.output.parent / "out.part").write_bytes(b"".join(written[:lines]) + written[lines][:9])
+        (options.output.parent / "out.part.json").write_text(json.dumps(generate._settings(options)))
+        options.output.unlink()
+
+
+def test_a_killed_run_continues_at_another_layout(ranks: RankPools, tmp_path: Path) -> None:
+    checkpoint = ranks(1).run(save_fresh_weights, tiny_config(), tmp_path / "saved")[0]
+    Image.radial_gradient("L").save(tmp_path / "good.png")
+    texts = ("a", "much longer than the others", "", "b", "c d", "e", "f" * 9)
+    image = {"image": "good.png"}
+    inputs = write(tmp_path, *({"prompt": text, **(image if len(text) % 2 else {})} for text in texts))
+    flags = "--max-new-tokens 5 --temperature 2 --seed 3 --batch-size 2"
+    arguments = ["--checkpoint", str(checkpoint), "--inputs", str(inputs), *flags.split(), "--output"]
+    ranks(1).run(continue_run, [*arguments, str(tmp_path / "whole")])
+    whole = (tmp_path / "whole").read_bytes()
+    assert len({json.loads(line)["prediction"] for line in whole.splitlines()}) == len(texts)
+    for lines, layout in ((3, "--tensor-model-parallel-size=1"), (4, "--pipeline-model-parallel-size=2")):
+        ranks(1).run(continue_run, [*arguments, str(tmp_path / "out")], lines)
+        ranks(2).run(continue_run, [*arguments, str(tmp_path / "out"), layout])
+        assert (tmp_path / "out").read_bytes() == whole and not list(tmp_path.glob("out.part*"))
 
 
 def test_an_answer_replaces_what_an_earlier_one_left(tmp_path: Path) -> None:
@@ -109,7 +148,7 @@ def nothing_but_nan(start: Start, config: RunConfig) -> list[list[int]]:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(math.nan)
-        return Engine(chunks, config, topology).generate(prompts(config), GenerationOptions(max_new_tokens=2))
+        return new_tokens(Engine(chunks, config, topology), prompts(config), GenerationOptions(max_new_tokens=2))
 
 
 def test_weights_that_are_no_numbers_give_no_answers(ranks: RankPools) -> None:
@@ -133,7 +172,8 @@ def test_weights_that_are_no_numbers_give_no_answers(ranks: RankPools) -> None:
 )
 def test_what_is_no_question_is_refused_by_its_line(tmp_path: Path, question: Any, message: str) -> None:
     with pytest.raises(DataError, match=rf"questions\.jsonl, line 2: .*{message}"):
-        generate._read(write(tmp_path, {"prompt": "a"}, question), "raw")
+        path = write(tmp_path, {"prompt": "a"}, question)
+        generate._check_questions(argparse.Namespace(inputs=path, chat_format="raw"))
 
 
 def test_a_file_that_is_not_json_lines_is_refused(tmp_path: Path) -> None:

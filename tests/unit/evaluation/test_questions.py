@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_vl.cli.generate import _chat
 from megatron_vl.cli.questions import main
 from megatron_vl.data.filters.options import FilterOptions
 from megatron_vl.data.formats.shard import Shard, Skipped
@@ -20,10 +19,11 @@ from megatron_vl.data.prompting.tokenizer import QwenTokenizer
 from megatron_vl.data.sample import ImageRef, Region, Sample, Turn
 from megatron_vl.data.sources.base import Source
 from megatron_vl.errors import DataError
+from megatron_vl.evaluation.answering import QuestionEncoder
 from megatron_vl.evaluation.asking import ask, make_questions
 from megatron_vl.evaluation.questions import Prediction, Question, read_questions
 from megatron_vl.evaluation.scoring import score_predictions
-from megatron_vl.generation.chat import ChatEncoder
+from tests.helpers.tiny import MODEL
 
 
 def _jpeg() -> bytes:
@@ -66,7 +66,8 @@ def test_a_dialogue_is_asked_under_the_system_turn_that_it_was_learned_with(tmp_
     spoken = (Turn("user", "Picture 1: <img>a.jpg</img>\nWhat is it?"), Turn("assistant", "A ball."))
     turns = spoken if system is None else (Turn("system", system), *spoken)
     (asked,) = _write(tmp_path / "q.jsonl", Sample("d", "s", "chat", images=IMAGES, turns=turns))
-    tokens, _ = _chat(asked, ChatEncoder(tokenizer, 16))
+    model = replace(MODEL, resampler=replace(MODEL.resampler, num_queries=16))
+    tokens = QuestionEncoder(tokenizer, model, "chatml").request(asked).tokens
     learned = tokenize_sample(Sample("d", "s", "chat", images=IMAGES, turns=turns), tokenizer, TokenizeOptions(16, 512))
     assert list(tokens) == learned.tokens.tolist()[: len(tokens)]
     assert tokenizer.decode(learned.tokens[len(tokens) :].tolist()) == "A ball.<|im_end|>\n"
