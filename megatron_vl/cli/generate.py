@@ -1,6 +1,9 @@
-"""``tools/generate.py``: answer a file of questions with a checkpoint. It also runs under torchrun, at any layout.
+"""``tools/generate.py``: answer questions with a checkpoint. It also runs under torchrun, at any layout.
 
-Each line of the input is a JSON object with the fields key, task, image, prompt and reference. Only prompt is required.
+Questions are in a file (--inputs, --output), or given by --prompt and --image, or typed (--interactive). In ChatML,
+repeated prompts are the turns of one dialogue. --draw writes the image with the boxes and quads of the reply.
+
+Each line of --inputs is a JSON object with the fields key, task, image, prompt and reference. Only prompt is required.
 image is a path relative to the file, or a list of paths. prompt is text, and may contain the tags <ref>, <box> and
 <quad>. The output has the same questions in the same order, with the field prediction. If an image cannot be read, or a
 question is empty, prediction is null and the field skipped holds the reason. The last line that is printed counts the
@@ -19,7 +22,7 @@ dialogue.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -28,16 +31,20 @@ from typing import Any
 
 from megatron_vl.checkpoint import store
 from megatron_vl.cli.command import check_at_least, exit_status
+from megatron_vl.cli.conversation import Conversation, check_conversation, converse
 from megatron_vl.cli.inference_flags import add_inference_flags, check_layout, parallel_config
 from megatron_vl.cli.output import check_writable
 from megatron_vl.cli.parser import CommandParser
 from megatron_vl.cli.sampling_flags import add_sampling_flags, generation_options, sampling_of
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
+from megatron_vl.errors import ConfigError
 from megatron_vl.evaluation.answer_file import AnswerFile, Tally
 from megatron_vl.evaluation.answering import QuestionEncoder, answer_questions, check_question
 from megatron_vl.evaluation.questions import Prediction, iterate_questions
 from megatron_vl.files import sha256_of_file
 from megatron_vl.generation.chat import MAX_WINDOW_SIZE, stop_sequences
+from megatron_vl.generation.requests import Answer, Request
+from megatron_vl.generation.stops import StopTexts
 from megatron_vl.launch import read_launch
 from megatron_vl.log import setup_logging, silence_dependency_warnings, write_line
 
@@ -58,9 +65,18 @@ def _build_parser() -> argparse.ArgumentParser:
         "runs/quickstart/eval/questions.jsonl --output runs/mine/answers.jsonl",
     )
     add_inference_flags(parser)
-    parser.add_argument("--inputs", type=Path, required=True, help="questions, as JSON lines")
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--restart", action="store_true", help="drop what a run that was stopped has left")
+    files = parser.add_argument_group("questions in a file")
+    files.add_argument("--inputs", type=Path, help="questions, as JSON lines")
+    files.add_argument("--output", type=Path, help="file to write")
+    files.add_argument("--restart", action="store_true", help="drop what a run that was stopped has left")
+    files.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    prompts = parser.add_argument_group("questions from the command line")
+    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="question; may be repeated")
+    prompts.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be repeated")
+    prompts.add_argument("--system", metavar="TEXT", help="system turn, in ChatML")
+    prompts.add_argument("--interactive", action="store_true", help="ask at the terminal")
+    prompts.add_argument("--draw", type=Path, metavar="FILE", help="write the image with the boxes of the last reply")
+    prompts.add_argument("--font", type=Path, metavar="FILE", help="TrueType font of labels (default: Latin letters)")
     parser.add_argument(
         "--chat-format", choices=("raw", "chatml"), default="raw", help="how a question is presented to the model"
     )
@@ -73,7 +89,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--blank-images", action="store_true", help="replace every image by a gray one")
     parser.add_argument("--vocab-file", help="Qwen's .tiktoken file (default: the one of the dashscope package)")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     add_sampling_flags(parser)
     return parser
 
@@ -82,6 +97,12 @@ def _run(options: argparse.Namespace) -> None:
     setup_logging()
     sampling_of(options)
     check_at_least("--max-window-size", options.max_window_size, 0)
+    _check_mode(options)
+    if options.inputs is None:
+        check_conversation(options)
+        check_layout(options)
+        _converse(options)
+        return
     check_writable(options.output)
     check_layout(options)
     if read_launch().rank != 0:
@@ -90,6 +111,19 @@ def _run(options: argparse.Namespace) -> None:
     with _writer(options) as writer:
         _compute(options, writer)
     write_line(f"{options.output}: {writer.tally.summary}")
+
+
+def _check_mode(options: argparse.Namespace) -> None:
+    """Raise ConfigError unless the flags say where questions come from, once."""
+    asked = bool(options.prompt) or options.interactive
+    if (options.inputs is None) != (options.output is None):
+        raise ConfigError("--inputs and --output belong together: questions, and the file for the answers")
+    if (options.inputs is None) != asked:
+        found = "both" if asked else "neither"
+        raise ConfigError(f"questions are in --inputs FILE, or given by --prompt TEXT or --interactive; found {found}")
+    for flag in ("image", "draw", "font", "system"):
+        if options.inputs is not None and getattr(options, flag):
+            raise ConfigError(f"--{flag} belongs to --prompt and --interactive, not to --inputs")
 
 
 @contextmanager
@@ -167,9 +201,16 @@ def _write_answers(options: argparse.Namespace, topology: Any, writer: _Writer |
 
 def _answers(options: argparse.Namespace, topology: Any, done: int) -> Iterator[Prediction]:
     """Yield the answer to each question after the first ``done``, the same on every rank."""
+    questions = islice(iterate_questions(options.inputs), done, None)
+    return answer_questions(questions, *_load(options, topology))
+
+
+def _load(
+    options: argparse.Namespace, topology: Any
+) -> tuple[QuestionEncoder, Callable[[Iterable[Request]], Iterator[Answer]], Callable[[tuple[int, ...]], str]]:
+    """Load the model; return what encodes questions, what answers them, and what reads the answers."""
     from megatron_vl.generation.engine import Engine
 
-    questions = islice(iterate_questions(options.inputs), done, None)
     parallel = parallel_config(options)
     engine = Engine.from_checkpoint(options.checkpoint, parallel=parallel, topology=topology, bf16=options.bf16)
     tokenizer = QwenTokenizer(engine.model.num_bpe_tokens, options.vocab_file)
@@ -177,11 +218,27 @@ def _answers(options: argparse.Namespace, topology: Any, done: int) -> Iterator[
         tokenizer, engine.model, options.chat_format, options.max_window_size, options.blank_images
     )
     chosen = generation_options(options, tokenizer, stop_sequences(options.chat_format, tokenizer))
-    stops = chosen.stop_texts
-    assert stops is not None
-    return answer_questions(
-        questions,
+    stops = StopTexts(tuple(options.stop), tokenizer)
+    return (
         encoder,
         lambda requests: engine.generate(requests, chosen),
         lambda tokens: stops.cut(tokenizer.decode(tokens)).strip(),
     )
+
+
+def _converse(options: argparse.Namespace) -> None:
+    from megatron_vl.backends.platform import prepare_process
+
+    prepare_process()
+    from megatron_vl.parallel.topology import Topology
+
+    with Topology(parallel_config(options)) as topology:
+        converse(Conversation(*_load(options, topology), options.system), options, _read_line)
+
+
+def _read_line() -> str | None:
+    """Return the next line of the user, or None at the end."""
+    try:
+        return input("> ")
+    except EOFError:
+        return None

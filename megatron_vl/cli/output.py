@@ -30,7 +30,7 @@ def check_writable(path: Path, *, flag: str = "--output") -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, flag: str = "--output") -> Iterator[Path]:
     """Yield a path to write to beside ``path``; rename it to ``path`` at the end. The folder is made if necessary.
 
     Until then, and if the block fails, an older file stays.
@@ -43,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with files.whole_file(path) as draft:
             yield draft
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, flag) from error
 
 
 def write_whole(path: Path, text: str, *, flag: str = "--output") -> None:

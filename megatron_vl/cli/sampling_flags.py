@@ -6,6 +6,7 @@ import argparse
 
 from megatron_vl.cli.command import check_at_least
 from megatron_vl.data.prompting.tokenizer import QwenTokenizer
+from megatron_vl.errors import ConfigError
 from megatron_vl.generation.requests import GenerationOptions
 from megatron_vl.generation.sampling import Sampling
 from megatron_vl.generation.stops import StopTexts
@@ -36,6 +37,8 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     """Return how tokens are chosen. Raises ConfigError for a value of these flags that cannot be."""
     check_at_least("--max-new-tokens", options.max_new_tokens, 1)
     check_at_least("--batch-size", options.batch_size, 1)
+    if not all(options.stop):
+        raise ConfigError("--stop: the text is empty; every answer would end before it begins")
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,

@@ -17,7 +17,7 @@ from megatron_vl.data.sample import Region
 from megatron_vl.errors import DataError, SkipSample
 from megatron_vl.evaluation.questions import Prediction
 from megatron_vl.evaluation.scoring import SCORERS, read_words, reference_iou
-from megatron_vl.report.drawing import draw_regions
+from megatron_vl.generation.drawing import draw_regions
 
 TRUTH_COLOR = "#1a7f37"
 PREDICTION_COLOR = "#d1242f"

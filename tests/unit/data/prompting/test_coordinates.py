@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vl.data.prompting.coordinates import GRID, format_points, from_cell, parse_points, to_cell
+from megatron_vl.data.prompting.coordinates import (
+    GRID,
+    cells_to_pixels,
+    format_points,
+    from_cell,
+    parse_points,
+    to_cell,
+)
 from megatron_vl.data.sources.boxes import box_from_corners, box_from_xywh
 from megatron_vl.errors import SkipSample
 
@@ -80,3 +87,24 @@ def test_outside_is_clipped_and_not_a_number_is_refused() -> None:
 )
 def test_anything_else_is_no_box(text: str) -> None:
     assert parse_points(text, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "drawing", "evaluation"),
+    [
+        ((0, 0, 999, 999), (0, 0, 639, 479), (0.0, 0.0, 640.0, 480.0)),  # 999 * 640 / 1000 = 639.36
+        ((500, 250, 501, 333), (320, 120, 320, 159), (500 * 640 / 999, 250 * 480 / 999, 501 * 640 / 999, 160.0)),
+    ],
+)
+def test_the_two_published_scales(
+    cells: tuple[int, ...], drawing: tuple[int, ...], evaluation: tuple[float, ...]
+) -> None:
+    assert cells_to_pixels(cells, (640, 480), "drawing") == drawing
+    assert cells_to_pixels(cells, (640, 480), "evaluation") == pytest.approx(evaluation, abs=1e-9)
+
+
+def test_drawing_cuts_as_the_published_code() -> None:
+    """It computes ``int(x * w / 1000)`` in floating point."""
+    for side in (1, 7, 333, 448, 640, 1999, 4096):
+        found = [cells_to_pixels((cell, cell), (side, side), "drawing")[0] for cell in range(1000)]
+        assert found == [int(cell * side / 1000) for cell in range(1000)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_vl.data.prompting.grounding import first_box, parse_grounding
+from megatron_vl.data.prompting.grounding import complete_reply, first_box, parse_grounding, without_swapped_boxes
 from megatron_vl.data.sample import Region
-from megatron_vl.report.drawing import draw_regions
+from megatron_vl.generation.drawing import draw_regions
 
 WHOLE = (0.0005, 0.0005, 0.9995, 0.9995)
 
@@ -77,3 +78,34 @@ def test_drawing_marks_the_outline_and_leaves_the_original_alone() -> None:
     assert drawn.getpixel((50, 40)) == (255, 0, 0)
     assert drawn.getpixel((50, 65)) == (255, 255, 255)
     assert image.getpixel((50, 40)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("<ref>a</ref><box>(1,2),(3,4)</box><quad>(1,2),(3,4),(5,6),(7,8)</quad>", []),
+        ("<box>(1,2),(3</box>", ["<box>(1,2),(3</box>: expected two points"]),
+        ("<box>(1,2),(1000,4)</box>", ["expected two points (x,y) of integers from 0 to 999"]),
+        ("<quad>(1,2),(3,4)</quad>", ["<quad>(1,2),(3,4)</quad>: expected four points"]),
+        ("<box>(5,2),(3,4)</box> <box>(1,4),(3,2)</box>", ["<box>(5,2),(3,4)</box>: its second", "<box>(1,4),(3,2)"]),
+        ("<box>(5,2),(5,2)</box>", []),
+        ("<ref>a</ref><box>(1,2),(3,", ["<box> without its partner, near '<box>(1,2),(3,'"]),
+        ("a</ref> and <ref>b<box></ref>", ["</ref> without its partner", "<box> without its partner"]),
+    ],
+)
+def test_broken_markup_is_reported(text: str, broken: list[str]) -> None:
+    found = parse_grounding(text).broken
+    assert len(found) == len(broken) and all(part in said for part, said in zip(broken, found, strict=True)), found
+
+
+def test_a_reply_gets_the_tags_that_its_prompt_left_open() -> None:
+    reply = "(1,2),(3,4)</box>"
+    assert complete_reply("Find <ref>it</ref><box>", reply) == "<ref>it</ref><box>(1,2),(3,4)</box>"
+    assert complete_reply("<ref>a</ref><box>(1,1),(2,2)</box> <quad>", "(1") == " <quad>(1"
+    assert complete_reply("<ref>it</ref><box>(1,1),(2,2)</box>", reply) == reply == complete_reply("", reply)
+
+
+def test_swapped_boxes_can_be_left_out() -> None:
+    good = (0.1, 0.2, 0.3, 0.4)
+    region = Region("a", boxes=((0.3, 0.2, 0.1, 0.4), good, (0.1, 0.4, 0.3, 0.2)), quads=((0.9, 0.9) * 4,))
+    assert without_swapped_boxes(region) == Region("a", boxes=(good,), quads=region.quads)
