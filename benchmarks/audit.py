@@ -9,7 +9,9 @@ operations  A forward and a backward pass of the whole published model run on th
 state       Four gloo ranks build and train a narrow model at each layout. Weights, gradients, master weights and
             moments of every rank are compared. The padding of buckets is a line of its own.
 traffic     In the same steps every collective and every message is intercepted. Bytes are those that a ring brings to
-            a rank. What the plan leaves out is printed beside it.
+            a rank. What the plan leaves out is printed beside it. The rehearsal (``rehearsal/planned.py``) compares the
+            same numbers with what ranks ask their process groups for. This is a second count on purpose, from real
+            ranks and in another place: an error of one recorder does not hide in the other.
 """
 
 from __future__ import annotations

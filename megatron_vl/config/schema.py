@@ -122,8 +122,10 @@ class ParallelConfig:
     vision_micro_batch_size: int = 8
     """Images that a rank encodes at a time, with vision_parallel data."""
     vision_recompute: bool = True
-    """With vision_parallel data, keep no activations of a trained tower; encode its images again for the backward
-    pass."""
+    """With vision_parallel data, compute activations of a trained tower again for the backward pass."""
+    vision_recompute_granularity: Literal["images", "layers"] = "images"
+    """What vision_recompute computes again: 'images' keeps nothing and encodes images again, 'layers' keeps the input
+    of each layer of the tower."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

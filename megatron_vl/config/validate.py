@@ -210,8 +210,14 @@ def check_whole_vision(config: RunConfig) -> None:
     """What concerns a vision part on every rank is given only where there is one."""
     parallel, usual = config.parallel, ParallelConfig()
     if parallel.vision_parallel == "data":
+        granularity = parallel.vision_recompute_granularity
+        if granularity != usual.vision_recompute_granularity and not parallel.vision_recompute:
+            raise ConfigError(
+                f"parallel.vision_recompute_granularity {granularity} has no effect without parallel.vision_recompute, "
+                "which is false: leave one of the two out"
+            )
         return
-    for name in ("vision_micro_batch_size", "vision_recompute"):
+    for name in ("vision_micro_batch_size", "vision_recompute", "vision_recompute_granularity"):
         if getattr(parallel, name) != getattr(usual, name):
             raise ConfigError(
                 f"parallel.{name} {getattr(parallel, name)} has no effect where the vision part is in the pipeline: "

@@ -60,8 +60,9 @@ def build_vision_part(config: RunConfig, topology: Topology, *, fresh_weights: b
         sequence_parallel=False,
     )
     backend, training = _select_backend(config), config.training
-    if config.parallel.vision_recompute:  # images are encoded again as a whole, so layers are not
-        training = replace(training, recompute_granularity=None)
+    if config.parallel.vision_recompute:  # images are encoded again as a whole, so layers are not, or layers are
+        layers = config.parallel.vision_recompute_granularity == "layers"
+        training = replace(training, recompute_granularity="full" if layers else None)
     alone = replace(config, parallel=parallel, training=training)
     context = _context(alone, topology.vision_groups, backend, device=topology.device.type)
     chunk = QwenVL(context, vision_part(config.model))

@@ -74,7 +74,8 @@ def _best(question: Question, fitting: Sequence[Candidate]) -> list[Plan]:
 def _computing(config: RunConfig) -> tuple[object, ...]:
     """Return what decides a step's computation beside its layout."""
     parallel = config.parallel
-    return parallel.sequence_parallel, parallel.vision_micro_batch_size, parallel.vision_recompute
+    encoding = parallel.vision_micro_batch_size, parallel.vision_recompute, parallel.vision_recompute_granularity
+    return parallel.sequence_parallel, *encoding
 
 
 def _rank(plan: Plan) -> tuple[int, float]:

@@ -61,7 +61,8 @@ def reasons(plan: Plan, plans: Sequence[Plan]) -> list[str]:
     if max(map(_exposed, plans)) > _NOTABLE and plan is min(plans, key=_exposed):
         found.append("least exposed communication")
     if not plan.candidate.family.recomputes_all and any(one.candidate.family.recomputes_all for one in plans):
-        found.append("no layer is computed twice")
+        layer = "language layer" if _vision_again(plan.candidate.config) else "layer"
+        found.append(f"no {layer} is computed twice")
     if plan is not plans[0]:
         percent = round(100 * (plan.seconds_per_row / plans[0].seconds_per_row - 1))
         found.append(f"{percent}% slower than plan 1" if percent > 0 else "as fast as plan 1")
@@ -75,6 +76,12 @@ def reasons(plan: Plan, plans: Sequence[Plan]) -> list[str]:
     )
     found += [f"{name} {share / time.seconds:.0%}" for name, share in losses if share > _NOTABLE * time.seconds]
     return found
+
+
+def _vision_again(config: RunConfig) -> bool:
+    """Return whether every rank computes layers of the tower twice."""
+    parallel = config.parallel
+    return parallel.vision_parallel == "data" and parallel.vision_recompute and not config.training.freeze_vision
 
 
 def describe_best(question: Question, plan: Plan, number: int) -> list[str]:
@@ -107,8 +114,10 @@ def _settings(config: RunConfig) -> str:
     if parallel.tensor_model_parallel_size > 1:
         chosen.append("with sequence parallelism" if parallel.sequence_parallel else "without sequence parallelism")
     if parallel.vision_parallel == "data":
-        again = "and again for the backward pass" if parallel.vision_recompute else "and kept for the backward pass"
-        size = parallel.vision_micro_batch_size
+        again, size = "and kept for the backward pass", parallel.vision_micro_batch_size
+        if parallel.vision_recompute:
+            layers = parallel.vision_recompute_granularity == "layers"
+            again = "and layer by layer again" if layers else "and again for the backward pass"
         chosen.append(f"images encoded {size} at a time" + ("" if training.freeze_vision else f" {again}"))
     return "".join(f"; {text}" for text in chosen)
 

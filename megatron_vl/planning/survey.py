@@ -8,7 +8,7 @@ Three choices are made inside a combination, since they do not depend on the oth
 
 * sequence parallelism wherever it is valid. It costs no traffic and saves memory;
 * the exchange of data-parallel ranks is hidden where it can be;
-* where every rank holds the vision part: how many images it encodes at a time, and whether it keeps their activations.
+* where every rank holds the vision part: how many images it encodes at a time, and which of their activations it keeps.
   The fastest choice that fits is taken, or the smallest if none fits. The rest of the step is the same for all of them.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from megatron_vl.config.batch import data_parallel_size, num_microbatches, with_rows
@@ -35,11 +36,13 @@ VIRTUAL, LAYOUT = "parallel.virtual_pipeline_model_parallel_size", "parallel.pip
 SHARDED, RECOMPUTE = "parallel.use_distributed_optimizer", "training.recompute_granularity"
 MICRO, VISION = "training.micro_batch_size", "parallel.vision_parallel"
 VISION_MICRO, VISION_RECOMPUTE = "parallel.vision_micro_batch_size", "parallel.vision_recompute"
+VISION_GRANULARITY = "parallel.vision_recompute_granularity"
 SEQUENCE = "parallel.sequence_parallel"
 _OVERLAP_REDUCE, _OVERLAP_GATHER = "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"
 _USUAL_VISION: Overrides = {
     VISION_MICRO: ParallelConfig().vision_micro_batch_size,
     VISION_RECOMPUTE: ParallelConfig().vision_recompute,
+    VISION_GRANULARITY: ParallelConfig().vision_recompute_granularity,
 }
 """What has no effect where stages hold the vision part, and is refused there."""
 _TENSOR_SIZES, _MICRO_BATCHES, _VIRTUAL_SIZES = (1, 2, 4, 8), (1, 2, 4, 8), (None, 2, 3, 4)
@@ -169,8 +172,13 @@ class Survey:
         if key not in self._encoders:
             frozen = share.config.training.freeze_vision
             sizes = self._options(VISION_MICRO, _IMAGES_AT_A_TIME)
-            keeps = self._options(VISION_RECOMPUTE, (True,) if frozen else (True, False))
-            ways: list[Overrides] = [{VISION_MICRO: size, VISION_RECOMPUTE: again} for again in keeps for size in sizes]
+            again = self._options(VISION_RECOMPUTE, (True,) if frozen else (True, False))
+            what = self._options(VISION_GRANULARITY, ("images",) if frozen else ("images", "layers"))
+            ways: list[Overrides] = [
+                {VISION_MICRO: size, VISION_RECOMPUTE: recompute, VISION_GRANULARITY: granularity}
+                for recompute, granularity, size in product(again, what, sizes)
+                if recompute or granularity == "images"
+            ]
 
             def costs(way: Overrides) -> tuple[int, float]:
                 own = replace(share, config=applied(share.config, way))

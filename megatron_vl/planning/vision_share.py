@@ -3,8 +3,9 @@
 Each rank of a model-parallel group encodes its share of a step's images before the schedule, at tensor size 1. The
 first stage receives the features of all of them, 2 q h bytes an image in bf16, and sends back as many bytes of
 gradients after the schedule. With ``vision_recompute`` a trained tower keeps nothing meanwhile: it encodes again for
-its backward pass, ``vision_micro_batch_size`` images at a time. Gradients and optimizer of the vision part belong to
-all ranks of the world. Nothing hides their exchange (``training/image_encoder.py``, ``training/parallel_model.py``).
+its backward pass, ``vision_micro_batch_size`` images at a time. Or it keeps the inputs of its layers, and computes the
+layers again. Gradients and optimizer of the vision part belong to all ranks of the world. Nothing hides their exchange
+(``training/image_encoder.py``, ``training/parallel_model.py``).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class VisionShare:
     @property
     def recomputes(self) -> bool:
         """Whether images are encoded again for the backward pass."""
-        return self.config.parallel.vision_recompute and not self.config.training.freeze_vision
+        return encodes_again(self.config)
 
     @property
     def feature_bytes(self) -> float:
@@ -133,9 +134,11 @@ class VisionShare:
 
     @property
     def _keeping(self) -> Keeping:
-        keeping = replace(Keeping.of(self.config), tensor=1, sequence=False)
+        keeping, parallel = replace(Keeping.of(self.config), tensor=1, sequence=False), self.config.parallel
+        if not parallel.vision_recompute:
+            return keeping
         # Images that are encoded again are so as a whole, not layer by layer.
-        return replace(keeping, recompute=None) if self.config.parallel.vision_recompute else keeping
+        return replace(keeping, recompute="full" if parallel.vision_recompute_granularity == "layers" else None)
 
     @property
     def parts(self) -> int:
@@ -156,3 +159,10 @@ class VisionShare:
 
     def _units(self, images: float) -> UnitCosts:
         return UnitCosts.of(self.config, Work(images), self._keeping)
+
+
+def encodes_again(config: RunConfig) -> bool:
+    """Return whether the images of a trained tower are encoded a second time, as a whole."""
+    parallel = config.parallel
+    whole = parallel.vision_recompute and parallel.vision_recompute_granularity == "images"
+    return whole and not config.training.freeze_vision

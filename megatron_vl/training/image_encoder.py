@@ -13,7 +13,8 @@ gradients are summed over all ranks once a step.
 
 The backward pass of an image needs much memory (2.8 GB at 448 pixels in bf16), and here all images of a step would need
 it at once. With ``vision_recompute``, step 1 keeps the features alone, and step 3 encodes again,
-``vision_micro_batch_size`` images at a time. That costs one more forward pass.
+``vision_micro_batch_size`` images at a time. Or, with ``vision_recompute_granularity layers``, step 1 keeps the input
+of each layer, and step 3 computes layers again. Either costs one more forward pass.
 
 A first stage holds the features of all images of the step once. Those of a rank's share are released when the last of
 them has been handed over, and the gradients when they have been sent back. A text-only micro-batch gets features that
@@ -39,6 +40,7 @@ from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.model.qwen_vl import QwenVL
 from megatron_vl.parallel.collectives import from_first_stage, meet, to_first_stage
 from megatron_vl.parallel.topology import Topology
+from megatron_vl.planning.vision_share import encodes_again
 
 FORWARD, BACKWARD = "vision-forward-compute", "vision-backward-compute"
 """Names of the timers of what a rank computes for its share, without exchanges."""
@@ -52,7 +54,7 @@ class ImageEncoder:
         self.topology = topology
         self._images_at_a_time = config.parallel.vision_micro_batch_size
         # A frozen tower keeps nothing, and the resampler behind it a twenty-fifth of what a trained tower keeps.
-        self._recompute = config.parallel.vision_recompute and not config.training.freeze_vision
+        self._encodes_again = encodes_again(config)
         meet(topology.mp_group)
 
     @property
@@ -79,7 +81,7 @@ class ImageEncoder:
         own = _OwnImages.of(batches, self.chunk, topology.device, size=self._images_at_a_time)
         kept: list[Tensor] = []
         with _timed(self.chunk, FORWARD):
-            features = own.encode(kept if backward and not self._recompute else None)
+            features = own.encode(kept if backward and not self._encodes_again else None)
         group = topology.mp_group
         shares = [image_shares(counts, rank=rank, size=group.size()) for rank in range(group.size())]
         totals = [sum(map(len, share)) for share in shares]

@@ -74,6 +74,11 @@ def test_the_tower_runs_forward_twice_whatever_layers_recompute(ranks: RankPools
         parallel={"vision_parallel": "data", "vision_recompute": False}, training={"recompute_granularity": granularity}
     )
     assert ranks(1).run(_passes_of_a_layer, kept) == [2 if granularity == "full" else 1]
+    layers = tiny_config(
+        parallel={"vision_parallel": "data", "vision_recompute_granularity": "layers"},
+        training={"recompute_granularity": granularity},
+    )
+    assert ranks(1).run(_passes_of_a_layer, layers) == [2]
 
 
 def _passes_of_a_layer(start: Start, config: RunConfig) -> int:
@@ -116,7 +121,11 @@ def _kept_on_rank(start: Start, config: RunConfig) -> int:
 
 
 def test_nothing_is_kept_where_images_are_encoded_again(ranks: RankPools) -> None:
-    again, kept = (ranks(1).run(_kept_on_rank, _config(vision_recompute=value))[0] for value in (True, False))
+    """Layers that are computed again keep their inputs; a step of 12 images keeps what the resampler needs besides."""
+    ways: list[dict[str, Any]] = [{}, {"vision_recompute_granularity": "layers"}, {"vision_recompute": False}]
+    again, layers, kept = (ranks(1).run(_kept_on_rank, _config(**way))[0] for way in ways)
     assert again == 0 and kept > 0
     frozen = tiny_config(parallel={"vision_parallel": "data"}, training={"freeze_vision": True})
-    assert 0 < ranks(1).run(_kept_on_rank, frozen)[0] < kept / 4, "a resampler behind a frozen tower keeps its own part"
+    resampler = ranks(1).run(_kept_on_rank, frozen)[0]
+    assert 0 < resampler < kept / 4, "a resampler behind a frozen tower keeps its own part"
+    assert resampler < layers < kept / 2

@@ -113,9 +113,9 @@ VISION_DATA = [
 
 
 def _run(
-    ranks: RankPools, layout: Layout, *, span: str = "segment", vision_recompute: bool = True, **training: Any
+    ranks: RankPools, layout: Layout, *, span: str = "segment", encoding: dict[str, Any] | None = None, **training: Any
 ) -> list[RankGradients]:
-    parallel = layout.fields | {"vision_recompute": vision_recompute}
+    parallel = layout.fields | (encoding or {})
     config = tiny_config(parallel=parallel, training=training, data={"attention_span": span})
     results: list[RankGradients] = ranks(layout.world_size).run(step_on_rank, config, _batches(config, span))
     return results
@@ -155,13 +155,17 @@ def test_layout_equals_one_process(ranks: RankPools, references: Any, layout: La
     _assert_equal(_run(ranks, layout), references[(), "segment"])
 
 
-@pytest.mark.parametrize("recompute", [True, False], ids=["again", "kept"])
+@pytest.mark.parametrize(
+    "encoding",
+    [{}, {"vision_recompute_granularity": "layers"}, {"vision_recompute": False}],
+    ids=["again", "layers", "kept"],
+)
 @pytest.mark.parametrize("layout", VISION_DATA, ids=lambda layout: layout.name)
 def test_images_encoded_by_all_ranks_equal_one_process(
-    ranks: RankPools, references: Any, layout: Layout, recompute: bool
+    ranks: RankPools, references: Any, layout: Layout, encoding: dict[str, Any]
 ) -> None:
     """Whichever rank encodes an image; ranks get between none and all images of a micro-batch."""
-    _assert_equal(_run(ranks, layout, vision_recompute=recompute), references[(), "segment"])
+    _assert_equal(_run(ranks, layout, encoding=encoding), references[(), "segment"])
 
 
 @pytest.mark.parametrize(

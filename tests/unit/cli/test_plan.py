@@ -113,6 +113,25 @@ def test_plans_of_equal_time_are_as_fast() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--vision-parallel data", "no language layer is computed twice"),
+        ("--vision-parallel data --no-vision-recompute", "no layer is computed twice"),
+        ("--vision-parallel data --freeze-vision", "no layer is computed twice"),
+        ("--vision-parallel pipeline", "no layer is computed twice"),
+    ],
+)
+def test_what_is_computed_twice_is_named(flags: str, said: str) -> None:
+    losses = ("bubble", "exposed_tensor", "exposed_data", "launches", "vision_launches", "optimizer", "exposed")
+    plans = [Mock(seconds_per_row=1.0, time=Mock(seconds=1.0, **dict.fromkeys(losses, 0.0))) for _ in range(2)]
+    for number, plan in enumerate(plans):
+        plan.candidate.fullest.total = number
+        plan.candidate.config = load_config(Path(STAGE_2), flags.split())
+        plan.candidate.family.recomputes_all = number == 0
+    assert said in reasons(plans[1], plans) and len(reasons(plans[0], plans)) == 2
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (f"{STAGE_2} --gpus 8", "--gpus N and --gpu NAME say for which machine"),

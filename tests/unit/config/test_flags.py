@@ -62,6 +62,7 @@ SEEN_BY = {
     "--vision-parallel": VISION_DATA + "test_images_encoded_by_all_ranks_equal_one_process",
     "--vision-micro-batch-size": ENCODER + "test_so_many_images_are_encoded_at_a_time",
     "--vision-recompute": ENCODER + "test_nothing_is_kept_where_images_are_encoded_again",
+    "--vision-recompute-granularity": ENCODER + "test_nothing_is_kept_where_images_are_encoded_again",
     "--use-distributed-optimizer": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-grad-reduce": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",
     "--overlap-param-gather": EFFECTS + "test_optimizer_and_overlap_are_what_is_built",

@@ -97,6 +97,20 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         ["vision_micro_batch_size 4 has no effect", "add --vision-parallel data"],
     ),
     ({"parallel.vision_recompute": False}, 1, ["vision_recompute False has no effect"]),
+    (
+        {"parallel.vision_recompute_granularity": "layers"},
+        1,
+        ["granularity layers has no effect where the vision part"],
+    ),
+    (
+        {
+            "parallel.vision_parallel": "data",
+            "parallel.vision_recompute": False,
+            "parallel.vision_recompute_granularity": "layers",
+        },
+        1,
+        ["granularity layers has no effect without parallel.vision_recompute"],
+    ),
     ({"checkpoint.auto_resume": True}, 1, ["checkpoint.auto_resume", "checkpoint.save"]),
     ({"checkpoint.finetune": True}, 1, ["checkpoint.finetune", "checkpoint.load"]),
     ({"checkpoint.no_load_optim": True}, 1, ["checkpoint.no_load_optim", "checkpoint.load"]),

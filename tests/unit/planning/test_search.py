@@ -199,6 +199,7 @@ def test_the_planner_knows_every_field_of_the_layout() -> None:
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
         "pipeline_layout", "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
         "overlap_param_gather", "backend", "vision_parallel", "vision_micro_batch_size", "vision_recompute",
+        "vision_recompute_granularity",
     }  # fmt: skip
     changes_nothing = {"distributed_timeout_minutes"}
     assert {item.name for item in fields(ParallelConfig)} == searched | changes_nothing

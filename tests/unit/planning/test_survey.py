@@ -21,6 +21,7 @@ from megatron_vl.planning.survey import (
     TENSOR,
     VIRTUAL,
     VISION,
+    VISION_GRANULARITY,
     VISION_MICRO,
     VISION_RECOMPUTE,
     Survey,
@@ -58,13 +59,20 @@ def found(asked: Question) -> list[Candidate]:
     [("h100", 4096, 0.92), ("h100", 4096, 0.4), ("b200", 256, 0.92), ("h100", 4096, 0.01)],
 )
 def test_images_are_encoded_in_the_fastest_way_that_fits(gpu: str, samples: int, usable: float) -> None:
-    """Beside all twelve ways, each with its own memory and its own step; where none fits, in the smallest."""
+    """Beside all eighteen ways, each with its own memory and its own step; where none fits, in the smallest."""
     asked = replace(question("stage2", "--global-batch-samples", str(samples), gpu=gpu), usable=usable)
     (chosen,) = found(asked)
     parallel = chosen.config.parallel
     every = []
-    for size, again in product((1, 2, 4, 8, 16, 32), (True, False)):
-        way = replace(parallel, vision_micro_batch_size=size, vision_recompute=again)
+    for size, again, granularity in product((1, 2, 4, 8, 16, 32), (True, False), ("images", "layers")):
+        if granularity == "layers" and not again:
+            continue  # the trainer refuses it
+        way = replace(
+            parallel,
+            vision_micro_batch_size=size,
+            vision_recompute=again,
+            vision_recompute_granularity=granularity,
+        )
         one = describe(asked, replace(chosen.config, parallel=way))
         seconds = step_time(one.config, one.layout, asked.row, asked.gpu, 64).seconds
         every.append((one.fullest.total, seconds))
@@ -81,14 +89,25 @@ def test_images_are_encoded_in_the_fastest_way_that_fits(gpu: str, samples: int,
 def test_few_images_are_kept_and_many_are_encoded_again() -> None:
     """Of a step of 256 samples each rank has 48 x 5 / 64 = 3.75 images of 2.97 GB; of 4,096, 16 times as many.
 
-    If layers are recomputed, an image keeps their inputs, 2 x 1664 x 1024 x 48 bytes = 0.16 GB, and the resampler.
+    These keep the inputs of layers, 2 x 1664 x 1024 x 48 bytes = 0.16 GB, and the resampler's part; or nothing.
     """
-    chosen = [
-        found(question("stage2", "--global-batch-samples", samples, "--recompute-granularity", recompute))[0]
-        for samples, recompute in (("256", "none"), ("4096", "none"), ("4096", "full"))
+    ways = [
+        found(
+            question(
+                "stage2", "--global-batch-samples", samples, "--recompute-granularity", "none", *given, fixed=fixed
+            )
+        )
+        for samples, given, fixed in (
+            ("256", (), ()),
+            ("4096", (), ()),
+            ("4096", ("--vision-recompute-granularity", "images"), (VISION_GRANULARITY,)),
+        )
     ]
-    assert [one.config.parallel.vision_recompute for one in chosen] == [False, True, False]
-    assert [one.config.parallel.vision_micro_batch_size for one in chosen] == [8, 8, 32]
+    parallel = [one.config.parallel for (one,) in ways]
+    assert [(one.vision_recompute, one.vision_recompute_granularity) for one in parallel] == [
+        (False, "images"), (True, "layers"), (True, "images"),
+    ]  # fmt: skip
+    assert [one.vision_micro_batch_size for one in parallel] == [8, 32, 8]
 
 
 def test_a_way_to_encode_that_is_given_stays() -> None:

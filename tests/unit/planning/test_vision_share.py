@@ -147,6 +147,10 @@ def test_the_table_of_windows_in_the_documentation(
     for size, seconds in again.items():
         own = replace(config, parallel=replace(config.parallel, vision_micro_batch_size=size))
         assert VisionShare(own, 60, 240, trained).seconds(gpu) == pytest.approx(seconds, abs=0.006)
+    layers = replace(config.parallel, vision_recompute_granularity="layers", vision_micro_batch_size=32)
+    by_layers = VisionShare(replace(config, parallel=layers), 60, 240, trained)
+    assert by_layers.seconds(gpu) == pytest.approx(1.66, abs=0.006)
+    assert by_layers.kept_bytes == pytest.approx(60 * 0.22e9, rel=0.01)
     kept = replace(config.parallel, vision_recompute=False, vision_micro_batch_size=100)
     for width, seconds in in_windows.items():
         window = VisionShare(replace(config, parallel=kept), 2.5 * width, 10 * width, trained)
@@ -162,5 +166,9 @@ def test_the_memory_of_windows_in_the_documentation() -> None:
         own = replace(config, parallel=replace(config.parallel, vision_micro_batch_size=size))
         memory = rank_memories(own, layout_of(own), row.work(2), world_size=64, micro_batches=24)
         assert memory[0].total / 1e9 == pytest.approx(total, abs=0.06)
+    layers = replace(config.parallel, vision_recompute_granularity="layers", vision_micro_batch_size=32)
+    own = replace(config, parallel=layers)
+    memory = rank_memories(own, layout_of(own), row.work(2), world_size=64, micro_batches=24)
+    assert memory[0].total / 1e9 == pytest.approx(49.7, abs=0.06)
     plain = schedule_memories(config, layout_of(config), row.work(2), data_parallel=16, micro_batches=24)
     assert plain[0].total / 1e9 == pytest.approx(35.9, abs=0.06)
