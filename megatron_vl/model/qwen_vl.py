@@ -102,8 +102,9 @@ class QwenVL(MegatronModule):
 
     def _run_language(self, language: LanguageModel, hidden: Tensor, batch: MicroBatch) -> Tensor:
         if self.stage.word_embedding:
-            embedded = language.embed(batch.tokens)
-            hidden = language.scatter(fuse(embedded, hidden, slots=batch.slots, span_images=batch.span_images))
+            # No name holds the embedded tokens: they are free once the features are among them.
+            hidden = fuse(language.embed(batch.tokens), hidden, slots=batch.slots, span_images=batch.span_images)
+            hidden = language.scatter(hidden)
         if self.stage.language_layers:
             line = PackedLine(batch.span_lengths, batch.cu_seqlens, batch.positions)
             hidden = language(hidden, language.attention_inputs(line))

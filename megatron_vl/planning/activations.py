@@ -29,7 +29,7 @@ Transformer Engine; another test compares those.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_vl.config.schema import ModelConfig, RunConfig
@@ -140,34 +140,85 @@ def chunk_bytes(config: RunConfig, stage: StageLayout, work: Work, keeping: Keep
         kept = layer_bytes(shape, keeping, trained=not frozen.language_model)
         total += positions * len(stage.language_layers) * kept
     if stage.head:
-        total += work.num_supervised * 2 * keeping.element * model.language.hidden_size
+        kept = 1 if frozen.language_model else 2  # the inputs of the norm and, if it trains, of the output layer
+        total += work.num_supervised * kept * keeping.element * model.language.hidden_size
     return total
 
 
 def logits_bytes(config: RunConfig, work: Work, keeping: Keeping) -> float:
-    """Return the bytes of the logits of a micro-batch: those of the head, and the fp32 softmax that is kept."""
+    """Return the bytes of the logits of a micro-batch: those of the head, and the softmax that is kept, in fp32.
+
+    Fp32 logits become the softmax in place.
+    """
     tensor = keeping.tensor
     columns = padded_vocab_size(config.model.language.vocab_size, tensor) // tensor
-    return work.num_supervised * columns * (keeping.element + 4)
+    return work.num_supervised * columns * (4 if keeping.element == 4 else keeping.element + 4)
 
 
 def working_bytes(config: RunConfig, stage: StageLayout, work: Work, keeping: Keeping) -> float:
-    """Return what the backward pass of a layer needs beside what is kept, at most.
+    """Return what the backward pass of a layer or the resampler needs beside what is kept, at most.
 
-    A recomputed layer makes all its activations again. The gradients of a layer's activations are taken to be as large
-    as the activations.
+    A recomputed layer makes all its activations again. What is kept is free as soon as its gradient is known, so few
+    gradients live at the same time (:func:`_gradient_bytes`).
     """
     model, frozen = config.model, FrozenParts.of(config.training)
-    plain = Keeping(keeping.kernels, None, keeping.tensor, keeping.sequence, keeping.element)
-    passes = 2 if keeping.recompute == "full" else 1
     sizes = [0.0]
     if stage.vision_layers and not frozen.vision:
-        size = layer_bytes(LayerShape.vision(model), plain, trained=True)
-        sizes.append(work.num_images * model.num_patches * size)
+        patches = work.num_images * model.num_patches
+        sizes.append(_layer_backward_bytes(LayerShape.vision(model), patches, keeping, trained=True))
     if stage.language_layers:
-        size = layer_bytes(LayerShape.language(model), plain, trained=not frozen.language_model)
-        sizes.append(_positions(config) * size)
-    return passes * max(sizes)
+        shape, trained = LayerShape.language(model), not frozen.language_model
+        sizes.append(_layer_backward_bytes(shape, _positions(config), keeping, trained=trained))
+    if stage.resampler and not (frozen.vision and frozen.resampler):
+        # The gradients of keys and values, while those are still kept.
+        sizes.append(keeping.element * work.num_images * model.num_patches * 2 * model.language.hidden_size)
+    return max(sizes)
+
+
+def _layer_backward_bytes(shape: LayerShape, positions: float, keeping: Keeping, *, trained: bool) -> float:
+    gradients = _gradient_bytes(shape, positions, keeping, trained=trained)
+    if keeping.recompute != "full":
+        return gradients
+    return gradients + positions * layer_bytes(shape, replace(keeping, recompute=None), trained=trained)
+
+
+def _gradient_bytes(shape: LayerShape, positions: float, keeping: Keeping, *, trained: bool) -> float:
+    """Return the bytes of the gradients of a layer that live at once, less what is free by then.
+
+    The gradient of the layer's output lives from the beginning, for the residual stream. In the MLP, which is first,
+    two moments are the fullest: after the second product, with the gradients of its input and of its weight; and after
+    the activation, with those of its output and of its input, when the input of the second product is free.
+    """
+    inside = 1 / keeping.tensor
+    output, middle = positions * shape.width * keeping.outside, positions * shape.ffn * inside
+    after_product = middle + trained * shape.width * shape.ffn * inside
+    after_activation = middle * ((3 if shape.gated else 2) - trained)
+    return keeping.element * (output + max(after_product, after_activation))
+
+
+def head_working_bytes(config: RunConfig, work: Work, keeping: Keeping) -> float:
+    """Return what the backward pass of the head needs beside what is kept: logits, and the gradient of its weight."""
+    return logits_bytes(config, work, keeping) + _vocabulary_gradient_bytes(config, keeping)
+
+
+def embedding_working_bytes(config: RunConfig, stage: StageLayout, work: Work, keeping: Keeping) -> float:
+    """Return what the gradient of the word embedding needs beside what is kept, if that is more than nothing.
+
+    It comes when what the language layers of the stage have kept of the micro-batch is free.
+    """
+    if not stage.word_embedding:
+        return 0.0
+    language = replace(stage, patch_embed=False, vision_layers=range(0), resampler=False)
+    return max(0.0, _vocabulary_gradient_bytes(config, keeping) - chunk_bytes(config, language, work, keeping))
+
+
+def _vocabulary_gradient_bytes(config: RunConfig, keeping: Keeping) -> float:
+    """Return the bytes of the gradient of the output layer or the word embedding before it is added, on a rank."""
+    if FrozenParts.of(config.training).language_model:
+        return 0.0
+    language = config.model.language
+    rows = padded_vocab_size(language.vocab_size, keeping.tensor) // keeping.tensor
+    return keeping.element * rows * language.hidden_size
 
 
 def boundary_bytes(config: RunConfig, before: StageLayout, work: Work, keeping: Keeping) -> float:

@@ -101,6 +101,8 @@ class Gpu:
     """Time that the CPU takes to launch forward and backward of one layer; a layer takes no less."""
     fp8: tuple[str, ...] = ()
     """``training.fp8_recipe`` that it computes (docs/fp8.md)."""
+    overlaps: bool = True
+    """Whether a collective can run beside products."""
     factors: PartFactors = AS_RATED
     """What a profile has found of each part."""
     assumed: tuple[str, ...] = ()

@@ -9,10 +9,13 @@ weight that is multiplied in FP8 takes up to 2 bytes more, for a copy along its 
 Activations follow ``activations.py`` for each chunk, and the schedule for how many micro-batches are held at once
 (``held_at_most`` of ``schedule.py``): min(m, p - i) on rank i of plain 1F1B, more with virtual stages.
 
-Besides, while a micro-batch is computed, a rank needs the larger of the logits and the working memory of a layer, and
-the gradient of one weight before it is added. Not counted are the CUDA context, NCCL's buffers, fragments of the
-allocator, and temporary memory of the optimizer, which runs when the activations are gone. They need the share of the
-memory that a plan leaves free (:data:`USABLE`), and the difference between a data sheet's GB and what a device shows.
+Besides, the backward pass of a micro-batch needs the most of three: the logits with the gradient of the output layer,
+the gradients of a layer, and the gradient of the word embedding. A gradient has memory of its own before it is added to
+the sum. ``benchmarks/planned_memory.py`` compares the peaks of real ranks.
+
+Not counted are the CUDA context, NCCL's buffers, fragments of the allocator, and temporary memory of the optimizer,
+which runs when the activations are gone. They need the share of the memory that a plan leaves free (:data:`USABLE`),
+and the difference between a data sheet's GB and what a device shows.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from megatron_vl.planning.activations import (
     Keeping,
     boundary_bytes,
     chunk_bytes,
+    embedding_working_bytes,
+    head_working_bytes,
     logits_bytes,
     working_bytes,
 )
@@ -50,7 +55,7 @@ class RankMemory:
     activations: float
     logits: float
     working: float
-    """Of a layer, where it is more than the logits; and the gradient of one weight."""
+    """What the backward pass needs besides, as gradients."""
     communication: float
     """Messages between stages, and gathered inputs under sequence parallelism."""
 
@@ -71,8 +76,6 @@ class Layout:
     stages: PipelineLayout
     ranks: tuple[RankParameters, ...]
     """By pipeline rank. Tensor-parallel ranks hold the same amounts."""
-    largest: tuple[float, ...]
-    """Elements of the largest tensor that trains, in each stage, on one tensor-parallel rank."""
     trained: tuple[float, ...]
     """Elements of all tensors that train there."""
     everywhere: float = 0.0
@@ -92,8 +95,7 @@ class Layout:
         whole = config.parallel.vision_parallel == "data"
         vision = stage_tensors(config.model, vision_part(config.model)) if whole else []
         everywhere = sum(spec.size for spec in vision if trains(spec.name, frozen))
-        largest = tuple(max(own, default=0) for own in trained)
-        return cls(stages, tuple(ranks), largest, tuple(map(sum, trained)), everywhere)
+        return cls(stages, tuple(ranks), tuple(map(sum, trained)), everywhere)
 
 
 def rank_memories(
@@ -190,13 +192,18 @@ def _held(
     pipeline, rank = where
     chunks = layout.stages.stages_of_rank(rank)
     kept = [chunk_bytes(config, chunk, work, keeping) for chunk in chunks]
-    logits = [logits_bytes(config, work, keeping) if chunk.head else 0.0 for chunk in chunks]
-    layers = [working_bytes(config, chunk, work, keeping) for chunk in chunks]
-    weights = [keeping.element * size for size in layout.largest[rank :: pipeline.size]]
-    besides = [max(pair) + weight for *pair, weight in zip(logits, layers, weights, strict=True)]
+    logits = max(logits_bytes(config, work, keeping) if chunk.head else 0.0 for chunk in chunks)
+    besides = [_besides(config, chunk, work, keeping) for chunk in chunks]
     held, most = held_at_most(pipeline, rank, kept, besides)
-    shown = min(max(logits), most)
+    shown = min(logits, most)
     return {"activations": held, "logits": shown, "working": most - shown}
+
+
+def _besides(config: RunConfig, chunk: StageLayout, work: Work, keeping: Keeping) -> float:
+    """Return what the backward pass of a chunk needs beside what is kept."""
+    head = head_working_bytes(config, work, keeping) if chunk.head else 0.0
+    layer = working_bytes(config, chunk, work, keeping)
+    return max(head, layer, embedding_working_bytes(config, chunk, work, keeping))
 
 
 def _communication(config: RunConfig, stages: PipelineLayout, rank: int, work: Work, keeping: Keeping) -> float:

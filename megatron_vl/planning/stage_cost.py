@@ -79,7 +79,8 @@ class PassCost:
 
     def exposed_seconds(self, gpu: Gpu) -> float:
         """Return the time of collectives that nothing hides."""
-        return gpu.nvlink.seconds(self.gathered - self.hidden, self.collectives) if self.collectives else 0.0
+        hidden = self.hidden if gpu.overlaps else 0.0
+        return gpu.nvlink.seconds(self.gathered - hidden, self.collectives) if self.collectives else 0.0
 
     def gpu_seconds(self, gpu: Gpu) -> float:
         """Return the time of the kernels, which run one after another."""

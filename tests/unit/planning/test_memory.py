@@ -113,7 +113,6 @@ def test_layout_counts_each_stage() -> None:
     stages = parse_layout("V*48R|L*32", model=config.model, pipeline_size=2)
     layout = Layout.of(config, stages)
     assert sum(layout.trained) == 9_655_886_592
-    assert layout.largest == (3 * 4096**2, 151936 * 4096)  # the resampler's projections of queries, keys and values
 
 
 @pytest.mark.parametrize(

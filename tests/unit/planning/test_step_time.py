@@ -117,6 +117,13 @@ def test_a_pass_takes_the_slower_of_gpu_and_cpu() -> None:
     assert replace(cost, launches=3).seconds(gpu) == pytest.approx(9.0)
 
 
+def test_collectives_are_hidden_where_something_else_can_carry_them() -> None:
+    cost = PassCost(products=794.5e12, gathered=3e9, hidden=1e9, collectives=2)
+    gpu = replace(H100, nvlink=Link(1e9, 0.25))
+    assert cost.gpu_seconds(gpu) == pytest.approx(1 + 2 + 2 * 0.25)
+    assert cost.gpu_seconds(replace(gpu, overlaps=False)) == pytest.approx(1 + 3 + 2 * 0.25)
+
+
 def test_data_parallel_traffic_of_the_whole_model() -> None:
     """50.7 GB over NVLink, and over the network 6.3 GB on 8 nodes; half of the bytes are those of the gradients."""
     config, parameters = recipe("stage2"), 9_655_886_592

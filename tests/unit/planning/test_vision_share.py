@@ -159,16 +159,16 @@ def test_the_table_of_windows_in_the_documentation(
 
 
 def test_the_memory_of_windows_in_the_documentation() -> None:
-    """docs/scale.md: 35.9 GB without images, 50.6 and 75.0 with what is encoded again."""
+    """docs/scale.md: 35.1 GB without images, 50.3 and 74.3 with what is encoded again."""
     row = replace(ROW, images=5, samples=5.5, supervised=2048 - 5 * 258)
     config = recipe("stage2", "--micro-batch-size", "2", rows=768)
-    for size, total in ((8, 50.6), (16, 75.0)):
+    for size, total in ((8, 50.3), (16, 74.3)):
         own = replace(config, parallel=replace(config.parallel, vision_micro_batch_size=size))
         memory = rank_memories(own, layout_of(own), row.work(2), world_size=64, micro_batches=24)
         assert memory[0].total / 1e9 == pytest.approx(total, abs=0.06)
     layers = replace(config.parallel, vision_recompute_granularity="layers", vision_micro_batch_size=32)
     own = replace(config, parallel=layers)
     memory = rank_memories(own, layout_of(own), row.work(2), world_size=64, micro_batches=24)
-    assert memory[0].total / 1e9 == pytest.approx(49.7, abs=0.06)
+    assert memory[0].total / 1e9 == pytest.approx(48.9, abs=0.06)
     plain = schedule_memories(config, layout_of(config), row.work(2), data_parallel=16, micro_batches=24)
-    assert plain[0].total / 1e9 == pytest.approx(35.9, abs=0.06)
+    assert plain[0].total / 1e9 == pytest.approx(35.1, abs=0.06)
