@@ -102,7 +102,7 @@ def run_case(config: RunConfig, images: list[list[int]], topology: Topology) -> 
         images: of each micro-batch, for each data-parallel rank.
     """
     model = build_parallel_model(config, topology)
-    batches = _own_images(make_batches(config, images[topology.dp_rank]), config, topology)
+    batches = own_images(make_batches(config, images[topology.dp_rank]), config, topology)
     recorder = Recorder(_labels(topology))
     with recorder:
         train_step(model, batches, config=config, topology=topology, step=0)
@@ -124,7 +124,8 @@ def _batch(config: RunConfig, images: int) -> MicroBatch:
     return replace(batch, slots=none, span_images=none, num_images=1)
 
 
-def _own_images(batches: list[MicroBatch], config: RunConfig, topology: Topology) -> list[MicroBatch]:
+def own_images(batches: list[MicroBatch], config: RunConfig, topology: Topology) -> list[MicroBatch]:
+    """Return the micro-batches with the pixels of the images that this rank encodes."""
     if config.parallel.vision_parallel == "pipeline":
         return batches
     counts, group = [batch.work.num_images for batch in batches], topology.mp_group

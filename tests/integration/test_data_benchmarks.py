@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,58 @@ def test_frozen_parts_compute_no_product_too_many(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 4 and all(row["ours"] > 0 for row in rows[:2])
     assert [row["ours"] for row in rows[2:]] == [0, 0] and all(row["met"] for row in rows[2:])
+
+
+def test_peaks_of_real_ranks_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Bytes do not depend on the machine, so the goal holds here too, for the tiny model."""
+    command = [sys.executable, "benchmarks/planned_memory.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    peaks = [row for row in rows if row["goal"] is not None]
+    assert len(peaks) == 4 and len(rows) == 12 and all(row["met"] for row in peaks), rows
+
+
+def test_live_bytes_count_storages_while_something_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with importlib.import_module("live_bytes").LiveBytes() as live:
+        first = torch.zeros(1000)
+        rows = first.view(10, 100)
+        second = first + 1
+        assert (live.now(), live.peak) == (8000, 8000)
+        del first
+        assert live.now() == 8000, "a view holds the storage"
+        del rows
+        third = second.new_zeros(500)
+        assert (live.now(), live.peak) == (6000, 8000)
+        del second, third
+        assert (live.restart(), live.peak) == (0, 0)
+        weight = torch.ones(250, requires_grad=True)
+        (weight * weight).sum().backward()
+        assert live.now() == 2000, "a weight and its gradient"
+        assert live.peak >= 3000, "a gradient by each of the two factors, before they are added"
+
+
+def test_planned_steps_beside_real_ones(tmp_path: Path) -> None:
+    """It runs; how right the times are, only a quiet machine tells."""
+    command = [sys.executable, "benchmarks/planned_step.py", "--smoke", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    *steps, order = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in steps] == ["step, tensor 2", "step, pipeline 2, virtual 2"]
+    assert all(row["ours"] > 0 and row["reference"] > 0 for row in steps)
+    assert order["reference"] == 1 and order["goal"] == 0
+
+
+def test_links_and_orders_of_planned_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    planned_step = importlib.import_module("planned_step")
+    link = planned_step.link_of([(1_000_000, 3e-3), (17_000_000, 19e-3)], 2)
+    assert (link.bandwidth, link.latency) == (pytest.approx(1e9), pytest.approx(1e-3))
+    planned = {"a": 1.0, "b": 1.01, "c": 2.0}
+    assert planned_step.wrong_pairs(planned, {"a": 1.04, "b": 1.0, "c": 3.0}) == [], "a and b are too close"
+    assert planned_step.wrong_pairs(planned, {"a": 1.06, "b": 1.0, "c": 1.02}) == [("a", "b")]
+    assert planned_step.wrong_pairs(planned, {"a": 4.0, "b": 1.0, "c": 2.0}) == [("a", "b"), ("a", "c")]
 
 
 def test_every_place_of_the_tower_has_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
