@@ -38,14 +38,13 @@ print(json.dumps(early))
 
 
 def test_no_tool_imports_megatron_core_before_the_process_is_prepared(prefix: str, tmp_path: Path) -> None:
-    (tmp_path / "questions.jsonl").write_text(json.dumps({"prompt": "What?"}) + "\n", encoding="utf-8")
     sizes = [f"--seq-length={SEQ_LENGTH}", f"--num-bpe-tokens={MODEL.num_bpe_tokens}"]
     sizes.append(f"--resampler-num-queries={MODEL.resampler.num_queries}")
     some = ["--checkpoint", "c", "--output", str(tmp_path / "output")]
     tools = {
         "evaluate_loss": [*some, "--data-path", prefix],
         "forward": [*some, "--inputs", "inputs.safetensors"],
-        "generate": [*some, "--inputs", str(tmp_path / "questions.jsonl")],
+        "generate": ["--checkpoint", "c", "--prompt", "What?"],
         "convert": ["import", "folder", str(tmp_path / "new")],
         "train": ["--preset=tiny", *sizes, f"--data-path={prefix}", "--train-iters=1"],
     }
