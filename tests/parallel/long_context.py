@@ -22,7 +22,7 @@ from megatron_vl.conversion.hf_config import hf_config
 from megatron_vl.conversion.qwen_vl import correspondences
 from megatron_vl.data.loading.batch import MicroBatch
 from megatron_vl.generation.engine import Engine
-from megatron_vl.generation.requests import GenerationOptions, Request
+from megatron_vl.generation.requests import Choices, GenerationOptions, Request
 from megatron_vl.model.build import build_model
 from megatron_vl.parallel.rng import seed_all
 from megatron_vl.training.parallel_model import build_parallel_model
@@ -190,3 +190,10 @@ def answers_on_rank(
         banned = (SpecialTokens(config.model.num_bpe_tokens).endoftext,)
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, batch_size=batch_size, banned_ids=banned)
         return new_tokens(engine, [Request(tuple(text)) for text in texts], options), logits
+
+
+def scores_on_rank(start: Start, config: RunConfig, text: Sequence[int], prompt: int, ends: Sequence[int]) -> Any:
+    """Log-likelihoods of what follows the first ``prompt`` tokens of a text, up to each of ``ends``."""
+    with start.topology(config.parallel) as topology:
+        asked = Choices(Request(tuple(text[:prompt])), tuple(tuple(text[prompt:end]) for end in ends))
+        return next(Engine(build_model(config, topology), config, topology).log_likelihoods([asked])).per_token

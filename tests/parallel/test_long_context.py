@@ -24,6 +24,7 @@ from tests.parallel.long_context import (
     packed_logits_on_rank,
     random_tokens,
     reference_on_rank,
+    scores_on_rank,
     step_after_evaluation_on_rank,
     with_language,
 )
@@ -144,3 +145,13 @@ def test_the_answers_above_the_native_length_are_not_the_plain_model_s(
         found, shown = torch.cat(passes)[:, : logits.shape[1]], logits.isfinite()
         first = (found - logits)[0][shown[0]].abs().max() / logits[shown].abs().max()
         assert (first > 1e-3) == (length > NATIVE), "prompts up to the native length begin the same"
+
+
+def test_each_continuation_is_scored_with_the_base_of_its_own_length(ranks: RankPools, reference: Reference) -> None:
+    prompt, ends = 2 * NATIVE - 2, (2 * NATIVE, 2 * NATIVE + 3)
+    (text,) = random_tokens([ends[-1]], seed=4)
+    found = ranks(1).run(scores_on_rank, long_config(), text, prompt, ends)[0]
+    for values, end in zip(found, ends, strict=True):
+        exact = reference.logits(text[:end]).log_softmax(-1)
+        expected = [float(exact[place - 1, text[place]]) for place in range(prompt, end)]
+        assert values == pytest.approx(expected, abs=5e-5)
