@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,9 +50,12 @@ def check_data_files(config: RunConfig) -> None:
 
 
 def unfinished_data_set(prefix: str | Path) -> str | None:
-    """What to say where rows of a data set are there and its manifest is not; None if the rows are not there either."""
+    """What to say where rows are there and no manifest of their own is; None if the rows are not there either."""
     path = Path(prefix)
-    blocks = sorted(path.parent.glob(f"{glob.escape(path.name)}.00000-of-?????.tokens.bin"))
+    block = re.fullmatch(r"(.+)\.\d{5,}-of-\d{5,}", path.name)
+    if block and path.with_name(f"{block[1]}.json").is_file():
+        return f"{prefix} is one block of the data set {path.with_name(block[1])}; give that prefix"
+    blocks = sorted(path.parent.glob(f"{glob.escape(path.name)}.?????-of-?????.tokens.bin"))
     rows = next((rows for rows in (Path(f"{prefix}.tokens.bin"), *blocks) if rows.is_file()), None)
     if rows is None:
         return None

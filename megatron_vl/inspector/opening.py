@@ -86,7 +86,7 @@ def _prefixes_in(folder: Path) -> list[str]:
 
 
 def _possible_blocks(prefix: str) -> list[str]:
-    """Return the prefixes that the first block of a data set may have."""
+    """Return the prefixes that the blocks of a data set may have."""
     path = Path(prefix)
-    found = path.parent.glob(f"{glob.escape(path.name)}.00000-of-?????.tokens.idx")
+    found = path.parent.glob(f"{glob.escape(path.name)}.?????-of-?????.tokens.idx")
     return [prefix, *(str(index).removesuffix(".tokens.idx") for index in found)]

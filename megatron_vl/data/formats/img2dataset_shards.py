@@ -12,6 +12,7 @@ hold no images. So parquet is not read if there are tars or folders.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 from megatron_vl.data.file_kinds import foreign_form, holds, is_clutter, refuse_compressed
 from megatron_vl.data.formats.image_files import read_bytes
 from megatron_vl.data.formats.parquet import IMAGE_STRUCT, read_rows, require_images_in
-from megatron_vl.data.formats.shard import Shard, Skipped, skipped
+from megatron_vl.data.formats.shard import Shard, Skipped, hash_of_files, skipped
 from megatron_vl.data.formats.tars import IMAGE_SUFFIXES, MEDIA_SUFFIXES, TarRecord, read_tar, repeated_member
 from megatron_vl.data.formats.values import decode_text
 from megatron_vl.errors import DataError, SkipSample
@@ -51,7 +52,18 @@ def pair_shards(path: Path) -> list[Shard]:
         elif item.is_file() and not item.name.endswith((".tar", ".parquet")):
             said = foreign_form(item)
             raise DataError(f"{item}: expected a .tar, a .parquet or a folder{'; ' if said else ''}{said}")
-    return [Shard(item.name, item) for item in found]
+    return [Shard(item.name, item, contents=_state_of_texts(item) if item.is_dir() else "") for item in found]
+
+
+def _state_of_texts(folder: Path) -> str:
+    """Return a hash that changes with the names of all files of a folder, and with what describes the images.
+
+    The images are not asked one by one, as for every other source.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not is_clutter(entry.name))
+    texts = [(entry.name, entry) for entry in entries if _split(entry.name)[1] in ("txt", "json")]
+    names = hashlib.sha256("\n".join(entry.name for entry in entries).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{names[:32]} {hash_of_files(texts)}"
 
 
 def _shards_in(path: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """What a plan was made for: the recipe and the raw files, so that a later phase refuses others by name.
 
 The name of a unit holds the size and time of its files and the options of its source (parts.py). The rest of the
-recipe, such as the packing, is in no part, so it is kept beside the names, one line for each value.
+recipe, such as the packing, is in no part, so it is kept beside the names, one line for each value. So is the state of
+the benchmark images, which planning compares with those of the parts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl import __version__
+from megatron_vl.data.formats.shard import hash_of_files
 from megatron_vl.data.prepare.parts import Unit
 from megatron_vl.data.prepare.recipe import DataRecipe
 
@@ -40,7 +42,18 @@ def made_for(recipe: DataRecipe, units: Sequence[Unit]) -> MadeFor:
     """Return what a preparation of these units depends on."""
     kinds = {f"sources[{i}].type": type(entry.source).__name__ for i, entry in enumerate(recipe.sources)}
     values = dict(_leaves(dataclasses.asdict(recipe), ""))
-    return MadeFor({"version of megatron_vl": __version__, **kinds, **values}, tuple(unit.name for unit in units))
+    facts = {"version of megatron_vl": __version__, **kinds, **values, **dict(_benchmarks(recipe))}
+    return MadeFor(facts, tuple(unit.name for unit in units))
+
+
+def _benchmarks(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
+    """Yield the state of every list or folder of benchmark images, with its place."""
+    for index, entry in enumerate(recipe.sources):
+        place = entry.filters.benchmark_images
+        if place is not None:
+            below = sorted(place.rglob("*")) if place.is_dir() else [place]
+            files = ((path.name if path == place else str(path.relative_to(place)), path) for path in below)
+            yield f"state of the files of sources[{index}].filters.benchmark_images", hash_of_files(files)
 
 
 def difference(before: MadeFor, now: MadeFor, units: Sequence[Unit]) -> str:

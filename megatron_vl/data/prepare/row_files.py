@@ -27,7 +27,7 @@ from megatron_vl.files import move, sha256_of_file, sync
 
 _KEYS = ".keys"
 _KINDS = tuple(f"{suffix}{end}" for suffix in (TOKENS, IMAGES, _KEYS) for end in (".bin", ".idx"))
-_SUFFIX = re.compile(rf"(\.\d{{5}}-of-\d{{5}})?({'|'.join(map(re.escape, _KINDS))})")
+_SUFFIX = re.compile(rf"(\.\d{{5,}}-of-\d{{5,}})?({'|'.join(map(re.escape, _KINDS))})")
 """Suffixes of the files of rows, of any number of blocks."""
 
 

@@ -162,6 +162,16 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     manifest_path(prefix).unlink()
     unfinished = unfinished_data_set(prefix)
     assert unfinished is not None and "00000-of-00005.tokens.bin is there, but" in unfinished
+    Path(f"{prefix}.00000-of-00005.tokens.bin").unlink()
+    unfinished = unfinished_data_set(prefix)
+    assert unfinished is not None and "00001-of-00005.tokens.bin is there, but" in unfinished
+
+
+def test_the_prefix_of_a_block_is_no_data_set(tmp_path: Path) -> None:
+    prefix = make_data_set(tmp_path, pack=BLOCKS)
+    assert unfinished_data_set(f"{prefix}.00000-of-00005") == (
+        f"{prefix}.00000-of-00005 is one block of the data set {prefix}; give that prefix"
+    )
 
 
 def test_the_inspector_knows_data_sets_of_blocks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,25 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(recipe), "--output", out, "--verify"]) == 2
     assert output_prefix(None, recipe) == tmp_path / "mix"
     assert output_prefix(str(tmp_path / "p"), recipe) == tmp_path / "p"
+
+
+@pytest.mark.parametrize("change", ["caption", "other image"])
+def test_a_folder_of_pairs_is_read_again_when_its_captions_change(tmp_path: Path, change: str) -> None:
+    """The time of a folder does not change when a file in it is written again."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.txt").write_text(f"old {number}")
+    source = {"name": "c", "type": "img2dataset", "path": "pairs"}
+    before = Path(make_data_set(tmp_path, "first", sources=[source]) + ".tokens.bin").read_bytes()
+    recipe = load_recipe(write_recipe(tmp_path, sources=[source]))
+    prepare(recipe, tmp_path / "kept", progress=False, keep_parts=True)
+    state = folder.stat()
+    if change == "caption":
+        (folder / "1.txt").write_text("new 1")
+    else:
+        (folder / "2.png").rename(folder / "3.png")
+    os.utime(folder, ns=(state.st_atime_ns, state.st_mtime_ns))
+    prepare(recipe, tmp_path / "kept", progress=False, keep_parts=True)
+    assert (tmp_path / "kept.tokens.bin").read_bytes() != before

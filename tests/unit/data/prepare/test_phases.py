@@ -177,6 +177,23 @@ def test_another_recipe_and_other_files_are_refused_by_name(raw: Path, recipe: D
     verify_files(raw / "set")
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_other_benchmark_images_are_refused_by_name(raw: Path, folder: bool) -> None:
+    """No part depends on them, but the plan does."""
+    listed = raw / ("bench" if folder else "bench.txt")
+    if folder:
+        listed.mkdir()
+    image = listed / "a.png" if folder else listed
+    image.write_bytes(png(250) if folder else b"00000000000000ff\n")
+    sources = [entry | {"filters": {"benchmark_images": listed.name}} for entry in recipe_values()["sources"]]
+    recipe = load_recipe(recipe_file(raw, sources=sources))
+    for phase in ("parts", "plan"):
+        run(recipe, raw / "set", phase)
+    image.write_bytes(png(3) if folder else b"00000000000000ff\n00000000000000fe\n")
+    with pytest.raises(DataError, match=r"other files: state of the files of sources\[0\]\.filters\.benchmark_"):
+        run(recipe, raw / "set", "rows")
+
+
 def test_once_complete_every_phase_has_nothing_to_do(raw: Path, recipe: DataRecipe) -> None:
     for phase in ("parts", "plan", "rows"):
         run(recipe, raw / "set", phase, keep_parts=True)
