@@ -14,6 +14,7 @@ test checks this.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -190,11 +191,19 @@ def _open_index(path: Path) -> npt.NDArray[np.uint8]:
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, mode="r", dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error
+        raise _not_opened(path, error) from error
 
 
 def _open_descriptor(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}). Was the data prepared to the end?") from error
+        raise _not_opened(path, error) from error
+
+
+def _not_opened(path: Path, error: OSError) -> DataError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "A data set of many blocks has many files; raise the limit of open files (ulimit -n)"
+    else:
+        remedy = "Was the data prepared to the end?"
+    return DataError(f"{path}: cannot be opened ({error.strerror}). {remedy}")

@@ -197,7 +197,7 @@ class DecodePool:
 
     def __init__(self, prefixes: Sequence[str], image_size: int, *, num_workers: int, timeout: float = 300.0) -> None:
         self._timeout = timeout
-        self._decoder = Decoder(prefixes, image_size)
+        self._decoder = Decoder(() if num_workers else prefixes, image_size)
         self._workers = [_Worker(number, prefixes, image_size) for number in range(num_workers)]
         self._next_ticket = 0
         self._requests: dict[int, npt.NDArray[np.int64]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -146,3 +147,14 @@ def test_rows_come_back(tokens: list[tuple[int, bool]], image_ids: list[int], da
 def test_a_row_that_contradicts_itself_is_named(stored: list[int]) -> None:
     with pytest.raises(DataError, match="set, row 7"):
         decode_row(np.array(stored, dtype=np.int32), "set, row 7")
+
+
+def test_too_many_open_files_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write(tmp_path / "a")
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.bin: cannot be opened \(Too many open files\)\..* \(ulimit -n\)"):
+        IndexedFile(prefix, with_modes=True)
