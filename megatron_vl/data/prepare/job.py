@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,8 +71,10 @@ def prepare(
             manifest = finish_rows(plan)
             commit(prefix, plan.stem, manifest)
             remove_rows(folder)
-        if not keep_parts:
-            remove_finished(folder)
+            if not keep_parts:
+                remove_finished(folder)
+        with suppress(OSError):  # it stays if there is anything in it
+            folder.rmdir()
     return manifest
 
 

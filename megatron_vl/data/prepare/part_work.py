@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,12 +157,13 @@ def remove_others(work: PartWork) -> None:
 
 
 def remove_finished(folder: Path, *, kept: frozenset[Path] = frozenset()) -> None:
-    """Remove the parts and all other files of ours but ``kept``, and the folder if nothing is left in it."""
-    for path in _ours(folder):
+    """Remove the parts and all other files of ours but ``kept``.
+
+    The caller holds the lock. Its file goes last, for whoever finds none there makes another and is alone with it.
+    """
+    for path in sorted(_ours(folder), key=lambda path: (path.name.startswith(LOCK), path.name == LOCK)):
         if path not in kept:
             path.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _ours(folder: Path) -> Iterator[Path]:

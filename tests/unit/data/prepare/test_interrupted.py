@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from megatron_vl import folder_lock
 from megatron_vl.data.dataset.manifest import verify_files
 from megatron_vl.data.prepare import row_work
 from megatron_vl.data.prepare.job import prepare
 from megatron_vl.data.prepare.recipe import load_recipe
 from megatron_vl.data.prepare.workers import open_pool
-from megatron_vl.errors import DataError
+from megatron_vl.errors import DataError, FolderInUseError
 from tests.helpers.data.jobs import ROOT, RUN, SMALL_SLICES, command, hashes, recipe_file, run_tool
 from tests.helpers.interruptible import interruptible_children
 
@@ -230,3 +231,26 @@ def test_an_output_that_cannot_be_is_named(raw: Path, name: str) -> None:
     (raw / "file.parts").write_text("")
     with pytest.raises(DataError, match=r"parts: (Not a directory|File exists)\. Mend that"):
         prepare(load_recipe(recipe_file(raw)), raw / name, progress=False)
+
+
+def test_nobody_else_is_in_the_folder_while_finished_work_is_removed(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the lock goes last, under the lock."""
+    unlink, removed, others = Path.unlink, list[str](), list[str]()
+
+    def watched(self: Path, *, missing_ok: bool = False) -> None:
+        if self.parent.name == "set.parts" and re.fullmatch(r"[0-9a-f]{32}\.npz|lock.*", self.name):
+            removed.append(self.name)
+            with pytest.raises(FolderInUseError) as refused:
+                folder_lock.hold(self.parent, "lock").__enter__()
+            others.append(str(refused.value))
+        unlink(self, missing_ok=missing_ok)
+
+    (raw / "set.parts").mkdir()
+    (raw / "set.parts" / "lock-rows-0-of-1").write_text("of a job before")
+    monkeypatch.setattr(Path, "unlink", watched)
+    prepare(load_recipe(recipe_file(raw)), raw / "set", progress=False)
+    assert len(removed) == 18 and removed[-2:] == ["lock-rows-0-of-1", "lock"]
+    assert all(f"process {os.getpid()} on" in other for other in others)
+    assert not (raw / "set.parts").exists()
