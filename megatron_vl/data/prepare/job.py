@@ -36,7 +36,7 @@ from megatron_vl.data.prepare.part_work import (
 )
 from megatron_vl.data.prepare.parts import Unit, part_prefix, plan_units
 from megatron_vl.data.prepare.recipe import DataRecipe
-from megatron_vl.data.prepare.row_files import commit, remove_rows
+from megatron_vl.data.prepare.row_files import check_renames, commit, remove_rows
 from megatron_vl.data.prepare.row_work import finish_rows, plan_rows_of, remove_plan, write_rows
 from megatron_vl.data.prepare.workers import Pool, this_process
 from megatron_vl.errors import DataError, FolderInUseError
@@ -51,11 +51,13 @@ def prepare(
     ``keep_parts``: keep the tokenized parts, so that the next run over the same files only draws, packs and writes.
 
     Raises:
-        DataError: Files are missing, no samples remain, or another process is preparing the same prefix.
+        DataError: Files are missing, no samples remain, another process is preparing the same prefix, or
+            ``<prefix>.parts`` is on another file system.
     """
     pool = pool or this_process()
     folder = parts_folder(prefix)
     with disk_errors_named(folder):
+        check_renames(folder, prefix)
         units = units_of(recipe)
         with in_use_named(folder), folder_lock.hold(folder, LOCK):
             work = PartWork(recipe, units, folder)

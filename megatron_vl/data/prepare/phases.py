@@ -39,7 +39,7 @@ from megatron_vl.data.prepare.part_work import (
 )
 from megatron_vl.data.prepare.parts import Unit
 from megatron_vl.data.prepare.recipe import DataRecipe
-from megatron_vl.data.prepare.row_files import commit, read_renaming, remove_rows, renaming
+from megatron_vl.data.prepare.row_files import check_renames, commit, read_renaming, remove_rows, renaming
 from megatron_vl.data.prepare.row_work import finish_rows, num_missing, plan_rows_of, write_rows
 from megatron_vl.data.prepare.share import Share
 from megatron_vl.data.prepare.stored_plan import StoredPlan, load_plan, plan_path
@@ -96,10 +96,12 @@ def run_phase(recipe: DataRecipe, prefix: Path, phase: Phase, settings: Settings
 
     Raises:
         DataError: Files are missing, as for ``prepare``; or an earlier phase is not finished, or was for another
-            recipe or other raw files; or another phase, another preparation or the same share is at work.
+            recipe or other raw files; or another phase, another preparation or the same share is at work; or
+            ``<prefix>.parts`` is on another file system.
     """
     folder = parts_folder(prefix)
     with disk_errors_named(folder):
+        check_renames(folder, prefix)
         units = units_of(recipe)
         task = _Task(PartWork(recipe, units, folder), prefix, made_for(recipe, units), phase, settings)
         outcome = _nothing_left(task) or {"parts": _parts, "plan": _plan, "rows": _rows}[phase](task)

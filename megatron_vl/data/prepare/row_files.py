@@ -49,19 +49,42 @@ def commit(prefix: Path, stem: Path, manifest: Manifest) -> None:
     Files that were renamed by a process that was killed stay where they are.
 
     Raises:
-        DataError: A file is neither at the one place nor at the other.
+        DataError: A file is neither at the one place nor at the other, or the places are on different file systems. The
+            data set that is there stays as it is.
     """
+    check_renames(stem.parent, prefix)
+    for path in lost_files(prefix, stem, manifest):
+        raise DataError(f"{path}: gone; plan again (--phase plan, or start again), and the rows are written again")
     write_manifest(stem, manifest)  # here first, so that a full disk is detected before anything is renamed
     manifest_path(prefix).unlink(missing_ok=True)
     _remove_outdated(prefix, {entry.suffix for entry in manifest.files})
-    left = []
+    pairs = [(Path(f"{stem}{entry.suffix}"), Path(f"{prefix}{entry.suffix}")) for entry in manifest.files]
+    move(*((old, new) for old, new in pairs if old.exists()), (manifest_path(stem), manifest_path(prefix)))
+
+
+def check_renames(folder: Path, prefix: Path) -> None:
+    """Check that files of the folder of parts can be renamed to ``prefix``, if the folder is there already.
+
+    Raises:
+        DataError: The folder is on another file system than the data set: a link, or a mount.
+    """
+    if folder.exists() and folder.stat().st_dev != prefix.parent.stat().st_dev:
+        raise DataError(
+            f"{folder}: is in {folder.resolve()}, on another file system than {prefix.parent}. Finished files could "
+            f"not be renamed to {prefix}.*; make it a folder of that file system (copy what is in it, and it is used "
+            f"again), or choose an --output in {folder.resolve().parent}"
+        )
+
+
+def lost_files(prefix: Path, stem: Path, manifest: Manifest) -> list[Path]:
+    """Return the finished files that are, in their size, neither in the folder of parts nor at ``prefix``."""
+    lost = []
     for entry in manifest.files:
         old, new = Path(f"{stem}{entry.suffix}"), Path(f"{prefix}{entry.suffix}")
-        if old.exists():
-            left.append((old, new))
-        elif not new.is_file() or new.stat().st_size != entry.size:
-            raise DataError(f"{old}: gone; plan again (--phase plan, or start again), and the rows are written again")
-    move(*left, (manifest_path(stem), manifest_path(prefix)))
+        found = old if old.exists() else new
+        if not found.is_file() or found.stat().st_size != entry.size:
+            lost.append(old)
+    return lost
 
 
 def _remove_outdated(prefix: Path, wanted: set[str]) -> None:

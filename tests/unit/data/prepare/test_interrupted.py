@@ -16,12 +16,13 @@ import pytest
 
 from megatron_vl import folder_lock
 from megatron_vl.data.dataset.manifest import verify_files
-from megatron_vl.data.prepare import row_work
+from megatron_vl.data.prepare import job, row_work
 from megatron_vl.data.prepare.job import prepare
 from megatron_vl.data.prepare.recipe import load_recipe
 from megatron_vl.data.prepare.workers import open_pool
 from megatron_vl.errors import DataError, FolderInUseError
 from tests.helpers.data.jobs import ROOT, RUN, SMALL_SLICES, command, hashes, recipe_file, run_tool
+from tests.helpers.data.phases import run
 from tests.helpers.interruptible import interruptible_children
 
 DIES = """
@@ -254,3 +255,34 @@ def test_nobody_else_is_in_the_folder_while_finished_work_is_removed(
     assert len(removed) == 18 and removed[-2:] == ["lock-rows-0-of-1", "lock"]
     assert all(f"process {os.getpid()} on" in other for other in others)
     assert not (raw / "set.parts").exists()
+
+
+@pytest.mark.parametrize("how", ["whole", "phases", "commit"])
+def test_parts_on_another_file_system_cost_no_data_set(raw: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Also if that comes to be after the beginning: no file of the old data set is removed."""
+    prefix, stat = raw / "set", Path.stat
+    prepare(load_recipe(recipe_file(raw)), prefix, progress=False)
+    before = hashes(prefix)
+    (raw / "elsewhere").mkdir()
+    (raw / "set.parts").symlink_to(raw / "elsewhere")
+
+    def elsewhere(self: Path, **how: bool) -> os.stat_result:
+        found = stat(self, **how)
+        device = found.st_dev + (self.name == "set.parts")
+        return os.stat_result((*found[:2], device, *found[3:]))
+
+    message = r"set\.parts: is in .*/elsewhere, on another file system than .*choose an --output in "
+    other = load_recipe(recipe_file(raw, seq_length=72))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=message):
+        if how == "commit":
+            commit = job.commit
+            patch.setattr(job, "commit", lambda *what: (patch.setattr(Path, "stat", elsewhere), commit(*what)))
+        else:
+            patch.setattr(Path, "stat", elsewhere)
+        if how == "phases":
+            run(other, prefix, "parts")
+        else:
+            prepare(other, prefix, progress=False)
+    assert hashes(prefix) == before
+    verify_files(prefix)
+    assert (how == "commit") == any((raw / "elsewhere").iterdir()), "it is said before there is any work"
