@@ -12,21 +12,21 @@ The jobs of a phase have the lock of the folder together. Another phase, another
 job with the same share are refused. Nobody removes anything while jobs may be at work: ``plan`` has the lock alone when
 it removes what no unit needs, and so does the last of the jobs that leave a complete data set. From then on, the folder
 holds one small file. It says for which recipe and raw files the data set was made, so that a job that is run again has
-nothing to do.
+nothing to do, and whether the parts were to be kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from megatron_vl import folder_lock
-from megatron_vl.data.dataset.manifest import Manifest, manifest_path
+from megatron_vl.data.dataset.manifest import Manifest, manifest_path, read_manifest
 from megatron_vl.data.prepare.job import disk_errors_named, in_use_named, parts_folder, progress_bar, shown_by, units_of
 from megatron_vl.data.prepare.made_for import MadeFor, difference, made_for
 from megatron_vl.data.prepare.part_work import (
@@ -159,7 +159,11 @@ def _complete(task: _Task, plan: StoredPlan) -> Outcome:
             if done := _nothing_left(task):
                 return done
             manifest = read_renaming(plan.stem) or finish_rows(plan)
-            facts = {"made_for": task.made_for.fingerprint, "manifest": manifest.fingerprint}
+            facts = {
+                "made_for": task.made_for.fingerprint,
+                "manifest": manifest.fingerprint,
+                "keep_parts": task.settings.keep_parts,
+            }
             write_whole(task.folder / _COMPLETE, json.dumps(facts), durable=True)  # true once the manifest is there
             commit(task.prefix, plan.stem, manifest)
     except FolderInUseError as holder:
@@ -175,19 +179,33 @@ def _nothing_left(task: _Task) -> Outcome | None:
 
 def _is_complete(task: _Task) -> bool:
     """Return whether the data set was made by the phases, for this recipe and these raw files, and is in its place."""
+    facts = _completed(task)
     try:
-        facts = json.loads((task.folder / _COMPLETE).read_bytes())
         found = sha256_of_file(manifest_path(task.prefix))
-    except (OSError, ValueError):
+        if (facts.get("made_for"), facts.get("manifest")) != (task.made_for.fingerprint, found):
+            return False
+        read_manifest(task.prefix)
+    except (OSError, DataError):
         return False
-    return bool(facts == {"made_for": task.made_for.fingerprint, "manifest": found})
+    return True
+
+
+def _completed(task: _Task) -> Mapping[str, Any]:
+    """Return what the job that completed the data set has left: for what it was made, and whether parts are kept."""
+    try:
+        return dict(json.loads((task.folder / _COMPLETE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _clean(task: _Task) -> None:
-    """Remove what a complete data set no longer needs, if no other job is in the folder."""
+    """Remove what a complete data set no longer needs, if no other job is in the folder.
+
+    Parts stay if this job, or the one that completed the data set, was told to keep them.
+    """
     kept = frozenset([task.folder / _COMPLETE])
     with suppress(FolderInUseError), folder_lock.hold(task.folder, LOCK):
-        if task.settings.keep_parts:
+        if task.settings.keep_parts or _completed(task).get("keep_parts", True):
             remove_rows(task.folder, kept)
         else:
             remove_finished(task.folder, kept=kept)

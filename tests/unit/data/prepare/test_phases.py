@@ -213,6 +213,25 @@ def test_once_complete_every_phase_has_nothing_to_do(raw: Path, recipe: DataReci
     assert not (raw / "set.parts").exists()
 
 
+@pytest.mark.parametrize("damage", ["gone", "empty"])
+def test_a_data_set_that_lacks_a_file_is_not_complete(raw: Path, recipe: DataRecipe, damage: str) -> None:
+    """And a job that says nothing of parts removes none that the job which completed the data set has kept."""
+    for phase in ("parts", "plan", "rows"):
+        run(recipe, raw / "set", phase, keep_parts=True)
+    before, parts = hashes(raw / "set"), numbers_of_units(recipe, raw / "set.parts")
+    assert run(recipe, raw / "set", "rows").line.endswith("the data set is complete")
+    assert numbers_of_units(recipe, raw / "set.parts") == parts and len(parts) == 16
+    images = raw / "set.images.bin"
+    images.unlink() if damage == "gone" else images.write_bytes(b"")
+    with pytest.raises(DataError, match="there is no plan; run --phase plan"):
+        run(recipe, raw / "set", "rows")
+    assert "16 of them from before" in run(recipe, raw / "set", "parts").line
+    run(recipe, raw / "set", "plan")
+    assert run(recipe, raw / "set", "rows").line == f"prepared {raw / 'set'}"
+    assert hashes(raw / "set") == before
+    assert [path.name for path in (raw / "set.parts").iterdir()] == ["rows-complete.json"]
+
+
 def test_a_job_that_comes_while_another_completes_the_data_set_has_nothing_to_do(
     raw: Path, recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
