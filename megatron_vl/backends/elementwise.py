@@ -39,7 +39,7 @@ class RMSNorm(torch.autograd.Function):
             of_weight = (gradient * normalized.type_as(hidden)).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
             weighted = (gradient * weight).float()
-            along = torch.einsum("...h,...h->...", weighted, normalized).unsqueeze(-1).div_(hidden.shape[-1])
+            along = (weighted * normalized).mean(-1, keepdim=True)
             of_hidden = weighted.sub_(normalized.mul_(along)).mul_(scale).type_as(hidden)
         return of_hidden, of_weight, None
 
