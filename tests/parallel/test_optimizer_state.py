@@ -261,14 +261,14 @@ def test_a_checkpoint_is_the_same_whichever_optimizer_writes_it(
     assert ranks(2).run(train_steps, config("dp2 sharded"), 2, None, source)[0] == straight[2:]
 
 
-@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-6), (True, 0.05)])
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.05)])
 def test_a_checkpoint_is_the_same_in_however_many_buckets_gradients_are_reduced(
     ranks: RankPools, tmp_path: Path, bf16: bool, tolerance: float
 ) -> None:
     """Some of the buckets are padded, so that the ranks can share them evenly.
 
-    The norm of the gradients is summed in another order, and so may clip by another factor in its last bit. In bf16 that
-    changes some roundings.
+    The norm of the gradients is summed in another order, so the factor that clips them may differ in its last bit.
+    Where a gradient is zero but for rounding, as that of a key's bias, AdamW enlarges this.
     """
     training = {"bf16": bf16, "train_iters": 9}
     one = tiny_config(parallel=KINDS["dp2 sharded"][1], training=training)
