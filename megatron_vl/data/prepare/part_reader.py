@@ -14,6 +14,7 @@ from megatron_vl.errors import DataError
 
 _SPARE_FILES = 64
 """File descriptors that are left for other uses."""
+_REMEDY = "if it is gone or damaged, plan again (--phase plan, which names the parts to make anew, or start again)"
 
 
 class PartReader:
@@ -29,7 +30,7 @@ class PartReader:
         """Return ``size`` bytes from ``offset`` on. Raises DataError if the file ends too early or cannot be opened."""
         data = os.pread(self._descriptor(part), size, offset)
         if len(data) != size:
-            raise DataError(f"{self._paths[part]}: ends early; remove it and prepare the data again.")
+            raise DataError(f"{self._paths[part]}: ends early; {_REMEDY}")
         return data
 
     def close(self) -> None:
@@ -45,6 +46,6 @@ class PartReader:
             try:
                 descriptor = os.open(self._paths[part], os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise DataError(f"{self._paths[part]}: cannot be opened ({error.strerror}).") from error
+                raise DataError(f"{self._paths[part]}: cannot be opened ({error.strerror}); {_REMEDY}") from error
         self._open[part] = descriptor
         return descriptor

@@ -39,8 +39,8 @@ from megatron_vl.data.prepare.part_work import (
 )
 from megatron_vl.data.prepare.parts import Unit
 from megatron_vl.data.prepare.recipe import DataRecipe
-from megatron_vl.data.prepare.row_files import check_renames, commit, read_renaming, remove_rows, renaming
-from megatron_vl.data.prepare.row_work import finish_rows, num_missing, plan_rows_of, write_rows
+from megatron_vl.data.prepare.row_files import check_renames, commit, lost_files, read_renaming, remove_rows, renaming
+from megatron_vl.data.prepare.row_work import finish_rows, num_missing, plan_rows_of, remove_plan, write_rows
 from megatron_vl.data.prepare.share import Share
 from megatron_vl.data.prepare.stored_plan import StoredPlan, load_plan, plan_path
 from megatron_vl.data.prepare.workers import Pool
@@ -128,13 +128,21 @@ def _plan(task: _Task) -> Outcome:
         if done := _nothing_left(task):
             return done
         before = load_plan(task.folder)
-        if before is not None and renaming(before.stem) and not difference(before.made_for, task.made_for, task.units):
+        if before is not None and difference(before.made_for, task.made_for, task.units):
+            before = None  # it stays until another takes its place: this recipe may be the wrong one
+        if before is not None and _all_written(task, before):
             return Outcome("all rows are written already (--phase rows completes the data set)")
-        parts = finished_parts(task.work, _refuse_missing(task))
+        parts = finished_parts(task.work, _refuse_missing(task, outdated=before is not None))
         with progress_bar("planning", "block", show=task.settings.progress) as bar:
             plan = plan_rows_of(task.work.recipe, parts, task.folder, task.made_for, report=shown_by(bar))
         remove_others(task.work)  # not before all parts are found: the recipe may be the wrong one
     return Outcome(f"{plan.manifest.num_rows} rows are planned, in {len(plan.slices)} slices")
+
+
+def _all_written(task: _Task, plan: StoredPlan) -> bool:
+    """Return whether the renaming of a plan's files has begun, and none of them was lost since."""
+    manifest = read_renaming(plan.stem)
+    return manifest is not None and not lost_files(task.prefix, plan.stem, manifest)
 
 
 def _rows(task: _Task) -> Outcome:
@@ -236,8 +244,16 @@ def _fitting_plan(task: _Task) -> StoredPlan:
     return plan
 
 
-def _refuse_missing(task: _Task) -> Callable[[list[int]], NoReturn]:
+def _refuse_missing(task: _Task, *, outdated: bool) -> Callable[[list[int]], NoReturn]:
+    """Return what refuses missing parts.
+
+    ``outdated``: the plan that is there was made of them. It goes, so that ``--phase parts`` makes them anew. What is
+    written of its rows stays: the same parts give the same plan.
+    """
+
     def refuse(missing: list[int]) -> NoReturn:
+        if outdated:
+            remove_plan(task.folder)
         named = "\n".join(f"  {task.units[number]}" for number in missing[:_NUM_NAMED])
         more = f"\n  and {len(missing) - _NUM_NAMED} others" if len(missing) > _NUM_NAMED else ""
         raise DataError(

@@ -82,8 +82,8 @@ def write_rows(plan: StoredPlan, *, pool: Pool, report: Progress, share: Share =
             if record_path(plan.stem, item.name) in present and read_record(plan.stem, item.name) is not None:
                 finish(item.name, item.num_rows)
                 continue
-            if not checked and not has_room(_sizes(plan), plan.stem):  # not sooner: of a whole plan they are renamed
-                raise DataError(f"{plan.stem}{TOKENS}.bin, {IMAGES}.bin: gone or changed; plan again (--phase plan)")
+            if not checked:  # not sooner: of a whole plan they are renamed
+                _check_room(plan)
             checked = True
             yield f"rows of {plan.stem}, slice {item.name}", write_stored_slice, (plan.folder, item.name, plan.stem)
 
@@ -105,11 +105,17 @@ def finish_rows(plan: StoredPlan) -> Manifest:
     """Finish the files of a plan whose slices are written; return the manifest of the data set.
 
     Raises:
-        DataError: A slice, or its record, is gone or damaged.
+        DataError: A slice, or its record, or a file of rows is gone or damaged.
     """
+    _check_room(plan)
     work = ((item.block, _finished(plan, item.name), _shape(plan, item.name)) for item in plan.slices)
     files, hashes = file_entries(plan.stem, finish_files(plan.stem, work))
     return dataclasses.replace(plan.manifest, files=files, hashes_sha256=hashes)
+
+
+def _check_room(plan: StoredPlan) -> None:
+    if not has_room(_sizes(plan), plan.stem):
+        raise DataError(f"{plan.stem}{TOKENS}.bin, {IMAGES}.bin: gone or changed; plan again (--phase plan)")
 
 
 def _shape(plan: StoredPlan, name: str) -> SliceShape:
