@@ -6,6 +6,7 @@ each of them runs.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     has at most 107 bytes.
     """
     tmp_path_factory.getbasetemp()  # what pytest keeps for three sessions lies elsewhere
+    multiprocessing.util.get_temp_dir()  # and so does the folder of this process, which it removes at its end
     made = tempfile.TemporaryDirectory(prefix="tests_", ignore_cleanup_errors=True)
     with made as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)

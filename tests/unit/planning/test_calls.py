@@ -93,6 +93,7 @@ class _Diary:
         """Run the schedule with neighbors that are always there."""
         import torch
         from megatron.core.pipeline_parallel import schedules
+        from megatron.core.process_groups_config import ProcessGroupCollection
 
         from megatron_vl.model.configs import Target, core_configs
 
@@ -122,7 +123,7 @@ class _Diary:
             micro_batch_size=1,
             forward_only=False,
             p2p_communicator=_communicator(self, core, group),
-            pg_collection=SimpleNamespace(pp=group, **dict.fromkeys(names, alone)),
+            pg_collection=ProcessGroupCollection(pp=group, **dict.fromkeys(names, alone)),
         )
         return [self._named(step) for step in self.steps]
 
