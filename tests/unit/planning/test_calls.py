@@ -69,9 +69,8 @@ def write_down(start: Start, pipeline: Pipeline) -> list[list[Step]]:
         pipeline_model_parallel_size=pipeline.size,
         virtual_pipeline_model_parallel_size=pipeline.virtual if pipeline.virtual > 1 else None,
     )
-    with start.topology(
-        ParallelConfig()
-    ):  # Megatron-Core asks a group for its rank only where there is a process group
+    # Megatron-Core asks a group for its rank only where there is a process group.
+    with start.topology(ParallelConfig()):
         return [_Diary(pipeline, rank).of(RunConfig(parallel=parallel)) for rank in range(pipeline.size)]
 
 
